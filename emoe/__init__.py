@@ -1,0 +1,53 @@
+"""emoe runs Mixture-of-Experts language models inside a byte budget.
+
+Importing this package loads neither torch nor the native module; the first use of a name below does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from emoe import errors
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from emoe.cache import CacheManager
+    from emoe.planning import Plan, plan
+    from emoe.runtime import Runtime, from_pretrained, wrap
+    from emoe.trace import TraceRecorder, load_trace
+
+_LAZY = {
+    "CacheManager": "emoe.cache",
+    "Plan": "emoe.planning",
+    "Runtime": "emoe.runtime",
+    "TraceRecorder": "emoe.trace",
+    "from_pretrained": "emoe.runtime",
+    "load_trace": "emoe.trace",
+    "plan": "emoe.planning",
+    "wrap": "emoe.runtime",
+}
+
+__all__ = [
+    "CacheManager",
+    "Plan",
+    "Runtime",
+    "TraceRecorder",
+    "__version__",
+    "errors",
+    "from_pretrained",
+    "load_trace",
+    "plan",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'emoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

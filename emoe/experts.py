@@ -1,0 +1,239 @@
+"""The experts function that Transformers calls, and the state each experts module keeps for it.
+
+Transformers dispatches `module(hidden_states, top_k_index, top_k_weights)` to the function registered as "emoe"
+(transformers.integrations.moe). It finds its `ExpertLayer` on the module; nothing is patched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from threading import RLock
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from emoe import ops
+from emoe.errors import ClosedError, EmoeError, UnsupportedModelError
+from emoe.layout import SlotLayout
+from emoe.loader import Loader
+from emoe.store import ParamSpec
+
+if TYPE_CHECKING:
+    from emoe.trace import TraceRecorder
+
+IMPLEMENTATION = "emoe"
+SHAPE_ONLY = "emoe_shape_only"  # lets a model's structure run on the meta device (kv_cache.py)
+
+# Above this many bytes of fp32 pair outputs a prefill adds expert outputs as they come, in one [T, H] buffer: the order of
+# the additions then follows residency and the result is close, not bit-identical, between budgets.
+PAIR_BYTES = 32 << 20
+
+
+class SlotPool:
+    """The slab seen as torch tensors: `tensor(slot, name)` is the parameter of the expert in that slot."""
+
+    def __init__(self, slab: Any, layout: SlotLayout, params: Sequence[ParamSpec]) -> None:
+        buffer = (ctypes.c_char * (slab.slots * slab.slot_bytes)).from_address(slab.address)
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._slab = slab  # keeps the memory alive
+        self._params = {
+            param.name: (layout.offsets[param.name], param.shape, getattr(torch, param.dtype)) for param in params
+        }
+
+    def tensor(self, slot: int, name: str) -> torch.Tensor:
+        offset, shape, dtype = self._params[name]
+        start = slot * self._slab.slot_bytes + offset
+        count = int(np.prod(shape)) * dtype.itemsize
+        return self._bytes[start : start + count].view(dtype).view(shape)
+
+    def names(self) -> list[str]:
+        return list(self._params)
+
+
+class _SlotParameter:
+    """Stands where the [E, ...] weight stands in Transformers' eager loop; indexing gives one expert's slot."""
+
+    def __init__(self, pool: SlotPool, name: str, slot_of: dict[int, int]) -> None:
+        self._pool, self._name, self._slot_of = pool, name, slot_of
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        return self._pool.tensor(self._slot_of[int(expert)], self._name)
+
+
+class _ModuleView:
+    """The experts module with its weights taken from slots; everything else is the module's own."""
+
+    def __init__(self, module: nn.Module, pool: SlotPool, slot_of: dict[int, int]) -> None:
+        self.__dict__.update({name: _SlotParameter(pool, name, slot_of) for name in pool.names()})
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class ExpertLayer:
+    """One experts module bound to its slots.
+
+    Args:
+        index: layer number, counted over experts modules.
+        module: the Transformers experts module; its expert parameters are already detached.
+        layout: where each parameter lies in a slot, and the native layout where there is one.
+        kernels: "native" or "stock".
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        *,
+        loader: Loader,
+        slab: Any,
+        layout: SlotLayout,
+        params: Sequence[ParamSpec],
+        kernels: str,
+        lock: RLock,
+        pair_bytes: int = PAIR_BYTES,
+    ) -> None:
+        self.index = index
+        self.module = module
+        self.num_experts = cast(int, module.num_experts)
+        self.loader = loader
+        self.slab = slab
+        self.layout = layout
+        self.pool = SlotPool(slab, layout, params)
+        self.lock = lock
+        self.pair_bytes = pair_bytes
+        self.recorder: TraceRecorder | None = None
+        self.native = layout.native if kernels == "native" else None
+        self.closed = False
+        self._slot_of = np.full(self.num_experts, -1, dtype=np.int32)
+        self._mlp = ops.make_layout(self.native) if self.native is not None else None
+        self._eager: Callable[..., torch.Tensor] = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+
+    @property
+    def kernels(self) -> str:
+        """Which implementation serves this layer: "native" or "stock"."""
+        return "stock" if self._mlp is None else "native"
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Routed experts' weighted output.
+
+        Args:
+            hidden: [T, H] token states on the CPU.
+            index: [T, K] int64 expert ids; ids outside [0, E) add nothing.
+            weights: [T, K] router weights.
+
+        Returns:
+            [T, H] in the dtype of `hidden`.
+
+        Raises:
+            ReadError: the bytes of an expert could not be read; no output is produced.
+            ClosedError: the runtime was closed.
+        """
+        if self.closed:
+            raise ClosedError("this model's emoe runtime was closed and its experts were not restored")
+        if hidden.device.type != "cpu":
+            raise UnsupportedModelError(f"emoe runs experts on the CPU; hidden states are on {hidden.device}")
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise EmoeError("emoe runs inference only and computes no gradients; use torch.no_grad()")
+        with self.lock, torch.no_grad():
+            if self.recorder is not None:
+                self.recorder.record(self.index, index.numpy(), weights.float().numpy())
+            wanted = sorted({e for e in index.flatten().tolist() if 0 <= e < self.num_experts})
+            if self._mlp is None:
+                return self._forward_stock(hidden, index, weights, wanted)
+            return self._forward_native(hidden, index, weights, wanted)
+
+    def close(self) -> None:
+        """Lets go of the slots; a later forward raises ClosedError. The module itself is not touched."""
+        self.closed = True
+        del self.pool, self.slab
+
+    def _forward_native(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, wanted: list[int]
+    ) -> torch.Tensor:
+        T, K = index.shape
+        H = hidden.shape[1]
+        pairs = T * K * H * 4 <= self.pair_bytes
+        out = torch.zeros((T, K, H) if pairs else (T, H), dtype=torch.float32)
+        hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
+        slot_of = self._slot_of
+        with closing(self.loader.rounds(self.index, wanted)) as rounds:
+            for group in rounds:
+                slot_of.fill(-1)
+                for expert, slot in group:
+                    slot_of[expert] = slot
+                ops.gather_mlp(
+                    self._mlp, self.slab, slot_of, hidden, index, weights, out, "pairs" if pairs else "accumulate"
+                )
+        return ops.combine(out, hidden.dtype) if pairs else out.to(hidden.dtype)
+
+    def _forward_stock(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, wanted: list[int]
+    ) -> torch.Tensor:
+        if len(wanted) <= self.loader.capacity(self.index):
+            with closing(self.loader.rounds(self.index, wanted, together=True)) as rounds:
+                slot_of = dict(next(rounds, []))  # held until the generator is closed
+                return self._eager(_ModuleView(self.module, self.pool, slot_of), hidden, index, weights)
+        return self._forward_stock_in_rounds(hidden, index, weights, wanted)
+
+    def _forward_stock_in_rounds(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, wanted: list[int]
+    ) -> torch.Tensor:
+        """The eager loop over one (token, expert) pair a row, so that rounds in any order give the same bits.
+
+        Pairs are laid out with the position in the top-k as the slow axis: an expert then sees its tokens in the very order
+        of the whole computation. The sum runs in ascending expert order, as the eager loop's does.
+        """
+        T, K = index.shape
+        rows = torch.arange(T).repeat(K)
+        pair_index = index.t().reshape(-1)
+        pair_weights = weights.t().reshape(-1, 1)
+        pair_out = torch.zeros((T * K, hidden.shape[1]), dtype=hidden.dtype)
+        with closing(self.loader.rounds(self.index, wanted)) as rounds:
+            for group in rounds:
+                slot_of = dict(group)
+                mine = torch.isin(pair_index, torch.tensor(list(slot_of)))
+                pair_out[mine] = self._eager(
+                    _ModuleView(self.module, self.pool, slot_of),
+                    hidden[rows[mine]],
+                    pair_index[mine, None],
+                    pair_weights[mine],
+                )
+        ranks = torch.argsort(index, dim=1, stable=True)  # [T, K]
+        per_token = pair_out.view(K, T, -1).transpose(0, 1)  # [T, K, H]
+        out = torch.zeros_like(hidden)
+        for rank in range(K):
+            out += per_token[torch.arange(T), ranks[:, rank]]
+        return out
+
+
+def emoe_experts(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The function registered with Transformers; `self` is the experts module."""
+    layer = getattr(self, "_emoe", None)
+    if layer is None:
+        raise ClosedError(
+            f"experts implementation '{IMPLEMENTATION}' was chosen for {type(self).__name__}, but emoe holds none of its "
+            "experts; use emoe.from_pretrained or emoe.wrap"
+        )
+    return cast(ExpertLayer, layer).forward(hidden_states, top_k_index, top_k_weights)
+
+
+def _shape_only(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    return torch.empty_like(hidden_states)
+
+
+def register() -> None:
+    """Makes "emoe" a choice of `model.set_experts_implementation`; harmless to call again."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(IMPLEMENTATION, emoe_experts)
+    ExpertsInterface.register(SHAPE_ONLY, _shape_only)

@@ -1,0 +1,53 @@
+"""Access to the compiled module `emoe._C`: one place that says why it is missing or what it can do."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from emoe.errors import BackendUnavailable
+
+
+def load() -> ModuleType:
+    """Returns `emoe._C`.
+
+    Torch is imported first, so that both share one OpenMP runtime and their threads do not compete.
+
+    Raises:
+        BackendUnavailable: the extension was not built or cannot be loaded; the message says which.
+    """
+    import torch  # noqa: F401
+
+    try:
+        from emoe import _C
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the native module emoe._C cannot be loaded ({error}); build it with 'pip install .' or 'make build'"
+        ) from error
+    return _C
+
+
+def describe() -> dict[str, Any]:
+    """What was built and what this machine offers; used by `emoe doctor`."""
+    info: dict[str, Any] = {"built": False, "cuda": "not built: this release has no CUDA sources"}
+    try:
+        module = load()
+    except BackendUnavailable as error:
+        info["error"] = str(error)
+        return info
+    info.update(
+        built=True,
+        file=module.__file__,
+        isa=module.isa(),
+        available_isas=list(module.available_isas()),
+        threads=module.threads(),
+    )
+    readers = {}
+    for kind in ("uring", "pread"):
+        try:
+            reader = module.make_reader(kind)
+            readers[kind] = "O_DIRECT" if reader.direct else "buffered"
+        except Exception as error:
+            readers[kind] = f"unavailable: {error}"
+    info["readers"] = readers
+    return info

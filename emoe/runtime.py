@@ -1,0 +1,365 @@
+"""The public entry points and the object behind `model.emoe`: it owns slab, cache, transfer queue and loader.
+
+It wires the parts together and takes them down again; decisions are in cache.py and loader.py, bytes in `emoe._C`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+from torch import nn
+
+from emoe import experts, layout, modeling, native
+from emoe.cache import CacheManager
+from emoe.config import format_bytes
+from emoe.errors import BudgetError, ClosedError, ConfigError
+from emoe.loader import Loader
+from emoe.planning import Plan, available_memory, make_plan, plan_for_model
+from emoe.store import ExpertStore, Piece
+from emoe.store.writer import write_store
+from emoe.trace import TraceRecorder
+
+logger = logging.getLogger(__name__)
+
+ROUTING_MODES = ("exact",)
+KERNELS = ("native", "stock")
+
+
+def _choose(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of: {', '.join(choices)}")
+    return value
+
+
+def from_pretrained(
+    path_or_id: str | Path,
+    *,
+    memory_budget: int | str | float = "auto",
+    routing: str = "exact",
+    kernels: str = "native",
+    dtype: Any = "auto",
+    context: int = 2048,
+    batch: int = 1,
+    policy: str = "lru",
+    reader: str = "auto",
+    **kwargs: Any,
+) -> Any:
+    """Loads a Transformers MoE model inside a byte budget; experts stay on disk and are read into slots when routed to.
+
+    Args:
+        path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
+        memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots, staging
+            and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed experts;
+            "auto" takes what is free now less a reserve, and logs what it took.
+        routing: "exact": every routed expert is used; a missing one is read first.
+        kernels: "native", or "stock" for Transformers' own eager loop on the slots (the parity reference).
+        dtype: as in Transformers.
+        context: tokens of KV cache the plan leaves room for, per sequence.
+        batch: sequences that run at once.
+        policy: eviction policy of the slots; see `emoe.policy`.
+        reader: "auto", "uring" or "pread".
+        kwargs: handed to Transformers' `from_pretrained`.
+
+    Returns:
+        The Transformers model, in evaluation mode and with gradients off; `model.emoe` is its `Runtime`.
+
+    Raises:
+        BudgetError: the budget is too small; names the smallest that works.
+        UnsupportedModelError: the model has no experts that emoe can manage.
+        CheckpointError: a file is missing, truncated or corrupt.
+        ConfigError: an option is not one of its choices.
+    """
+    _choose("routing", routing, ROUTING_MODES)
+    _choose("kernels", kernels, KERNELS)
+    plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
+    model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
+    return _start(model, store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=False)
+
+
+def _plan_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in ("config", "trust_remote_code", "revision", "cache_dir") if name in kwargs}
+
+
+def wrap(
+    model: Any,
+    *,
+    memory_budget: int | str | float = "auto",
+    routing: str = "exact",
+    kernels: str = "native",
+    store: str | Path | None = None,
+    context: int = 2048,
+    batch: int = 1,
+    policy: str = "lru",
+    reader: str = "auto",
+) -> Any:
+    """Puts a model that is already in memory inside a byte budget: its experts move to a store and their memory is freed.
+
+    Args:
+        model: a Transformers model whose family goes through the experts interface; it is changed in place.
+        memory_budget, routing, kernels, context, batch, policy, reader: as in `from_pretrained`.
+        store: a folder for the experts (kept by you), None for a temporary folder, or "ram" for anonymous memory.
+
+    Returns:
+        The same model; `model.emoe.close()` restores it.
+
+    Raises:
+        StoreError: the experts could not be written; the model is left as it was.
+        BudgetError, UnsupportedModelError, ConfigError: as in `from_pretrained`.
+    """
+    _choose("routing", routing, ROUTING_MODES)
+    _choose("kernels", kernels, KERNELS)
+    if getattr(model, "emoe", None) is not None:
+        raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
+    plan = plan_for_model(model, memory_budget, context=context, batch=batch)
+    in_ram = store == "ram"
+    expert_store = write_store(model, folder=None if store is None or in_ram else Path(store), ram=in_ram)
+    modeling.detach_experts(model, expert_store.layers)
+    return _start(model, expert_store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=True)
+
+
+def _start(
+    model: Any, store: ExpertStore, plan: Plan, *, kernels: str, policy: str, reader: str, wrapped: bool
+) -> Any:
+    """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
+    try:
+        model.emoe = Runtime(model, store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=wrapped)
+    except BaseException:
+        if wrapped:
+            modeling.attach_experts(model, store)
+        store.close()
+        raise
+    return model
+
+
+class Runtime:
+    """Everything emoe holds for one model; reached as `model.emoe`.
+
+    Attributes:
+        plan: the `Plan` it was built from.
+        cache: the `CacheManager` that says which expert is in which slot.
+    """
+
+    def __init__(
+        self, model: Any, store: ExpertStore, plan: Plan, *, kernels: str, policy: str, reader: str, wrapped: bool
+    ) -> None:
+        self._C = native.load()
+        self.plan = plan
+        self.store = store
+        self._model = model
+        self._wrapped = wrapped
+        self._lock = RLock()
+        self._closed = False
+        self._started = time.perf_counter()
+        modules = dict(model.named_modules())
+        layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
+        slot_bytes = max(each.nbytes for each in layouts)
+        self.cache = CacheManager(plan.slots_per_layer, policy=policy)
+        self._slab = self._C.Slab(sum(plan.slots_per_layer), slot_bytes)
+        self._table, records = self._register(layouts)
+        self._queue = self._C.TransferQueue(self._slab, self._table, self._C.make_reader(reader))
+        self.loader = Loader(self.cache, self._queue, records)
+        self.layers = [
+            experts.ExpertLayer(
+                number,
+                modules[layer.path],
+                loader=self.loader,
+                slab=self._slab,
+                layout=layouts[number],
+                params=layer.params,
+                kernels=kernels,
+                lock=self._lock,
+            )
+            for number, layer in enumerate(store.layers)
+        ]
+        self._attach()
+        self._log_start(kernels)
+
+    def _register(self, layouts: list[layout.SlotLayout]) -> tuple[Any, list[list[int]]]:
+        """Tells the native table where every expert lies; returns record ids [layer][expert]."""
+        table = self._C.RecordTable()
+        files: dict[str, int] = {}
+
+        def native_piece(piece: Piece, where: layout.SlotLayout, dtypes: dict[str, str]) -> tuple[Any, ...]:
+            if piece.file not in files:
+                files[piece.file] = table.add_file(piece.file)
+            dtype = dtypes[piece.param]
+            start = where.offsets[piece.param] + piece.dst_offset * layout.itemsize(dtype)
+            return (
+                files[piece.file], piece.offset, piece.nbytes, piece.tensor, piece.src_dtype,
+                start, dtype, piece.rows, piece.cols, piece.dst_row_stride, piece.dst_col_stride,
+            )  # fmt: skip
+
+        records = []
+        for layer, where in zip(self.store.layers, layouts, strict=True):
+            dtypes = {param.name: param.dtype for param in layer.params}
+            records.append(
+                [table.add_record([native_piece(piece, where, dtypes) for piece in pieces]) for pieces in layer.pieces]
+            )
+        return table, records
+
+    def _attach(self) -> None:
+        model = self._model
+        experts.register()
+        self._implementation = model.get_experts_implementation()
+        self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+        model.eval()
+        for layer in self.layers:
+            layer.module._emoe = layer
+        self._guard = modeling.guard_saving(model, self.store)
+        model.set_experts_implementation(experts.IMPLEMENTATION)
+
+    def _log_start(self, kernels: str) -> None:
+        logger.info(
+            "emoe: %s of experts in %d slots, %.0f%% resident, store %s",
+            format_bytes(self._slab.slots * self._slab.slot_bytes),
+            self._slab.slots,
+            100 * self.plan.resident_share,
+            self.store.description,
+        )
+        if kernels == "native":
+            reasons = Counter(layer.layout.reason for layer in self.layers if layer.native is None)
+            for reason, count in reasons.items():
+                logger.warning(
+                    "emoe: %d of %d layers run Transformers' own kernels: %s", count, len(self.layers), reason
+                )
+        for warning in self.plan.warnings:
+            logger.warning("emoe: %s", warning)
+
+    def stats(self, *, per_layer: bool = False) -> dict[str, Any]:
+        """Counters since the runtime started.
+
+        Args:
+            per_layer: adds a list `layers`, one dict a layer.
+
+        Returns:
+            hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
+            stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
+            kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes.
+        """
+        with self._lock:
+            counters = self.loader.snapshot()
+            transfer = self._queue.stats()
+            total = counters.pop("layers")
+        hits, misses = counters["hits"], counters["misses"]
+        result: dict[str, Any] = {
+            **counters,
+            "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
+            "stall_ms": 1e3 * counters.pop("stall_seconds"),
+            "bytes_read": transfer["demand_bytes"] + transfer["prefetch_bytes"],
+            "demand_bytes": transfer["demand_bytes"],
+            "prefetch_bytes": transfer["prefetch_bytes"],
+            "read_ms": 1e3 * transfer["read_seconds"],
+            "reader": transfer["reader"],
+            "kernels": dict(Counter(layer.kernels for layer in self.layers)),
+            "isa": self._C.isa(),
+            "slots": self._slab.slots,
+            "slot_bytes": self._slab.slot_bytes,
+            "resident_share": self.plan.resident_share,
+            "budget_bytes": self.plan.budget_bytes,
+            "store": self.store.description,
+        }
+        result.pop("stall_seconds", None)
+        if per_layer:
+            result["layers"] = [
+                {"path": layer.path, "kernels": each.kernels, **count}
+                for layer, each, count in zip(self.store.layers, self.layers, total, strict=True)
+            ]
+        return result
+
+    @contextmanager
+    def record(self, path: str | Path) -> Iterator[TraceRecorder]:
+        """Records routing decisions while the block runs and writes them to `path` (.npz; see docs/traces.md).
+
+        `recorder.mark(task=..., prompt=...)` names what follows.
+        """
+        first = self.layers[0]
+        top_k = self.plan.top_k
+        recorder = TraceRecorder(
+            len(self.layers), top_k, first.num_experts, path=path, model=type(self._model).__name__
+        )
+        for layer in self.layers:
+            layer.recorder = recorder
+        try:
+            yield recorder
+        finally:
+            for layer in self.layers:
+                layer.recorder = None
+        recorder.save()
+
+    def close(self, *, restore: bool | None = None) -> None:
+        """Stops transfers, frees the slots and gives the model back; calling it again does nothing.
+
+        Args:
+            restore: True loads all experts back into ordinary parameters, False leaves the model without experts (it then
+                refuses to run). None restores where the experts fit into the memory that is free.
+
+        Raises:
+            BudgetError: restore=True and the experts do not fit; nothing was changed.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            needed = self.plan.expert_bytes
+            free = available_memory() + self._slab.slots * self._slab.slot_bytes
+            fits = needed <= free
+            if restore and not fits:
+                raise BudgetError(
+                    f"restoring the experts needs {format_bytes(needed)}, {format_bytes(free)} are free; "
+                    "close(restore=False) gives them up",
+                    needed=needed,
+                )
+            self._closed = True
+            self.loader.close()
+            self._queue.close()
+            self._guard.remove()
+            for layer in self.layers:
+                layer.close()
+            self.layers.clear()
+            del self._slab
+            if fits if restore is None else restore:
+                modeling.attach_experts(self._model, self.store)
+                for module in self._model.modules():
+                    module.__dict__.pop("_emoe", None)
+                self._model.set_experts_implementation(self._implementation)
+                for parameter in self._frozen:
+                    parameter.requires_grad_(True)
+                self._model.emoe = None
+            else:
+                logger.warning("emoe: closed without restoring; the model has no experts and refuses to run")
+            self.store.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def check_integrity(self) -> None:
+        """Raises CacheError unless free + loading + ready + held == slots and the maps agree."""
+        if self._closed:
+            raise ClosedError("the runtime is closed")
+        self.cache.check_integrity()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{sum(self.plan.slots_per_layer)} slots"
+        return f"<emoe.Runtime of {type(self._model).__name__}: {state}, {self.plan.resident_share:.0%} resident>"
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime of a model, or ConfigError where it has none."""
+    runtime = getattr(model, "emoe", None)
+    if not isinstance(runtime, Runtime):
+        raise ConfigError(f"{type(model).__name__} does not run under emoe; use emoe.from_pretrained or emoe.wrap")
+    return runtime
