@@ -18,20 +18,27 @@ _PROBE = 8  # tokens
 def measure(model: Any, *, context: int, batch: int) -> tuple[int, str]:
     """Bytes of the cache for `batch` sequences of `context` tokens.
 
-    Runs the model's structure on the meta device for two short lengths and extends the line; recurrent states, which do not
-    grow, count once. Where a family's forward cannot run on the meta device, attention heads of the config are counted.
+    Runs the model's structure on the meta device. Sliding windows are run at the full length; elsewhere two short lengths give
+    the line, which recurrent states, that do not grow, enter once (their reference code loops over every token). Where a
+    family's forward cannot run on the meta device, attention heads of the config are counted.
 
     Returns:
         (bytes, a note where the figure is an estimate, else "").
     """
     try:
+        if getattr(model.config.get_text_config(decoder=True), "sliding_window", None):
+            return _cache_bytes(model, batch, context), ""
         short, long = (_cache_bytes(model, batch, length) for length in (_PROBE, 2 * _PROBE))
         if long > 0:
             per_token = (long - short) // _PROBE
             return short - per_token * _PROBE + per_token * context, ""
     except Exception as error:
         logger.debug("KV cache of %s not measured: %s", type(model).__name__, error)
-    return _from_config(model, context, batch), "KV cache estimated from the config"
+    try:
+        return _from_config(model, context, batch), "KV cache estimated from the config"
+    except Exception as error:
+        logger.debug("KV cache of %s not estimated: %s", type(model).__name__, error)
+    return 0, "KV cache unknown for this family: leave room for it beside the budget"
 
 
 def _cache_bytes(model: Any, batch: int, length: int) -> int:

@@ -1,0 +1,49 @@
+# make demo   builds everything and runs the demo          make test   builds everything and runs all tests
+# make lint   ruff, mypy, clang-format                     make native-test   native tests, plain and under sanitizers
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
+
+.PHONY: demo test build lint format native-test system clean
+
+demo: build
+	$(BIN)/emoe demo
+
+test: build
+	$(BIN)/python -m pytest
+
+build: $(STAMP)
+
+# Debian packages are installed only where a tool is missing; without root this says what to install.
+system:
+	@bash scripts/system_packages.sh
+
+$(VENV)/.packages: constraints.txt pyproject.toml | system
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch pybind11 ninja cmake
+	$(BIN)/python scripts/requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet -c constraints.txt
+	touch $@
+
+$(STAMP): $(VENV)/.packages $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.[chi]pp' -o -name '*.inl' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.[chi]pp' -o -name '*.inl' | xargs $(BIN)/clang-format -i
+
+native-test: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/native_tests.sh
+
+clean:
+	rm -rf build dist *.egg-info emoe/_C*.so $(VENV)

@@ -1,0 +1,59 @@
+// What one instruction-set unit exports, and the plain structs it works on.
+// Included by units compiled with wider instructions: no std:: templates and no inline functions here, since the
+// linker might keep a copy of them that the baseline CPU cannot run.
+#pragma once
+
+#include <stdint.h>
+
+#include "core/gather_mlp.hpp"
+
+namespace emoe::cpu {
+
+constexpr int kNarrowRows = 8;     // up to this many rows of an expert: streamed as dot products (memory bound)
+constexpr int kWideRows = 256;     // rows of one wide chunk: what phase one keeps in L2
+constexpr int kSubBlock = 64;      // weight rows of one wide tile
+constexpr int kNarrowBlock = 512;  // most weight rows of one narrow task
+constexpr int kRowPad = 16;        // narrow rows are zero-padded to a multiple of this
+
+// Some rows of one expert. `x` and `h` are scratch of 32-bit units:
+// narrow: float [rows][round_up(K, kRowPad)]; wide: panels of up to 2*lanes rows, each [units][panel rows].
+struct Chunk {
+    const unsigned char* slot;
+    const int64_t* token;    // [rows] row of `hidden`
+    const int64_t* out_row;  // [rows] row of `out`
+    const float* weight;     // [rows] routing weight
+    int rows;
+    int padded;  // wide: rows rounded up to lanes
+    bool wide;
+    uint32_t* x;
+    uint32_t* h;
+};
+
+struct Job {
+    const MlpLayout* layout;
+    const void* hidden;
+    DType hidden_dtype;
+    float* out;
+    bool accumulate;
+    bool pairs;  // wide units hold two bf16 (vdpbf16ps) instead of one float
+};
+
+struct Kernels {
+    const char* name;
+    int lanes;
+    bool bf16_pairs;  // has the pair form of the wide path
+    void (*load_rows)(const Job&, const Chunk&, int64_t k0, int64_t k1);  // k0 and k1 (unless the end) divide by kSubBlock
+    void (*gate_up)(const Job&, const Chunk&, int64_t i0, int64_t i1);    // h columns [i0,i1)
+    void (*down)(const Job&, const Chunk&, int64_t n0, int64_t n1);       // out columns [n0,n1)
+    void (*combine)(const float* pairs, int64_t top_k, int64_t n, void* out, DType dtype);  // one token
+    float (*read)(const void* data, int64_t bytes);  // loads every byte: the memory bandwidth measure
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+#endif
+
+}  // namespace emoe::cpu

@@ -1,0 +1,35 @@
+"""Shared fixtures: tiny checkpoints of many families, built once a session; quiet Transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps measurements and models of the tests out of the user's cache folder."""
+    os.environ.setdefault("EMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """checkpoint(family, dtype=torch.float32) -> folder of a tiny random checkpoint, written on first use."""
+    import families
+    import torch
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def get(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        path = folder / f"{name}-{str(dtype).removeprefix('torch.')}"
+        if not path.exists():
+            families.save(name, path, dtype)
+        return path
+
+    return get

@@ -1,0 +1,188 @@
+"""The life of a wrapped model: wrap, run, save, close; what users touch through `model.emoe`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import families
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import emoe
+from emoe import errors
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(3))
+
+
+def _logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_importing_emoe_takes_neither_torch_nor_the_native_module():
+    code = "import sys, emoe; print('torch' in sys.modules, 'emoe._C' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("store", [None, "ram", "folder"])
+def test_wrap_gives_the_same_logits_and_close_restores_the_model(store, ids, tmp_path):
+    model = families.build("qwen3_moe")
+    before = _logits(model, ids)
+    names = set(model.state_dict())
+    emoe.wrap(model, memory_budget=0.5, store=tmp_path / "store" if store == "folder" else store)
+    assert model.emoe.plan.resident_share == 0.5
+    under = _logits(model, ids)
+    assert ((under - before).abs().max() / before.abs().max()).item() < 1e-5
+    model.emoe.close()
+    assert model.emoe is None
+    assert torch.equal(_logits(model, ids), before)
+    assert set(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_wrap_frees_the_memory_of_the_experts():
+    model = families.build("olmoe")
+    emoe.wrap(model, memory_budget=0.5)
+    left = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    assert left == 0
+    model.emoe.close()
+
+
+def test_wrapping_twice_is_refused(ids):
+    model = emoe.wrap(families.build("olmoe"), memory_budget=0.5)
+    with pytest.raises(errors.ConfigError, match="already runs under emoe"):
+        emoe.wrap(model, memory_budget=0.5)
+    model.emoe.close()
+
+
+def test_save_pretrained_writes_the_whole_model(checkpoint, ids, tmp_path):
+    model = emoe.from_pretrained(checkpoint("mixtral"), memory_budget=0.5, dtype=torch.float32)
+    expected = _logits(AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), dtype=torch.float32), ids)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(_logits(again, ids), expected)
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_state_dict_names_every_tensor_of_the_whole_model(checkpoint):
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype=torch.float32).state_dict()
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, dtype=torch.float32)
+    given = model.state_dict()
+    assert given.keys() == whole.keys()
+    assert all(torch.equal(given[name], whole[name]) for name in whole)
+
+
+def test_close_restores_a_model_that_was_loaded_without_its_experts(checkpoint, ids):
+    expected = _logits(AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"), dtype=torch.float32), ids)
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, dtype=torch.float32)
+    model.emoe.close()
+    assert torch.equal(_logits(model, ids), expected)
+
+
+def test_a_model_closed_without_restoring_refuses_to_run(checkpoint, ids):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    model.emoe.close(restore=False)
+    model.emoe.close()  # again: nothing happens
+    with pytest.raises(errors.ClosedError, match="closed"):
+        _logits(model, ids)
+
+
+def test_stats_add_up_and_per_layer_counts_sum_to_the_total(checkpoint, ids):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    _logits(model, ids)
+    stats = model.emoe.stats(per_layer=True)
+    assert stats["misses"] > 0
+    assert stats["hits"] == sum(layer["hits"] for layer in stats["layers"])
+    assert stats["misses"] == sum(layer["misses"] for layer in stats["layers"])
+    assert stats["bytes_read"] >= stats["misses"] * model.emoe.plan.bytes_per_expert
+    assert stats["hit_rate"] == stats["hits"] / (stats["hits"] + stats["misses"])
+    json.dumps(stats)
+
+
+def test_a_fully_resident_model_reads_each_expert_once(checkpoint, ids):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=1.0)
+    _logits(model, ids)
+    first = model.emoe.stats()
+    _logits(model, ids)
+    second = model.emoe.stats()
+    assert second["bytes_read"] == first["bytes_read"]
+    assert second["evictions"] == 0
+
+
+def test_a_recorded_trace_holds_the_routing_of_every_layer_and_token(checkpoint, ids, tmp_path):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    with model.emoe.record(tmp_path / "trace.npz") as recorder:
+        recorder.mark(task="code", prompt=0)
+        _logits(model, ids)
+    trace = emoe.load_trace(tmp_path / "trace.npz")
+    plan = model.emoe.plan
+    assert trace.experts.shape == (len(plan.slots_per_layer), ids.shape[1], plan.top_k)
+    with np.load(tmp_path / "trace.npz") as raw:
+        assert raw["experts"].dtype == np.int16
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [({"routing": "fast"}, "exact"), ({"kernels": "cuda"}, "native, stock"), ({"policy": "random"}, "lru"),
+     ({"reader": "mmap"}, "uring"), ({"memory_budget": "lots"}, "GiB")],
+)  # fmt: skip
+def test_an_unknown_option_is_refused_with_its_choices(option, choices, checkpoint):
+    with pytest.raises(errors.ConfigError, match=choices):
+        emoe.from_pretrained(checkpoint("olmoe"), **{"memory_budget": 0.5, **option})
+
+
+def test_a_failing_option_leaves_a_wrapped_model_whole(ids):
+    model = families.build("olmoe")
+    before = _logits(model, ids)
+    with pytest.raises(errors.ConfigError):
+        emoe.wrap(model, memory_budget=0.5, reader="mmap")
+    assert torch.equal(_logits(model, ids), before)
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_that_works_and_that_one_works(checkpoint, ids):
+    with pytest.raises(errors.BudgetError, match="smallest budget") as caught:
+        emoe.from_pretrained(checkpoint("olmoe"), memory_budget="1MiB")
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=caught.value.needed)
+    assert set(model.emoe.plan.slots_per_layer) == {1}
+    _logits(model, ids)
+    with pytest.raises(errors.BudgetError):
+        emoe.from_pretrained(checkpoint("olmoe"), memory_budget=caught.value.needed - 1)
+
+
+def test_auto_says_what_it_took(checkpoint, caplog):
+    with caplog.at_level(logging.INFO, logger="emoe"):
+        model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget="auto")
+    assert "auto took" in caplog.text
+    assert model.emoe.plan.resident_share == 1.0
+
+
+def test_a_dense_model_is_refused_with_its_class_and_the_families_that_work():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(errors.UnsupportedModelError, match=r"LlamaForCausalLM.*mixtral"):
+        emoe.wrap(AutoModelForCausalLM.from_config(config), memory_budget=0.5)
+
+
+def test_gradients_through_the_experts_are_refused(checkpoint):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, dtype=torch.float32)
+    embeddings = model.get_input_embeddings()(torch.tensor([[1, 2, 3]])).detach().requires_grad_()
+    with pytest.raises(errors.EmoeError, match="inference only"):
+        model(inputs_embeds=embeddings)
+
+
+def test_a_text_generation_pipeline_runs(checkpoint):
+    from transformers import GenerationConfig
+
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    out = model.generate(torch.tensor([[5, 6]]), generation_config=GenerationConfig(max_new_tokens=3, do_sample=True))
+    assert out.shape[1] <= 5
