@@ -9,7 +9,7 @@
 
 namespace emoe::cpu {
 
-constexpr int kNarrowRows = 8;     // up to this many rows of an expert: streamed as dot products (memory bound)
+constexpr int kNarrowRows = 3;     // up to this many rows of an expert: streamed as dot products (memory bound)
 constexpr int kWideRows = 256;     // rows of one wide chunk: what phase one keeps in L2
 constexpr int kSubBlock = 64;      // weight rows of one wide tile
 constexpr int kNarrowBlock = 512;  // most weight rows of one narrow task
@@ -42,9 +42,10 @@ struct Kernels {
     const char* name;
     int lanes;
     bool bf16_pairs;  // has the pair form of the wide path
-    void (*load_rows)(const Job&, const Chunk&, int64_t k0, int64_t k1);  // k0 and k1 (unless the end) divide by kSubBlock
-    void (*gate_up)(const Job&, const Chunk&, int64_t i0, int64_t i1);    // h columns [i0,i1)
-    void (*down)(const Job&, const Chunk&, int64_t n0, int64_t n1);       // out columns [n0,n1)
+    void (*load_rows)(const Job&, const Chunk&, int64_t k0,
+                      int64_t k1);  // k0 and k1 (unless the end) divide by kSubBlock
+    void (*gate_up)(const Job&, const Chunk&, int64_t i0, int64_t i1);                      // h columns [i0,i1)
+    void (*down)(const Job&, const Chunk&, int64_t n0, int64_t n1);                         // out columns [n0,n1)
     void (*combine)(const float* pairs, int64_t top_k, int64_t n, void* out, DType dtype);  // one token
     float (*read)(const void* data, int64_t bytes);  // loads every byte: the memory bandwidth measure
 };

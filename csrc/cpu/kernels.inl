@@ -1,7 +1,7 @@
 // The one body of the expert MLP, compiled once per instruction set. The including unit has defined V (a vector of
 // kLanes floats), its operations, kMicroRows, EMOE_KERNELS and EMOE_ISA_NAME.
-// Everything stays in the unnamed namespace and no std:: template or inline function is used: a weak symbol compiled here
-// could be the copy that a CPU without these instructions runs.
+// Everything stays in the unnamed namespace and no std:: template or inline function is used: a weak symbol compiled
+// here could be the copy that a CPU without these instructions runs.
 #include <math.h>
 
 namespace emoe::cpu {
@@ -46,15 +46,17 @@ inline uint32_t f16_of(float a) {  // nearest even
     const uint32_t sign = (bits >> 16) & 0x8000U;
     const uint32_t rest = bits & 0x7FFFFFFFU;
     if (rest > 0x7F800000U) return sign | 0x7E00U;
-    if (rest >= 0x477FF000U) return sign | 0x7C00U;                                          // rounds past 65504
-    if (rest < 0x38800000U) return sign | (bits_of(float_of(rest) + 0.5F) - bits_of(0.5F));  // subnormal: ulp of 0.5 is 2^-24
+    if (rest >= 0x477FF000U) return sign | 0x7C00U;  // rounds past 65504
+    if (rest < 0x38800000U)
+        return sign | (bits_of(float_of(rest) + 0.5F) - bits_of(0.5F));  // subnormal: ulp of 0.5 is 2^-24
     return sign | ((rest + 0xC8000FFFU + ((rest >> 13) & 1U)) >> 13);
 }
 
 #if defined(EMOE_GENERIC_LOADS)
 inline V vload_bf16(const uint16_t* p) {
     V r;
-    for (int l = 0; l < L; ++l) r.f[l] = float_of((uint32_t)half_at(reinterpret_cast<const unsigned char*>(p + l)) << 16);
+    for (int l = 0; l < L; ++l)
+        r.f[l] = float_of((uint32_t)half_at(reinterpret_cast<const unsigned char*>(p + l)) << 16);
     return r;
 }
 inline V vload_f16(const uint16_t* p) {

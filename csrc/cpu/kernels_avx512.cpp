@@ -6,5 +6,6 @@
 #define EMOE_ISA_NAME "avx512"
 
 #include "cpu/vectors_avx512.inl"
-#include "cpu/kernels.inl"
+
+#include "cpu/kernels.inl"  // uses the vectors
 #endif

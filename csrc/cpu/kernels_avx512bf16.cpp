@@ -7,5 +7,6 @@
 #define EMOE_BF16_PAIRS
 
 #include "cpu/vectors_avx512.inl"
-#include "cpu/kernels.inl"
+
+#include "cpu/kernels.inl"  // uses the vectors
 #endif

@@ -1,4 +1,10 @@
 // Sixteen lanes, shared by the two AVX-512 units.
+
+// GCC 12 calls its own _mm512_undefined_ps() uninitialized (GCC PR 105593), wherever an intrinsic is inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 namespace emoe::cpu {

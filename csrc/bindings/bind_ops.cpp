@@ -1,0 +1,123 @@
+// The compute side of emoe._C: addresses and shapes in, no tensors.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "core/error.hpp"
+#include "core/gather_mlp.hpp"
+#include "core/parallel.hpp"
+#include "cpu/gather_mlp.hpp"
+#include "cpu/kernels.hpp"
+
+namespace py = pybind11;
+
+namespace emoe {
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+MlpLayout make_layout(std::int64_t hidden, std::int64_t intermediate, std::int64_t hidden_out, const std::string& dtype,
+                      bool has_gate, bool interleaved, bool transposed, const std::string& activation,
+                      std::int64_t gate_up_offset, std::int64_t down_offset, float alpha, float limit,
+                      std::int64_t gate_up_bias_offset, std::int64_t down_bias_offset) {
+    MlpLayout layout;
+    layout.hidden = hidden;
+    layout.intermediate = intermediate;
+    layout.hidden_out = hidden_out;
+    layout.dtype = parse_dtype(dtype);
+    layout.has_gate = has_gate;
+    layout.interleaved = interleaved;
+    layout.transposed = transposed;
+    layout.activation = parse_activation(activation);
+    layout.alpha = alpha;
+    layout.limit = limit;
+    layout.gate_up_offset = gate_up_offset;
+    layout.gate_up_bias_offset = gate_up_bias_offset;
+    layout.down_offset = down_offset;
+    layout.down_bias_offset = down_bias_offset;
+    validate(layout);
+    return layout;
+}
+
+void gather_mlp(const MlpLayout& layout, std::uintptr_t slab_address, std::int64_t slot_bytes, const py::array& slot_of,
+                std::uintptr_t hidden_ptr, const std::string& hidden_dtype, std::int64_t tokens,
+                std::uintptr_t index_ptr, std::uintptr_t weights_ptr, const std::string& weights_dtype,
+                std::int64_t top_k, std::uintptr_t out_ptr, const std::string& mode) {
+    if (!py::isinstance<py::array_t<std::int32_t, py::array::c_style>>(slot_of) || slot_of.ndim() != 1) {
+        throw Error(ErrorKind::kConfig, "slot_of must be a contiguous int32 numpy array of one dimension");
+    }
+    GatherMlp op;
+    op.layout = layout;
+    op.slab = pointer<const std::byte>(slab_address);
+    op.slot_bytes = slot_bytes;
+    op.slot_of = {static_cast<const std::int32_t*>(slot_of.data()), static_cast<std::size_t>(slot_of.size())};
+    op.hidden = pointer<const void>(hidden_ptr);
+    op.hidden_dtype = parse_dtype(hidden_dtype);
+    op.tokens = tokens;
+    op.index = pointer<const std::int64_t>(index_ptr);
+    op.weights = pointer<const void>(weights_ptr);
+    op.weights_dtype = parse_dtype(weights_dtype);
+    op.top_k = top_k;
+    op.out = pointer<float>(out_ptr);
+    op.mode = parse_out_mode(mode);
+    const py::gil_scoped_release release;
+    cpu::gather_mlp(op);
+}
+
+void combine(std::uintptr_t pairs_ptr, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out,
+             std::uintptr_t out_ptr, const std::string& out_dtype) {
+    const DType dtype = parse_dtype(out_dtype);
+    const py::gil_scoped_release release;
+    cpu::combine(pointer<const float>(pairs_ptr), tokens, top_k, hidden_out, pointer<void>(out_ptr), dtype);
+}
+
+}  // namespace
+
+void bind_ops(py::module_& module) {
+    using py::arg;
+    py::class_<MlpLayout>(module, "MlpLayout", "How one expert's tensors lie in a slot; offsets in bytes, -1: no bias.")
+        .def(py::init(&make_layout), arg("hidden"), arg("intermediate"), arg("hidden_out"), arg("dtype"),
+             arg("has_gate"), arg("interleaved"), arg("transposed"), arg("activation"), py::kw_only(),
+             arg("gate_up_offset"), arg("down_offset"), arg("alpha") = 1.702F, arg("limit") = 0.0F,
+             arg("gate_up_bias_offset") = -1, arg("down_bias_offset") = -1)
+        .def_readonly("hidden", &MlpLayout::hidden)
+        .def_readonly("intermediate", &MlpLayout::intermediate)
+        .def_readonly("hidden_out", &MlpLayout::hidden_out)
+        .def_readonly("has_gate", &MlpLayout::has_gate)
+        .def_readonly("interleaved", &MlpLayout::interleaved)
+        .def_readonly("transposed", &MlpLayout::transposed)
+        .def_readonly("alpha", &MlpLayout::alpha)
+        .def_readonly("limit", &MlpLayout::limit)
+        .def_readonly("gate_up_offset", &MlpLayout::gate_up_offset)
+        .def_readonly("gate_up_bias_offset", &MlpLayout::gate_up_bias_offset)
+        .def_readonly("down_offset", &MlpLayout::down_offset)
+        .def_readonly("down_bias_offset", &MlpLayout::down_bias_offset)
+        .def_property_readonly("dtype", [](const MlpLayout& a) { return std::string(dtype_name(a.dtype)); })
+        .def_property_readonly("activation",
+                               [](const MlpLayout& a) { return std::string(activation_name(a.activation)); })
+        .def_property_readonly("slot_extent", &slot_extent, "Bytes of the smallest slot that holds the layout.");
+    module.def("isa", [] { return std::string(cpu::active_kernels().name); }, "The instruction set in use.");
+    module.def("available_isas", &cpu::available_isas, "What this CPU can run, best first.");
+    module.def("set_threads", &set_threads, arg("n"), "Threads of the kernels, for the whole process.");
+    module.def("threads", &threads);
+    module.def("supports", &cpu::supports, arg("layout"));
+    module.def("gather_mlp", &gather_mlp, arg("layout"), arg("slab_address"), arg("slot_bytes"), arg("slot_of"),
+               arg("hidden_ptr"), arg("hidden_dtype"), arg("tokens"), arg("index_ptr"), arg("weights_ptr"),
+               arg("weights_dtype"), arg("top_k"), arg("out_ptr"), arg("mode"));
+    module.def("combine", &combine, arg("pairs_ptr"), arg("tokens"), arg("top_k"), arg("hidden_out"), arg("out_ptr"),
+               arg("out_dtype"));
+    module.def(
+        "read_seconds",
+        [](std::uintptr_t address, std::int64_t bytes) {
+            const py::gil_scoped_release release;
+            return cpu::read_seconds(pointer<const void>(address), bytes);
+        },
+        arg("address"), arg("nbytes"), "Seconds to read `nbytes` once with every thread (benchmarks).");
+}
+
+}  // namespace emoe

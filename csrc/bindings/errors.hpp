@@ -1,0 +1,6 @@
+// Registers the translation of emoe::Error into the classes of emoe.errors.
+#pragma once
+
+namespace emoe {
+void register_errors();
+}

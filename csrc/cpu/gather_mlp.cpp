@@ -1,0 +1,267 @@
+#include "cpu/gather_mlp.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include "core/error.hpp"
+#include "core/parallel.hpp"
+#include "cpu/kernels.hpp"
+
+namespace emoe::cpu {
+namespace {
+
+// A group of chunks shares the scratch between two barriers. One expert's chunk shrinks to keep inside it.
+constexpr std::int64_t kGroupUnits = (12 << 20) / 4;
+constexpr std::int64_t kSerialLoadElements = 1 << 16;  // below this a parallel loop costs more than it saves
+// Columns of one narrow task. Row-major: enough rows to amortize a task, few enough to share one expert among
+// threads. Transposed: wide enough that each weight row is a run of several cache lines.
+constexpr std::int64_t kRowTask = 32;
+constexpr std::int64_t kColumnTask = 256;
+
+std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Freed with the thread; grows to kGroupUnits and, for the largest experts, one smallest chunk.
+class Scratch {
+  public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(data_); }
+    std::uint32_t* take(std::int64_t units) {
+        if (units > units_) {
+            std::free(data_);
+            units_ = 0;
+            data_ =
+                static_cast<std::uint32_t*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(units, 16) * 4)));
+            if (data_ == nullptr) throw std::bad_alloc();
+            units_ = units;
+        }
+        return data_;
+    }
+
+  private:
+    std::uint32_t* data_ = nullptr;
+    std::int64_t units_ = 0;
+};
+
+float weight_at(const void* weights, DType dtype, std::int64_t i) {
+    if (dtype == DType::kFloat32) return static_cast<const float*>(weights)[i];
+    const std::uint16_t half = static_cast<const std::uint16_t*>(weights)[i];
+    return dtype == DType::kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
+}
+
+// The pairs of this call, sorted by expert, then by position.
+struct Routed {
+    std::vector<std::int64_t> begin;  // [E + 1]
+    std::vector<std::int64_t> token;
+    std::vector<std::int64_t> out_row;
+    std::vector<float> weight;
+};
+
+Routed route(const GatherMlp& op) {
+    const auto experts = static_cast<std::int64_t>(op.slot_of.size());
+    const auto takes_part = [&](std::int64_t id) { return id >= 0 && id < experts && op.slot_of[id] >= 0; };
+    Routed routed;
+    routed.begin.assign(static_cast<std::size_t>(experts + 1), 0);
+    for (std::int64_t p = 0; p < op.tokens * op.top_k; ++p) {
+        if (takes_part(op.index[p])) ++routed.begin[op.index[p] + 1];
+    }
+    std::partial_sum(routed.begin.begin(), routed.begin.end(), routed.begin.begin());
+    const std::int64_t pairs = routed.begin.back();
+    routed.token.resize(pairs);
+    routed.out_row.resize(pairs);
+    routed.weight.resize(pairs);
+    std::vector<std::int64_t> next(routed.begin.begin(), routed.begin.end() - 1);
+    for (std::int64_t t = 0; t < op.tokens; ++t) {
+        const std::int64_t* ids = op.index + t * op.top_k;
+        for (std::int64_t k = 0; k < op.top_k; ++k) {
+            if (!takes_part(ids[k])) continue;
+            const std::int64_t at = next[ids[k]]++;
+            routed.token[at] = t;
+            routed.weight[at] = weight_at(op.weights, op.weights_dtype, t * op.top_k + k);
+            routed.out_row[at] = t;
+            if (op.mode == OutMode::kAccumulate) continue;
+            std::int64_t rank = 0;  // over all K ids, also those of other calls
+            for (std::int64_t j = 0; j < op.top_k; ++j) rank += ids[j] < ids[k] || (ids[j] == ids[k] && j < k);
+            routed.out_row[at] = t * op.top_k + rank;
+        }
+    }
+    return routed;
+}
+
+std::int64_t units_of(bool pairs, std::int64_t depth) { return pairs ? (depth + 1) / 2 : depth; }
+
+// Rows of the largest wide chunk whose x and h fit into the scratch of one group.
+std::int64_t wide_rows(const MlpLayout& a, bool pairs, std::int64_t lanes) {
+    const std::int64_t per_row = units_of(pairs, a.hidden) + units_of(pairs, a.intermediate);
+    const std::int64_t fit = kGroupUnits / per_row / (2 * lanes) * (2 * lanes);
+    return std::clamp<std::int64_t>(fit, 2 * lanes, kWideRows);
+}
+
+std::vector<Chunk> cut(const GatherMlp& op, const Routed& routed, bool pairs, const Kernels& kernels) {
+    const std::int64_t most = wide_rows(op.layout, pairs, kernels.lanes);
+    std::vector<Chunk> chunks;
+    for (std::size_t e = 0; e < op.slot_of.size(); ++e) {
+        const std::int64_t begin = routed.begin[e];
+        const std::int64_t rows = routed.begin[e + 1] - begin;
+        const bool wide = rows > kNarrowRows;  // of the whole expert: a short last chunk stays on the same path
+        for (std::int64_t at = 0; at < rows; at += most) {
+            const std::int64_t count = std::min(most, rows - at);
+            Chunk chunk{};
+            chunk.slot = reinterpret_cast<const unsigned char*>(op.slab) + op.slot_of[e] * op.slot_bytes;
+            chunk.token = routed.token.data() + begin + at;
+            chunk.out_row = routed.out_row.data() + begin + at;
+            chunk.weight = routed.weight.data() + begin + at;
+            chunk.rows = static_cast<int>(count);
+            chunk.padded = static_cast<int>(round_up(count, kernels.lanes));
+            chunk.wide = wide;
+            chunks.push_back(chunk);
+        }
+    }
+    return chunks;
+}
+
+// Units of x, then of x and h together.
+std::pair<std::int64_t, std::int64_t> sizes_of(const Chunk& chunk, const MlpLayout& a, bool pairs) {
+    if (!chunk.wide) {
+        const std::int64_t x = chunk.rows * round_up(a.hidden, kRowPad);
+        return {x, x + chunk.rows * round_up(a.intermediate, kRowPad)};
+    }
+    const std::int64_t x = round_up(chunk.padded * units_of(pairs, a.hidden), 16);
+    return {x, x + round_up(chunk.padded * units_of(pairs, a.intermediate), 16)};
+}
+
+// fn(chunk, first column, end) over every chunk and block of columns.
+template <typename Fn>
+void for_blocks(std::span<const Chunk> chunks, std::int64_t columns, std::int64_t block, Fn&& fn) {
+    const std::int64_t blocks = (columns + block - 1) / block;
+    parallel_for(blocks * static_cast<std::int64_t>(chunks.size()), [&](std::int64_t i) {
+        const std::int64_t from = i % blocks * block;
+        fn(chunks[i / blocks], from, std::min(columns, from + block));
+    });
+}
+
+void run_group(const Job& job, std::span<const Chunk> chunks, const Kernels& kernels) {
+    const MlpLayout& a = *job.layout;
+    const std::int64_t rows = std::accumulate(chunks.begin(), chunks.end(), std::int64_t{0},
+                                              [](std::int64_t sum, const Chunk& c) { return sum + c.rows; });
+    if (rows * a.hidden <= kSerialLoadElements) {
+        for (const Chunk& chunk : chunks) kernels.load_rows(job, chunk, 0, a.hidden);
+    } else {
+        for_blocks(chunks, a.hidden, 4 * kSubBlock, [&](const Chunk& chunk, std::int64_t k0, std::int64_t k1) {
+            kernels.load_rows(job, chunk, k0, k1);
+        });
+    }
+    const bool any_narrow = std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return !c.wide; });
+    const std::int64_t task = a.transposed && any_narrow ? kColumnTask : kRowTask;
+    for_blocks(chunks, a.intermediate, task,
+               [&](const Chunk& chunk, std::int64_t i0, std::int64_t i1) { kernels.gate_up(job, chunk, i0, i1); });
+    if (!job.accumulate) {
+        for_blocks(chunks, a.hidden_out, 2 * task,
+                   [&](const Chunk& chunk, std::int64_t n0, std::int64_t n1) { kernels.down(job, chunk, n0, n1); });
+        return;
+    }
+    // Several experts add to one row: a block of columns belongs to one thread, experts in ascending order.
+    const std::int64_t blocks = (a.hidden_out + 2 * task - 1) / (2 * task);
+    parallel_for(blocks, [&](std::int64_t b) {
+        const std::int64_t from = b * 2 * task;
+        for (const Chunk& chunk : chunks) kernels.down(job, chunk, from, std::min(a.hidden_out, from + 2 * task));
+    });
+}
+
+}  // namespace
+
+bool supports(const MlpLayout& layout) noexcept {
+    try {
+        validate(layout);
+    } catch (...) {
+        return false;
+    }
+    return layout.dtype == DType::kFloat32 || layout.dtype == DType::kBFloat16 || layout.dtype == DType::kFloat16;
+}
+
+void gather_mlp(const GatherMlp& op) { gather_mlp(op, active_kernels()); }
+
+void gather_mlp(const GatherMlp& op, const Kernels& kernels) {
+    validate(op);
+    if (op.tokens == 0) return;
+    const bool pairs = kernels.bf16_pairs && op.hidden_dtype == DType::kBFloat16 && op.layout.dtype == DType::kBFloat16;
+    const Routed routed = route(op);
+    std::vector<Chunk> chunks = cut(op, routed, pairs, kernels);
+    Job job{};
+    job.layout = &op.layout;
+    job.hidden = op.hidden;
+    job.hidden_dtype = op.hidden_dtype;
+    job.out = op.out;
+    job.accumulate = op.mode == OutMode::kAccumulate;
+    job.pairs = pairs;
+
+    thread_local Scratch scratch;
+    for (std::size_t first = 0; first < chunks.size();) {
+        std::int64_t units = 0;
+        std::size_t end = first;
+        for (; end < chunks.size(); ++end) {
+            const std::int64_t more = sizes_of(chunks[end], op.layout, pairs).second;
+            if (end > first && units + more > kGroupUnits) break;
+            units += more;
+        }
+        std::uint32_t* at = scratch.take(units);
+        for (std::size_t c = first; c < end; ++c) {
+            const auto [x, both] = sizes_of(chunks[c], op.layout, pairs);
+            chunks[c].x = at;
+            chunks[c].h = at + x;
+            at += both;
+        }
+        run_group(job, std::span(chunks).subspan(first, end - first), kernels);
+        first = end;
+    }
+}
+
+void combine(const float* pairs, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out, void* out,
+             DType out_dtype) {
+    combine(pairs, tokens, top_k, hidden_out, out, out_dtype, active_kernels());
+}
+
+void combine(const float* pairs, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out, void* out,
+             DType out_dtype, const Kernels& kernels) {
+    const bool known = out_dtype == DType::kFloat32 || out_dtype == DType::kBFloat16 || out_dtype == DType::kFloat16;
+    if (!known) {
+        throw Error(ErrorKind::kConfig,
+                    "out_dtype '" + std::string(dtype_name(out_dtype)) + "' is not one of: float32, float16, bfloat16");
+    }
+    if (tokens < 0 || top_k < 1 || hidden_out < 1) {
+        throw Error(ErrorKind::kConfig, "combine needs tokens >= 0, top_k >= 1 and hidden_out >= 1");
+    }
+    if (tokens == 0) return;
+    if (pairs == nullptr || out == nullptr) throw Error(ErrorKind::kConfig, "pairs_ptr or out_ptr is 0");
+    auto* bytes = static_cast<unsigned char*>(out);
+    const auto one = [&](std::int64_t t) {
+        kernels.combine(pairs + t * top_k * hidden_out, top_k, hidden_out, bytes + t * hidden_out * itemsize(out_dtype),
+                        out_dtype);
+    };
+    if (tokens * top_k * hidden_out <= kSerialLoadElements) {
+        for (std::int64_t t = 0; t < tokens; ++t) one(t);
+    } else {
+        parallel_for(tokens, one);
+    }
+}
+
+double read_seconds(const void* data, std::int64_t bytes) {
+    constexpr std::int64_t kBlock = 1 << 20;
+    const Kernels& kernels = active_kernels();
+    const std::int64_t blocks = (bytes + kBlock - 1) / kBlock;
+    std::vector<float> sums(static_cast<std::size_t>(blocks));  // kept, so that no load can be left out
+    const auto start = std::chrono::steady_clock::now();
+    parallel_for(blocks, [&](std::int64_t b) {
+        sums[b] =
+            kernels.read(static_cast<const unsigned char*>(data) + b * kBlock, std::min(kBlock, bytes - b * kBlock));
+    });
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace emoe::cpu

@@ -1,0 +1,310 @@
+// Conformance: one table of cases, every instruction-set unit against the fp64 reference.
+#include <algorithm>
+#include <cstdlib>
+#include <iostream>
+
+#include "core/parallel.hpp"
+#include "cpu/gather_mlp.hpp"
+#include "cpu/kernels.hpp"
+#include "tests/check.hpp"
+#include "tests/kernel_cases.hpp"
+
+using namespace emoe;
+using emoe::test::MlpCase;
+using emoe::test::Problem;
+
+namespace {
+
+constexpr DType F32 = DType::kFloat32;
+constexpr DType BF16 = DType::kBFloat16;
+constexpr DType F16 = DType::kFloat16;
+constexpr const char* kAllIsas[] = {"avx512bf16", "avx512", "avx2", "scalar"};
+
+// clang-format off
+const MlpCase kCases[] = {
+    // what, weights, hidden, routing, T, K, E, H, I, Ho, activation, gate, interleaved, transposed, bias, gap
+    {"one row",                      F32,  F32,  F32,  1,  2, 4, 64, 32, 64, Activation::kSilu},
+    {"one row bf16",                 BF16, BF16, BF16, 1,  2, 4, 64, 32, 64, Activation::kSilu},
+    {"one row f16",                  F16,  F16,  F16,  1,  2, 4, 64, 32, 64, Activation::kSilu},
+    {"few rows, odd sizes",          F32,  F32,  F32,  7,  3, 4, 37, 19, 23, Activation::kSilu},
+    {"few rows, odd sizes bf16",     BF16, BF16, F32,  7,  3, 4, 37, 19, 23, Activation::kSilu},
+    {"few rows, odd sizes f16",      F16,  F32,  BF16, 7,  3, 4, 37, 19, 23, Activation::kGeluTanh},
+    {"sizes of one",                 BF16, BF16, F32,  12, 1, 1, 1,  1,  1,  Activation::kSilu},
+    {"many rows",                    F32,  F32,  F32,  40, 2, 3, 96, 80, 96, Activation::kSilu},
+    {"many rows bf16",               BF16, BF16, BF16, 40, 2, 3, 96, 80, 96, Activation::kSilu},
+    {"many rows f16",                F16,  F16,  F16,  40, 2, 3, 96, 80, 96, Activation::kSilu},
+    {"bf16 weights, fp32 hidden",    BF16, F32,  F32,  40, 2, 3, 70, 33, 70, Activation::kSilu},
+    {"f32 weights, bf16 hidden",     F32,  BF16, F32,  40, 2, 3, 70, 33, 70, Activation::kSilu},
+    {"deeper than one depth block",  F32,  F32,  F32,  33, 1, 1, 600, 70, 65, Activation::kSilu},
+    {"deeper, bf16, odd",            BF16, BF16, F32,  33, 1, 1, 1031, 71, 65, Activation::kSilu},
+    {"deeper, transposed bf16, odd", BF16, BF16, F32,  33, 1, 1, 1031, 71, 65, Activation::kSilu, true, false, true},
+    {"more rows than a chunk",       F32,  F32,  F32,  300, 1, 1, 40, 24, 40, Activation::kSilu},
+    {"more rows than a chunk bf16",  BF16, BF16, F32,  300, 1, 1, 40, 24, 40, Activation::kSilu},
+    {"wide outputs",                 BF16, F32,  F32,  3,  1, 1, 16, 600, 1100, Activation::kSilu},
+    {"wide outputs, transposed",     BF16, F32,  F32,  3,  1, 1, 16, 600, 1100, Activation::kSilu, true, false, true},
+    {"unaligned slots",              F32,  F32,  F32,  9,  2, 3, 37, 19, 23, Activation::kSilu, true, false, false, true, 3},
+    {"unaligned slots bf16",         BF16, BF16, F32,  30, 2, 3, 37, 19, 23, Activation::kSilu, true, false, true, true, 1},
+    {"gpt_oss",                      BF16, BF16, BF16, 5,  2, 4, 48, 40, 48, Activation::kSwigluClamped, true, true, true, true},
+    {"gpt_oss, many rows",           BF16, BF16, BF16, 50, 2, 4, 48, 40, 48, Activation::kSwigluClamped, true, true, true, true},
+    {"gpt_oss, fp32, odd",           F32,  F32,  F32,  50, 2, 4, 45, 37, 51, Activation::kSwigluClamped, true, true, true, true},
+    {"silu_clamped",                 F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kSiluClamped},
+    {"interleaved, row-major",       F32,  F32,  F32,  20, 2, 4, 48, 41, 48, Activation::kSilu, true, true, false, true},
+    {"transposed",                   F32,  F32,  F32,  20, 2, 4, 48, 41, 48, Activation::kSilu, true, false, true, true},
+    {"transposed f16",               F16,  F16,  F32,  4,  2, 4, 48, 41, 48, Activation::kSilu, true, false, true, true},
+    {"no gate, relu2",               F32,  F32,  F32,  20, 2, 4, 48, 41, 48, Activation::kRelu2, false},
+    {"no gate, few rows bf16",       BF16, BF16, F32,  3,  2, 4, 48, 41, 48, Activation::kRelu2, false},
+    {"no gate, transposed",          BF16, BF16, F32,  30, 2, 4, 48, 41, 48, Activation::kRelu, false, false, true, true},
+    {"gelu",                         F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kGelu},
+    {"gelu_tanh",                    F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kGeluTanh},
+    {"relu",                         F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kRelu},
+    {"identity",                     F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kIdentity},
+};
+// clang-format on
+
+std::vector<float> run(const Problem& p, const cpu::Kernels& kernels, OutMode mode = OutMode::kPairs) {
+    const std::int64_t rows = mode == OutMode::kPairs ? p.c.T * p.c.K : p.c.T;
+    std::vector<float> out(static_cast<std::size_t>(rows * p.layout.hidden_out));
+    cpu::gather_mlp(p.op(out.data(), mode), kernels);
+    return out;
+}
+
+// Relative to the largest value: fp32 rounding only, except where the unit rounds h to bf16 (docs/kernels.md).
+double tolerance(const Problem& p, const cpu::Kernels& kernels) {
+    return kernels.bf16_pairs && p.c.hidden == BF16 && p.c.weights == BF16 ? 8e-3 : 4e-6;
+}
+
+void check_close(const std::vector<float>& got, const std::vector<double>& want, double relative,
+                 const std::string& what) {
+    CHECK_EQ(got.size(), want.size());
+    double largest = 1e-30;
+    for (const double value : want) largest = std::max(largest, std::fabs(value));
+    for (std::size_t i = 0; i < got.size(); ++i) {
+        const double error = std::fabs(got[i] - want[i]) / largest;
+        if (error <= relative) continue;  // false also for NaN
+        throw std::runtime_error(what + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", not " +
+                                 std::to_string(want[i]) + " (error " + std::to_string(error) + ")");
+    }
+}
+
+template <typename Fn>
+void for_each_isa(Fn&& fn) {
+    const std::vector<std::string> here = cpu::available_isas();
+    for (const char* isa : kAllIsas) {
+        if (std::find(here.begin(), here.end(), isa) == here.end()) {
+            std::cout << "not supported on this CPU: " << isa << "\n";
+            continue;
+        }
+        fn(cpu::kernels_named(isa));
+    }
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+MlpCase case_named(const std::string& what) {
+    for (const MlpCase& c : kCases) {
+        if (c.what == what) return c;
+    }
+    throw std::runtime_error("no case " + what);
+}
+
+}  // namespace
+
+TEST("every unit agrees with the fp64 reference on every case") {
+    for_each_isa([](const cpu::Kernels& kernels) {
+        for (const MlpCase& c : kCases) {
+            const Problem p(c);
+            const std::vector<double> want = test::reference(p);
+            const std::string what = std::string(kernels.name) + ", " + c.what;
+            check_close(run(p, kernels), want, tolerance(p, kernels), what);
+
+            std::vector<double> sums(static_cast<std::size_t>(c.T * c.Ho));
+            for (std::int64_t i = 0; i < c.T * c.K * c.Ho; ++i) sums[i / (c.K * c.Ho) * c.Ho + i % c.Ho] += want[i];
+            check_close(run(p, kernels, OutMode::kAccumulate), sums, 2 * tolerance(p, kernels), what + ", accumulate");
+            const std::vector<float> pairs = run(p, kernels);
+            std::vector<float> combined(static_cast<std::size_t>(c.T * c.Ho));
+            cpu::combine(pairs.data(), c.T, c.K, c.Ho, combined.data(), F32, kernels);
+            check_close(combined, sums, 2 * tolerance(p, kernels), what + ", combine");
+        }
+    });
+}
+
+TEST("ids outside the experts and experts without a slot add nothing") {
+    for_each_isa([](const cpu::Kernels& kernels) {
+        for (const char* what : {"few rows, odd sizes", "many rows"}) {
+            Problem p(case_named(what));
+            p.index[0] = -1;
+            p.index[1] = p.c.E;
+            p.index[p.c.K] = std::int64_t{1} << 62;
+            p.slot_of[1] = -1;
+            check_close(run(p, kernels), test::reference(p), 4e-6, what);
+            std::fill(p.slot_of.begin(), p.slot_of.end(), -1);
+            for (const float value : run(p, kernels)) CHECK_EQ(value, 0.0F);
+        }
+    });
+}
+
+TEST("no tokens and no experts are no error") {
+    Problem p(case_named("one row"));
+    p.c.T = 0;
+    CHECK(run(p, cpu::active_kernels()).empty());
+    Problem none(case_named("one row"));
+    none.slot_of.clear();
+    for (const float value : run(none, cpu::active_kernels())) CHECK_EQ(value, 0.0F);
+}
+
+TEST("pairs are bit-identical however experts are spread over calls and for any number of threads") {
+    const int before = threads();
+    for_each_isa([](const cpu::Kernels& kernels) {
+        for (const MlpCase& c : kCases) {
+            const Problem p(c);
+            set_threads(1);
+            const std::vector<float> want = run(p, kernels);
+            const std::vector<float> sums = run(p, kernels, OutMode::kAccumulate);
+            set_threads(3);
+            CHECK(same_bits(run(p, kernels), want));
+            CHECK(same_bits(run(p, kernels, OutMode::kAccumulate), sums));
+            std::vector<float> split(want.size());
+            for (std::int64_t e = p.c.E - 1; e >= 0; --e) {
+                Problem one = p;
+                for (std::int64_t j = 0; j < p.c.E; ++j) one.slot_of[j] = j == e ? p.slot_of[j] : -1;
+                cpu::gather_mlp(one.op(split.data(), OutMode::kPairs), kernels);
+            }
+            CHECK(same_bits(split, want));
+        }
+    });
+    set_threads(before);
+}
+
+TEST("a row's bits do not depend on the other rows, within the narrow and within the wide path") {
+    for_each_isa([](const cpu::Kernels& kernels) {
+        for (const DType dtype : {F32, BF16}) {
+            for (const bool transposed : {false, true}) {
+                MlpCase c = case_named("deeper than one depth block");
+                c.weights = c.hidden = dtype;
+                c.transposed = transposed;
+                c.T = 8;
+                Problem narrow(c);
+                const std::vector<float> eight = run(narrow, kernels);
+                for (std::int64_t rows = 1; rows < 8; ++rows) {
+                    narrow.c.T = rows;
+                    const std::vector<float> few = run(narrow, kernels);
+                    CHECK(std::memcmp(few.data(), eight.data(), few.size() * sizeof(float)) == 0);
+                }
+                c.T = 300;
+                Problem wide(c);
+                const std::vector<float> many = run(wide, kernels);
+                for (const std::int64_t rows : {9, 16, 33, 257}) {
+                    wide.c.T = rows;
+                    const std::vector<float> some = run(wide, kernels);
+                    CHECK(std::memcmp(some.data(), many.data(), some.size() * sizeof(float)) == 0);
+                }
+            }
+        }
+    });
+}
+
+TEST("huge, infinite and NaN activations stay what IEEE makes of them") {
+    for_each_isa([](const cpu::Kernels& kernels) {
+        for (const std::int64_t rows : {1, 20}) {
+            MlpCase c{"extremes", F32, F32, F32, rows, 1, 1, 1, 1, 1, Activation::kSilu, false};
+            Problem p(c);
+            const float one = 1.0F;
+            std::memcpy(p.slab.data() + p.layout.gate_up_offset, &one, 4);
+            std::memcpy(p.slab.data() + p.layout.down_offset, &one, 4);
+            std::memcpy(p.weights.data(), &one, 4);
+            const auto silu = [&](float x) {
+                std::memcpy(p.hidden.data(), &x, 4);
+                return run(p, kernels)[0];
+            };
+            CHECK_EQ(silu(200.0F), 200.0F);
+            CHECK(std::fabs(silu(-200.0F)) < 1e-30F);
+            CHECK_EQ(silu(INFINITY), INFINITY);
+            CHECK(std::isnan(silu(NAN)));
+        }
+    });
+}
+
+TEST("combine rounds once, to nearest even, in every dtype") {
+    for_each_isa([](const cpu::Kernels& kernels) {
+        std::mt19937 random(3);
+        constexpr std::int64_t T = 3, K = 4, H = 37;
+        std::vector<float> pairs(T * K * H);
+        for (float& value : pairs) {
+            // Magnitudes from f16's subnormals to past its largest value.
+            value =
+                std::ldexp(static_cast<float>(random()) / 4294967296.0F - 0.5F, static_cast<int>(random() % 45) - 26);
+        }
+        for (const DType dtype : {F32, BF16, F16}) {
+            std::vector<std::byte> out(static_cast<std::size_t>(T * H * itemsize(dtype)));
+            cpu::combine(pairs.data(), T, K, H, out.data(), dtype, kernels);
+            for (std::int64_t i = 0; i < T * H; ++i) {
+                float sum = 0.0F;
+                for (std::int64_t k = 0; k < K; ++k) sum += pairs[(i / H * K + k) * H + i % H];
+                std::byte want[4];
+                test::put(want, dtype, sum);
+                const std::byte* got = out.data() + i * itemsize(dtype);
+                CHECK(std::memcmp(got, want, static_cast<std::size_t>(itemsize(dtype))) == 0);
+            }
+        }
+    });
+}
+
+TEST("a unit that was asked for is the one that runs: different lanes add in a different order") {
+    const Problem p(case_named("deeper than one depth block"));
+    MlpCase narrow_case = p.c;
+    narrow_case.T = 1;
+    const Problem narrow(narrow_case);
+    const std::vector<std::string> here = cpu::available_isas();
+    for (const std::string& a : here) {
+        CHECK_EQ(std::string(cpu::kernels_named(a).name), a);
+        for (const std::string& b : here) {
+            if (cpu::kernels_named(a).lanes == cpu::kernels_named(b).lanes) continue;
+            CHECK(!same_bits(run(narrow, cpu::kernels_named(a)), run(narrow, cpu::kernels_named(b))));
+        }
+    }
+}
+
+TEST("an unknown instruction set is refused by name, and one this CPU lacks as unavailable") {
+    const Error error = ERROR_OF(cpu::kernels_named("sse9"));
+    CHECK_EQ(static_cast<int>(error.kind), static_cast<int>(ErrorKind::kConfig));
+    CHECK(error.message.find("avx512bf16, avx512, avx2, scalar") != std::string::npos);
+    CHECK_ERROR(ErrorKind::kConfig, cpu::kernels_named(""));
+    const std::vector<std::string> here = cpu::available_isas();
+    for (const char* isa : kAllIsas) {
+        if (std::find(here.begin(), here.end(), isa) != here.end()) continue;
+        CHECK_ERROR(ErrorKind::kBackendUnavailable, cpu::kernels_named(isa));
+    }
+    const char* forced = std::getenv("EMOE_FORCE_ISA");
+    CHECK_EQ(std::string(cpu::active_kernels().name), forced != nullptr ? std::string(forced) : here.front());
+}
+
+TEST("layouts and calls that contradict themselves are refused") {
+    const Problem p(case_named("one row"));
+    std::vector<float> out(1000);
+    const auto refused = [&](auto&& change) {
+        GatherMlp op = p.op(out.data(), OutMode::kPairs);
+        change(op);
+        CHECK_ERROR(ErrorKind::kConfig, cpu::gather_mlp(op));
+    };
+    refused([](GatherMlp& op) { op.layout.hidden = 0; });
+    refused([](GatherMlp& op) { op.layout.gate_up_offset = -1; });
+    refused([](GatherMlp& op) { op.layout.has_gate = false, op.layout.interleaved = true; });
+    refused([](GatherMlp& op) { op.layout.activation = Activation::kSwigluClamped, op.layout.limit = 0.0F; });
+    refused([](GatherMlp& op) { op.layout.dtype = DType::kInt8; });
+    refused([](GatherMlp& op) { op.hidden_dtype = DType::kFloat64; });
+    refused([](GatherMlp& op) { op.weights_dtype = DType::kInt64; });
+    refused([](GatherMlp& op) { op.slot_bytes -= 1; });
+    refused([](GatherMlp& op) { op.top_k = 0; });
+    refused([](GatherMlp& op) { op.tokens = -1; });
+    refused([](GatherMlp& op) { op.out = nullptr; });
+    CHECK_ERROR(ErrorKind::kConfig, parse_activation("swish"));
+    CHECK_ERROR(ErrorKind::kConfig, parse_out_mode("sum"));
+    CHECK(cpu::supports(p.layout));
+    MlpLayout other = p.layout;
+    other.dtype = DType::kInt8;
+    CHECK(!cpu::supports(other));
+}
+
+EMOE_TEST_MAIN

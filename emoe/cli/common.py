@@ -1,0 +1,213 @@
+"""What the commands share: arguments, output, and wording."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emoe.errors import CheckpointError, ConfigError, EmoeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+READERS = ("auto", "uring", "pread")
+KERNELS = ("native", "stock")
+ROUTINGS = ("exact",)
+DEFAULT_CONTEXT = 2048
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CONTROL = {code: None for code in (*range(9), *range(11, 32), 127)}
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """--json, --verbose and --debug, where the command has not defined them itself."""
+    group = parser.add_argument_group("output")
+    for names, options in (
+        (("--json",), {"action": "store_true", "help": "one JSON object on stdout; everything else goes to stderr"}),
+        (("-v", "--verbose"), {"action": "store_true", "help": "log what emoe decides to stderr"}),
+        (("--debug",), {"action": "store_true", "help": "log everything, and show tracebacks of errors"}),
+    ):
+        with contextlib.suppress(argparse.ArgumentError):
+            group.add_argument(*names, **options)  # type: ignore[arg-type]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --memory-budget, --dtype."""
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", type=model_path, help="checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B"
+    )
+    parser.add_argument(
+        "--memory-budget",
+        default="auto",
+        metavar="BYTES",
+        type=memory_budget,
+        help="everything the model keeps in memory: bytes (4GiB, 512MiB, 8000000000), a share of the routed experts "
+        "(0.25 or 25%%), or 'auto' for what is free now (default: auto)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="of the weights in memory; auto is the checkpoint's own (choices: %(choices)s)",
+        metavar="TYPE",
+    )
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: 0.25 or 25%, over 0 and up to 1."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share over 0 and up to 1, such as 0.25 or 25%")
+    return value
+
+
+def memory_budget(text: str) -> int | str | float:
+    """An argparse type: what `memory_budget` of the library takes, from text."""
+    from emoe.config import parse_budget
+
+    value: int | str | float = text.strip()
+    if text.endswith("%") or re.fullmatch(r"[01]?\.\d*", text):
+        value = share(text)
+    elif text.isdecimal():
+        value = int(text)
+    try:
+        parse_budget(value)
+    except EmoeError as error:
+        raise argparse.ArgumentTypeError(one_line(error)) from None
+    return value
+
+
+def model_path(text: str) -> str:
+    """An argparse type: an existing checkpoint folder, or what may be a hub id."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise argparse.ArgumentTypeError(f"{text!r} has no config.json; a checkpoint folder of Transformers is needed")
+        return str(path)
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; give the folder that holds config.json")
+    if not _HUB_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder here, and no hub id such as Qwen/Qwen3-30B-A3B")
+    return text
+
+
+def set_up_output(args: argparse.Namespace) -> None:
+    """Logging to stderr; text that the terminal cannot show is replaced rather than fatal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    level = logging.DEBUG if args.debug else logging.INFO if args.verbose else logging.WARNING
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("emoe")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level)
+
+
+def quiet_transformers() -> None:
+    """Silences its warnings, and its bars where nobody watches."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one object on stdout."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def error_fields(error: Exception, message: str) -> dict[str, Any]:
+    """An error for JSON: its message, its class, and the values it carries (BudgetError: needed, budget)."""
+    fields: dict[str, Any] = {"error": message, "kind": type(error).__name__.lstrip("_")}
+    for name in ("needed", "budget", "file", "tensor", "offset", "nbytes"):
+        if isinstance(error, EmoeError) and hasattr(error, name):
+            fields[name] = getattr(error, name)
+    return fields
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks; the class name where there is none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that marks nothing up on its own."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+
+def printable(text: str) -> str:
+    """Without control characters, so that a model cannot drive the terminal."""
+    return text.translate(_CONTROL)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+@contextlib.contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Lets an interrupt say what it interrupted: "while <what>"."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            raise
+        raise KeyboardInterrupt(f"while {what}") from None
+
+
+@contextlib.contextmanager
+def checkpoint_errors(model: str) -> Iterator[None]:
+    """Transformers' complaints about a checkpoint become CheckpointError, with the model's name and the first sentence."""
+    try:
+        yield
+    except EmoeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: {one_line(error)[:400]}", file=model) from error
+
+
+def read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt of --prompt or --prompt-file; "-" is standard input.
+
+    Raises:
+        ConfigError: it is empty, or the file is not there or not UTF-8.
+    """
+    if prompt == "-" or file == "-":
+        text, source = sys.stdin.read(), "standard input"
+    elif file is not None:
+        try:
+            text, source = Path(file).expanduser().read_text(encoding="utf-8"), file
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt-file {file!r} cannot be read: {error}") from error
+    else:
+        text, source = prompt or "", "--prompt"
+    if not text.strip():
+        raise ConfigError(f"the prompt of {source} is empty")
+    return text.rstrip("\n")

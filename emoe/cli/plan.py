@@ -1,0 +1,116 @@
+"""`emoe plan`: what fits into a budget, from the config and file headers alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from emoe.cli import common
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from emoe.planning import Plan
+
+_EPILOG = """\
+examples:
+  emoe plan --model ./Qwen3-30B-A3B --memory-budget 8GiB
+  emoe plan --model ./Qwen3-30B-A3B --memory-budget 25% --context 8192 --batch 4
+  emoe plan --model ./Qwen3-30B-A3B --memory-budget 1GiB --json | jq .needed
+
+No weights are loaded. The forecast is a range: routing at random, to routing that recurs as in public traces. A budget that
+is too small ends with status 2 and the smallest that works (in --json: error, needed, budget; in bytes).
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    common.add_model_arguments(parser)
+    parser.add_argument(
+        "--context",
+        type=common.positive,
+        default=common.DEFAULT_CONTEXT,
+        metavar="TOKENS",
+        help=f"tokens of KV cache, per sequence (default: {common.DEFAULT_CONTEXT})",
+    )
+    parser.add_argument(
+        "--batch", type=common.positive, default=1, metavar="N", help="sequences that run at once (default: 1)"
+    )
+    parser.add_argument(
+        "--no-forecast",
+        action="store_true",
+        help="leave the speed forecast out (it measures memory and disk for about a second, once a day)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    with common.stage("planning"):
+        import emoe
+
+        common.quiet_transformers()
+        with common.checkpoint_errors(args.model):
+            plan = emoe.plan(
+                args.model,
+                args.memory_budget,
+                dtype=args.dtype,
+                context=args.context,
+                batch=args.batch,
+                calibrate=not args.no_forecast,
+            )
+    if args.json:
+        common.print_json(plan.to_dict())
+        return 0
+    out = common.console()
+    out.print(_table(plan))
+    for warning in plan.warnings:
+        out.print(f"warning: {warning}", style="yellow", markup=False)
+    for note in plan.notes:
+        out.print(f"note: {note}", style="dim", markup=False)
+    return 0
+
+
+def _table(plan: Plan) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from emoe.config import format_bytes
+
+    table = Table(
+        title=Text(f"{plan.model} in {format_bytes(plan.budget_bytes)}"), title_justify="left", show_header=False
+    )
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    table.add_column(style="dim", overflow="fold")
+    tokens = f"{plan.context} tokens x {plan.batch}" if plan.batch > 1 else f"{plan.context} tokens"
+    layers = len(plan.slots_per_layer)
+    rows = [
+        ("whole model", format_bytes(plan.model_bytes), plan.dtype),
+        ("routed experts", format_bytes(plan.expert_bytes), _experts(plan)),
+        None,
+        ("outside experts", format_bytes(plan.non_expert_bytes), "always in memory"),
+        ("expert slots", format_bytes(plan.slab_bytes), f"{_range(plan.slots_per_layer)} in each of {layers} layers"),
+        ("staging", format_bytes(plan.staging_bytes), "for reads and kernels"),
+        ("KV cache", format_bytes(plan.kv_bytes), tokens),
+        ("taken", format_bytes(plan.planned_bytes), f"of a budget of {format_bytes(plan.budget_bytes)}"),
+        None,
+        ("experts resident", common.percent(plan.resident_share), ""),
+        ("smallest budget", format_bytes(plan.smallest_budget), "one slot in each layer"),
+    ]
+    if plan.tokens_per_second is not None:
+        low, high = plan.tokens_per_second
+        rows.append(("forecast", f"{low:.1f} to {high:.1f} tokens/s", "routing at random, to routing that recurs"))
+    for row in rows:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _experts(plan: Plan) -> str:
+    return f"{sum(plan.experts_per_layer)}, {plan.top_k} of {_range(plan.experts_per_layer)} per token and layer"
+
+
+def _range(values: tuple[int, ...]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,248 @@
+"""`emoe run`: one prompt, answered as it is generated."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emoe.cli import common
+from emoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from emoe.cli.generate import Answer
+
+POLICIES = ("lru", "lfu")
+
+_EPILOG = """\
+examples:
+  emoe run --model ./Qwen3-30B-A3B --memory-budget 8GiB --prompt "Why is the sky blue?"
+  emoe run --model ./OLMoE-1B-7B --memory-budget 25% --prompt-file question.txt --max-new-tokens 400
+  git diff | emoe run --model ./Qwen3-30B-A3B --memory-budget 8GiB --prompt-file - --json > answer.json
+
+The text goes to stdout and one line of figures to stderr. With --temperature 0 (the default) the answer is the same
+whatever the budget. 'emoe plan' says which budgets work.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    common.add_model_arguments(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to answer; '-' reads standard input")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file; '-' is standard input")
+
+    text = parser.add_argument_group("generation")
+    text.add_argument(
+        "--max-new-tokens", type=common.positive, default=128, metavar="N", help="tokens to generate at most (default: 128)"
+    )
+    text.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put the prompt into the tokenizer's chat template (default: where it has one)",
+    )
+    text.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token each time, higher values vary more (default: 0)",
+    )
+    text.add_argument("--seed", type=int, metavar="N", help="of the random choices when the temperature is over 0")
+
+    how = parser.add_argument_group("how it runs")
+    how.add_argument(
+        "--kernels",
+        choices=common.KERNELS,
+        default="native",
+        help="emoe's own, or Transformers' loop on the slots, slow and bit-equal to it (default: native)",
+    )
+    how.add_argument(
+        "--routing",
+        choices=common.ROUTINGS,
+        default="exact",
+        help="exact reads a routed expert that is not in memory first (default: exact)",
+    )
+    how.add_argument(
+        "--policy", choices=POLICIES, default="lru", help="which expert leaves when a slot is needed (default: lru)"
+    )
+    how.add_argument(
+        "--reader", choices=common.READERS, default="auto", help="how bytes are read from disk (default: auto)"
+    )
+    how.add_argument(
+        "--context",
+        type=common.positive,
+        metavar="TOKENS",
+        help=f"tokens the budget leaves room for in the KV cache (default: {common.DEFAULT_CONTEXT}, more where the prompt "
+        "and --max-new-tokens need it)",
+    )
+
+    report = parser.add_argument_group("figures")
+    report.add_argument("--trace", metavar="FILE.npz", type=_trace_path, help="record which experts were routed to")
+    report.add_argument("--per-layer", action="store_true", help="hits and misses of every layer, too")
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _trace_path(text: str) -> Path:
+    path = Path(text).expanduser()
+    if path.suffix != ".npz":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .npz")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder of {text!r} is not there")
+    return path
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = common.read_prompt(args.prompt, args.prompt_file)
+    with common.stage(f"loading {args.model}; nothing was generated"):
+        import emoe
+        from emoe.cli import generate
+
+        common.quiet_transformers()
+        tokenizer = generate.load_tokenizer(args.model)
+        input_ids = generate.encode(tokenizer, prompt, chat=args.chat)
+        context = _context(args.context, input_ids.shape[1], args.max_new_tokens)
+        if args.seed is not None:
+            from transformers import set_seed
+
+            set_seed(args.seed)
+        with common.checkpoint_errors(args.model):
+            model = emoe.from_pretrained(
+                args.model,
+                memory_budget=args.memory_budget,
+                routing=args.routing,
+                kernels=args.kernels,
+                dtype=args.dtype,
+                context=context,
+                policy=args.policy,
+                reader=args.reader,
+            )
+    with _closing(model), _recording(model, args.trace, prompt):
+        answer = generate.answer(
+            model,
+            tokenizer,
+            input_ids,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            write=_writer(to_stderr=args.json),
+        )
+        report = _report(args, prompt, answer, model)
+    if args.json:
+        common.print_json(report)
+    else:
+        print(flush=True)
+    if args.per_layer and not args.json:
+        _print_layers(report["stats"]["layers"])
+    print(_stats_line(report), file=sys.stderr)
+    if answer.interrupted:
+        raise KeyboardInterrupt(f"after {len(answer.token_ids)} of at most {args.max_new_tokens} tokens")
+    return 0
+
+
+def _context(asked: int | None, prompt_tokens: int, max_new_tokens: int) -> int:
+    needed = prompt_tokens + max_new_tokens
+    if asked is None:
+        return max(common.DEFAULT_CONTEXT, needed)
+    if asked < needed:
+        raise ConfigError(
+            f"--context {asked} is less than the {prompt_tokens} tokens of the prompt and --max-new-tokens "
+            f"{max_new_tokens}; use --context {needed}"
+        )
+    return asked
+
+
+def _writer(*, to_stderr: bool) -> Any:
+    out = sys.stderr if to_stderr else sys.stdout
+    clean = common.printable if out.isatty() else str
+
+    def write(text: str) -> None:
+        out.write(clean(text))
+        out.flush()
+
+    return write
+
+
+@contextlib.contextmanager
+def _closing(model: Any) -> Iterator[None]:
+    """The process ends after this, so the experts are given up; that needs no warning."""
+    try:
+        yield
+    finally:
+        logger = logging.getLogger("emoe.runtime")
+        logger.setLevel(logging.ERROR)
+        model.emoe.close(restore=False)
+        logger.setLevel(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _recording(model: Any, path: Path | None, prompt: str) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with model.emoe.record(path) as recorder:
+        recorder.mark(prompt=prompt)
+        yield
+
+
+def _report(args: argparse.Namespace, prompt: str, answer: Answer, model: Any) -> dict[str, Any]:
+    from emoe.stats import process_memory
+
+    return {
+        "model": args.model,
+        "prompt": prompt,
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": len(answer.token_ids),
+        "interrupted": answer.interrupted,
+        "first_token_seconds": answer.first_token_seconds,
+        "tokens_per_second": answer.tokens_per_second,
+        "peak_memory_bytes": process_memory()["peak"],
+        "trace": str(args.trace) if args.trace else None,
+        "stats": model.emoe.stats(per_layer=args.per_layer),
+        "plan": model.emoe.plan.to_dict(),
+    }
+
+
+def _stats_line(report: dict[str, Any]) -> str:
+    from emoe.config import format_bytes
+
+    stats = report["stats"]
+    rate, first = report["tokens_per_second"], report["first_token_seconds"]
+    parts = [f"{report['new_tokens']} tokens"]
+    if first is not None:
+        parts.append(f"first after {first:.2f} s")
+    if rate is not None:
+        parts.append(f"then {rate:.1f} tokens/s")
+    parts += [
+        f"hit rate {common.percent(stats['hit_rate'])}",
+        f"read {format_bytes(stats['bytes_read'])}",
+        f"stalled {stats['stall_ms']:.0f} ms",
+        f"peak memory {format_bytes(report['peak_memory_bytes'])}",
+    ]
+    if report["trace"]:
+        parts.append(f"trace in {report['trace']}")
+    return "[" + ", ".join(parts) + "]"
+
+
+def _print_layers(layers: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table("layer", *layers[0], title="per layer", title_justify="left")
+    for number, layer in enumerate(layers):
+        table.add_row(str(number), *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in layer.values()))
+    common.console(stderr=True).print(table)

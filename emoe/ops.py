@@ -1,0 +1,128 @@
+"""The native expert kernels as functions of torch tensors: checks dtype and memory order, then passes addresses.
+
+Nothing is copied or converted here: a tensor that does not fit is refused. docs/kernels.md describes the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from emoe import native
+from emoe.errors import ConfigError
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MODES = ("pairs", "accumulate")
+
+
+class Slots(Protocol):
+    """What a slab shows of itself: `emoe._C.Slab`, or anything with an address."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+
+
+def make_layout(native_layout: Mapping[str, Any] | Any) -> Any:
+    """The `_C.MlpLayout` of a mapping of its arguments; one that is built already is returned as it is.
+
+    Raises:
+        ConfigError: a size, offset or flag contradicts another.
+        BackendUnavailable: the native module was not built.
+    """
+    module = native.load()
+    if isinstance(native_layout, module.MlpLayout):
+        return native_layout
+    return module.MlpLayout(**native_layout)
+
+
+def gather_mlp(
+    layout: Any,
+    slab: Slots,
+    slot_of: npt.NDArray[np.int32],
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    mode: str,
+) -> None:
+    """Adds the weighted output of every expert that has a slot to `out`.
+
+    Args:
+        layout: `_C.MlpLayout` of one slot.
+        slab: where the slots lie.
+        slot_of: [E] int32, the slot of each expert, -1: not in this call.
+        hidden: [T, H] float32, float16 or bfloat16.
+        index: [T, K] int64 expert ids; one outside [0, E) is skipped.
+        weights: [T, K] float32, float16 or bfloat16.
+        out: float32, zero before the first call. mode "pairs": [T, K, Ho], each pair written at the rank of its expert
+            among the token's ids; mode "accumulate": [T, Ho], added to.
+        mode: "pairs" or "accumulate".
+
+    Raises:
+        ConfigError: a tensor is not on the CPU, not contiguous, or of another dtype or shape; or a slot does not exist.
+    """
+    if mode not in _MODES:
+        raise ConfigError(f"mode '{mode}' is not one of: {', '.join(_MODES)}")
+    if index.dim() != 2:
+        raise ConfigError(f"index has shape {tuple(index.shape)}, not [T, K]")
+    T, K = index.shape
+    _check("hidden", hidden, _FLOATS, (T, layout.hidden))
+    _check("index", index, (torch.int64,), (T, K))
+    _check("weights", weights, _FLOATS, (T, K))
+    _check("out", out, (torch.float32,), (T, K, layout.hidden_out) if mode == "pairs" else (T, layout.hidden_out))
+    if slot_of.size and int(slot_of.max()) >= slab.slots:
+        raise ConfigError(f"slot_of names slot {int(slot_of.max())}, but the slab has {slab.slots} slots")
+    native.load().gather_mlp(
+        layout,
+        slab.address,
+        slab.slot_bytes,
+        slot_of,
+        hidden.data_ptr(),
+        _name(hidden.dtype),
+        T,
+        index.data_ptr(),
+        weights.data_ptr(),
+        _name(weights.dtype),
+        K,
+        out.data_ptr(),
+        mode,
+    )
+
+
+def combine(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sums [T, K, Ho] float32 pairs over the ranks, in ascending order, and rounds once: [T, Ho] of `dtype`.
+
+    Raises:
+        ConfigError: `pairs` is not a contiguous float32 tensor of three dimensions, or `dtype`
+            is not one of float32, float16, bfloat16.
+    """
+    if pairs.dim() != 3:
+        raise ConfigError(f"pairs has shape {tuple(pairs.shape)}, not [T, K, Ho]")
+    _check("pairs", pairs, (torch.float32,), tuple(pairs.shape))
+    T, K, Ho = pairs.shape
+    out = torch.empty((T, Ho), dtype=dtype)
+    native.load().combine(pairs.data_ptr(), T, K, Ho, out.data_ptr(), _name(dtype))
+    return out
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    if tensor.device.type != "cpu":
+        raise ConfigError(f"{name} is on {tensor.device}, not on the CPU")
+    if tensor.dtype not in dtypes:
+        raise ConfigError(f"{name} is {_name(tensor.dtype)}, not one of: {', '.join(map(_name, dtypes))}")
+    if tuple(tensor.shape) != shape:
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
+    if not tensor.is_contiguous():
+        raise ConfigError(f"{name} is not contiguous")
