@@ -1,0 +1,240 @@
+"""Whole-model speed against Transformers' own implementations, and against accelerate's disk offload at equal memory.
+
+python benchmarks/decode.py [--part resident|capped|both] [--rounds 5] [--limit 1GiB] [--checkpoint DIR] [--check]
+
+An OLMoE-like model of 0.86 billion parameters (8 layers, hidden 1024, 64 experts of 512, top 8, bfloat16, random
+weights). resident: everything in memory; emoe, grouped_mm, eager and batched_mm take turns in one process, the best
+round of each counts. capped: emoe and accelerate's disk offload, each in its own process inside a memory cgroup of
+--limit bytes, page cache included and cold at the start; accelerate gets the best of several memory settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from rich.console import Console
+from rich.table import Table
+
+PREFILL_TOKENS = 256
+DECODE_TARGET, PREFILL_TARGET, CAPPED_TARGET = 2.0, 2.0, 5.0
+STOCK = ("grouped_mm", "eager", "batched_mm")
+# What accelerate may put into memory; it keeps room for its largest layer inside this and needs more while loading.
+ACCELERATE_SETTINGS = ("0.3GiB", "0.45GiB", "0.6GiB")
+
+
+def prompt(tokens: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 8000, (1, tokens), generator=generator)
+
+
+@torch.no_grad()
+def prefill_seconds(model: Any, tokens: int) -> float:
+    ids = prompt(tokens)
+    started = time.perf_counter()
+    model(ids, logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def decode_seconds(model: Any, tokens: int, warm: int = 2) -> tuple[float, list[int]]:
+    """Seconds for one token (median of `tokens` greedy steps after `warm`), and the tokens."""
+    out = model(prompt(8), use_cache=True, logits_to_keep=1)
+    chosen, times = [], []
+    for step in range(warm + tokens):
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        chosen.append(int(token))
+        started = time.perf_counter()
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        if step >= warm:
+            times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2], chosen
+
+
+def resident(args: argparse.Namespace) -> dict[str, Any]:
+    """One process, everything in memory, implementations in turn."""
+    from transformers import AutoModelForCausalLM
+
+    import emoe
+
+    stock = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.bfloat16).eval()
+    ours = emoe.from_pretrained(args.checkpoint, memory_budget=1.0)
+    best: dict[str, dict[str, float]] = {}
+    prefill_seconds(ours, PREFILL_TOKENS)  # fills the slots
+    for round_ in range(args.rounds):
+        for name in ("emoe", *STOCK):
+            if name == "batched_mm" and round_:
+                continue  # several seconds a token; one round shows it
+            model = ours if name == "emoe" else stock
+            if name != "emoe":
+                stock.set_experts_implementation(name)
+            short = name == "batched_mm"
+            decode, _ = decode_seconds(model, 4 if short else args.tokens)
+            prefill = float("inf") if short else prefill_seconds(model, PREFILL_TOKENS)
+            row = best.setdefault(name, {"decode": float("inf"), "prefill": float("inf")})
+            row["decode"] = min(row["decode"], decode)
+            row["prefill"] = min(row["prefill"], prefill)
+    result = {
+        name: {
+            "decode_tokens_per_second": 1 / row["decode"],
+            "prefill_tokens_per_second": PREFILL_TOKENS / row["prefill"],
+        }
+        for name, row in best.items()
+    }
+    return {"speeds": result, "hit_rate": ours.emoe.stats()["hit_rate"], "isa": ours.emoe.stats()["isa"]}
+
+
+def capped_child(args: argparse.Namespace) -> dict[str, Any]:
+    """One side inside the cgroup it was started in."""
+    load: Callable[[], Any] = {"emoe": load_emoe, "accelerate": load_accelerate}[args.child](args)
+    started = time.perf_counter()
+    model = load()
+    loaded = time.perf_counter() - started
+    gc.collect()
+    seconds, tokens = decode_seconds(model, args.tokens, warm=4)
+    result: dict[str, Any] = {
+        "tokens_per_second": 1 / seconds,
+        "load_seconds": loaded,
+        "setting": args.setting,
+        "tokens": tokens,
+    }
+    if args.child == "emoe":
+        stats = model.emoe.stats()
+        result |= {key: stats[key] for key in ("hit_rate", "bytes_read", "resident_share", "budget_bytes")}
+    return result
+
+
+def load_emoe(args: argparse.Namespace) -> Callable[[], Any]:
+    import emoe
+
+    return lambda: emoe.from_pretrained(args.checkpoint, memory_budget=args.setting, context=256)
+
+
+def load_accelerate(args: argparse.Namespace) -> Callable[[], Any]:
+    from transformers import AutoModelForCausalLM
+
+    folder = tempfile.mkdtemp(dir=args.checkpoint)
+    return lambda: AutoModelForCausalLM.from_pretrained(
+        args.checkpoint,
+        dtype=torch.bfloat16,
+        device_map="auto",
+        max_memory={"cpu": args.setting},
+        offload_folder=folder,
+    ).eval()
+
+
+def capped(args: argparse.Namespace) -> dict[str, Any]:
+    from emoe.config import parse_budget
+
+    limit = parse_budget(args.limit).nbytes
+    sides: dict[str, Any] = {}
+    for side, settings in {"emoe": [args.budget], "accelerate": list(ACCELERATE_SETTINGS)}.items():
+        tried = []
+        for setting in settings:
+            common.forget_pages(args.checkpoint)
+            command = common.this_script(
+                __file__, "--child", side, "--setting", setting, "--checkpoint", str(args.checkpoint),
+                "--tokens", str(args.tokens),
+            )  # fmt: skip
+            try:
+                with common.memory_cgroup(limit) as group:
+                    tried.append(common.run_child(command, cgroup=group))
+            except common.ChildFailedError as error:
+                why = "killed, for memory as a rule" if error.returncode in (-9, 137) else str(error)[-300:]
+                tried.append({"setting": setting, "tokens_per_second": 0.0, "error": why})
+            for folder in args.checkpoint.glob("tmp*"):
+                for file in folder.iterdir():
+                    file.unlink()
+                folder.rmdir()
+        sides[side] = {"best": max(tried, key=lambda each: each["tokens_per_second"]), "tried": tried}
+    return {"limit_bytes": limit, **sides}
+
+
+def show_resident(console: Console, result: dict[str, Any]) -> tuple[float, float]:
+    speeds = result["speeds"]
+    best = {
+        kind: max(speeds[name][kind] for name in STOCK)
+        for kind in ("decode_tokens_per_second", "prefill_tokens_per_second")
+    }
+    table = Table(title=f"fully resident, 0.86B bfloat16, kernels {result['isa']}")
+    for column in ("", "decode tok/s", "x best stock", f"prefill of {PREFILL_TOKENS} tok/s", "x best stock"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, row in speeds.items():
+        cells = [f"{row[kind]:.1f}" for kind in best]
+        ratios = [f"{row[kind] / best[kind]:.2f}" for kind in best]
+        table.add_row(name, cells[0], ratios[0], cells[1] if row["prefill_tokens_per_second"] else "-", ratios[1])
+    console.print(table)
+    ours = speeds["emoe"]
+    decode, prefill = (ours[kind] / best[kind] for kind in best)
+    return decode, prefill
+
+
+def show_capped(console: Console, result: dict[str, Any]) -> float:
+    from emoe.config import format_bytes
+
+    table = Table(title=f"inside a cgroup of {format_bytes(result['limit_bytes'])}, page cache cold")
+    for column in ("", "setting", "decode tok/s", "load s", "remark"):
+        table.add_column(column, justify="right" if "s" in column[-3:] else "left")
+    for side in ("emoe", "accelerate"):
+        for row in result[side]["tried"]:
+            remark = row.get("error") or (f"hit rate {row['hit_rate']:.1%}" if "hit_rate" in row else "")
+            load = f"{row['load_seconds']:.1f}" if "load_seconds" in row else "-"
+            table.add_row(side, row["setting"], f"{row['tokens_per_second']:.2f}", load, remark)
+    console.print(table)
+    theirs = result["accelerate"]["best"]["tokens_per_second"]
+    ours = result["emoe"]["best"]["tokens_per_second"]
+    return ours / theirs if theirs else float("inf") if ours else 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["resident", "capped", "both"], default="both")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=24, help="decode steps that are timed (default: 24)")
+    parser.add_argument("--limit", default="1GiB", help="of the memory cgroup (default: 1GiB)")
+    parser.add_argument("--budget", default="600MiB", help="memory_budget of emoe inside it (default: 600MiB)")
+    parser.add_argument("--checkpoint", type=Path, help="folder that the checkpoint is written to and kept in")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--json", type=Path, default=common.RESULTS / "decode.json")
+    parser.add_argument("--child", choices=["resident", "emoe", "accelerate"], help=argparse.SUPPRESS)
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(resident(args) if args.child == "resident" else capped_child(args)))
+        return 0
+
+    console = Console(width=140)
+    results: dict[str, Any] = {}
+    missed = []
+    with common.scratch_folder(args.checkpoint) as folder:
+        args.checkpoint = common.write_checkpoint(common.small_config(), folder)
+        if args.part in ("resident", "both"):
+            results["resident"] = common.run_child(
+                common.this_script(
+                    __file__, "--child", "resident", "--checkpoint", str(folder), "--rounds", str(args.rounds),
+                    "--tokens", str(args.tokens),
+                )
+            )  # fmt: skip
+            decode, prefill = show_resident(console, results["resident"])
+            console.print(f"decode {decode:.2f} x (target {DECODE_TARGET}), prefill {prefill:.2f} x ({PREFILL_TARGET})")
+            missed += [decode < DECODE_TARGET, prefill < PREFILL_TARGET]
+        if args.part in ("capped", "both"):
+            results["capped"] = capped(args)
+            ratio = show_capped(console, results["capped"])
+            console.print(f"emoe {ratio:.1f} x accelerate (target {CAPPED_TARGET})")
+            missed.append(ratio < CAPPED_TARGET)
+    common.write_result(args.json, results)
+    return int(args.check and any(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
