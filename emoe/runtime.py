@@ -6,7 +6,6 @@ It wires the parts together and takes them down again; decisions are in cache.py
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +123,11 @@ def wrap(
     return _start(model, expert_store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=True)
 
 
+def make_reader(kind: str) -> Any:
+    """The native reader of that name; fault injection in tests puts its own in this place."""
+    return native.load().make_reader(kind)
+
+
 def _start(
     model: Any, store: ExpertStore, plan: Plan, *, kernels: str, policy: str, reader: str, wrapped: bool
 ) -> Any:
@@ -156,14 +160,13 @@ class Runtime:
         self._wrapped = wrapped
         self._lock = RLock()
         self._closed = False
-        self._started = time.perf_counter()
         modules = dict(model.named_modules())
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         slot_bytes = max(each.nbytes for each in layouts)
         self.cache = CacheManager(plan.slots_per_layer, policy=policy)
         self._slab = self._C.Slab(sum(plan.slots_per_layer), slot_bytes)
         self._table, records = self._register(layouts)
-        self._queue = self._C.TransferQueue(self._slab, self._table, self._C.make_reader(reader))
+        self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
         self.loader = Loader(self.cache, self._queue, records)
         self.layers = [
             experts.ExpertLayer(
