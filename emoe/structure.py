@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:
         dtype = getattr(config, "dtype", None) or _first_dtype(folder)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    return dtype  # type: ignore[no-any-return]
+    return cast(torch.dtype, dtype)
 
 
 def _first_dtype(folder: Path) -> torch.dtype:
@@ -69,7 +69,7 @@ def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The experts modules of a model, in `named_modules()` order.
 
     Raises:
-        UnsupportedModelError: there are none, or their weights are quantized; names the class and the families that work.
+        UnsupportedModelError: there are none, or their weights are quantized; names class and families that work.
     """
     require_unquantized(getattr(model, "config", None), type(model).__name__)
     found = experts_modules(model)
@@ -90,8 +90,8 @@ def require_unquantized(config: Any, name: str) -> None:
             values = quantization if isinstance(quantization, dict) else vars(quantization)
             method = values.get("quant_method", "an unknown method")
             raise UnsupportedModelError(
-                f"the weights of {name} are quantized ({getattr(method, 'value', method)}); emoe reads experts of float32, "
-                "float16 and bfloat16"
+                f"the weights of {name} are quantized ({getattr(method, 'value', method)}); emoe reads experts of "
+                "float32, float16 and bfloat16"
             )
 
 
@@ -110,6 +110,11 @@ def families_that_work() -> tuple[str, ...]:
             }
         )
     )
+
+
+def num_experts(module: nn.Module) -> int:
+    """Routed experts of an experts module."""
+    return cast(int, module.num_experts)
 
 
 def param_specs(module: nn.Module) -> tuple[ParamSpec, ...]:

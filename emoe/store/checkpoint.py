@@ -1,7 +1,7 @@
 """Where a checkpoint's experts lie: safetensors headers read through Transformers' own conversion mapping.
 
-Transformers keeps, for every family, how names and tensors of a checkpoint become parameters. Its operations run here on
-`StridedTensor`s, so that no family's layout is written down a second time. No tensor is read.
+Transformers keeps, for every family, how names and tensors of a checkpoint become parameters. Its operations run here
+on `StridedTensor`s, so that no family's layout is written down a second time. No tensor is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.store import ExpertStore, ParamSpec, Piece, StoreLayer, itemsize
 from emoe.store.headers import TensorEntry, read_headers
 from emoe.store.strided import InexpressibleError, ShapeError, StridedTensor, blocks_of_experts
-from emoe.structure import experts_modules, param_specs
+from emoe.structure import experts_modules, num_experts, param_specs
 
 READABLE = ("float32", "float16", "bfloat16")  # the transfer converts between these
 
@@ -42,29 +42,29 @@ def index_checkpoint(files: Iterable[str | Path], meta_model: Any) -> ExpertStor
             file, tensor and bytes. Tensors outside experts are checked for shape and dtype as well.
         UnsupportedModelError: the model has no experts, or its conversion does more than move elements.
     """
-    files = [str(file) for file in files]
-    entries = read_headers(files)
-    sources = _sources(entries, meta_model)
+    names = [str(file) for file in files]
+    sources = _sources(read_headers(names), meta_model)
     layers = []
     for path, module in experts_modules(meta_model):
         params = param_specs(module)
+        count = num_experts(module)
         tensors: dict[str, StridedTensor] = {}
         for target in (f"{path}.{param.name}" for param in params):
             for first in _first_targets(target, sources):
-                _require_all_experts(sources[first], int(module.num_experts), target)
+                _require_all_experts(sources[first], count, target)
                 tensors.update(_converted(first, sources[first], meta_model))
-        pieces: list[list[Piece]] = [[] for _ in range(int(module.num_experts))]
+        pieces: list[list[Piece]] = [[] for _ in range(count)]
         for param in params:
             target = f"{path}.{param.name}"
             if target not in tensors:
                 raise CheckpointError(
-                    f"{_folder(files)} holds no tensor for the experts' parameter {target}",
-                    file=_folder(files),
+                    f"{_folder(names)} holds no tensor for the experts' parameter {target}",
+                    file=_folder(names),
                     tensor=target,
                 )
-            _add_pieces(pieces, param, target, tensors[target], len(pieces), meta_model)
+            _add_pieces(pieces, param, target, tensors[target], count, meta_model)
         layers.append(StoreLayer(path, params, tuple(tuple(each) for each in pieces)))
-    return ExpertStore(layers, f"checkpoint {_folder(files)}")
+    return ExpertStore(layers, f"checkpoint {_folder(names)}")
 
 
 def _folder(files: Sequence[str]) -> str:
@@ -162,7 +162,7 @@ def _with_id(name: list[str], names: list[list[str]], expert: int) -> str:
 
 
 def _converted(first: str, source: _Sources, model: Any) -> dict[str, StridedTensor]:
-    """Model key -> tensor after the family's own operations (as WeightConverter.convert, without its error handling)."""
+    """Model key -> tensor after the family's own operations, as WeightConverter.convert gives it."""
     converter = source.converter
     if converter is None:
         return {first: StridedTensor.of(next(iter(source.by_pattern.values()))[0])}

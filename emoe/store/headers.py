@@ -145,7 +145,8 @@ def _load_header(file: str) -> tuple[int, dict[str, Any], int]:
             length = int.from_bytes(stream.read(8), "little")
             if length > min(size - 8, _LARGEST_HEADER):
                 raise CheckpointError(
-                    f"{file} is truncated or no safetensors file: its header would take {length} bytes, the file has {size}",
+                    f"{file} is truncated or no safetensors file: its header would take {length} bytes, "
+                    f"the file has {size}",
                     file=file,
                     offset=8,
                     nbytes=length,

@@ -206,7 +206,8 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         while not (left and right and math.prod(left) == math.prod(right)):
             if j >= len(new) or (i < len(old) and math.prod(left) <= math.prod(right)):
                 left.append(old[i])
