@@ -1,4 +1,4 @@
-"""What a user meets when reading an expert fails in the middle of a run: an error that names it, never a wrong token."""
+"""What a user meets when reading an expert fails in the middle of a run: an error that names it, no wrong token."""
 
 from __future__ import annotations
 

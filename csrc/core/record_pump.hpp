@@ -1,0 +1,97 @@
+// Brings records into host memory through one read channel: cuts them into chunks, keeps the channel full, scatters
+// what arrives. One worker's; decides nothing about order or slots.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "core/error.hpp"
+#include "core/reader.hpp"
+#include "core/record.hpp"
+
+namespace emoe {
+
+// The files of a table, opened when first read and closed with this object. Shared by the pumps of a queue.
+class OpenFiles {
+  public:
+    OpenFiles(std::shared_ptr<const RecordTable> table, std::shared_ptr<Reader> reader)
+        : table_(std::move(table)), reader_(std::move(reader)) {}
+    const File& get(std::int64_t id);  // ReadError where it cannot be opened; valid as long as this object
+
+  private:
+    std::shared_ptr<const RecordTable> table_;
+    std::shared_ptr<Reader> reader_;
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<File>> files_;
+};
+
+class RecordPump {
+  public:
+    struct Finished {
+        std::uint64_t id;
+        std::optional<Error> error;
+    };
+
+    RecordPump(std::unique_ptr<ReadChannel> channel, OpenFiles& files);
+    ~RecordPump();
+    RecordPump(const RecordPump&) = delete;
+    RecordPump& operator=(const RecordPump&) = delete;
+
+    bool busy() const noexcept { return !jobs_.empty(); }
+    // True where another record would keep more reads in flight: all chunks of the last one are on their way.
+    bool wants_more() const noexcept;
+    // Begins to fill `slot`, which stays this pump's until step() has returned the same id.
+    void start(std::uint64_t id, std::shared_ptr<const Record> record, std::span<std::byte> slot);
+    // Blocks until something arrives; returns a record that is now complete, or has failed, if there is one.
+    // A failed one is returned only when no read into its slot is in flight any more.
+    std::optional<Finished> step();
+
+  private:
+    struct Job {
+        std::uint64_t id = 0;
+        std::shared_ptr<const Record> record;
+        std::span<std::byte> slot;
+        std::size_t extent = 0;     // next chunk: in this extent,
+        std::size_t segment = 0;    // this segment,
+        std::int64_t position = 0;  // from this byte of the file
+        int in_flight = 0;
+        std::optional<Error> error;
+        bool cut() const { return error || extent == record->extents.size(); }
+    };
+    // One read in flight: [begin, begin + length) of a file, of which [first, last) is wanted.
+    struct Chunk {
+        Job* job = nullptr;  // nullptr: free
+        const File* file = nullptr;
+        std::size_t extent = 0;
+        std::size_t segment = 0;  // holds `first`
+        std::int64_t first = 0;
+        std::int64_t last = 0;
+        std::int64_t begin = 0;
+        std::int64_t length = 0;
+        std::int64_t got = 0;
+        std::byte* into = nullptr;
+        bool straight = false;
+        std::unique_ptr<std::byte[], void (*)(std::byte*)> bounce{nullptr, nullptr};
+    };
+
+    void fill();
+    void cut_chunk(Job& job, Chunk& chunk);
+    void request(Chunk& chunk);
+    void arrived(Chunk& chunk, std::int64_t result);
+    void scatter_chunk(const Chunk& chunk);
+    void fail(const Chunk& chunk, const std::string& why);
+
+    std::unique_ptr<ReadChannel> channel_;
+    OpenFiles& files_;
+    std::vector<Chunk> chunks_;
+    std::vector<std::size_t> free_;
+    std::deque<std::unique_ptr<Job>> jobs_;  // only the last may have chunks left to cut
+};
+
+}  // namespace emoe

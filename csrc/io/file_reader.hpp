@@ -1,0 +1,26 @@
+// Opening files for reading, with O_DIRECT where the file system allows it. The base of the readers in this folder.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "core/reader.hpp"
+
+namespace emoe::io {
+
+class FileReader : public Reader {
+  public:
+    FileReader(bool direct, std::string note) : direct_(direct), note_(std::move(note)) {}
+    bool direct() const noexcept override { return direct_.load(std::memory_order_relaxed); }
+    std::string note() const override;
+    std::unique_ptr<File> open(const std::string& path) override;
+
+  private:
+    std::atomic<bool> direct_;
+    mutable std::mutex mutex_;  // guards note_
+    std::string note_;
+};
+
+}  // namespace emoe::io

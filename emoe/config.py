@@ -1,0 +1,113 @@
+"""What users write, turned into values: byte budgets, sizes for reading, and the folder that emoe keeps files in."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from emoe.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+}
+_BY_LOWER = {unit.lower(): size for unit, size in _UNITS.items()}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_CHOICES = (
+    'bytes as an int or text ("8GiB", "500MB"; units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), '
+    'a float in (0, 1] as a share of the routed experts, or "auto"'
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A memory budget as the user meant it.
+
+    Attributes:
+        kind: "bytes": `nbytes` counts; "fraction": `share` of the routed experts counts; "auto": neither.
+        nbytes: bytes, 0 unless kind is "bytes".
+        share: in (0, 1], 0.0 unless kind is "fraction".
+    """
+
+    kind: Literal["bytes", "fraction", "auto"]
+    nbytes: int = 0
+    share: float = 0.0
+
+
+def parse_budget(value: Any) -> Budget:
+    """Reads a budget.
+
+    Args:
+        value: "8GiB", "500MB", "1048576", an int of bytes, a float in (0, 1], or "auto".
+
+    Raises:
+        ConfigError: anything else; names the value and the choices.
+    """
+    if isinstance(value, bool):
+        raise _refusal(value)
+    if isinstance(value, int):
+        return Budget("bytes", nbytes=_positive(value, value))
+    if isinstance(value, float):
+        if math.isfinite(value) and 0 < value <= 1:
+            return Budget("fraction", share=value)
+        raise _refusal(value)
+    if isinstance(value, str):
+        if value.strip().lower() == "auto":
+            return Budget("auto")
+        found = _AMOUNT.fullmatch(value)
+        unit = _BY_LOWER.get(found[2].lower()) if found else None
+        if found and unit and (found[2] or "." not in found[1]):  # "0.5" alone is no number of bytes
+            return Budget("bytes", nbytes=_positive(_scale(found[1], unit), value))
+    raise _refusal(value)
+
+
+def _scale(number: str, unit: int) -> int:
+    whole, _, part = number.partition(".")
+    return int(whole) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
+
+
+def _positive(nbytes: int, value: Any) -> int:
+    if nbytes < 1:
+        raise _refusal(value)
+    return nbytes
+
+
+def _refusal(value: Any) -> ConfigError:
+    return ConfigError(f"memory_budget={value!r} is not one of: {_CHOICES}")
+
+
+def format_bytes(nbytes: int) -> str:
+    """A size for reading: "512 bytes", "1.5 GiB"; one decimal from KiB on."""
+    size = float(nbytes)
+    if abs(size) < 1024:
+        return f"{nbytes} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if abs(size) < 1023.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TiB"
+
+
+def cache_folder() -> Path:
+    """The folder for measurements and built models: EMOE_CACHE, else `emoe` in XDG_CACHE_HOME or ~/.cache.
+
+    It is created where it is missing.
+
+    Raises:
+        ConfigError: the folder cannot be created; names it and the variable that moves it.
+    """
+    own = os.environ.get("EMOE_CACHE")
+    folder = (
+        Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cache folder {folder} cannot be created ({error}); EMOE_CACHE names another") from error
+    return folder

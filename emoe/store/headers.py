@@ -1,0 +1,200 @@
+"""Which tensors a safetensors checkpoint holds, and at which bytes. Reads headers only.
+
+The safetensors library validates every header; it does not tell offsets, so those are read here, beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emoe.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_LARGEST_HEADER = 100_000_000  # bytes; the library's own bound
+
+# code in the file -> torch's name, bytes of one element
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a checkpoint: `nbytes` at byte `offset` of `file`; `dtype` is torch's name for it."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("float", "bfloat"))
+
+    def error(self, why: str) -> CheckpointError:
+        """A CheckpointError about this tensor."""
+        return CheckpointError(
+            f"{self.file}: tensor {self.name} ({self.dtype}{list(self.shape)}, {self.nbytes} bytes at byte "
+            f"{self.offset}) {why}",
+            file=self.file,
+            tensor=self.name,
+            offset=self.offset,
+            nbytes=self.nbytes,
+        )
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint folder, in the order Transformers reads them.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or names a file that is missing.
+    """
+    if (folder / SINGLE_NAME).is_file():
+        return [str(folder / SINGLE_NAME)]
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; emoe does not read {others[0]}: convert it with save_pretrained of Transformers" if others else ""
+        raise CheckpointError(
+            f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}",
+            file=str(folder / (others[0] if others else SINGLE_NAME)),
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of shards: {error!r}", file=str(index)) from error
+    for tensor, shard in shards.items():
+        if Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index} puts {tensor} into {shard!r}, which is no file name", file=str(index), tensor=tensor
+            )
+        if not (folder / shard).is_file():
+            raise CheckpointError(
+                f"{folder / shard} is missing; {index} says it holds {tensor}", file=str(folder / shard), tensor=tensor
+            )
+    if not shards:
+        raise CheckpointError(f"{index} names no shards", file=str(index))
+    return [str(folder / shard) for shard in sorted(set(shards.values()))]
+
+
+def read_headers(files: Iterable[str | Path]) -> dict[str, TensorEntry]:
+    """All tensors of a checkpoint by name.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable, truncated or damaged, or two hold the same tensor.
+    """
+    found: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in found:
+                raise entry.error(f"is in {found[name].file} as well")
+            found[name] = entry
+    return found
+
+
+def read_header(file: str | Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, truncated or damaged; names the tensor where it is known.
+    """
+    file = str(file)
+    if not file.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{file} is no safetensors file; emoe reads experts from safetensors only: convert the checkpoint with "
+            "save_pretrained of Transformers",
+            file=file,
+        )
+    size, header, start = _load_header(file)
+    entries = {name: _entry(file, name, raw, start, size) for name, raw in header.items() if name != "__metadata__"}
+    _validate_with_library(file, set(entries))
+    return entries
+
+
+def _load_header(file: str) -> tuple[int, dict[str, Any], int]:
+    """Size of the file, its header, and the byte at which tensor data starts."""
+    try:
+        with Path(file).open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size < 8:
+                raise CheckpointError(f"{file} has {size} bytes, too few for a safetensors file", file=file)
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise CheckpointError(
+                    f"{file} is truncated or no safetensors file: its header would take {length} bytes, "
+                    f"the file has {size}",
+                    file=file,
+                    offset=8,
+                    nbytes=length,
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}", file=file) from error
+    try:
+        header = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} has a damaged safetensors header: {error}", file=file, offset=8, nbytes=length
+        ) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a damaged safetensors header: no object", file=file, offset=8, nbytes=length)
+    return size, header, 8 + length
+
+
+def _entry(file: str, name: str, raw: Any, start: int, size: int) -> TensorEntry:
+    try:
+        shape = tuple(raw["shape"])
+        begin, end = raw["data_offsets"]
+        code = raw["dtype"]
+        known = all(type(number) is int and number >= 0 for number in (*shape, begin, end)) and isinstance(code, str)
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise CheckpointError(
+            f"{file}: the header's entry of tensor {name} is damaged: {raw!r:.200}", file=file, tensor=name
+        )
+    dtype, width = DTYPES.get(code, (code, None))
+    entry = TensorEntry(file, name, dtype, shape, start + begin, end - begin)
+    if begin > end or start + end > size:
+        raise entry.error(
+            f"reaches beyond the end of the file, which has {size} bytes: the file is truncated or damaged"
+        )
+    if width is not None and math.prod(shape) * width != entry.nbytes:
+        raise entry.error(f"should take {math.prod(shape) * width} bytes")
+    return entry
+
+
+def _validate_with_library(file: str, names: set[str]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            same = set(opened.keys()) == names
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is no sound safetensors file: {error}", file=file) from error
+    if not same:
+        raise CheckpointError(f"{file} has a header that is read in two ways", file=file)

@@ -1,0 +1,49 @@
+"""The budget against what the operating system counts, on a checkpoint of 220 MB; the 7 GB one is benchmarks/budget.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, OlmoeConfig
+
+MIB = 1 << 20
+
+CHILD = """
+import json, sys
+import torch, emoe
+from emoe.stats import process_memory
+from transformers import OlmoeForCausalLM
+before = process_memory()["peak"]
+model = emoe.from_pretrained(sys.argv[1], memory_budget=sys.argv[2], context=64)
+model.generate(torch.arange(3, 35).unsqueeze(0), max_new_tokens=8, do_sample=False)
+print(json.dumps({"before": before, "peak": process_memory()["peak"], "plan": model.emoe.plan.to_dict()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, num_experts=64, num_experts_per_tok=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("budget")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("budget", ["60MiB", "120MiB"])
+def test_the_peak_memory_of_the_process_stays_within_the_budget(budget, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), budget], capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    plan = result["plan"]
+    assert plan["model_bytes"] > 200 * MIB
+    assert plan["planned_bytes"] <= plan["budget_bytes"] == int(budget.removesuffix("MiB")) * MIB
+    # 32 MiB for what imports on first use and for activations; a second copy of the experts would be 190 MiB more.
+    assert result["peak"] <= result["before"] + plan["budget_bytes"] + 32 * MIB
