@@ -96,7 +96,7 @@ def balanced_clusters(points: Tensor, clusters: int, *, rounds: int = 12, seed: 
 
 
 def neuron_order(contribution: Tensor, weight: Tensor, shape: Shape, *, sample: int = 4096) -> Tensor:
-    """Order of the neurons [I], shared ones first, then expert by expert: from contributions [N, I], token weights [N, 1]."""
+    """Order of neurons [I], shared ones first, then expert by expert: of contributions [N, I], token weights [N, 1]."""
     by_mean = (contribution * weight).mean(0).argsort(descending=True)
     shared, rest = by_mean[: shape.shared], by_mean[shape.shared :]
     step = max(1, contribution.shape[0] // sample)

@@ -3,8 +3,8 @@
     python benchmarks/demo_model/train.py --dense DIR --prompts PATH --out FOLDER --minutes 50
 
 Trained are routers, norms and low-rank corrections, on the train split alone: Kullback-Leibler divergence to the dense
-model's 64 likeliest tokens and the rest, plus the distance of a few layers' hidden states. The dense model runs once per
-row, its answers are kept. FOLDER gets the deltas with the lowest divergence on the dev split so far (`best.safetensors`)
+model's 64 likeliest tokens and the rest, plus the distance of a few layers' hidden states. The dense model runs once
+per row, its answers are kept. FOLDER gets the deltas of the lowest divergence on the dev split (`best.safetensors`)
 and a log; a SIGTERM ends the training with one more evaluation.
 """
 

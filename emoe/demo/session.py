@@ -1,7 +1,7 @@
-"""Answers prompts in a process of its own, so that the operating system's peak memory is that of one run and no other.
+"""Answers prompts in a process of its own, so that the peak memory is that of one run and no other.
 
-`run` starts it and relays the text; the child (`python -m emoe.demo.session`) reads a job from standard input and writes
-JSON lines.
+`run` starts it and relays the text; the child (`python -m emoe.demo.session`) reads a job from standard input and
+writes JSON lines.
 """
 
 from __future__ import annotations
@@ -49,23 +49,22 @@ def run(job: Job, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
         [sys.executable, "-m", "emoe.demo.session"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     report: dict[str, Any] | None = None
-    try:
+    with child:
         assert child.stdin is not None and child.stdout is not None
-        with child.stdin as stdin:
-            stdin.write(json.dumps(asdict(job)))
-        for line in child.stdout:
-            kind, value = json.loads(line)
-            if kind == "report":
-                report = value
-            elif kind == "error":
-                raise _rebuilt(value)
-            else:
-                on_event(kind, value)
-        child.wait()
-    finally:
-        if child.poll() is None:
+        try:
+            child.stdin.write(json.dumps(asdict(job)))
+            child.stdin.close()
+            for line in child.stdout:
+                kind, value = json.loads(line)
+                if kind == "report":
+                    report = value
+                elif kind == "error":
+                    raise _rebuilt(value)
+                else:
+                    on_event(kind, value)
+        except BaseException:
             child.terminate()
-            child.wait()
+            raise
     if report is None:
         raise errors.EmoeError(f"the process that ran {job.model} ended with status {child.returncode}")
     return report

