@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from emoe import bandwidth, kv_cache, layout, structure
 from emoe.config import Budget, format_bytes, parse_budget
 from emoe.errors import BudgetError
+from emoe.memory import available_memory
 from emoe.modeling import find_experts
 from emoe.store import ParamSpec
 
@@ -83,23 +83,6 @@ class Plan:
             "planned_bytes": self.planned_bytes,
             "resident_share": self.resident_share,
         }
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: free memory of the machine, or of its memory cgroup where that is less."""
-    free = int(psutil.virtual_memory().available)
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            bound = Path(limit).read_text().strip()
-            used = int(Path(usage).read_text())
-        except (OSError, ValueError):
-            continue
-        if bound != "max":
-            free = min(free, max(0, int(bound) - used))
-    return free
 
 
 def plan(

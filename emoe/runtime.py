@@ -20,7 +20,8 @@ from emoe.cache import CacheManager
 from emoe.config import format_bytes
 from emoe.errors import BudgetError, ClosedError, ConfigError
 from emoe.loader import Loader
-from emoe.planning import Plan, available_memory, make_plan, plan_for_model
+from emoe.memory import available_memory
+from emoe.planning import Plan, make_plan, plan_for_model
 from emoe.store import ExpertStore, Piece
 from emoe.store.writer import write_store
 from emoe.trace import TraceRecorder

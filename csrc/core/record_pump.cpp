@@ -44,7 +44,7 @@ const File& OpenFiles::get(std::int64_t id) {
 
 RecordPump::RecordPump(std::unique_ptr<ReadChannel> channel, OpenFiles& files)
     : channel_(std::move(channel)), files_(files), chunks_(channel_->depth()) {
-    for (std::size_t i = chunks_.size(); i > 0; --i) free_.push_back(i - 1);
+    free_all_chunks();
 }
 
 RecordPump::~RecordPump() { channel_.reset(); }  // before the buffers its reads may still write to
@@ -57,6 +57,7 @@ void RecordPump::start(std::uint64_t id, std::shared_ptr<const Record> record, s
     job->record = std::move(record);
     job->slot = slot;
     job->position = job->record->extents.front().segments.front().offset;
+    job->error = broken_;
     jobs_.push_back(std::move(job));
     fill();
 }
@@ -71,10 +72,29 @@ std::optional<RecordPump::Finished> RecordPump::step() {
         return result;
     };
     if (auto result = finished()) return result;  // it could not even be started
-    const ReadResult result = channel_->next();
-    arrived(chunks_[result.tag], result.result);
+    try {
+        const ReadResult result = channel_->next();
+        arrived(chunks_[result.tag], result.result);
+    } catch (const Error& error) {
+        give_up(error);
+    }
     fill();
     return finished();
+}
+
+void RecordPump::free_all_chunks() {
+    free_.clear();
+    for (std::size_t i = chunks_.size(); i > 0; --i) free_.push_back(i - 1);
+}
+
+void RecordPump::give_up(const Error& why) {
+    channel_.reset();
+    broken_ = why;
+    for (const std::unique_ptr<Job>& job : jobs_) {
+        if (!job->error) job->error = why;
+        job->in_flight = 0;
+    }
+    free_all_chunks();
 }
 
 void RecordPump::fill() {
@@ -85,6 +105,9 @@ void RecordPump::fill() {
             cut_chunk(job, chunk);
         } catch (const Error& error) {
             job.error = error;
+            return;
+        } catch (const std::bad_alloc&) {
+            job.error = Error(ErrorKind::kTransfer, "no memory for a bounce buffer");
             return;
         }
         free_.pop_back();

@@ -49,7 +49,8 @@ class RecordPump {
     // Begins to fill `slot`, which stays this pump's until step() has returned the same id.
     void start(std::uint64_t id, std::shared_ptr<const Record> record, std::span<std::byte> slot);
     // Blocks until something arrives; returns a record that is now complete, or has failed, if there is one.
-    // A failed one is returned only when no read into its slot is in flight any more.
+    // A failed one is returned only when no read into its slot is in flight any more. Where the channel itself breaks,
+    // every record from then on fails with its error.
     std::optional<Finished> step();
 
   private:
@@ -81,6 +82,8 @@ class RecordPump {
     };
 
     void fill();
+    void free_all_chunks();
+    void give_up(const Error& why);
     void cut_chunk(Job& job, Chunk& chunk);
     void request(Chunk& chunk);
     void arrived(Chunk& chunk, std::int64_t result);
@@ -88,6 +91,7 @@ class RecordPump {
     void fail(const Chunk& chunk, const std::string& why);
 
     std::unique_ptr<ReadChannel> channel_;
+    std::optional<Error> broken_;  // what the channel ended with
     OpenFiles& files_;
     std::vector<Chunk> chunks_;
     std::vector<std::size_t> free_;

@@ -101,7 +101,7 @@ def _memory() -> dict[str, Any]:
         "cgroup_limit_bytes": _cgroup_limit(),
     }
     try:
-        from emoe.planning import available_memory
+        from emoe.memory import available_memory
 
         result["usable_bytes"] = available_memory()
     except ImportError:

@@ -153,6 +153,21 @@ def read_expert(store: ExpertStore, layer: int, expert: int) -> dict[str, torch.
     return out
 
 
+def read_layer(store: ExpertStore, layer: int) -> dict[str, torch.Tensor]:
+    """Every expert of a layer, as the experts module would hold it: name -> [E, ...]. Raises as `read_expert`."""
+    import torch
+
+    where = store.layers[layer]
+    out = {
+        param.name: torch.empty((len(where.pieces), *param.shape), dtype=getattr(torch, param.dtype), device="cpu")
+        for param in where.params
+    }
+    for expert in range(len(where.pieces)):
+        for name, value in read_expert(store, layer, expert).items():
+            out[name][expert] = value
+    return out
+
+
 def _read(piece: Piece, handles: dict[str, int]) -> bytearray:
     data = bytearray(piece.nbytes)
     view = memoryview(data)

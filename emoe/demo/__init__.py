@@ -1,0 +1,5 @@
+"""The demo model: a real Mixture-of-Experts model, carved from SmolLM2-135M-Instruct (docs/demo_model.md)."""
+
+from emoe.demo.builder import VERSION, build, facts
+
+__all__ = ["VERSION", "build", "facts"]

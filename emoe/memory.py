@@ -1,0 +1,56 @@
+"""How much memory this process may still take, as the system and its control groups say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+_ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: free memory of the machine, or less where a memory cgroup says so."""
+    free = int(psutil.virtual_memory().available)
+    for limit, usage, statistics, inactive in _bounds():
+        try:
+            bound = limit.read_text().strip()
+            if bound == "max":
+                continue
+            used = int(usage.read_text()) - _statistic(statistics, inactive)  # the page cache gives way
+            free = min(free, max(0, int(bound) - used))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def _bounds() -> list[tuple[Path, Path, Path, str]]:
+    """Limit, usage and statistics of every memory cgroup this process is in, and of those above it."""
+    try:
+        lines = _OWN.read_text().splitlines()
+    except OSError:
+        lines = []
+    found = []
+    for line in lines or ["0::/"]:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "":
+            root, names, inactive = _ROOT, ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, inactive = _ROOT / "memory", "total_inactive_file"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for each in (folder, *folder.parents):
+            if each == root or root in each.parents:
+                found.append((each / names[0], each / names[1], each / "memory.stat", inactive))
+    return found
+
+
+def _statistic(file: Path, name: str) -> int:
+    for line in file.read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
