@@ -109,11 +109,11 @@ template <class X, int kCount>
 __device__ __forceinline__ void load_elements(const X* p, float (&out)[kCount]) {
     if constexpr (kCount * sizeof(X) % 16 == 0) {
         constexpr int kPer = 16 / sizeof(X);
-#pragma unroll
+        EMOE_UNROLL
         for (int i = 0; i < kCount / kPer; ++i) {
             float part[kPer];
             unpack16<X>(reinterpret_cast<const uint4*>(p)[i], part);
-#pragma unroll
+            EMOE_UNROLL
             for (int j = 0; j < kPer; ++j) out[i * kPer + j] = part[j];
         }
     } else if constexpr (kCount * sizeof(X) == 8) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_elements(const X* p, float (&out)[kCount]) 
         unpack2<X>(bits.x, out[0], out[1]);
         unpack2<X>(bits.y, out[2], out[3]);
     } else {
-#pragma unroll
+        EMOE_UNROLL
         for (int j = 0; j < kCount; ++j) out[j] = to_float(p[j]);
     }
 }

@@ -9,6 +9,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+// Before a loop; macros, since g++ refuses the pragma as unknown.
+#define EMOE_UNROLL _Pragma("unroll")
+#define EMOE_UNROLL_BY_2 _Pragma("unroll 2")
 // A block's shared array; several in one kernel need different names.
 #define EMOE_SHARED(type, name, count) __shared__ __align__(128) type name[count]
 // The array whose size the launch gives.

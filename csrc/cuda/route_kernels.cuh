@@ -39,13 +39,13 @@ constexpr int kSortThreads = 256;  // a block an expert
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
 __device__ __forceinline__ float warp_sum(float a) {
-#pragma unroll
+    EMOE_UNROLL
     for (int m = 16; m > 0; m /= 2) a += __shfl_xor_sync(kAllLanes, a, m);
     return a;
 }
 
 __device__ __forceinline__ int warp_sum(int a) {
-#pragma unroll
+    EMOE_UNROLL
     for (int m = 16; m > 0; m /= 2) a += __shfl_xor_sync(kAllLanes, a, m);
     return a;
 }

@@ -56,7 +56,7 @@ __device__ __forceinline__ void products_row_major(const W* matrix, int depth, c
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int first = static_cast<int>(threadIdx.x) / 32 * kEach;
     const W* weights[kEach];
-#pragma unroll
+    EMOE_UNROLL
     for (int q = 0; q < kEach; ++q) {
         const int l = first + q < local.total ? first + q : local.total - 1;
         weights[q] = matrix + static_cast<long long>(local.matrix_row(l)) * depth;
@@ -64,22 +64,22 @@ __device__ __forceinline__ void products_row_major(const W* matrix, int depth, c
     float sum[kEach][kRows] = {};
     for (int k = lane * kPer; k < depth; k += 32 * kPer) {
         float w[kEach][kPer];
-#pragma unroll
+        EMOE_UNROLL
         for (int q = 0; q < kEach; ++q) load_weights(weights[q] + k, w[q]);
-#pragma unroll
+        EMOE_UNROLL
         for (int r = 0; r < kRows; ++r) {
             float x[kPer];
             load_row(rows, row_type, row_at[r] + k, x);
-#pragma unroll
+            EMOE_UNROLL
             for (int q = 0; q < kEach; ++q) {
-#pragma unroll
+                EMOE_UNROLL
                 for (int j = 0; j < kPer; ++j) sum[q][r] = fmaf(w[q][j], x[j], sum[q][r]);
             }
         }
     }
-#pragma unroll
+    EMOE_UNROLL
     for (int q = 0; q < kEach; ++q) {
-#pragma unroll
+        EMOE_UNROLL
         for (int r = 0; r < kRows; ++r) {
             const float whole = warp_sum(sum[q][r]);
             if (lane == 0 && first + q < local.total) z[r * Cut::kLocal + first + q] = whole;
@@ -102,24 +102,24 @@ __device__ __forceinline__ void products_transposed(const W* matrix, int depth, 
     float sum[kRows][kPer] = {};
     if (l < local.total) {
         const W* weights = matrix + local.matrix_row(l);
-#pragma unroll 2
+        EMOE_UNROLL_BY_2
         for (int k = part; k < depth; k += Cut::kWarps * kLanes) {
             float w[kPer];
             load_weights(weights + static_cast<long long>(k) * width, w);
-#pragma unroll
+            EMOE_UNROLL
             for (int r = 0; r < kRows; ++r) {
                 float x[1];
                 load_row(rows, row_type, row_at[r] + k, x);
-#pragma unroll
+                EMOE_UNROLL
                 for (int j = 0; j < kPer; ++j) sum[r][j] = fmaf(w[j], x[0], sum[r][j]);
             }
         }
     }
-#pragma unroll
+    EMOE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-#pragma unroll
+        EMOE_UNROLL
         for (int j = 0; j < kPer; ++j) {
-#pragma unroll
+            EMOE_UNROLL
             for (int m = kGroups; m < 32; m *= 2) sum[r][j] += __shfl_xor_sync(kAllLanes, sum[r][j], m);
             if (lane < kGroups) partial[(warp * kRowsPerTile + r) * Cut::kLocal + l + j] = sum[r][j];
         }
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const Product op) {
 
     // Rows past the tile's repeat its last one; what they give is not stored.
     long long row_at[kRowsPerTile];
-#pragma unroll
+    EMOE_UNROLL
     for (int r = 0; r < kRowsPerTile; ++r) {
         const int pair = tile.first + (r < tile.rows ? r : tile.rows - 1);
         row_at[r] = static_cast<long long>(kDown ? pair : op.sorted.token[pair]) * depth;

@@ -34,12 +34,12 @@ struct TileSource {
         const int r = tid / 4;
         const int c = tid % 4 * 8;
         const int k = step * kTileDepth + c;
-#pragma unroll
+        EMOE_UNROLL
         for (int i = 0; i < kA; ++i) {
             const bool take = a[i] != nullptr && k < depth;
             copy_async16(stage_a + (r + 32 * i) * kRowStride + c, take ? a[i] + k : anywhere, take);
         }
-#pragma unroll
+        EMOE_UNROLL
         for (int i = 0; i < kB; ++i) {
             if constexpr (kTransposed) {
                 const int row = tid / 16 + 8 * i;
@@ -78,15 +78,15 @@ template <class W, bool kTransposed>
 __device__ __forceinline__ void multiply_stage(const W* stage_a, const W* stage_b, int warp_row, int warp_column,
                                                int rows, float (&sums)[2][8][4]) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
+    EMOE_UNROLL
     for (int k = 0; k < kTileDepth; k += 16) {
         unsigned a[2][4];
-#pragma unroll
+        EMOE_UNROLL
         for (int m = 0; m < 2; ++m) {
             if (warp_row + 16 * m >= rows) continue;
             ldmatrix_x4(a[m], stage_a + (warp_row + 16 * m + lane % 16) * kRowStride + k + lane / 16 * 8);
         }
-#pragma unroll
+        EMOE_UNROLL
         for (int j = 0; j < 8; j += 2) {
             unsigned b[4];
             if constexpr (kTransposed) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_stage(const W* stage_a, const W* stage_
                 ldmatrix_x4(
                     b, stage_b + (warp_column + 8 * j + lane / 16 * 8 + lane % 8) * kRowStride + k + lane / 8 % 2 * 8);
             }
-#pragma unroll
+            EMOE_UNROLL
             for (int m = 0; m < 2; ++m) {
                 if (warp_row + 16 * m >= rows) continue;
                 mma_m16n8k16<W>(sums[m][j], a[m], b[0], b[1]);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
     Source source;
     source.depth = kDown ? shape.intermediate : shape.hidden;
     source.width = kDown ? shape.hidden_out : (shape.has_gate ? 2 : 1) * shape.intermediate;
-#pragma unroll
+    EMOE_UNROLL
     for (int i = 0; i < Source::kA; ++i) {
         const int r = tid / 4 + 32 * i;
         source.a[i] = nullptr;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
             source.a[i] = static_cast<const W*>(op.rows) + static_cast<long long>(row) * source.depth;
         }
     }
-#pragma unroll
+    EMOE_UNROLL
     for (int i = 0; i < Source::kB; ++i) {
         const int local = kTransposed ? tid % 16 * 8 : tid / 4 + 32 * i;
         const int row = matrix_row_of<kTransposed, kDown>(shape, block, local);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
         if (step < steps) source.load(step, ring_a + at * Source::kStageA, ring_b + at * Source::kStageB, matrix);
         copy_async_commit();  // also an empty group: the count of groups tells stages apart
     };
-#pragma unroll
+    EMOE_UNROLL
     for (int s = 0; s < kStages - 1; ++s) load(s);
     for (int step = 0; step < steps; ++step) {
         copy_async_wait<kStages - 2>();
@@ -165,11 +165,11 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
     __syncthreads();  // the last stage has been read by all
     float* z = reinterpret_cast<float*>(ring);
     const int lane = tid % 32;
-#pragma unroll
+    EMOE_UNROLL
     for (int m = 0; m < 2; ++m) {
-#pragma unroll
+        EMOE_UNROLL
         for (int j = 0; j < 8; ++j) {
-#pragma unroll
+            EMOE_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int r = warp_row + 16 * m + lane / 4 + 8 * half;
                 const int l = warp_column + 8 * j + lane % 4 * 2;
