@@ -1,6 +1,7 @@
 #include "cuda/cuda_backend.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -146,10 +147,34 @@ Event CudaBackend::copy(Memory dst, std::span<const std::byte> src, Lane which) 
     hazards_.before_write(range, stream);
     check(cudaMemcpyAsync(dst.data, src.data(), src.size(), cudaMemcpyHostToDevice, stream), "copying ", src.size(),
           " bytes to device ", device_);
-    Event copied = events_->record(stream);
+    Event copied;
+    try {
+        copied = events_->record(stream);
+    } catch (const Error&) {
+        cudaStreamSynchronize(stream);  // nobody can wait for this copy, so it has to be over
+        throw;
+    }
     hazards_.wrote(range, stream, copied);
     on.in_flight.push_back(copied);
     return copied;
+}
+
+double CudaBackend::copy_rate(std::size_t bytes, int copies) {
+    const PinnedBuffer source(bytes);
+    std::memset(source.data(), 0, bytes);
+    const Memory target = allocate(bytes);
+    try {
+        copy(target, {source.data(), bytes}, Lane::kDemand).synchronize();
+        const auto start = std::chrono::steady_clock::now();
+        for (int i = 0; i < copies; ++i) copy(target, {source.data(), bytes}, Lane::kDemand);
+        finish_copies();
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        free(target);
+        return static_cast<double>(bytes) * copies / seconds.count();
+    } catch (...) {
+        free(target);  // waits for the copies, which read `source`
+        throw;
+    }
 }
 
 void CudaBackend::finish_copies() {

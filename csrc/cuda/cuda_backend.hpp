@@ -79,6 +79,8 @@ class CudaBackend final : public Backend {
     void begin_read(std::span<const Range> ranges, cudaStream_t stream);
     void end_read(std::span<const Range> ranges, cudaStream_t stream);
 
+    // Bytes a second of host-to-device copies of this size from pinned memory, with the lane's bound in flight.
+    double copy_rate(std::size_t bytes, int copies);
     void finish_copies();  // blocks until no copy of either lane is in flight
 
     // Small copies for tests and for emulated tensors; on `stream`, through staging. download blocks until it is over.

@@ -280,7 +280,6 @@ TEST("everything is given back, also with copies and kernels in flight") {
         const Sources sources(4);
         const ComputeStream compute;
         {
-            const CudaBackend backend_scope_check(0);
             Fixture f(4);
             for (std::int32_t s = 0; s < 4; ++s) {
                 f.backend->copy(f.slab->slot(s), sources.of(static_cast<std::size_t>(s)), Lane::kPrefetch);
@@ -369,6 +368,7 @@ TEST("errors name the call, the sizes and the device") {
     emu::fail(nullptr, 0, cudaSuccess);
     emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
     CHECK_ERROR(ErrorKind::kTransfer, f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand));
+    CHECK_EQ(emu::counters().copies_in_flight, std::uint64_t{0});  // nobody could wait for a copy without an event
     emu::fail(nullptr, 0, cudaSuccess);
     const Error memory = ERROR_OF(f.backend->allocate(std::size_t{1} << 40));
     CHECK_EQ(static_cast<int>(memory.kind), static_cast<int>(ErrorKind::kBudget));
@@ -376,7 +376,8 @@ TEST("errors name the call, the sizes and the device") {
     CHECK_ERROR(ErrorKind::kBudget, PinnedBuffer(std::size_t{1} << 40));
     CHECK_ERROR(ErrorKind::kConfig, f.backend->copy({f.slab->slot(0).data, 10, false}, sources.of(0), Lane::kDemand));
     CHECK_ERROR(ErrorKind::kConfig, CudaBackend(0, {.demand_in_flight = 0}));
-    GatherMlp accumulate = f.op({0}, 0);
+    const std::vector<std::int32_t> table = {0};
+    GatherMlp accumulate = f.op(table, 0);
     accumulate.mode = OutMode::kAccumulate;
     CHECK_ERROR(ErrorKind::kConfig, f.backend->gather_mlp(accumulate, nullptr));
     CHECK(!f.backend->supports(accumulate));
@@ -422,6 +423,8 @@ TEST("two devices have streams, events and memory of their own, whichever is cur
         second->end_read(range, *compute);
         CHECK_EQ(uniform_byte(back.data(), back.size()), static_cast<int>(e + 1));
     }
+    first.backend->finish_copies();
+    second->finish_copies();
     int current = -1;
     cudaGetDevice(&current);
     CHECK_EQ(current, 0);

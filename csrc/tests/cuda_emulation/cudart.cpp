@@ -71,6 +71,7 @@ namespace {
 struct State {  // never destroyed: workers may outlive static destructors
     std::mutex mutex;
     std::set<const void*> streams, events;
+    std::vector<Stream*> ended;  // never freed: who ended it may still be inside push()
     std::map<int, Stream*> defaults;
     std::map<std::string, std::vector<std::pair<int, cudaError_t>>> faults;
     cudaError_t device_error = cudaSuccess;
@@ -137,14 +138,12 @@ void Stream::run() {
             head_ = next;
             work = std::move(next->work);
         }
-        if (!work) break;
+        if (!work) return;
         delay();
         work();
         const Quiet quiet;
         work = nullptr;
     }
-    delete head_;
-    delete this;
 }
 
 void Recording::wait() {
@@ -380,6 +379,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
         emu::State& all = emu::state();
         const std::lock_guard<std::mutex> guard(all.mutex);
         all.streams.erase(stream);
+        all.ended.push_back(found);
     }
     found->stop();
     return cudaSuccess;
