@@ -1,4 +1,4 @@
-"""A damaged or incomplete checkpoint: an error that names file, tensor and bytes before any token; a repaired one works."""
+"""Damaged and incomplete checkpoints: an error names file, tensor and bytes before any token; repaired, they work."""
 
 from __future__ import annotations
 
