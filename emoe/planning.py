@@ -140,7 +140,7 @@ def _plan(
     specs = [structure.param_specs(module) for _, module in found]
     layouts = [layout.describe(module, params) for (_, module), params in zip(found, specs, strict=True)]
     slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
-    experts = tuple(int(module.num_experts) for _, module in found)
+    experts = tuple(structure.num_experts(module) for _, module in found)
     bytes_of = [_param_bytes(params) for params in specs]
     expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
     non_expert = structure.unique_bytes(model) - expert_bytes

@@ -84,7 +84,8 @@ def from_pretrained(
 
 
 def _plan_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in ("config", "trust_remote_code", "revision", "cache_dir") if name in kwargs}
+    known = ("config", "trust_remote_code", "revision", "cache_dir", "subfolder", "token", "local_files_only")
+    return {name: kwargs[name] for name in known if name in kwargs}
 
 
 def wrap(
@@ -216,7 +217,7 @@ class Runtime:
         model.requires_grad_(False)
         model.eval()
         for layer in self.layers:
-            layer.module._emoe = layer
+            vars(layer.module)["_emoe"] = layer
         self._guard = modeling.guard_saving(model, self.store)
         model.set_experts_implementation(experts.IMPLEMENTATION)
 
@@ -323,13 +324,13 @@ class Runtime:
             self._closed = True
             self.loader.close()
             self._queue.close()
-            self._guard.remove()
             for layer in self.layers:
                 layer.close()
             self.layers.clear()
             del self._slab
             if fits if restore is None else restore:
                 modeling.attach_experts(self._model, self.store)
+                self._guard.remove()  # else it stays, and refuses to save a model without experts
                 for module in self._model.modules():
                     module.__dict__.pop("_emoe", None)
                 self._model.set_experts_implementation(self._implementation)

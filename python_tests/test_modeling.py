@@ -291,3 +291,23 @@ def test_a_wrapped_model_that_was_made_from_a_config_is_saved_whole(tmp_path):
         model.save_pretrained(tmp_path / "guarded")
     assert _names_on_disk(tmp_path / "guarded") == _names_on_disk(tmp_path / "plain")
     _assert_same(_state(tmp_path / "guarded"), _state(tmp_path / "plain"))
+
+
+def test_a_model_closed_without_its_experts_is_not_saved_without_them(checkpoint, tmp_path):
+    import emoe
+
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    model.emoe.close(restore=False)
+    with pytest.raises(errors.SaveError, match="closed"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(errors.SaveError, match="closed"):
+        model.state_dict()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_without_a_dtype_takes_that_of_the_checkpoint(tmp_path):
+    path = families.save("olmoe", tmp_path, torch.bfloat16)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({key: v for key, v in config.items() if key != "dtype"}))
+    assert structure.meta_model(path).dtype == torch.bfloat16
+    assert modeling.load_without_experts(path)[0].dtype == torch.bfloat16
