@@ -311,3 +311,24 @@ def test_a_config_without_a_dtype_takes_that_of_the_checkpoint(tmp_path):
     (path / "config.json").write_text(json.dumps({key: v for key, v in config.items() if key != "dtype"}))
     assert structure.meta_model(path).dtype == torch.bfloat16
     assert modeling.load_without_experts(path)[0].dtype == torch.bfloat16
+
+
+def test_a_model_of_the_hub_cache_is_found_by_its_id(tmp_path):
+    """As huggingface_hub keeps it: a snapshot of links into a folder of blobs."""
+    import emoe
+
+    repository = tmp_path / "models--some--olmoe"
+    snapshot = repository / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    families.save("olmoe", repository / "blobs", max_shard_size="60KB")
+    snapshot.mkdir(parents=True)
+    for blob in (repository / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    model = emoe.from_pretrained("some/olmoe", memory_budget=0.5, cache_dir=tmp_path)
+    _assert_same(model.state_dict(), _state(repository / "blobs"))
+    for folder in (snapshot, repository / "blobs"):
+        with pytest.raises(errors.SaveError, match="another folder"):
+            model.save_pretrained(folder)
+    with torch.no_grad():
+        assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
