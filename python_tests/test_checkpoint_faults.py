@@ -100,6 +100,14 @@ def test_all_tensors_of_a_projection_missing_is_named_by_the_parameter(path):
     assert "model.layers.1.mlp.experts" in _fails(path).tensor
 
 
+def test_one_expert_left_of_a_projection_is_named_by_the_first_that_is_missing(path):
+    others = [GATE.replace(".3.", f".{expert}.") for expert in range(families.EXPERTS) if expert != 3]
+    _change(path / "model.safetensors", lambda tensors: [tensors.pop(name) for name in others])
+    error = _fails(path)
+    assert error.tensor == others[0]
+    assert "7 are missing" in str(error)
+
+
 @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, 0.999])
 def test_a_truncated_file_is_named_with_the_bytes_it_should_have(kept, path):
     file = path / "model.safetensors"
