@@ -22,6 +22,7 @@ from emoe.routing.recognise import Site, find_routers
 from emoe.routing.residency import Residency
 from emoe.routing.rules import Rule
 from emoe.routing.select import Choice, choose, to_fill
+from emoe.routing.single import exchange
 
 KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
 
@@ -123,9 +124,54 @@ class Routing:
             logits, weights, index: [T, E], [T, K], [T, K] as the router module gave them.
         """
         resident = self._residency.mask(site.layer)
+        if len(index) == 1 and index.device.type == "cpu":
+            return self._route_one(site, rule, logits, weights, index, resident)
         if resident.device != index.device:
             resident = resident.to(index.device)
-        present = resident[index]
+        return self._route_many(site, rule, logits, weights, index, resident, resident[index])
+
+    def _route_one(
+        self,
+        site: Site,
+        rule: Rule,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        resident: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        picks = resident.numpy()[index.numpy()]
+        present: list[bool] = picks[0].tolist()
+        absent = present.count(False)
+        if absent and self._residency.room(site.layer):
+            return self._route_many(site, rule, logits, weights, index, resident, torch.from_numpy(picks))
+        request = self._current if self._rows is None else next(r for r, span in self._spans(1) if span.stop)
+        bias = self._bias_of(request.task) if absent else 0.0
+        if bias == 0.0:
+            self._add(site, request, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
+            return None
+        logits = rule.logits(logits)
+        swap = exchange(rule, logits, index, resident, present, bias)
+        wanted = sum(swap.shares)
+        if self._contract is not None:
+            swap = swap.affordable(self._contract.allowance(request.tally, 1))
+        count = len(swap.positions)
+        self._add(site, request, 1, len(present), absent, count, absent - count, sum(swap.shares), wanted=wanted)
+        if not count:
+            return None
+        final = index.clone()
+        final.numpy()[0, swap.positions] = swap.substitutes
+        return rule.weights(logits, final).to(weights.dtype), final
+
+    def _route_many(
+        self,
+        site: Site,
+        rule: Rule,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        resident: torch.Tensor,
+        present: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         spans = self._spans(len(index))
         if present.all():
             self._count_untouched(site, spans, present, all_present=True)
@@ -159,11 +205,12 @@ class Routing:
         if isinstance(bias, torch.Tensor):
             stay = stay | (bias == 0)
         choice = choose(rule, logits, index, usable, stay, bias)
+        wanted = [0.0] * len(spans)
         if self._contract is not None:
-            choice = self._within_contract(rule, logits, index, usable, stay, bias, choice, spans)
+            choice, wanted = self._within_contract(rule, logits, index, usable, stay, bias, choice, spans)
         changed = choice.replaced.any(-1, keepdim=True)  # [T, 1]
         final = torch.where(changed, choice.index, index)
-        self._count(site, spans, present, choice, None if usable is resident else resident[final])
+        self._count(site, spans, present, choice, None if usable is resident else resident[final], wanted)
         if not changed.any():
             return None
         # Rows that keep their picks keep their weights to the bit.
@@ -191,56 +238,71 @@ class Routing:
         bias: float | torch.Tensor,
         choice: Choice,
         spans: list[Span],
-    ) -> Choice:
+    ) -> tuple[Choice, list[float]]:
+        """The choice that every request's allowance pays for, and the mass that each wanted."""
         assert self._contract is not None
-        kept = None
+        kept, wanted = None, []
         for request, span in spans:
             replaced = choice.replaced[span]
             shares = choice.share[span][replaced]
-            wanted = shares.sum(dtype=torch.float64).item()
-            rows = span.stop - span.start
-            self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
-            allowance = self._contract.allowance(request.tally, rows)
-            if wanted <= allowance:
+            wanted.append(shares.sum(dtype=torch.float64).item())
+            allowance = self._contract.allowance(request.tally, span.stop - span.start)
+            if wanted[-1] <= allowance:
                 continue
             if kept is None:
                 kept = ~choice.replaced
             paid = affordable(shares, allowance)
             kept[span] |= torch.zeros_like(replaced).masked_scatter_(replaced, ~paid)
-        return choice if kept is None else choose(rule, logits, index, usable, stay | kept, bias)
+        return (choice if kept is None else choose(rule, logits, index, usable, stay | kept, bias)), wanted
 
     # Counting
 
     def _count_untouched(self, site: Site, spans: list[Span], present: torch.Tensor, *, all_present: bool) -> None:
-        top_k = present.shape[1]
         for request, span in spans:
             rows = span.stop - span.start
             absent = 0 if all_present else int((~present[span]).sum())
-            for tally in self._tallies(site, request):
-                tally.add(rows, rows * top_k, absent, 0, absent)
-            if self._contract is not None:
-                self._contract.observe(request.task, self.options.bias_of(request.task), rows, 0.0)
+            self._add(site, request, rows, rows * present.shape[1], absent, 0, absent, 0.0, wanted=0.0)
 
     def _count(
-        self, site: Site, spans: list[Span], present: torch.Tensor, choice: Choice, found: torch.Tensor | None
+        self,
+        site: Site,
+        spans: list[Span],
+        present: torch.Tensor,
+        choice: Choice,
+        found: torch.Tensor | None,
+        wanted: list[float],
     ) -> None:
         """`found` [T, K]: whether the final picks are resident, None where every substitute is."""
-        top_k = present.shape[1]
         masses = choice.share * choice.replaced
-        for request, span in spans:
+        for (request, span), want in zip(spans, wanted, strict=True):
             rows = span.stop - span.start
             absent = int((~present[span]).sum())
             substituted = int(choice.replaced[span].sum())
             misses = absent - substituted if found is None else int((~found[span]).sum())
             mass = masses[span].sum(dtype=torch.float64).item()
-            for tally in self._tallies(site, request):
-                tally.add(rows, rows * top_k, absent, substituted, misses, mass)
+            self._add(site, request, rows, rows * present.shape[1], absent, substituted, misses, mass, wanted=want)
 
-    def _tallies(self, site: Site, request: Request) -> tuple[Tally, Tally, Tally]:
+    def _add(
+        self,
+        site: Site,
+        request: Request,
+        rows: int,
+        picks: int,
+        absent: int,
+        substituted: int,
+        misses: int,
+        mass: float,
+        *,
+        wanted: float,
+    ) -> None:
+        """Counts one call for one request; `wanted` is the mass it would have substituted without the contract."""
         task = self._tasks.get(request.task)
         if task is None:
             task = self._tasks[request.task] = Tally()
-        return request.tally, task, self._layers[site.layer]
+        for tally in (request.tally, task, self._layers[site.layer]):
+            tally.add(rows, picks, absent, substituted, misses, mass)
+        if self._contract is not None:
+            self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
 
     def stats(self, *, per_layer: bool = False) -> dict[str, Any]:
         """Counts since the start; docs/routing.md says what each means.

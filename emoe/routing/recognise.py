@@ -290,7 +290,7 @@ def _holds(rule: Rule, output: Output, tolerance: float) -> bool:
 
 def _selects(rule: Rule, logits: torch.Tensor, index: torch.Tensor, tolerance: float) -> bool:
     choice = rule.choice(logits)
-    allowed = rule.allowed(logits)
+    allowed = rule.allowed(choice)
     if allowed is not None:
         choice = choice.masked_fill(~allowed, float("-inf"))
     # Saturated scores tie, and a tie may go either way: what has to agree is the score of the picks, not their names.

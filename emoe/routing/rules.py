@@ -37,7 +37,8 @@ class Vector:
 
     def get(self) -> torch.Tensor:
         """[E] float32."""
-        return cast(torch.Tensor, getattr(self.owner, self.name)).detach().float().reshape(-1)
+        tensor = cast(torch.Tensor, getattr(self.owner, self.name)).detach()
+        return tensor if tensor.dtype == torch.float32 and tensor.dim() == 1 else tensor.float().reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,17 @@ class Rule:
         base = logits if self.corrects == "logits" else self.scores(logits)
         return base + self.correction.get()
 
-    def allowed(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """[T, E] bool, the experts in the groups that the router chose; None where there are no groups."""
+    def allowed(self, choice: torch.Tensor) -> torch.Tensor | None:
+        """[T, E] bool, the experts in the groups that the router chose; None where there are no groups.
+
+        Args:
+            choice: [T, E], from `choice`.
+        """
         if self.groups is None:
             return None
         count = self.groups.count
-        T, E = logits.shape
-        grouped = self.choice(logits).view(T, count, E // count)
+        T, E = choice.shape
+        grouped = choice.view(T, count, E // count)
         best = grouped.amax(-1) if self.groups.by == "max" else grouped.topk(2, dim=-1).values.sum(-1)  # [T, G]
         chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(self.groups.keep, dim=-1).indices, True)
         return chosen.unsqueeze(-1).expand(T, count, E // count).reshape(T, E)
@@ -100,13 +105,15 @@ class Rule:
         Logits where the rule selects in their order (scores saturate, logits do not), otherwise scores plus
         correction. An expert outside the chosen groups is placed below all those inside.
         """
-        key = logits if self.correction is None else self.choice(logits)
+        if self.correction is None and self.groups is None:
+            low, high = logits.aminmax(dim=-1, keepdim=True)
+            return logits, high - low
+        choice = self.choice(logits)
+        key = logits if self.correction is None else choice
         low, high = key.aminmax(dim=-1, keepdim=True)
         spread = high - low
-        allowed = self.allowed(logits)
-        if allowed is not None:
-            key = torch.where(allowed, key, key - OUTSIDE * spread)
-        return key, spread
+        allowed = self.allowed(choice)
+        return (key if allowed is None else torch.where(allowed, key, key - OUTSIDE * spread)), spread
 
     def share(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """[T, K] the picks' scores divided by their sum."""
