@@ -47,6 +47,8 @@ def _imports(name: str, seen: set[str]) -> set[str]:
     files = sorted(folder.glob("*.py")) if folder.is_dir() else [ROOT / "emoe" / f"{name}.py"]
     found: set[str] = set()
     for file in files:
+        if not file.exists():  # the native module
+            continue
         for node in _runtime_nodes(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
