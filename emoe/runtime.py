@@ -22,13 +22,14 @@ from emoe.errors import BudgetError, ClosedError, ConfigError
 from emoe.loader import Loader
 from emoe.memory import available_memory
 from emoe.planning import Plan, make_plan, plan_for_model
+from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
+from emoe.routing.options import Bias
 from emoe.store import ExpertStore, Piece
 from emoe.store.writer import write_store
 from emoe.trace import TraceRecorder
 
 logger = logging.getLogger(__name__)
 
-ROUTING_MODES = ("exact",)
 KERNELS = ("native", "stock")
 
 
@@ -43,6 +44,8 @@ def from_pretrained(
     *,
     memory_budget: int | str | float = "auto",
     routing: str = "exact",
+    bias: Bias | None = None,
+    max_substituted_mass: float | None = None,
     kernels: str = "native",
     dtype: Any = "auto",
     context: int = 2048,
@@ -55,10 +58,16 @@ def from_pretrained(
 
     Args:
         path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
-        memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots, staging
-            and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed experts;
-            "auto" takes what is free now less a reserve, and logs what it took.
-        routing: "exact": every routed expert is used; a missing one is read first.
+        memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots,
+            staging and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed
+            experts; "auto" takes what is free now less a reserve, and logs what it took.
+        routing: what happens to a routed expert that is not in memory. "exact": it is read first. "resident": the router's
+            next choice among those in memory takes its place. "biased": those in memory have a bonus of `bias`, what is
+            routed to all the same is read (docs/routing.md).
+        bias: for "biased", in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one per task
+            ({"code": 0.2, "default": 0.5}).
+        max_substituted_mass: for "resident" and "biased": the largest mean share of router mass, in [0, 1], that may be
+            substituted in a request; beyond it experts are read.
         kernels: "native", or "stock" for Transformers' own eager loop on the slots (the parity reference).
         dtype: as in Transformers.
         context: tokens of KV cache the plan leaves room for, per sequence.
@@ -76,7 +85,7 @@ def from_pretrained(
         CheckpointError: a file is missing, truncated or corrupt.
         ConfigError: an option is not one of its choices.
     """
-    _choose("routing", routing, ROUTING_MODES)
+    options = parse_options(routing, bias, max_substituted_mass)
     _choose("kernels", kernels, KERNELS)
     plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
     model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
@@ -93,6 +102,8 @@ def wrap(
     *,
     memory_budget: int | str | float = "auto",
     routing: str = "exact",
+    bias: Bias | None = None,
+    max_substituted_mass: float | None = None,
     kernels: str = "native",
     store: str | Path | None = None,
     context: int = 2048,
@@ -100,11 +111,11 @@ def wrap(
     policy: str = "lru",
     reader: str = "auto",
 ) -> Any:
-    """Puts a model that is already in memory inside a byte budget: its experts move to a store and their memory is freed.
+    """Puts a model that is in memory already inside a byte budget: its experts move to a store, their memory is freed.
 
     Args:
         model: a Transformers model whose family goes through the experts interface; it is changed in place.
-        memory_budget, routing, kernels, context, batch, policy, reader: as in `from_pretrained`.
+        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, reader: as in `from_pretrained`.
         store: a folder for the experts (kept by you), None for a temporary folder, or "ram" for anonymous memory.
 
     Returns:
@@ -114,7 +125,7 @@ def wrap(
         StoreError: the experts could not be written; the model is left as it was.
         BudgetError, UnsupportedModelError, ConfigError: as in `from_pretrained`.
     """
-    _choose("routing", routing, ROUTING_MODES)
+    options = parse_options(routing, bias, max_substituted_mass)
     _choose("kernels", kernels, KERNELS)
     if getattr(model, "emoe", None) is not None:
         raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
@@ -246,8 +257,8 @@ class Runtime:
 
         Returns:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
-            stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
-            kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes.
+            stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
+            `prefetch_bytes`, reader, kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes.
         """
         with self._lock:
             counters = self.loader.snapshot()
@@ -303,8 +314,8 @@ class Runtime:
         """Stops transfers, frees the slots and gives the model back; calling it again does nothing.
 
         Args:
-            restore: True loads all experts back into ordinary parameters, False leaves the model without experts (it then
-                refuses to run). None restores where the experts fit into the memory that is free.
+            restore: True loads all experts back into ordinary parameters, False leaves the model without experts (it
+                then refuses to run). None restores where the experts fit into the memory that is free.
 
         Raises:
             BudgetError: restore=True and the experts do not fit; nothing was changed.

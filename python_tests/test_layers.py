@@ -74,5 +74,5 @@ def _runtime_nodes(tree: ast.AST):
 @pytest.mark.parametrize("name", sorted(FORBIDDEN_IMPORTS))
 def test_imports_of_emoe_never_turn_back(name):
     found = _imports(name, {name})
-    roots = {module for module in found} | {module.split(".")[0] for module in found}
+    roots = set(found) | {module.split(".")[0] for module in found}
     assert not FORBIDDEN_IMPORTS[name] & roots
