@@ -89,7 +89,7 @@ def from_pretrained(
     _choose("kernels", kernels, KERNELS)
     plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
     model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
-    return _start(model, store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=False)
+    return _start(model, store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=False)
 
 
 def _plan_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +133,9 @@ def wrap(
     in_ram = store == "ram"
     expert_store = write_store(model, folder=None if store is None or in_ram else Path(store), ram=in_ram)
     modeling.detach_experts(model, expert_store.layers)
-    return _start(model, expert_store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=True)
+    return _start(
+        model, expert_store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=True
+    )
 
 
 def make_reader(kind: str) -> Any:
@@ -141,12 +143,10 @@ def make_reader(kind: str) -> Any:
     return native.load().make_reader(kind)
 
 
-def _start(
-    model: Any, store: ExpertStore, plan: Plan, *, kernels: str, policy: str, reader: str, wrapped: bool
-) -> Any:
+def _start(model: Any, store: ExpertStore, plan: Plan, *, wrapped: bool, **options: Any) -> Any:
     """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
     try:
-        model.emoe = Runtime(model, store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=wrapped)
+        model.emoe = Runtime(model, store, plan, wrapped=wrapped, **options)
     except BaseException:
         if wrapped:
             modeling.attach_experts(model, store)
@@ -161,10 +161,20 @@ class Runtime:
     Attributes:
         plan: the `Plan` it was built from.
         cache: the `CacheManager` that says which expert is in which slot.
+        routing: the `emoe.routing.Routing` that exchanges picks; in mode `exact` it does nothing.
     """
 
     def __init__(
-        self, model: Any, store: ExpertStore, plan: Plan, *, kernels: str, policy: str, reader: str, wrapped: bool
+        self,
+        model: Any,
+        store: ExpertStore,
+        plan: Plan,
+        *,
+        kernels: str,
+        routing: RoutingOptions,
+        policy: str,
+        reader: str,
+        wrapped: bool,
     ) -> None:
         self._C = native.load()
         self.plan = plan
@@ -177,6 +187,8 @@ class Runtime:
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         slot_bytes = max(each.nbytes for each in layouts)
         self.cache = CacheManager(plan.slots_per_layer, policy=policy)
+        experts_per_layer = [len(layer.pieces) for layer in store.layers]
+        self.routing = Routing(model, CacheResidency(self.cache, experts_per_layer, self._lock), routing)
         self._slab = self._C.Slab(sum(plan.slots_per_layer), slot_bytes)
         self._table, records = self._register(layouts)
         self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
@@ -231,6 +243,7 @@ class Runtime:
             vars(layer.module)["_emoe"] = layer
         self._guard = modeling.guard_saving(model, self.store)
         model.set_experts_implementation(experts.IMPLEMENTATION)
+        self.routing.start()
 
     def _log_start(self, kernels: str) -> None:
         logger.info(
@@ -258,7 +271,8 @@ class Runtime:
         Returns:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
             stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
-            `prefetch_bytes`, reader, kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes.
+            `prefetch_bytes`, reader, kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes,
+            and `routing`: what the routing mode changed (`emoe.routing.Routing.stats`).
         """
         with self._lock:
             counters = self.loader.snapshot()
@@ -281,6 +295,7 @@ class Runtime:
             "resident_share": self.plan.resident_share,
             "budget_bytes": self.plan.budget_bytes,
             "store": self.store.description,
+            "routing": self.routing.stats(per_layer=per_layer),
         }
         result.pop("stall_seconds", None)
         if per_layer:
@@ -289,6 +304,15 @@ class Runtime:
                 for layer, each, count in zip(self.store.layers, self.layers, total, strict=True)
             ]
         return result
+
+    @contextmanager
+    def request(self, task: str | None = None, name: str | None = None) -> Iterator[Request]:
+        """What runs in the block is one request: its task's bias, its own `max_substituted_mass`, its own counts.
+
+        The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
+        """
+        with self.routing.request(task, name) as request:
+            yield request
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[TraceRecorder]:
@@ -333,6 +357,7 @@ class Runtime:
                     needed=needed,
                 )
             self._closed = True
+            self.routing.close()
             self.loader.close()
             self._queue.close()
             for layer in self.layers:

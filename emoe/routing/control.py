@@ -30,7 +30,7 @@ Span = tuple[Request, slice]
 
 
 class Routing:
-    """A routing mode at work on one model.
+    """A routing mode on one model, at work from `start()` to `close()`.
 
     Args:
         model: a Transformers model whose experts go through the experts interface.
@@ -59,11 +59,12 @@ class Routing:
         self._residency = residency
         self.sites = find_routers(model)
         self._layers = [Tally() for _ in self.sites]
-        self._handles = [
-            site.module.register_forward_hook(_Hook(self, site, site.rule))
-            for site in self.sites
-            if site.rule is not None
-        ]
+
+    def start(self) -> None:
+        """Puts the hooks on the routers."""
+        for site in self.sites:
+            if site.rule is not None:
+                self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
 
     def close(self) -> None:
         """Removes the hooks; counts stay readable. Calling it again does nothing."""
@@ -379,4 +380,6 @@ def attach(
         ConfigError: an option is not one of its choices.
         UnsupportedModelError: a router's rule is not known.
     """
-    return Routing(model, residency, parse_options(routing, bias, max_substituted_mass))
+    attached = Routing(model, residency, parse_options(routing, bias, max_substituted_mass))
+    attached.start()
+    return attached
