@@ -47,7 +47,7 @@ def aria_text() -> Any:
     from transformers import AriaTextConfig
     from transformers.models.aria.modeling_aria import AriaExperts
 
-    return AriaExperts(AriaTextConfig(hidden_size=H, intermediate_size=I, moe_num_experts=E, num_attention_heads=4))
+    return AriaExperts(AriaTextConfig(hidden_size=H, intermediate_size=I, moe_num_experts=E, num_attention_heads=2))
 
 
 def nemotron_h() -> Any:
