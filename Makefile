@@ -12,7 +12,7 @@ demo: build
 	$(BIN)/emoe demo
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 build: $(STAMP)
 

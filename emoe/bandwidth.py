@@ -1,4 +1,4 @@
-"""How fast this machine reads memory and the disk a checkpoint lies on: a short measurement, kept in the user's cache folder."""
+"""How fast this machine reads memory and a checkpoint's disk: a short measurement, kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
     return Rates(memory, disk or 1e9, note)
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         loaded = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -53,6 +53,7 @@ class CacheManager:
         self._expert_of = [_NOBODY] * first
         self._state = [_FREE] * first
         self._steps = [-1] * len(self._ranges)  # the first step is 0
+        self._versions = [0] * len(self._ranges)
 
     @property
     def layers(self) -> int:
@@ -79,6 +80,14 @@ class CacheManager:
     def resident(self, layer: int) -> list[int]:
         """Experts that are ready or held, in ascending order."""
         return sorted(expert for expert, slot in self._slot_of[layer].items() if self._state[slot] >= 0)
+
+    def version(self, layer: int) -> int:
+        """A number that changes whenever `resident(layer)` does."""
+        return self._versions[layer]
+
+    def free(self, layer: int) -> int:
+        """How many slots of a layer hold nothing."""
+        return len(self._free[layer])
 
     def advance(self, layer: int) -> None:
         """Begins the next step of a layer: the clock that its policy sees."""
@@ -163,6 +172,7 @@ class CacheManager:
             evicted = self._policies[layer].victim(candidates)
             slot = slot_of.pop(evicted)
             self._policies[layer].forget(evicted)
+            self._versions[layer] += 1
         slot_of[expert] = slot
         self._expert_of[slot] = expert
         self._state[slot] = _LOADING
@@ -176,6 +186,7 @@ class CacheManager:
             CacheError: it was not loading.
         """
         self._state[self._loading_slot(layer, expert, "made ready")] = 0
+        self._versions[layer] += 1
 
     def fail(self, layer: int, expert: int) -> None:
         """The expert's bytes did not arrive: its slot is free.
@@ -236,6 +247,7 @@ class CacheManager:
         self._expert_of[slot] = _NOBODY
         self._state[slot] = _FREE
         self._free[layer].append(slot)
+        self._versions[layer] += 1
 
     def _refusal(self, layer: int, expert: int, verb: str) -> CacheError:
         slot = self._slot_of[layer].get(expert)

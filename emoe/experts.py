@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "emoe"
 SHAPE_ONLY = "emoe_shape_only"  # lets a model's structure run on the meta device (kv_cache.py)
 
-# Above this many bytes of fp32 pair outputs a prefill adds expert outputs as they come, in one [T, H] buffer: the order of
-# the additions then follows residency and the result is close, not bit-identical, between budgets.
+# Above this many bytes of fp32 pair outputs a prefill adds expert outputs as they come, in one [T, H] buffer: the order
+# of the additions then follows residency and the result is close, not bit-identical, between budgets.
 PAIR_BYTES = 32 << 20
 
 
@@ -158,7 +158,7 @@ class ExpertLayer:
     ) -> torch.Tensor:
         T, K = index.shape
         H = hidden.shape[1]
-        pairs = T * K * H * 4 <= self.pair_bytes
+        pairs = self.pair_bytes >= T * K * H * 4
         out = torch.zeros((T, K, H) if pairs else (T, H), dtype=torch.float32)
         hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
         slot_of = self._slot_of
@@ -186,8 +186,8 @@ class ExpertLayer:
     ) -> torch.Tensor:
         """The eager loop over one (token, expert) pair a row, so that rounds in any order give the same bits.
 
-        Pairs are laid out with the position in the top-k as the slow axis: an expert then sees its tokens in the very order
-        of the whole computation. The sum runs in ascending expert order, as the eager loop's does.
+        Pairs are laid out with the position in the top-k as the slow axis: an expert then sees its tokens in the very
+        order of the whole computation. The sum runs in ascending expert order, as the eager loop's does.
         """
         T, K = index.shape
         rows = torch.arange(T).repeat(K)
@@ -219,8 +219,8 @@ def emoe_experts(
     layer = getattr(self, "_emoe", None)
     if layer is None:
         raise ClosedError(
-            f"experts implementation '{IMPLEMENTATION}' was chosen for {type(self).__name__}, but emoe holds none of its "
-            "experts; use emoe.from_pretrained or emoe.wrap"
+            f"experts implementation '{IMPLEMENTATION}' was chosen for {type(self).__name__}, but emoe holds none of "
+            "its experts; use emoe.from_pretrained or emoe.wrap"
         )
     return cast(ExpertLayer, layer).forward(hidden_states, top_k_index, top_k_weights)
 

@@ -18,9 +18,9 @@ _PROBE = 8  # tokens
 def measure(model: Any, *, context: int, batch: int) -> tuple[int, str]:
     """Bytes of the cache for `batch` sequences of `context` tokens.
 
-    Runs the model's structure on the meta device. Sliding windows are run at the full length; elsewhere two short lengths give
-    the line, which recurrent states, that do not grow, enter once (their reference code loops over every token). Where a
-    family's forward cannot run on the meta device, attention heads of the config are counted.
+    Runs the model's structure on the meta device. Sliding windows are run at the full length; elsewhere two short
+    lengths give the line, which recurrent states, that do not grow, enter once (their reference code loops over every
+    token). Where a family's forward cannot run on the meta device, attention heads of the config are counted.
 
     Returns:
         (bytes, a note where the figure is an estimate, else "").
@@ -48,7 +48,7 @@ def _cache_bytes(model: Any, batch: int, length: int) -> int:
     experts.register()
     with torch.device("meta"), torch.no_grad():
         clone = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation="eager").eval()
-        clone.set_experts_implementation({key: experts.SHAPE_ONLY for key in clone.get_experts_implementation()})
+        clone.set_experts_implementation(dict.fromkeys(clone.get_experts_implementation(), experts.SHAPE_ONLY))
         ids = torch.zeros((batch, length), dtype=torch.long)
         cache = clone(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))

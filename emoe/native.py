@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
-from emoe.errors import BackendUnavailable
+from emoe.errors import BackendUnavailable, EmoeError
 
 
+@cache  # asked at every call of a kernel; an error is not kept
 def load() -> ModuleType:
     """Returns `emoe._C`.
 
@@ -28,7 +30,13 @@ def load() -> ModuleType:
 
 
 def describe() -> dict[str, Any]:
-    """What was built and what this machine offers; used by `emoe doctor`."""
+    """What was built and what this machine offers; used by `emoe doctor`.
+
+    Returns:
+        built, cuda and, where built: file, isa ("none" where EMOE_FORCE_ISA names one that does not run),
+        available_isas (best first), threads, readers (kind -> "O_DIRECT", "buffered" or "unavailable: why");
+        `error` where something is amiss.
+    """
     info: dict[str, Any] = {"built": False, "cuda": "not built: this release has no CUDA sources"}
     try:
         module = load()
@@ -38,16 +46,21 @@ def describe() -> dict[str, Any]:
     info.update(
         built=True,
         file=module.__file__,
-        isa=module.isa(),
+        isa="none",
         available_isas=list(module.available_isas()),
         threads=module.threads(),
+        readers={kind: _reader_state(module, kind) for kind in ("uring", "pread")},
     )
-    readers = {}
-    for kind in ("uring", "pread"):
-        try:
-            reader = module.make_reader(kind)
-            readers[kind] = "O_DIRECT" if reader.direct else "buffered"
-        except Exception as error:
-            readers[kind] = f"unavailable: {error}"
-    info["readers"] = readers
+    try:
+        info["isa"] = module.isa()
+    except EmoeError as error:
+        info["error"] = str(error)
     return info
+
+
+def _reader_state(module: ModuleType, kind: str) -> str:
+    try:
+        reader = module.make_reader(kind)
+    except EmoeError as error:
+        return f"unavailable: {error}"
+    return "O_DIRECT" if reader.direct else "buffered"

@@ -16,6 +16,7 @@ from emoe import native
 from emoe.errors import ConfigError
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _FLOATS}
 _MODES = ("pairs", "accumulate")
 
 
@@ -78,6 +79,10 @@ def gather_mlp(
     _check("index", index, (torch.int64,), (T, K))
     _check("weights", weights, _FLOATS, (T, K))
     _check("out", out, (torch.float32,), (T, K, layout.hidden_out) if mode == "pairs" else (T, layout.hidden_out))
+    if not isinstance(slot_of, np.ndarray):
+        raise ConfigError(f"slot_of is a {type(slot_of).__name__}, not an int32 numpy array [E]")
+    if slot_of.dtype != np.int32 or slot_of.ndim != 1:
+        raise ConfigError(f"slot_of is a {slot_of.dtype} array of shape {slot_of.shape}, not int32 [E]")
     if slot_of.size and int(slot_of.max()) >= slab.slots:
         raise ConfigError(f"slot_of names slot {int(slot_of.max())}, but the slab has {slab.slots} slots")
     native.load().gather_mlp(
@@ -114,15 +119,16 @@ def combine(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    if tensor.device.type != "cpu":
+    if tensor.dtype in dtypes and tensor.shape == shape and tensor.is_cpu and tensor.is_contiguous():
+        return
+    if not tensor.is_cpu:
         raise ConfigError(f"{name} is on {tensor.device}, not on the CPU")
     if tensor.dtype not in dtypes:
         raise ConfigError(f"{name} is {_name(tensor.dtype)}, not one of: {', '.join(map(_name, dtypes))}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
-    if not tensor.is_contiguous():
-        raise ConfigError(f"{name} is not contiguous")
+    raise ConfigError(f"{name} has strides {tensor.stride()}: it must be contiguous")

@@ -1,10 +1,11 @@
-"""What fits: bytes of each kind, slots per layer and a forecast, from config and headers alone, before anything is loaded."""
+"""What fits: bytes of each kind, slots per layer and a forecast, from the config alone, before anything is loaded."""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def _plan(
     specs = [structure.param_specs(module) for _, module in found]
     layouts = [layout.describe(module, params) for (_, module), params in zip(found, specs, strict=True)]
     slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
-    experts = tuple(int(module.num_experts) for _, module in found)
+    experts = tuple(structure.num_experts(module) for _, module in found)
     bytes_of = [_param_bytes(params) for params in specs]
     expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
     non_expert = structure.unique_bytes(model) - expert_bytes
@@ -153,8 +154,8 @@ def _plan(
     warnings = []
     if min(slots) < top_k:
         warnings.append(
-            f"{min(slots)} slots in a layer are fewer than the {top_k} experts of one token: every token reloads experts; "
-            f"{format_bytes(fixed + slot_bytes * len(experts) * top_k)} would hold one token's"
+            f"{min(slots)} slots in a layer are fewer than the {top_k} experts of one token: every token reloads "
+            f"experts; {format_bytes(fixed + slot_bytes * len(experts) * top_k)} would hold one token's"
         )
     planned = fixed + sum(slots) * slot_bytes
     return Plan(
@@ -203,9 +204,9 @@ def _slots(
     total = (nbytes - fixed) // slot_bytes
     if total < len(experts):
         raise BudgetError(
-            f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is {format_bytes(smallest)} "
-            f"({smallest} bytes): {format_bytes(fixed)} for weights outside experts, staging and KV cache, and one slot of "
-            f"{format_bytes(slot_bytes)} in each of {len(experts)} layers",
+            f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is "
+            f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, staging "
+            f"and KV cache, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} layers",
             needed=smallest,
             budget=nbytes,
         )
@@ -253,7 +254,7 @@ def _forecast(
 
 def recurrent_hit_rate(share: float) -> float:
     """Linear interpolation of RECURRENT_HIT_RATE."""
-    for (x0, y0), (x1, y1) in zip(RECURRENT_HIT_RATE, RECURRENT_HIT_RATE[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(RECURRENT_HIT_RATE):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
     return 1.0

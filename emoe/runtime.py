@@ -22,13 +22,14 @@ from emoe.errors import BudgetError, ClosedError, ConfigError
 from emoe.loader import Loader
 from emoe.memory import available_memory
 from emoe.planning import Plan, make_plan, plan_for_model
+from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
+from emoe.routing.options import Bias
 from emoe.store import ExpertStore, Piece
 from emoe.store.writer import write_store
 from emoe.trace import TraceRecorder
 
 logger = logging.getLogger(__name__)
 
-ROUTING_MODES = ("exact",)
 KERNELS = ("native", "stock")
 
 
@@ -43,6 +44,8 @@ def from_pretrained(
     *,
     memory_budget: int | str | float = "auto",
     routing: str = "exact",
+    bias: Bias | None = None,
+    max_substituted_mass: float | None = None,
     kernels: str = "native",
     dtype: Any = "auto",
     context: int = 2048,
@@ -55,10 +58,16 @@ def from_pretrained(
 
     Args:
         path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
-        memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots, staging
-            and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed experts;
-            "auto" takes what is free now less a reserve, and logs what it took.
-        routing: "exact": every routed expert is used; a missing one is read first.
+        memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots,
+            staging and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed
+            experts; "auto" takes what is free now less a reserve, and logs what it took.
+        routing: what happens to a routed expert that is not in memory. "exact": it is read first. "resident": the router's
+            next choice among those in memory takes its place. "biased": those in memory have a bonus of `bias`, what is
+            routed to all the same is read (docs/routing.md).
+        bias: for "biased", in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one per task
+            ({"code": 0.2, "default": 0.5}).
+        max_substituted_mass: for "resident" and "biased": the largest mean share of router mass, in [0, 1], that may be
+            substituted in a request; beyond it experts are read.
         kernels: "native", or "stock" for Transformers' own eager loop on the slots (the parity reference).
         dtype: as in Transformers.
         context: tokens of KV cache the plan leaves room for, per sequence.
@@ -76,15 +85,16 @@ def from_pretrained(
         CheckpointError: a file is missing, truncated or corrupt.
         ConfigError: an option is not one of its choices.
     """
-    _choose("routing", routing, ROUTING_MODES)
+    options = parse_options(routing, bias, max_substituted_mass)
     _choose("kernels", kernels, KERNELS)
     plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
     model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
-    return _start(model, store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=False)
+    return _start(model, store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=False)
 
 
 def _plan_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in ("config", "trust_remote_code", "revision", "cache_dir") if name in kwargs}
+    known = ("config", "trust_remote_code", "revision", "cache_dir", "subfolder", "token", "local_files_only")
+    return {name: kwargs[name] for name in known if name in kwargs}
 
 
 def wrap(
@@ -92,6 +102,8 @@ def wrap(
     *,
     memory_budget: int | str | float = "auto",
     routing: str = "exact",
+    bias: Bias | None = None,
+    max_substituted_mass: float | None = None,
     kernels: str = "native",
     store: str | Path | None = None,
     context: int = 2048,
@@ -99,11 +111,11 @@ def wrap(
     policy: str = "lru",
     reader: str = "auto",
 ) -> Any:
-    """Puts a model that is already in memory inside a byte budget: its experts move to a store and their memory is freed.
+    """Puts a model that is in memory already inside a byte budget: its experts move to a store, their memory is freed.
 
     Args:
         model: a Transformers model whose family goes through the experts interface; it is changed in place.
-        memory_budget, routing, kernels, context, batch, policy, reader: as in `from_pretrained`.
+        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, reader: as in `from_pretrained`.
         store: a folder for the experts (kept by you), None for a temporary folder, or "ram" for anonymous memory.
 
     Returns:
@@ -113,7 +125,7 @@ def wrap(
         StoreError: the experts could not be written; the model is left as it was.
         BudgetError, UnsupportedModelError, ConfigError: as in `from_pretrained`.
     """
-    _choose("routing", routing, ROUTING_MODES)
+    options = parse_options(routing, bias, max_substituted_mass)
     _choose("kernels", kernels, KERNELS)
     if getattr(model, "emoe", None) is not None:
         raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
@@ -121,7 +133,9 @@ def wrap(
     in_ram = store == "ram"
     expert_store = write_store(model, folder=None if store is None or in_ram else Path(store), ram=in_ram)
     modeling.detach_experts(model, expert_store.layers)
-    return _start(model, expert_store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=True)
+    return _start(
+        model, expert_store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=True
+    )
 
 
 def make_reader(kind: str) -> Any:
@@ -129,12 +143,10 @@ def make_reader(kind: str) -> Any:
     return native.load().make_reader(kind)
 
 
-def _start(
-    model: Any, store: ExpertStore, plan: Plan, *, kernels: str, policy: str, reader: str, wrapped: bool
-) -> Any:
+def _start(model: Any, store: ExpertStore, plan: Plan, *, wrapped: bool, **options: Any) -> Any:
     """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
     try:
-        model.emoe = Runtime(model, store, plan, kernels=kernels, policy=policy, reader=reader, wrapped=wrapped)
+        model.emoe = Runtime(model, store, plan, wrapped=wrapped, **options)
     except BaseException:
         if wrapped:
             modeling.attach_experts(model, store)
@@ -149,10 +161,20 @@ class Runtime:
     Attributes:
         plan: the `Plan` it was built from.
         cache: the `CacheManager` that says which expert is in which slot.
+        routing: the `emoe.routing.Routing` that exchanges picks; in mode `exact` it does nothing.
     """
 
     def __init__(
-        self, model: Any, store: ExpertStore, plan: Plan, *, kernels: str, policy: str, reader: str, wrapped: bool
+        self,
+        model: Any,
+        store: ExpertStore,
+        plan: Plan,
+        *,
+        kernels: str,
+        routing: RoutingOptions,
+        policy: str,
+        reader: str,
+        wrapped: bool,
     ) -> None:
         self._C = native.load()
         self.plan = plan
@@ -165,6 +187,8 @@ class Runtime:
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         slot_bytes = max(each.nbytes for each in layouts)
         self.cache = CacheManager(plan.slots_per_layer, policy=policy)
+        experts_per_layer = [len(layer.pieces) for layer in store.layers]
+        self.routing = Routing(model, CacheResidency(self.cache, experts_per_layer, self._lock), routing)
         self._slab = self._C.Slab(sum(plan.slots_per_layer), slot_bytes)
         self._table, records = self._register(layouts)
         self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
@@ -216,9 +240,10 @@ class Runtime:
         model.requires_grad_(False)
         model.eval()
         for layer in self.layers:
-            layer.module._emoe = layer
+            vars(layer.module)["_emoe"] = layer
         self._guard = modeling.guard_saving(model, self.store)
         model.set_experts_implementation(experts.IMPLEMENTATION)
+        self.routing.start()
 
     def _log_start(self, kernels: str) -> None:
         logger.info(
@@ -245,8 +270,9 @@ class Runtime:
 
         Returns:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
-            stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
-            kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes.
+            stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
+            `prefetch_bytes`, reader, kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes,
+            and `routing`: what the routing mode changed (`emoe.routing.Routing.stats`).
         """
         with self._lock:
             counters = self.loader.snapshot()
@@ -269,6 +295,7 @@ class Runtime:
             "resident_share": self.plan.resident_share,
             "budget_bytes": self.plan.budget_bytes,
             "store": self.store.description,
+            "routing": self.routing.stats(per_layer=per_layer),
         }
         result.pop("stall_seconds", None)
         if per_layer:
@@ -277,6 +304,15 @@ class Runtime:
                 for layer, each, count in zip(self.store.layers, self.layers, total, strict=True)
             ]
         return result
+
+    @contextmanager
+    def request(self, task: str | None = None, name: str | None = None) -> Iterator[Request]:
+        """What runs in the block is one request: its task's bias, its own `max_substituted_mass`, its own counts.
+
+        The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
+        """
+        with self.routing.request(task, name) as request:
+            yield request
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[TraceRecorder]:
@@ -302,8 +338,8 @@ class Runtime:
         """Stops transfers, frees the slots and gives the model back; calling it again does nothing.
 
         Args:
-            restore: True loads all experts back into ordinary parameters, False leaves the model without experts (it then
-                refuses to run). None restores where the experts fit into the memory that is free.
+            restore: True loads all experts back into ordinary parameters, False leaves the model without experts (it
+                then refuses to run). None restores where the experts fit into the memory that is free.
 
         Raises:
             BudgetError: restore=True and the experts do not fit; nothing was changed.
@@ -321,15 +357,16 @@ class Runtime:
                     needed=needed,
                 )
             self._closed = True
+            self.routing.close()
             self.loader.close()
             self._queue.close()
-            self._guard.remove()
             for layer in self.layers:
                 layer.close()
             self.layers.clear()
             del self._slab
             if fits if restore is None else restore:
                 modeling.attach_experts(self._model, self.store)
+                self._guard.remove()  # else it stays, and refuses to save a model without experts
                 for module in self._model.modules():
                     module.__dict__.pop("_emoe", None)
                 self._model.set_experts_implementation(self._implementation)

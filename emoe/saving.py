@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from emoe.config import format_bytes
-from emoe.errors import CheckpointError, SaveError
+from emoe.errors import CheckpointError, ClosedError, SaveError
 from emoe.memory import available_memory
 from emoe.store import ExpertStore, itemsize, read_layer
 from emoe.store.headers import INDEX_NAME, SINGLE_NAME
@@ -71,7 +71,7 @@ class SavingGuard:
     def _read(self, number: int) -> dict[str, Any]:
         try:
             return read_layer(self._store, number)
-        except CheckpointError as error:
+        except (CheckpointError, ClosedError) as error:
             raise SaveError(f"the experts of {self._store.layers[number].path} cannot be read: {error}") from error
 
     def _save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

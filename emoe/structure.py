@@ -44,15 +44,13 @@ def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:
 
 
 def _first_dtype(folder: Path) -> torch.dtype:
-    from safetensors import safe_open
+    """Where neither caller nor config says: that of the first floating-point tensor, as Transformers does."""
+    from emoe.store.headers import checkpoint_files, read_header
 
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
-                found = names.get(tensors.get_slice(key).get_dtype())
-                if found is not None:
-                    return found
+    for file in checkpoint_files(folder) if folder.is_dir() else []:
+        for entry in read_header(file).values():
+            if entry.is_float:
+                return cast(torch.dtype, getattr(torch, entry.dtype))
     return torch.float32
 
 

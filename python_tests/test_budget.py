@@ -1,4 +1,4 @@
-"""The budget against what the operating system counts, on a checkpoint of 220 MB; the 7 GB one is benchmarks/budget.py."""
+"""The budget against what the operating system counts, on a checkpoint of 220 MB (7 GB: benchmarks/budget.py)."""
 
 from __future__ import annotations
 

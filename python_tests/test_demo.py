@@ -22,7 +22,7 @@ from emoe.demo import delta as deltas
 from emoe.errors import DemoBuildError, EmoeError
 
 CHATS = Path(__file__).parent / "data" / "demo_chats.json"
-LAYERS, HIDDEN, NEURONS, RANK = 2, 32, 48, 3
+LAYERS, HIDDEN, NEURONS, RANK = 2, 32, 80, 3
 WIDTHS = {"gate": (HIDDEN, NEURONS), "up": (HIDDEN, NEURONS), "down": (NEURONS, HIDDEN)}
 WIDTHS |= {"q": (HIDDEN, HIDDEN), "k": (HIDDEN, 16), "v": (HIDDEN, 16), "o": (HIDDEN, HIDDEN)}
 
@@ -89,7 +89,7 @@ def ids() -> torch.Tensor:
 @torch.no_grad()
 def test_with_every_expert_active_the_carved_model_is_the_dense_model_with_its_corrections(ids, tmp_path):
     dense = _dense()
-    delta = _delta(deltas.Shape(shared=16, experts=8, width=4, top_k=8), router=0.0)
+    delta = _delta(deltas.Shape(shared=16, experts=8, width=8, top_k=8), router=0.0)
     carved = _carved(dense, delta, tmp_path / "moe")(ids).logits
     plain = dense(ids).logits
     _correct(dense, delta)
@@ -101,7 +101,7 @@ def test_with_every_expert_active_the_carved_model_is_the_dense_model_with_its_c
 @torch.no_grad()
 def test_with_some_experts_active_neurons_count_by_k_times_their_experts_weight(ids, tmp_path):
     dense = _dense()
-    shape = deltas.Shape(shared=16, experts=8, width=4, top_k=2)
+    shape = deltas.Shape(shared=16, experts=8, width=8, top_k=2)
     delta = _delta(shape)
     carved = _carved(dense, delta, tmp_path / "moe")(ids).logits
     _correct(dense, delta)
@@ -123,7 +123,7 @@ def test_with_some_experts_active_neurons_count_by_k_times_their_experts_weight(
 
 
 def test_a_delta_file_gives_back_what_was_saved_within_the_precision_of_int8(tmp_path):
-    shape = deltas.Shape(shared=16, experts=8, width=4, top_k=2)
+    shape = deltas.Shape(shared=16, experts=8, width=8, top_k=2)
     delta = _delta(shape)
     deltas.save_delta(delta, tmp_path / "delta.safetensors")
     again = deltas.load_delta(tmp_path / "delta.safetensors")
@@ -138,8 +138,8 @@ def test_a_delta_file_gives_back_what_was_saved_within_the_precision_of_int8(tmp
 
 def test_a_delta_of_another_dense_model_is_refused_with_both_shapes():
     config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=NEURONS + 8, num_hidden_layers=LAYERS)
-    with pytest.raises(DemoBuildError, match=r"48.*56|56.*48"):
-        deltas.check_fits(config, _delta(deltas.Shape(16, 8, 4, 2)))
+    with pytest.raises(DemoBuildError, match=r"80.*88|88.*80"):
+        deltas.check_fits(config, _delta(deltas.Shape(16, 8, 8, 2)))
 
 
 def test_a_file_that_is_no_delta_is_refused_by_name(tmp_path):
@@ -157,7 +157,7 @@ class _Tokenizer:
 def tiny(monkeypatch, tmp_path):
     """A build of a tiny model: no network, no wheel. Gives the list of loads, one entry each."""
     loads: list[Path] = []
-    deltas.save_delta(_delta(deltas.Shape(16, 8, 4, 2)), tmp_path / "delta.safetensors")
+    deltas.save_delta(_delta(deltas.Shape(16, 8, 8, 2)), tmp_path / "delta.safetensors")
 
     def load_dense(gguf):
         loads.append(gguf)
@@ -241,7 +241,7 @@ def test_a_second_build_waits_for_the_first_and_takes_its_result(tiny, tmp_path,
 def test_a_wheel_with_another_hash_is_refused_with_both_hashes(tmp_path, monkeypatch):
     wheel = tmp_path / source.WHEEL
     wheel.write_bytes(b"something else")
-    deltas.save_delta(_delta(deltas.Shape(16, 8, 4, 2)), tmp_path / "delta.safetensors")
+    deltas.save_delta(_delta(deltas.Shape(16, 8, 8, 2)), tmp_path / "delta.safetensors")
     monkeypatch.setattr(builder, "DELTA", tmp_path / "delta.safetensors")
     monkeypatch.setenv(source.VARIABLE, str(wheel))
     with pytest.raises(DemoBuildError, match=rf"SHA-256 [0-9a-f]{{64}}, expected {source.WHEEL_SHA256}"):

@@ -164,7 +164,7 @@ def test_a_normalised_expert_runs_transformers_own_code():
         _experts_implementation = "eager"
         num_experts, num_local_experts, n_routed_experts = 4, 4, 4
         hidden_size = moe_hidden_size = moe_intermediate_size = intermediate_size = 8
-        hidden_act, rms_norm_eps = "silu", 1e-5
+        hidden_act, post_norm_eps = "silu", 1e-5
 
     with torch.device("meta"):
         module = MuseSparkExperts(Config())

@@ -415,3 +415,78 @@ def test_any_sequence_of_rounds_prefetches_and_faults_keeps_slots_and_bytes_righ
 
     Walk.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None, derandomize=True)
     Walk.TestCase("runTest").runTest()
+
+
+@pytest.fixture
+def native_loader(tmp_path):
+    """A loader over the native queue: 2 slots, and 6 experts of 4096 bytes, filled with id + 1."""
+    from emoe import native
+
+    core = native.load()
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(bytes([expert + 1]) * 4096 for expert in range(6)))
+    table = core.RecordTable()
+    file = table.add_file(str(path))
+    records = [
+        table.add_record([(file, 4096 * e, 4096, f"expert.{e}", "float32", 0, "float32", 32, 32, 32, 1)])
+        for e in range(6)
+    ]
+
+    def make(**faults):
+        reader = core.make_reader("pread")
+        queue = core.TransferQueue(slab, table, core.FaultyReader(reader, **faults) if faults else reader)
+        queues.append(queue)
+        return Loader(CacheManager([2]), queue, [records])
+
+    slab, queues = core.Slab(2, 4096), []
+    make.slab = slab
+    yield make
+    for queue in queues:
+        queue.close()
+
+
+def _bytes_of(slab, slot):
+    import ctypes
+
+    return set(ctypes.string_at(slab.address + slot * slab.slot_bytes, 4096))
+
+
+def test_the_native_queue_fills_the_slots_that_are_yielded(native_loader):
+    loader = native_loader()
+    for experts in ([0, 1, 2, 3, 4, 5], [5, 0], [3]):
+        seen = []
+        with closing(loader.rounds(0, experts)) as rounds:
+            for group in rounds:
+                for expert, slot in group:
+                    assert _bytes_of(native_loader.slab, slot) == {expert + 1}
+                    seen.append(expert)
+        assert sorted(seen) == sorted(experts)
+        loader.cache.check_integrity()
+    assert loader.prefetch(0, [1]) == 1
+    with closing(loader.rounds(0, [1])) as rounds:
+        ((_, slot),) = next(rounds)
+        assert _bytes_of(native_loader.slab, slot) == {2}
+    assert loader.snapshot()["prefetch_hits"] == 1
+    loader.close()
+
+
+def test_a_native_read_error_names_the_tensor_and_a_second_attempt_works(native_loader):
+    loader = native_loader(fail_at=1)
+    with pytest.raises(ReadError) as caught, closing(loader.rounds(0, [0, 1])) as rounds:
+        for _ in rounds:
+            pass
+    assert caught.value.tensor in ("expert.0", "expert.1")
+    assert set(_states(loader)) <= {"ready", "free"}
+    with closing(loader.rounds(0, [0, 1])) as rounds:
+        assert sorted(expert for group in rounds for expert, _ in group) == [0, 1]
+
+
+def test_leaving_early_with_the_native_queue_leaves_nothing_loading(native_loader):
+    loader = native_loader(delay_ms=5)
+    loader.prefetch(0, [4])
+    with closing(loader.rounds(0, [0, 1, 2, 3])) as rounds:
+        next(rounds)
+    assert "held" not in _states(loader)
+    loader.close()  # the prefetch may still have been running
+    assert set(_states(loader)) <= {"ready", "free"}
+    loader.cache.check_integrity()

@@ -134,18 +134,19 @@ def test_a_long_prefill_without_pair_buffer_stays_close(name, checkpoint, monkey
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_logits_stay_close_to_transformers_eager(name, checkpoint):
+def test_bf16_logits_are_as_close_to_float32_as_those_of_transformers(name, checkpoint):
+    """Rounding may route a token elsewhere, in any implementation: the same weights in float32 judge both."""
     path = checkpoint(name, torch.bfloat16)
-    reference = _reference(path, torch.bfloat16)
-    ids = _prompt(reference)
+    ids = _prompt(_reference(path))
+    errors = []
     with torch.no_grad():
-        expected = reference(ids).logits.float()
-    model = emoe.from_pretrained(path, memory_budget=0.5)
-    with torch.no_grad():
-        logits = model(ids).logits.float()
+        exact = _reference(path, torch.float32)(ids).logits
+        model = emoe.from_pretrained(path, memory_budget=0.5)
+        for logits in (model(ids).logits, _reference(path, torch.bfloat16)(ids).logits):
+            errors.append(((logits.float() - exact).abs().mean() / exact.abs().mean()).item())
     model.emoe.close(restore=False)
-    # Stock implementations differ from one another by up to 2e-2 in bf16; the mean shows a real error better than the maximum.
-    assert ((logits - expected).abs().mean() / expected.abs().mean()).item() < 2e-2
+    ours, stock = errors
+    assert ours < max(1.5 * stock, 1e-2)
 
 
 def test_generate_gives_the_tokens_of_transformers(checkpoint):
@@ -159,9 +160,22 @@ def test_generate_gives_the_tokens_of_transformers(checkpoint):
 
 
 def test_at_least_sixteen_families_are_compared_and_the_named_ones_are_among_them():
-    named = (
-        "mixtral olmoe qwen2_moe qwen3_moe deepseek_v3 gpt_oss granitemoe phimoe jamba glm4_moe ernie4_5_moe lfm2_moe "
-        "minimax_m2 nemotron_h aria"
-    ).split()
+    named = [
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "deepseek_v3",
+        "gpt_oss",
+        "granitemoe",
+        "phimoe",
+        "jamba",
+        "glm4_moe",
+        "ernie4_5_moe",
+        "lfm2_moe",
+        "minimax_m2",
+        "nemotron_h",
+        "aria",
+    ]
     assert set(named) <= {name.removesuffix("_text") for name in NAMES}
     assert len(NAMES) >= 16

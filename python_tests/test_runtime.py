@@ -168,7 +168,9 @@ def test_auto_says_what_it_took(checkpoint, caplog):
 def test_a_dense_model_is_refused_with_its_class_and_the_families_that_work():
     from transformers import LlamaConfig
 
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.raises(errors.UnsupportedModelError, match=r"LlamaForCausalLM.*mixtral"):
         emoe.wrap(AutoModelForCausalLM.from_config(config), memory_budget=0.5)
 

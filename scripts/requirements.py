@@ -1,7 +1,8 @@
-"""Prints the package's requirements and those of its "dev" and "demo" extras, one a line, for pip and the constraints file."""
+"""Prints the package's requirements and those of its "dev" and "demo" extras, one a line, for pip."""
+
+from pathlib import Path
 
 import tomllib
-from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]

@@ -150,7 +150,34 @@ def carve_layer(mlp: nn.Module, x: Tensor, shape: Shape, *, router_scale: float 
     balance = (carved.down.a.norm() / carved.down.b.norm()).sqrt()
     carved.down.a.div_(balance)
     carved.down.b.mul_(balance)
-    return carved, (((carved(x) - target) / size).square().sum(1).mean().sqrt()).item()
+    return carved, refine(carved, x, target, scale)
+
+
+def refine(carved: CarvedMLP, x: Tensor, target: Tensor, scale: Tensor, *, epochs: int = 3, batch: int = 256) -> float:
+    """Trains router and corrections of one layer alone; returns the relative error of the last epoch.
+
+    Args:
+        x, target: inputs and wanted outputs [N, H].
+        scale: factor of a token's error [N, 1].
+    """
+    size = carved.router.square().mean().sqrt().item()
+    others = [p for name, p in carved.named_parameters() if name != "router"]
+    optimizer = torch.optim.Adam([{"params": [carved.router], "lr": 0.02 * size}, {"params": others, "lr": 2e-3}])
+    steps = epochs * (len(x) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    total = 0.0
+    with torch.enable_grad():
+        for step in range(steps):
+            if step % (len(x) // batch) == 0:
+                order, total = torch.randperm(len(x)), 0.0
+            part = order[step % (len(x) // batch) * batch :][:batch]
+            loss = ((carved(x[part]) - target[part]) * scale[part]).square().sum(1).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() / (len(x) // batch)
+    return total**0.5
 
 
 @torch.no_grad()
@@ -176,5 +203,6 @@ def carve(model: nn.Module, rows: Tensor, shape: Shape, *, router_scale: float =
         x = layer.post_attention_layernorm(hidden)
         layer.mlp, error = carve_layer(layer.mlp, x.flatten(0, 1), shape, router_scale=router_scale)
         errors.append(error)
+        tqdm.write(f"relative error {error:.3f}")
         hidden = hidden + layer.mlp(x)
     return errors

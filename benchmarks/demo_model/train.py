@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with prompt, reference, split")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=50)
-    parser.add_argument("--shape", type=int, nargs=4, default=(640, 32, 28, 8), metavar=("SHARED", "E", "WIDTH", "K"))
+    parser.add_argument("--shape", type=int, nargs=4, default=(672, 36, 24, 9), metavar=("SHARED", "E", "WIDTH", "K"))
     parser.add_argument("--batch", type=int, default=1, help="rows of 256 tokens")
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--hidden-weight", type=float, default=0.5)

@@ -1,5 +1,7 @@
 #include "core/record_pump.hpp"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
@@ -15,6 +17,8 @@ namespace {
 
 constexpr std::int64_t kStraightBytes = std::int64_t{4} << 20;   // one read straight into the slot
 constexpr std::int64_t kWorthStraight = std::int64_t{64} << 10;  // less than this joins its neighbours in a bounce read
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 std::int64_t address(const std::byte* pointer) {
     return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(pointer));
@@ -87,6 +91,19 @@ void RecordPump::free_all_chunks() {
     for (std::size_t i = chunks_.size(); i > 0; --i) free_.push_back(i - 1);
 }
 
+std::byte* RecordPump::bounce_buffer(const Chunk& chunk) {
+    const std::size_t each = channel_->chunk_bytes();
+    if (!bounce_) {
+        // Huge pages: pinning 4 KiB pages for a direct read costs as much as copying them. Advice only.
+        const std::size_t bytes = (chunks_.size() * each + kHugePage - 1) / kHugePage * kHugePage;
+        void* memory = std::aligned_alloc(kHugePage, bytes);
+        if (memory == nullptr) throw std::bad_alloc();
+        ::madvise(memory, bytes, MADV_HUGEPAGE);
+        bounce_.reset(static_cast<std::byte*>(memory));
+    }
+    return bounce_.get() + static_cast<std::size_t>(&chunk - chunks_.data()) * each;
+}
+
 void RecordPump::give_up(const Error& why) {
     channel_.reset();
     broken_ = why;
@@ -155,12 +172,7 @@ void RecordPump::cut_chunk(Job& job, Chunk& chunk) {
                 last -= (last - each.offset) % itemsize(each.layout.src_dtype);  // elements stay whole
             }
         }
-        if (!chunk.bounce) {
-            auto* memory = static_cast<std::byte*>(std::aligned_alloc(kPageBytes, channel_->chunk_bytes()));
-            if (memory == nullptr) throw std::bad_alloc();
-            chunk.bounce = {memory, [](std::byte* pointer) { std::free(pointer); }};
-        }
-        chunk.into = chunk.bounce.get();
+        chunk.into = bounce_buffer(chunk);
     }
     chunk.file = &file;
     chunk.extent = job.extent;

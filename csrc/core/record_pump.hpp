@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -78,11 +79,11 @@ class RecordPump {
         std::int64_t got = 0;
         std::byte* into = nullptr;
         bool straight = false;
-        std::unique_ptr<std::byte[], void (*)(std::byte*)> bounce{nullptr, nullptr};
     };
 
     void fill();
     void free_all_chunks();
+    std::byte* bounce_buffer(const Chunk& chunk);
     void give_up(const Error& why);
     void cut_chunk(Job& job, Chunk& chunk);
     void request(Chunk& chunk);
@@ -95,6 +96,7 @@ class RecordPump {
     OpenFiles& files_;
     std::vector<Chunk> chunks_;
     std::vector<std::size_t> free_;
+    std::unique_ptr<std::byte[], void (*)(void*)> bounce_{nullptr, &std::free};  // chunk_bytes() for each chunk
     std::deque<std::unique_ptr<Job>> jobs_;  // only the last may have chunks left to cut
 };
 

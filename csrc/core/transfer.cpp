@@ -47,7 +47,7 @@ TransferQueue::TransferQueue(std::shared_ptr<const Slab> slab, std::shared_ptr<c
 TransferQueue::~TransferQueue() { close(); }
 
 Ticket TransferQueue::submit(std::int64_t record, std::int64_t slot, Lane lane) {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     if (closing_) throw Error(ErrorKind::kClosed, "the transfer queue is closed");
     auto job = std::make_shared<Job>();
     job->record = table_->record(record);
@@ -70,6 +70,7 @@ Ticket TransferQueue::submit(std::int64_t record, std::int64_t slot, Lane lane) 
     job->id = next_id_++;
     jobs_.emplace(job->id, job);
     lanes_[index(lane)].push_back(job);
+    lock.unlock();  // or the worker would wake up to wait for the mutex
     work_.notify_one();
     return {job->id};
 }
@@ -84,10 +85,13 @@ void TransferQueue::promote(Ticket ticket) {
 }
 
 bool TransferQueue::cancel(Ticket ticket) {
-    const std::lock_guard lock(mutex_);
-    const JobPtr job = find(ticket);
-    if (!job || !take_out(*job)) return false;
-    end(*job, State::kCancelled, std::nullopt);
+    {
+        const std::lock_guard lock(mutex_);
+        const JobPtr job = find(ticket);
+        if (!job || !take_out(*job)) return false;
+        end(*job, State::kCancelled, std::nullopt);
+    }
+    finished_.notify_all();
     return true;
 }
 
@@ -135,6 +139,7 @@ void TransferQueue::close() {
         }
     }
     work_.notify_all();
+    finished_.notify_all();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
     // submit() no longer touches these: it sees closing_ first.
@@ -181,7 +186,6 @@ void TransferQueue::end(Job& job, State state, std::optional<Error> error) {
     job.record.reset();
     job.error = std::move(error);
     job.state = state;
-    finished_.notify_all();
 }
 
 void TransferQueue::work(std::unique_ptr<ReadChannel> channel) {
@@ -214,7 +218,13 @@ void TransferQueue::work(std::unique_ptr<ReadChannel> channel) {
         stats_.read_seconds += seconds;
         if (finished) {
             const State state = finished->error ? State::kFailed : State::kReady;
-            end(*jobs_.at(finished->id), state, std::move(finished->error));
+            const JobPtr job = jobs_.at(finished->id);
+            end(*job, state, std::move(finished->error));
+            if (job->waited_for) {
+                lock.unlock();
+                finished_.notify_all();
+                lock.lock();
+            }
         }
     }
 }

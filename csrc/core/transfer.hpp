@@ -79,7 +79,7 @@ class TransferQueue {
 
     void work(std::unique_ptr<ReadChannel> channel);
     JobPtr take();                                                // mutex_ held
-    void end(Job& job, State state, std::optional<Error> error);  // mutex_ held
+    void end(Job& job, State state, std::optional<Error> error);  // mutex_ held; notify afterwards
     JobPtr find(Ticket ticket) const;  // mutex_ held; nullptr: forgotten; TransferError: unknown
     bool take_out(Job& job);           // mutex_ held; out of its lane, false if it is not there
 

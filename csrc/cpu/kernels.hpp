@@ -9,7 +9,7 @@
 
 namespace emoe::cpu {
 
-constexpr int kNarrowRows = 3;     // up to this many rows of an expert: streamed as dot products (memory bound)
+constexpr int kNarrowRows = 8;     // up to this many rows of an expert: streamed as dot products (docs/kernels.md)
 constexpr int kWideRows = 256;     // rows of one wide chunk: what phase one keeps in L2
 constexpr int kSubBlock = 64;      // weight rows of one wide tile
 constexpr int kNarrowBlock = 512;  // most weight rows of one narrow task

@@ -72,9 +72,16 @@ template <class W, int M>
 void dot_rows(const unsigned char* w, int64_t ld, int64_t rows, const float* x, int64_t ldx, int64_t K, float* y,
               int64_t ldy) {
     // As many weight rows at once as registers hold: each row of x is then loaded once for R of them.
-    constexpr int R = kManyRegisters ? (M <= 6 ? 4 : 3) : (M <= 2 ? 4 : M <= 4 ? 3 : M <= 6 ? 2 : 1);
+    constexpr int R = kManyRegisters ? (M <= 6 ? 4 : 3) : (M <= 2 ? 4 : M <= 4 ? 3 : M <= 6 ? 2 : 3);
     int64_t r = 0;
-    for (; r + R <= rows; r += R) dot_tile<W, M, R>(w + r * ld, ld, x, ldx, K, y + r, ldy);
+    for (; r + R <= rows; r += R) {
+        if constexpr (kManyRegisters || M <= 6) {
+            dot_tile<W, M, R>(w + r * ld, ld, x, ldx, K, y + r, ldy);
+        } else {  // sums that spill cost more than weights read again from L1 (18 -> 12 ms for 8 rows with AVX2)
+            dot_tile<W, 4, R>(w + r * ld, ld, x, ldx, K, y + r, ldy);
+            dot_tile<W, M - 4, R>(w + r * ld, ld, x + 4 * ldx, ldx, K, y + 4 * ldy + r, ldy);
+        }
+    }
     for (; r < rows; ++r) dot_tile<W, M, 1>(w + r * ld, ld, x, ldx, K, y + r, ldy);
 }
 
@@ -139,7 +146,8 @@ template <class W>
 void narrow_product(int rows, const Matrix& a, int64_t first, int64_t count, const float* x, float* y) {
     using Product = void (*)(const Matrix&, int64_t, int64_t, const float*, float*);
     static constexpr Product kByRows[kNarrowRows] = {
-        narrow_product<W, 1>, narrow_product<W, 2>, narrow_product<W, 3>,
+        narrow_product<W, 1>, narrow_product<W, 2>, narrow_product<W, 3>, narrow_product<W, 4>,
+        narrow_product<W, 5>, narrow_product<W, 6>, narrow_product<W, 7>, narrow_product<W, 8>,
     };
     kByRows[rows - 1](a, first, count, x, y);
 }

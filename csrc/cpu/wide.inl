@@ -56,6 +56,8 @@ void fill_tile(const Matrix& a, int64_t first, int64_t count, int64_t u0, int64_
         for (int64_t r = 0; r < count; ++r) {
             const unsigned char* from = a.data + (first + r) * ld + u0 * (pairs ? 4 : W::kSize);
             float* to = tile + (at + r) * kTileStride;
+            // A tile row is a few lines of another page than the next one: too short a run for the hardware to foresee.
+            for (int64_t b = 0; b < n * (pairs ? 4 : W::kSize); b += 64) __builtin_prefetch(from + 4 * ld + b, 0, 3);
             if (pairs) {
                 const int64_t whole = least(n, (a.depth - 2 * u0) / 2);
                 __builtin_memcpy(to, from, (size_t)whole * 4);

@@ -24,7 +24,7 @@ ROUTINGS = ("exact",)
 DEFAULT_CONTEXT = 2048
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_CONTROL = {code: None for code in (*range(9), *range(11, 32), 127)}
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127))
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --memory-budget, --dtype."""
     parser.add_argument(
-        "--model", required=True, metavar="PATH", type=model_path, help="checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B"
+        "--model",
+        required=True,
+        metavar="PATH",
+        type=model_path,
+        help="checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B",
     )
     parser.add_argument(
         "--memory-budget",
@@ -104,7 +108,7 @@ def model_path(text: str) -> str:
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise argparse.ArgumentTypeError(f"{text!r} has no config.json; a checkpoint folder of Transformers is needed")
+            raise argparse.ArgumentTypeError(f"{text!r} has no config.json; give a checkpoint folder of Transformers")
         return str(path)
     if path.exists():
         raise argparse.ArgumentTypeError(f"{text!r} is a file; give the folder that holds config.json")
@@ -184,7 +188,7 @@ def stage(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpoint_errors(model: str) -> Iterator[None]:
-    """Transformers' complaints about a checkpoint become CheckpointError, with the model's name and the first sentence."""
+    """Transformers' complaints about a checkpoint become CheckpointError, with the model's name."""
     try:
         yield
     except EmoeError:

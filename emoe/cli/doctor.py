@@ -20,7 +20,8 @@ examples:
   EMOE_FORCE_ISA=avx2 emoe doctor
 
 Ends with status 1 when something that emoe needs is missing; the last lines say what to do. EMOE_FORCE_ISA picks the
-instruction set of the kernels (scalar, avx2, avx512; one that this machine lacks is an error), EMOE_CACHE the cache folder.
+instruction set of the kernels (scalar, avx2, avx512; one that this machine lacks is an error), EMOE_CACHE the cache
+folder.
 """
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -86,7 +87,8 @@ def _transformers(missing: list[str]) -> dict[str, Any]:
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except Exception as error:
-        missing.append(f"this Transformers has no experts interface ({common.one_line(error)}): pip install -U transformers")
+        why = common.one_line(error)
+        missing.append(f"this Transformers has no experts interface ({why}): pip install -U transformers")
         return {"experts_interface": False}
     return {"experts_interface": True, "implementations": sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())}
 

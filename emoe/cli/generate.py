@@ -66,7 +66,8 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # missing files raise anything from OSError to TypeError
-        raise ConfigError(f"{model} has no tokenizer that Transformers can load: {common.one_line(error)[:200]}") from error
+        why = common.one_line(error)[:200]
+        raise ConfigError(f"{model} has no tokenizer that Transformers can load: {why}") from error
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> Any:

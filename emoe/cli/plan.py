@@ -18,8 +18,8 @@ examples:
   emoe plan --model ./Qwen3-30B-A3B --memory-budget 25% --context 8192 --batch 4
   emoe plan --model ./Qwen3-30B-A3B --memory-budget 1GiB --json | jq .needed
 
-No weights are loaded. The forecast is a range: routing at random, to routing that recurs as in public traces. A budget that
-is too small ends with status 2 and the smallest that works (in --json: error, needed, budget; in bytes).
+No weights are loaded. The forecast is a range: routing at random, to routing that recurs as in public traces. A budget
+that is too small ends with status 2 and the smallest that works (in --json: error, needed, budget; in bytes).
 """
 
 

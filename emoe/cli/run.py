@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     text = parser.add_argument_group("generation")
     text.add_argument(
-        "--max-new-tokens", type=common.positive, default=128, metavar="N", help="tokens to generate at most (default: 128)"
+        "--max-new-tokens",
+        type=common.positive,
+        default=128,
+        metavar="N",
+        help="tokens to generate at most (default: 128)",
     )
     text.add_argument(
         "--chat",
@@ -78,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=common.positive,
         metavar="TOKENS",
-        help=f"tokens the budget leaves room for in the KV cache (default: {common.DEFAULT_CONTEXT}, more where the prompt "
-        "and --max-new-tokens need it)",
+        help=f"tokens the budget leaves room for in the KV cache (default: {common.DEFAULT_CONTEXT}, more where the "
+        "prompt and --max-new-tokens need it)",
     )
 
     report = parser.add_argument_group("figures")
@@ -244,5 +248,6 @@ def _print_layers(layers: list[dict[str, Any]]) -> None:
 
     table = Table("layer", *layers[0], title="per layer", title_justify="left")
     for number, layer in enumerate(layers):
-        table.add_row(str(number), *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in layer.values()))
+        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in layer.values())
+        table.add_row(str(number), *cells)
     common.console(stderr=True).print(table)

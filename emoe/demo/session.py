@@ -6,6 +6,7 @@ writes JSON lines.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -52,8 +53,8 @@ def run(job: Job, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
     with child:
         assert child.stdin is not None and child.stdout is not None
         try:
-            child.stdin.write(json.dumps(asdict(job)))
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # a child that died is reported below
+                stdin.write(json.dumps(asdict(job)))
             for line in child.stdout:
                 kind, value = json.loads(line)
                 if kind == "report":

@@ -129,7 +129,7 @@ def _first_targets(target: str, sources: dict[str, _Sources]) -> list[str]:
 def _require_all_experts(source: _Sources, count: int, target: str) -> None:
     """Where experts are tensors of their own: one for each id, none twice."""
     for pattern, entries in source.by_pattern.items():
-        if "*" not in pattern or len(entries) == 1:
+        if "*" not in pattern:
             continue
         names = [entry.name.split(".") for entry in entries]
         ids = _expert_ids(names)

@@ -1,0 +1,130 @@
+"""Scores eviction policies on a recorded routing trace, without a model: `replay(trace, policy, resident)`.
+
+Policies are those of `emoe.policy`. `rows` runs them on all layers and budgets at once, `sequence` on one set of slots
+for all layers, and `reference` through `emoe.cache` itself, which the other two are tested against.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emoe.errors import ConfigError, TraceError
+from emoe.replay import reference, rows, sequence
+from emoe.replay.counts import Counts
+from emoe.trace import Trace
+
+POLICIES = ("lru", "lfu", "belady")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One policy at one budget.
+
+    Attributes:
+        policy: its name.
+        resident: share of the routed experts that has a slot.
+        slots: slots of one layer, or of all layers together where `per_layer` is false.
+        picks: routed experts, summed over layers and tokens.
+        hits: picks found in a slot; `misses` are the others.
+        loads: experts read, `evictions` those that left for them.
+        bytes_moved: bytes of the loads, None where the trace does not say how large an expert is.
+        layers: hit rate of each layer.
+        seconds: what this replay took, shared between budgets that ran together.
+    """
+
+    policy: str
+    resident: float
+    slots: int
+    per_layer: bool
+    picks: int
+    hits: int
+    loads: int
+    evictions: int
+    bytes_moved: int | None
+    layers: tuple[float, ...]
+    seconds: float
+
+    @property
+    def misses(self) -> int:
+        return self.picks - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over picks, 0 to 1."""
+        return self.hits / self.picks
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "misses": self.misses, "hit_rate": self.hit_rate}
+
+
+def replay(trace: Trace, policy: str, resident: Sequence[float], *, per_layer: bool = True) -> list[Result]:
+    """Runs the tokens of a trace one by one through slots that start empty.
+
+    Args:
+        trace: what to run; `emoe.trace.join` makes one of several.
+        policy: one of POLICIES.
+        resident: shares of the routed experts that have a slot, each over 0 and up to 1; one result each.
+        per_layer: slots are divided between layers; False: one set of slots for all, which a token walks in a cycle.
+
+    Raises:
+        ConfigError: an unknown policy, or a share that leaves a layer without a slot.
+        TraceError: the trace has no tokens.
+    """
+    if policy not in POLICIES:
+        raise ConfigError(f"policy={policy!r} is not one of: {', '.join(POLICIES)}")
+    if not (trace.experts >= 0).any():
+        raise TraceError("the trace has no picks to replay")
+    total = trace.num_experts * (1 if per_layer else trace.layers)
+    slots = [slots_of(share, total) for share in resident]
+    started = time.perf_counter()
+    counts = _run(trace, policy, slots, per_layer)
+    seconds = (time.perf_counter() - started) / len(slots)
+    return [
+        _result(trace, policy, share, count, each, per_layer, seconds)
+        for share, count, each in zip(resident, slots, counts, strict=True)
+    ]
+
+
+def slots_of(share: float, experts: int) -> int:
+    """Slots that a share of `experts` gives, to the nearest.
+
+    Raises:
+        ConfigError: it is not over 0 and up to 1, or gives no slot.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"resident={share} is not a share over 0 and up to 1")
+    slots = int(share * experts + 0.5)
+    if not slots:
+        raise ConfigError(f"resident={share} of {experts} experts gives no slot; the least is {0.5 / experts:.4f}")
+    return slots
+
+
+def _run(trace: Trace, policy: str, slots: list[int], per_layer: bool) -> list[Counts]:
+    if min(slots) < trace.top_k:  # a token then takes several rounds, which only the cache itself tells apart
+        return [reference.run(trace, policy, count, per_layer) for count in slots]
+    if per_layer:
+        return rows.run(trace, policy, slots)
+    return [sequence.run(trace, policy, count) for count in slots]
+
+
+def _result(
+    trace: Trace, policy: str, share: float, slots: int, counts: Counts, per_layer: bool, seconds: float
+) -> Result:
+    moved = None if trace.expert_bytes is None else int(counts.loads @ trace.expert_bytes)
+    return Result(
+        policy=policy,
+        resident=share,
+        slots=slots,
+        per_layer=per_layer,
+        picks=int(counts.picks.sum()),
+        hits=int(counts.hits.sum()),
+        loads=int(counts.loads.sum()),
+        evictions=counts.evictions,
+        bytes_moved=moved,
+        layers=tuple((counts.hits / counts.picks.clip(1)).round(6).tolist()),
+        seconds=seconds,
+    )

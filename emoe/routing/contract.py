@@ -1,0 +1,68 @@
+"""The online contract `max_substituted_mass`: an allowance never overdrawn, and a bias that learns to need less."""
+
+from __future__ import annotations
+
+import torch
+
+from emoe.routing.account import Tally
+from emoe.routing.select import DECISIVE
+
+WINDOW = 256  # rows between two changes of a task's bias
+RISE = 1.1
+FALL = 0.5  # at most, per window
+SLACK = 0.9  # the bias rises again only below this share of the bound
+FLOOR = 1e-3
+
+
+class Contract:
+    """Keeps substituted router mass within a bound.
+
+    Args:
+        bound: mean share of router mass that may be substituted, in [0, 1].
+        adapt: whether the bias follows (mode `biased`), or stays as asked (`resident`).
+    """
+
+    def __init__(self, bound: float, *, adapt: bool) -> None:
+        self.bound = bound
+        self.adapt = adapt
+        self._factors: dict[str | None, float] = {}
+        self._windows: dict[str | None, tuple[int, float]] = {}
+
+    def allowance(self, tally: Tally, rows: int) -> float:
+        """Mass that a call over `rows` rows may substitute, so that the request's mean stays within the bound."""
+        return max(0.0, self.bound * (tally.rows + rows) - tally.mass)
+
+    def bias(self, task: str | None, asked: float) -> float:
+        """The bias to use for a task now; never more than the one asked for."""
+        return min(asked, self._factors.get(task, asked))
+
+    def observe(self, task: str | None, asked: float, rows: int, wanted: float) -> None:
+        """Takes note of the mass that the bias would have substituted had there been no allowance."""
+        if not self.adapt or asked == 0:
+            return
+        seen_rows, seen_mass = self._windows.get(task, (0, 0.0))
+        seen_rows, seen_mass = seen_rows + rows, seen_mass + wanted
+        if seen_rows >= WINDOW:
+            mean = seen_mass / seen_rows
+            now = min(self.bias(task, asked), DECISIVE)
+            if mean > self.bound:
+                self._factors[task] = now * max(FALL, self.bound / mean)
+            elif mean < SLACK * self.bound:
+                raised = max(now, FLOOR) * RISE
+                self._factors[task] = asked if raised >= DECISIVE else raised
+            seen_rows, seen_mass = 0, 0.0
+        self._windows[task] = (seen_rows, seen_mass)
+
+
+def affordable(shares: torch.Tensor, allowance: float) -> torch.Tensor:
+    """Which of these substitutions are made: the cheapest, as many as the allowance pays for.
+
+    Args:
+        shares: [N] mass of each.
+
+    Returns:
+        [N] bool.
+    """
+    ordered, order = shares.double().sort()  # float32 sums over a long prefill would overdraw by rounding
+    paid = ordered.cumsum(0) <= allowance
+    return torch.zeros_like(paid).scatter_(0, order, paid)

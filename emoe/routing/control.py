@@ -1,0 +1,385 @@
+"""Routing modes on a model: forward hooks on its routers that exchange picks, and the counts of what they changed.
+
+Nothing is patched: `close()` removes the hooks. Which experts are resident is asked of a `Residency`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from emoe.errors import ConfigError, UnsupportedModelError
+from emoe.routing.account import Request, Tally
+from emoe.routing.contract import Contract, affordable
+from emoe.routing.options import Bias, RoutingOptions, parse_options
+from emoe.routing.recognise import Site, find_routers
+from emoe.routing.residency import Residency
+from emoe.routing.rules import Rule
+from emoe.routing.select import Choice, choose, to_fill
+from emoe.routing.single import exchange
+
+KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
+
+Span = tuple[Request, slice]
+
+
+class Routing:
+    """A routing mode on one model, at work from `start()` to `close()`.
+
+    Args:
+        model: a Transformers model whose experts go through the experts interface.
+        residency: which experts are in memory; not asked in mode `exact`.
+        options: the mode.
+
+    Raises:
+        UnsupportedModelError: a router's rule is not known (modes other than `exact`); names family and module.
+    """
+
+    def __init__(self, model: nn.Module, residency: Residency | None, options: RoutingOptions) -> None:
+        self.options = options
+        self.sites: list[Site] = []
+        self._layers: list[Tally] = []
+        self._tasks: dict[str | None, Tally] = {}
+        self._outside = Request()  # counts what runs in no request
+        self._current = self._outside
+        self._rows: list[tuple[Request, int]] | None = None
+        self._finished: deque[Request] = deque(maxlen=KEPT_REQUESTS)
+        self._contract = None if options.bound is None else Contract(options.bound, adapt=options.mode == "biased")
+        self._handles: list[RemovableHandle] = []
+        if options.mode == "exact":
+            return
+        if residency is None:
+            raise ConfigError(f"routing={options.mode!r} needs to know which experts are resident")
+        self._residency = residency
+        self.sites = find_routers(model)
+        self._layers = [Tally() for _ in self.sites]
+
+    def start(self) -> None:
+        """Puts the hooks on the routers."""
+        for site in self.sites:
+            if site.rule is not None:
+                self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
+
+    def close(self) -> None:
+        """Removes the hooks; counts stay readable. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Routing:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Who a token belongs to
+
+    @contextmanager
+    def request(self, task: str | None = None, name: str | None = None) -> Iterator[Request]:
+        """What runs in the block belongs to one request of this task: its bias, its contract, its counts."""
+        before, self._current = self._current, Request(task, name)
+        try:
+            yield self._current
+        finally:
+            self._finished.append(self._current)
+            self._current = before
+
+    @contextmanager
+    def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
+        """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
+        before, self._rows = self._rows, list(requests)
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    def finish(self, request: Request) -> None:
+        """A request made by hand for `rows` is over: `stats()` lists it from now on."""
+        self._finished.append(request)
+
+    def _spans(self, rows: int) -> list[Span]:
+        if self._rows is None:
+            return [(self._current, slice(0, rows))]
+        spans, start = [], 0
+        for request, count in self._rows:
+            spans.append((request, slice(start, start + count)))
+            start += count
+        if start != rows:
+            raise ConfigError(f"rows of {start} tokens were announced to routing, {rows} arrived")
+        return spans
+
+    # The hook
+
+    def route(
+        self, site: Site, rule: Rule, logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The mode's weights and picks in the place of the router's; None where the router's stand.
+
+        Args:
+            logits, weights, index: [T, E], [T, K], [T, K] as the router module gave them.
+        """
+        resident = self._residency.mask(site.layer)
+        if len(index) == 1 and index.device.type == "cpu":
+            return self._route_one(site, rule, logits, weights, index, resident)
+        if resident.device != index.device:
+            resident = resident.to(index.device)
+        return self._route_many(site, rule, logits, weights, index, resident, resident[index])
+
+    def _route_one(
+        self,
+        site: Site,
+        rule: Rule,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        resident: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        picks = resident.numpy()[index.numpy()]
+        present: list[bool] = picks[0].tolist()
+        absent = present.count(False)
+        if absent and self._residency.room(site.layer):
+            return self._route_many(site, rule, logits, weights, index, resident, torch.from_numpy(picks))
+        request = self._current if self._rows is None else next(r for r, span in self._spans(1) if span.stop)
+        bias = self._bias_of(request.task) if absent else 0.0
+        if bias == 0.0:
+            self._add(site, request, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
+            return None
+        logits = rule.logits(logits)
+        swap = exchange(rule, logits, index, resident, present, bias)
+        wanted = sum(swap.shares)
+        if self._contract is not None:
+            swap = swap.affordable(self._contract.allowance(request.tally, 1))
+        count = len(swap.positions)
+        self._add(site, request, 1, len(present), absent, count, absent - count, sum(swap.shares), wanted=wanted)
+        if not count:
+            return None
+        final = index.clone()
+        final.numpy()[0, swap.positions] = swap.substitutes
+        return rule.weights(logits, final).to(weights.dtype), final
+
+    def _route_many(
+        self,
+        site: Site,
+        rule: Rule,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        resident: torch.Tensor,
+        present: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        spans = self._spans(len(index))
+        if present.all():
+            self._count_untouched(site, spans, present, all_present=True)
+            return None
+        bias = self._bias(spans, index)
+        room = self._residency.room(site.layer)
+        if (isinstance(bias, float) and bias == 0.0) or (room and index[~present].unique().numel() <= room):
+            self._count_untouched(site, spans, present, all_present=False)
+            return None
+        logits = rule.logits(logits)
+        usable = resident
+        if room:
+            filled = to_fill(rule.share(logits, index), index, present, len(resident), room)
+            usable = resident.index_fill(0, filled, True)
+        return self._substitute(site, rule, logits, weights, index, resident, usable, present, bias, spans)
+
+    def _substitute(
+        self,
+        site: Site,
+        rule: Rule,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        resident: torch.Tensor,
+        usable: torch.Tensor,
+        present: torch.Tensor,
+        bias: float | torch.Tensor,
+        spans: list[Span],
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        stay = present if usable is resident else usable[index]
+        if isinstance(bias, torch.Tensor):
+            stay = stay | (bias == 0)
+        choice = choose(rule, logits, index, usable, stay, bias)
+        wanted = [0.0] * len(spans)
+        if self._contract is not None:
+            choice, wanted = self._within_contract(rule, logits, index, usable, stay, bias, choice, spans)
+        changed = choice.replaced.any(-1, keepdim=True)  # [T, 1]
+        final = torch.where(changed, choice.index, index)
+        self._count(site, spans, present, choice, None if usable is resident else resident[final], wanted)
+        if not changed.any():
+            return None
+        # Rows that keep their picks keep their weights to the bit.
+        own = rule.weights(logits, final).to(weights.dtype)
+        return torch.where(changed, own, weights), final
+
+    def _bias(self, spans: list[Span], index: torch.Tensor) -> float | torch.Tensor:
+        values = [self._bias_of(request.task) for request, _ in spans]
+        if all(value == values[0] for value in values):
+            return values[0]
+        rows = torch.tensor([span.stop - span.start for _, span in spans])
+        return torch.tensor(values).repeat_interleave(rows).unsqueeze(1).to(index.device)
+
+    def _bias_of(self, task: str | None) -> float:
+        asked = self.options.bias_of(task)
+        return asked if self._contract is None else self._contract.bias(task, asked)
+
+    def _within_contract(
+        self,
+        rule: Rule,
+        logits: torch.Tensor,
+        index: torch.Tensor,
+        usable: torch.Tensor,
+        stay: torch.Tensor,
+        bias: float | torch.Tensor,
+        choice: Choice,
+        spans: list[Span],
+    ) -> tuple[Choice, list[float]]:
+        """The choice that every request's allowance pays for, and the mass that each wanted."""
+        assert self._contract is not None
+        kept, wanted = None, []
+        for request, span in spans:
+            replaced = choice.replaced[span]
+            shares = choice.share[span][replaced]
+            wanted.append(shares.sum(dtype=torch.float64).item())
+            allowance = self._contract.allowance(request.tally, span.stop - span.start)
+            if wanted[-1] <= allowance:
+                continue
+            if kept is None:
+                kept = ~choice.replaced
+            paid = affordable(shares, allowance)
+            kept[span] |= torch.zeros_like(replaced).masked_scatter_(replaced, ~paid)
+        return (choice if kept is None else choose(rule, logits, index, usable, stay | kept, bias)), wanted
+
+    # Counting
+
+    def _count_untouched(self, site: Site, spans: list[Span], present: torch.Tensor, *, all_present: bool) -> None:
+        for request, span in spans:
+            rows = span.stop - span.start
+            absent = 0 if all_present else int((~present[span]).sum())
+            self._add(site, request, rows, rows * present.shape[1], absent, 0, absent, 0.0, wanted=0.0)
+
+    def _count(
+        self,
+        site: Site,
+        spans: list[Span],
+        present: torch.Tensor,
+        choice: Choice,
+        found: torch.Tensor | None,
+        wanted: list[float],
+    ) -> None:
+        """`found` [T, K]: whether the final picks are resident, None where every substitute is."""
+        masses = choice.share * choice.replaced
+        for (request, span), want in zip(spans, wanted, strict=True):
+            rows = span.stop - span.start
+            absent = int((~present[span]).sum())
+            substituted = int(choice.replaced[span].sum())
+            misses = absent - substituted if found is None else int((~found[span]).sum())
+            mass = masses[span].sum(dtype=torch.float64).item()
+            self._add(site, request, rows, rows * present.shape[1], absent, substituted, misses, mass, wanted=want)
+
+    def _add(
+        self,
+        site: Site,
+        request: Request,
+        rows: int,
+        picks: int,
+        absent: int,
+        substituted: int,
+        misses: int,
+        mass: float,
+        *,
+        wanted: float,
+    ) -> None:
+        """Counts one call for one request; `wanted` is the mass it would have substituted without the contract."""
+        task = self._tasks.get(request.task)
+        if task is None:
+            task = self._tasks[request.task] = Tally()
+        for tally in (request.tally, task, self._layers[site.layer]):
+            tally.add(rows, picks, absent, substituted, misses, mass)
+        if self._contract is not None:
+            self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
+
+    def stats(self, *, per_layer: bool = False) -> dict[str, Any]:
+        """Counts since the start; docs/routing.md says what each means.
+
+        Args:
+            per_layer: adds a list `layers`, one dict a layer.
+
+        Returns:
+            mode, max_substituted_mass, exact_layers (layers whose picks no mode can change), rows, picks, absent,
+            substituted, misses, substituted_mass, `tasks` (the same by task, with the bias in force; those without a
+            name under ""), and `requests` (the same for the last finished ones).
+        """
+        total = Tally()
+        for tally in self._tasks.values():
+            total.add(tally.rows, tally.picks, tally.absent, tally.substituted, tally.misses, tally.mass)
+        result = {
+            "mode": self.options.mode,
+            "max_substituted_mass": self.options.bound,
+            "exact_layers": sum(site.rule is None for site in self.sites),
+            **total.to_dict(),
+            "tasks": {
+                task or "": {**tally.to_dict(), "bias": self._bias_of(task)} for task, tally in self._tasks.items()
+            },
+            "requests": [request.to_dict() for request in self._finished],
+        }
+        if per_layer:
+            result["layers"] = [
+                {"router": site.path, "rule": str(site.rule or "token table"), **tally.to_dict()}
+                for site, tally in zip(self.sites, self._layers, strict=True)
+            ]
+        return result
+
+
+class _Hook:
+    """The forward hook of one router."""
+
+    def __init__(self, routing: Routing, site: Site, rule: Rule) -> None:
+        self._routing = routing
+        self._site = site
+        self._rule = rule
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        try:
+            logits, weights, index = output
+        except (TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"router {self._site.path} did not return (logits, weights, indices) as it did on probes"
+            ) from error
+        routed = self._routing.route(self._site, self._rule, logits, weights, index)
+        return None if routed is None else (logits, *routed)
+
+
+def attach(
+    model: nn.Module,
+    residency: Residency | None,
+    *,
+    routing: str,
+    bias: Bias | None = None,
+    max_substituted_mass: float | None = None,
+) -> Routing:
+    """Puts a routing mode on a model, with or without an emoe runtime: experiments need only a residency.
+
+    Args:
+        model: a Transformers model whose experts go through the experts interface.
+        residency: which experts count as resident, e.g. a `FixedResidency`.
+        routing: "exact", "resident" or "biased".
+        bias: for "biased": bonus of resident experts, in ranges of the selection key; a number, or one per task.
+        max_substituted_mass: largest mean share of router mass that may be substituted in a request.
+
+    Returns:
+        The mode at work; `close()` takes it off.
+
+    Raises:
+        ConfigError: an option is not one of its choices.
+        UnsupportedModelError: a router's rule is not known.
+    """
+    attached = Routing(model, residency, parse_options(routing, bias, max_substituted_mass))
+    attached.start()
+    return attached

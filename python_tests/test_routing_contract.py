@@ -1,0 +1,339 @@
+"""The contract, the accounts by request and task, free slots, options: routing modes beside the families."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import families
+import pytest
+import torch
+from torch import nn
+
+from emoe.cache import CacheManager
+from emoe.errors import ConfigError
+from emoe.routing import CacheResidency, FixedResidency, Request, attach, parse_options, random_residency
+from emoe.routing.contract import WINDOW, Contract
+from emoe.routing.rules import Groups, Rule, Vector
+from emoe.routing.select import choose
+from emoe.routing.single import exchange
+
+E = families.EXPERTS
+TOP_K = families.TOP_K
+
+
+@functools.cache
+def _model(name="olmoe"):
+    return families.build(name)
+
+
+def _residency(count=4, layers=3, seed=1):
+    return random_residency([E] * layers, count, seed)
+
+
+def _ids(rows, seed=0):
+    return torch.randint(3, families.VOCAB, (1, rows), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _prefill(model, rows=16, seed=0):
+    return model(_ids(rows, seed)).logits
+
+
+@torch.no_grad()
+def _decode(model, steps, seed=0):
+    ids = _ids(steps, seed)
+    cache, logits = None, []
+    for step in range(steps):
+        out = model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits[0, -1])
+        yield torch.stack(logits)
+
+
+class _Module(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.bias = nn.Buffer(torch.randn(experts, generator=torch.Generator().manual_seed(5)) * 0.1)
+
+
+CORRECTION = Vector(_Module(16), "bias")
+RULES = [
+    Rule("softmax", True),
+    Rule("softmax", False, 2.0),
+    Rule("sigmoid", True, correction=CORRECTION),
+    Rule("sqrt_softplus", True, correction=CORRECTION),
+    Rule("sigmoid", True, correction=CORRECTION, groups=Groups(4, 2, "top2")),
+    Rule("softmax", False, groups=Groups(4, 2, "max")),
+]
+
+
+@pytest.mark.parametrize("bias", [0.1, 0.7, math.inf])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_one_row_without_tensors_chooses_as_many_rows_with_tensors_do(rule, bias):
+    generator = torch.Generator().manual_seed(11)
+    for count in (0, 1, 3, 8, 15, 16):
+        resident = torch.zeros(16, dtype=torch.bool)
+        resident[torch.randperm(16, generator=generator)[:count]] = True
+        for _ in range(20):
+            logits = torch.randn(1, 16, generator=generator) * 2
+            choice = rule.choice(logits)
+            allowed = rule.allowed(choice)
+            index = (choice if allowed is None else choice.masked_fill(~allowed, -math.inf)).topk(4).indices
+            present = resident[index]
+            many = choose(rule, logits, index, resident, present, bias)
+            one = exchange(rule, logits, index, resident, present[0].tolist(), bias)
+            ids = index[0].tolist()
+            for where, expert in zip(one.positions, one.substitutes, strict=True):
+                ids[where] = expert
+            assert set(ids) == set(many.index[0].tolist())
+            assert sorted(one.positions) == many.replaced[0].nonzero().flatten().tolist()
+            assert sum(one.shares) == pytest.approx((many.share * many.replaced).sum().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["resident", "biased"])
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("bound", [0.01, 0.1, 0.4])
+def test_no_request_ever_passes_its_bound(mode, name, bound):
+    model = _model(name)
+    layers = 2 if name == "deepseek_v3" else 3
+    with attach(model, _residency(layers=layers), routing=mode, max_substituted_mass=bound) as routing:
+        for seed in range(3):
+            with routing.request(task="code") as request:
+                for _ in _decode(model, 8, seed):
+                    assert request.tally.substituted_mass <= bound + 1e-12
+            with routing.request(task="chat") as request:
+                _prefill(model, 24, seed)
+                assert request.tally.substituted_mass <= bound + 1e-12
+        stats = routing.stats()
+    assert stats["substituted_mass"] <= bound + 1e-12
+    assert stats["misses"] > 0
+    if bound >= 0.1:
+        assert stats["substituted"] > 0
+
+
+@pytest.mark.parametrize("mode", ["resident", "biased"])
+def test_a_bound_of_zero_is_exact_bit_for_bit(mode):
+    model = _model()
+    expected = _prefill(model)
+    with attach(model, _residency(), routing=mode, max_substituted_mass=0) as routing:
+        assert torch.equal(_prefill(model), expected)
+        assert routing.stats()["substituted"] == 0
+
+
+def test_a_bound_that_is_never_reached_changes_nothing():
+    model = _model()
+    with attach(model, _residency(), routing="resident"):
+        expected = _prefill(model)
+    with attach(model, _residency(), routing="resident", max_substituted_mass=1.0):
+        assert torch.equal(_prefill(model), expected)
+
+
+def test_the_bias_falls_until_the_wanted_mass_is_within_the_bound_and_rises_again():
+    contract = Contract(0.05, adapt=True)
+    assert contract.bias("code", math.inf) == math.inf
+
+    def wanted(bias):  # a task that substitutes more the higher its bias
+        return min(0.3, 0.2 * bias)
+
+    for _ in range(30):
+        contract.observe("code", math.inf, WINDOW, WINDOW * wanted(contract.bias("code", math.inf)))
+    settled = contract.bias("code", math.inf)
+    assert 0.04 <= wanted(settled) <= 0.056
+    assert contract.bias("chat", 0.7) == 0.7
+    for _ in range(60):
+        contract.observe("code", math.inf, WINDOW, 0.0)
+    assert contract.bias("code", math.inf) == math.inf
+
+
+def test_the_bias_never_passes_the_one_asked_for_and_resident_mode_keeps_its_own():
+    contract = Contract(0.05, adapt=True)
+    contract.observe("code", 0.3, WINDOW, WINDOW * 0.2)
+    assert contract.bias("code", 0.3) == pytest.approx(0.15)
+    for _ in range(30):
+        contract.observe("code", 0.3, WINDOW, 0.0)
+    assert contract.bias("code", 0.3) == 0.3
+    fixed = Contract(0.05, adapt=False)
+    fixed.observe("code", math.inf, WINDOW, WINDOW * 0.9)
+    assert fixed.bias("code", math.inf) == math.inf
+
+
+def test_running_requests_lower_their_tasks_bias():
+    model = _model()
+    with attach(model, _residency(2), routing="biased", bias=1.0, max_substituted_mass=0.02) as routing:
+        for seed in range(8):
+            with routing.request(task="code"):
+                _prefill(model, 64, seed)
+        tasks = routing.stats()["tasks"]
+    assert tasks["code"]["bias"] < 0.5
+    assert tasks["code"]["substituted_mass"] <= 0.02 + 1e-12
+
+
+def test_requests_and_tasks_add_up_to_the_total():
+    model = _model()
+    with attach(model, _residency(), routing="biased", bias={"code": 0.8, "default": 0.1}) as routing:
+        _prefill(model, 8)
+        for seed, task in enumerate(["code", "chat", "code", None]):
+            with routing.request(task=task, name=f"r{seed}"):
+                _prefill(model, 8, seed)
+        stats = routing.stats(per_layer=True)
+    assert [r["name"] for r in stats["requests"]] == ["r0", "r1", "r2", "r3"]
+    assert stats["tasks"].keys() == {"", "code", "chat"}
+    assert (stats["tasks"]["code"]["bias"], stats["tasks"]["chat"]["bias"]) == (0.8, 0.1)
+    for field in ("rows", "picks", "absent", "substituted", "misses"):
+        assert stats[field] == sum(task[field] for task in stats["tasks"].values())
+        assert stats[field] == sum(layer[field] for layer in stats["layers"])
+        by_task = sum(r[field] for r in stats["requests"] if r["task"] == "code")
+        assert stats["tasks"]["code"][field] == by_task
+    assert stats["rows"] == 5 * 8 * 3
+    assert stats["absent"] == stats["substituted"] + stats["misses"]
+    assert stats["tasks"]["code"]["substituted_mass"] > stats["tasks"]["chat"]["substituted_mass"]
+
+
+def test_a_task_that_a_mapping_does_not_name_is_exact_unless_a_default_is_given():
+    options = parse_options("biased", {"code": 0.5})
+    assert (options.bias_of("code"), options.bias_of("chat"), options.bias_of(None)) == (0.5, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("bound", [None, 0.1])
+def test_rows_of_one_forward_may_belong_to_several_requests(bound):
+    model = _model()
+    bias = {"code": math.inf, "chat": 0.0, "math": 0.4}
+    layer = {"routing": "biased", "bias": bias, "max_substituted_mass": bound}
+
+    def alone(task, hidden):
+        with attach(model, _residency(), **layer) as routing, routing.request(task=task) as request:
+            out = model.model.layers[0].mlp.gate(hidden)
+        return out, request.tally
+
+    generator = torch.Generator().manual_seed(2)
+    pieces = {task: torch.randn(rows, families.HIDDEN, generator=generator) for task, rows in
+              (("code", 5), ("chat", 4), ("math", 6))}  # fmt: skip
+    with torch.no_grad(), attach(model, _residency(), **layer) as routing:
+        requests = {task: Request(task) for task in pieces}
+        with routing.rows([(requests[task], len(piece)) for task, piece in pieces.items()]):
+            _, weights, index = model.model.layers[0].mlp.gate(torch.cat(list(pieces.values())))
+        start = 0
+        for task, piece in pieces.items():
+            (_, own_weights, own_index), tally = alone(task, piece)
+            rows = slice(start, start + len(piece))
+            start += len(piece)
+            assert [set(row) for row in index[rows].tolist()] == [set(row) for row in own_index.tolist()]
+            torch.testing.assert_close(weights[rows].sum(-1), own_weights.sum(-1))
+            counted = requests[task].tally
+            assert (counted.rows, counted.substituted, counted.misses) == (tally.rows, tally.substituted, tally.misses)
+            assert counted.mass == pytest.approx(tally.mass, abs=1e-6)
+        with (
+            pytest.raises(ConfigError, match="rows of 3 tokens were announced to routing, 4 arrived"),
+            routing.rows([(Request(), 3)]),
+        ):
+            model.model.layers[0].mlp.gate(torch.zeros(4, families.HIDDEN))
+
+
+class _Filling:
+    """A layer whose free slots take what was routed to and absent, as a cache does."""
+
+    def __init__(self, layers, slots):
+        self.sets = [set() for _ in range(layers)]
+        self.slots = slots
+        self.loads = 0
+
+    def mask(self, layer):
+        mask = torch.zeros(E, dtype=torch.bool)
+        mask[list(self.sets[layer])] = True
+        return mask
+
+    def room(self, layer):
+        return self.slots - len(self.sets[layer])
+
+    def use(self, layer, experts):
+        new = experts - self.sets[layer]
+        self.loads += len(new)
+        self.sets[layer] |= new
+        assert len(self.sets[layer]) <= self.slots
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_free_slots_are_filled_first_and_then_nothing_is_loaded(rows):
+    model = _model()
+    residency = _Filling(3, slots=5)
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda m, args, n=n: residency.use(n, set(args[1].flatten().tolist()))
+        )
+        for n, layer in enumerate(model.model.layers)
+    ]
+    try:
+        with attach(model, residency, routing="resident") as routing:
+            for seed in range(12):
+                _prefill(model, rows, seed)
+            assert residency.loads == 3 * 5
+            before = routing.stats()["misses"]
+            _prefill(model, rows, 99)
+            assert routing.stats()["misses"] == before
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_prefill_gives_free_slots_to_the_experts_with_most_mass():
+    model = _model()
+    router = model.model.layers[0].mlp.gate
+    hidden = torch.randn(40, families.HIDDEN, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        logits, _, index = router(hidden)
+        mass = torch.zeros(E).scatter_add_(0, index.flatten(), logits.gather(1, index).softmax(-1).flatten())
+        with attach(model, _Filling(3, slots=4), routing="resident"):
+            used = set(router(hidden)[2].flatten().tolist())
+    assert used == set(mass.topk(4).indices.tolist())
+
+
+def test_a_cache_tells_its_residents_as_they_change():
+    cache = CacheManager([2, 1])
+    residency = CacheResidency(cache, [4, 4])
+    assert (residency.mask(0).tolist(), residency.room(0)) == ([False] * 4, 2)
+    cache.admit(0, 3)
+    assert not residency.mask(0).any()  # loading
+    cache.ready(0, 3)
+    first = residency.mask(0)
+    assert first.tolist() == [False, False, False, True]
+    assert residency.mask(0) is first
+    cache.admit(0, 1)
+    cache.ready(0, 1)
+    assert residency.mask(0).tolist() == [False, True, False, True]
+    assert first.tolist() == [False, False, False, True]
+    cache.admit(0, 0)  # evicts 3
+    assert residency.mask(0).tolist() == [False, True, False, False]
+    cache.fail(0, 0)
+    cache.drop(0, 1)
+    assert (residency.mask(0).any().item(), residency.room(0)) == (False, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routing": "fast"}, "'fast' is not one of: exact, resident, biased"),
+        ({"routing": "exact", "bias": 0.5}, "bias=0.5 goes with routing='biased', not 'exact'"),
+        ({"routing": "resident", "bias": 0.5}, "goes with routing='biased', not 'resident'"),
+        ({"routing": "exact", "max_substituted_mass": 0.1}, "'exact' substitutes nothing"),
+        ({"routing": "biased"}, "needs bias="),
+        ({"routing": "biased", "bias": -0.1}, "bias=-0.1 is not a number of at least 0"),
+        ({"routing": "biased", "bias": math.nan}, "bias=nan is not"),
+        ({"routing": "biased", "bias": "0.5"}, "bias='0.5' is not"),
+        ({"routing": "biased", "bias": {"code": True}}, r"bias\['code'\]=True is not"),
+        ({"routing": "biased", "bias": {3: 0.1}}, "has the key 3"),
+        ({"routing": "resident", "max_substituted_mass": 1.5}, "max_substituted_mass=1.5 is not a share"),
+    ],
+)
+def test_an_option_that_makes_no_sense_names_the_choices(options, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_options(**options)
+
+
+def test_a_residency_of_another_shape_is_refused():
+    with pytest.raises(ConfigError, match="1 resident sets for 2 layers"):
+        FixedResidency([4, 4], [[0]])
+    with pytest.raises(ConfigError, match="layer 0 has experts 0 to 3, not 4"):
+        FixedResidency([4], [[4]])
+    with pytest.raises(ConfigError, match="layer 1 has 4 experts, of which 5"):
+        random_residency([8, 4], 5)
