@@ -61,11 +61,11 @@ def from_pretrained(
         memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots,
             staging and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed
             experts; "auto" takes what is free now less a reserve, and logs what it took.
-        routing: what happens to a routed expert that is not in memory. "exact": it is read first. "resident": the router's
-            next choice among those in memory takes its place. "biased": those in memory have a bonus of `bias`, what is
-            routed to all the same is read (docs/routing.md).
-        bias: for "biased", in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one per task
-            ({"code": 0.2, "default": 0.5}).
+        routing: what happens to a routed expert that is not in memory. "exact": it is read first. "resident": the
+            router's next choice among those in memory takes its place. "biased": those in memory have a bonus of
+            `bias`, what is routed to all the same is read (docs/routing.md).
+        bias: for "biased", in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one per
+            task ({"code": 0.2, "default": 0.5}).
         max_substituted_mass: for "resident" and "biased": the largest mean share of router mass, in [0, 1], that may be
             substituted in a request; beyond it experts are read.
         kernels: "native", or "stock" for Transformers' own eager loop on the slots (the parity reference).
@@ -115,7 +115,8 @@ def wrap(
 
     Args:
         model: a Transformers model whose family goes through the experts interface; it is changed in place.
-        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, reader: as in `from_pretrained`.
+        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, reader: as in
+            `from_pretrained`.
         store: a folder for the experts (kept by you), None for a temporary folder, or "ram" for anonymous memory.
 
     Returns:
@@ -271,8 +272,8 @@ class Runtime:
         Returns:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
             stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
-            `prefetch_bytes`, reader, kernels (layers served by "native" and "stock"), slots, resident_share, budget_bytes,
-            and `routing`: what the routing mode changed (`emoe.routing.Routing.stats`).
+            `prefetch_bytes`, reader, kernels (layers served by "native" and "stock"), slots, resident_share,
+            budget_bytes, and `routing`: what the routing mode changed (`emoe.routing.Routing.stats`).
         """
         with self._lock:
             counters = self.loader.snapshot()
