@@ -69,11 +69,11 @@ def from_pretrained(
         memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots,
             staging and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed
             experts; "auto" takes what is free now less a reserve, and logs what it took.
-        routing: what happens to a routed expert that is not in memory. "exact": it is read first. "resident": the router's
-            next choice among those in memory takes its place. "biased": those in memory have a bonus of `bias`, what is
-            routed to all the same is read (docs/routing.md).
-        bias: for "biased", in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one per task
-            ({"code": 0.2, "default": 0.5}).
+        routing: what happens to a routed expert that is not in memory. "exact": it is read first. "resident": the
+            router's next choice among those in memory takes its place. "biased": those in memory have a bonus of
+            `bias`, what is routed to all the same is read (docs/routing.md).
+        bias: for "biased", in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one per
+            task ({"code": 0.2, "default": 0.5}).
         max_substituted_mass: for "resident" and "biased": the largest mean share of router mass, in [0, 1], that may be
             substituted in a request; beyond it experts are read.
         kernels: "native", or "stock" for Transformers' own eager loop on the slots (the parity reference).

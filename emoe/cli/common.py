@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 READERS = ("auto", "uring", "pread")
 KERNELS = ("native", "stock")
-ROUTINGS = ("exact",)
+ROUTINGS = ("exact", "resident", "biased")  # emoe.routing.MODES, without loading torch
 DEFAULT_CONTEXT = 2048
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -24,8 +24,8 @@ examples:
   emoe run --model ./OLMoE-1B-7B --memory-budget 25% --prompt-file question.txt --max-new-tokens 400
   git diff | emoe run --model ./Qwen3-30B-A3B --memory-budget 8GiB --prompt-file - --json > answer.json
 
-The text goes to stdout and one line of figures to stderr. With --temperature 0 (the default) the answer is the same
-whatever the budget. 'emoe plan' says which budgets work.
+The text goes to stdout and one line of figures to stderr. With --temperature 0 (the default) and exact routing (the
+default) the answer is the same whatever the budget. 'emoe plan' says which budgets work.
 """
 
 
@@ -70,7 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--routing",
         choices=common.ROUTINGS,
         default="exact",
-        help="exact reads a routed expert that is not in memory first (default: exact)",
+        help="what happens to a routed expert that is not in memory: exact reads it first, resident takes the router's "
+        "next choice in memory, biased prefers those in memory and reads what is routed to all the same (default: exact)",
+    )
+    how.add_argument(
+        "--bias",
+        type=_bias,
+        metavar="B",
+        help="for --routing biased: 0 is exact, 1 a bonus as large as the range of the router's scores, inf is resident",
+    )
+    how.add_argument(
+        "--max-substituted-mass",
+        type=_mass,
+        metavar="SHARE",
+        help="for --routing resident and biased: the most of the router's mass that may be substituted (0.02 or 2%%); "
+        "beyond it experts are read",
     )
     how.add_argument(
         "--policy", choices=POLICIES, default="lru", help="which expert leaves when a slot is needed (default: lru)"
@@ -101,6 +115,20 @@ def _temperature(text: str) -> float:
     return value
 
 
+def _bias(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0, or inf")
+    return value
+
+
+def _mass(text: str) -> float:
+    return 0.0 if text in ("0", "0%") else common.share(text)
+
+
 def _trace_path(text: str) -> Path:
     path = Path(text).expanduser()
     if path.suffix != ".npz":
@@ -129,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
                 args.model,
                 memory_budget=args.memory_budget,
                 routing=args.routing,
+                bias=args.bias,
+                max_substituted_mass=args.max_substituted_mass,
                 kernels=args.kernels,
                 dtype=args.dtype,
                 context=context,
@@ -236,11 +266,18 @@ def _stats_line(report: dict[str, Any]) -> str:
         f"hit rate {common.percent(stats['hit_rate'])}",
         f"read {format_bytes(stats['bytes_read'])}",
         f"stalled {stats['stall_ms']:.0f} ms",
+        *_routing_part(stats["routing"]),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
     ]
     if report["trace"]:
         parts.append(f"trace in {report['trace']}")
     return "[" + ", ".join(parts) + "]"
+
+
+def _routing_part(routing: dict[str, Any]) -> list[str]:
+    if routing["mode"] == "exact":
+        return []
+    return [f"{routing['mode']} routing substituted {common.percent(routing['substituted_mass'])} of router mass"]
 
 
 def _print_layers(layers: list[dict[str, Any]]) -> None:

@@ -325,7 +325,8 @@ class Routing:
             "exact_layers": sum(site.rule is None for site in self.sites),
             **total.to_dict(),
             "tasks": {
-                task or "": {**tally.to_dict(), "bias": self._bias_of(task)} for task, tally in self._tasks.items()
+                task or "": {**tally.to_dict(), "bias": _for_json(self._bias_of(task))}
+                for task, tally in self._tasks.items()
             },
             "requests": [request.to_dict() for request in self._finished],
         }
@@ -335,6 +336,10 @@ class Routing:
                 for site, tally in zip(self.sites, self._layers, strict=True)
             ]
         return result
+
+
+def _for_json(bias: float) -> float | str:
+    return "inf" if bias == float("inf") else bias  # JSON has no infinity
 
 
 class _Hook:
