@@ -83,13 +83,22 @@ void switch_to(Lane* lane) {
 
 void lane_main() {
     for (;;) {
-        Lane* const lane = current;
+        Lane* lane;
+        Block* block;
+        const std::function<void()>* body;
+        {
+            const Quiet quiet;
+            lane = current;
+            block = lane->block;
+            body = block->body;
+        }
 #ifdef EMU_ASAN
-        __sanitizer_finish_switch_fiber(lane->asan_fake, &lane->block->asan_bottom, &lane->block->asan_size);
+        __sanitizer_finish_switch_fiber(lane->asan_fake, &block->asan_bottom, &block->asan_size);
 #endif
-        acquire(lane->block->start);
-        (*lane->block->body)();
-        release(lane->block->end);
+        acquire(block->start);
+        (*body)();
+        release(block->end);
+        const Quiet quiet;
         if (!lane->copies.empty()) die("a thread ends with cp.async not waited for");
         lane->groups.clear();
         lane->state = Lane::kDone;
@@ -181,28 +190,26 @@ bool launchable(dim3 grid, dim3 block, std::size_t shared_bytes) {
     return fits;
 }
 
-void run_grid(dim3 grid, dim3 block_size, std::size_t shared_bytes, unsigned seed, const std::function<void()>& body) {
-    Block block;
-    std::vector<std::uint64_t> order;
-    {
-        const Quiet quiet;
-        block.body = &body;
-        block.grid = grid;
-        block.random.seed(seed);
-        block.dynamic_bytes = block.shared_bytes = shared_bytes;
-        const std::size_t threads = std::size_t{block_size.x} * block_size.y * block_size.z;
-        while (pool.lanes.size() < threads) pool.lanes.push_back(new_lane());
-        block.lanes.assign(pool.lanes.begin(), pool.lanes.begin() + static_cast<std::ptrdiff_t>(threads));
-        order.resize(std::uint64_t{grid.x} * grid.y * grid.z);
-        for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
-        std::shuffle(order.begin(), order.end(), block.random);
-    }
+namespace {
+
+void prepare(Block& block, dim3 grid, dim3 block_size, std::size_t shared_bytes, unsigned seed) {
+    block.grid = grid;
+    block.random.seed(seed);
+    block.dynamic_bytes = block.shared_bytes = shared_bytes;
+    const std::size_t threads = std::size_t{block_size.x} * block_size.y * block_size.z;
+    while (pool.lanes.size() < threads) pool.lanes.push_back(new_lane());
+    block.lanes.assign(pool.lanes.begin(), pool.lanes.begin() + static_cast<std::ptrdiff_t>(threads));
 #ifdef EMU_TSAN
     block.tsan = __tsan_get_current_fiber();
 #endif
-    release(block.start);
+}
+
+void run_blocks(Block& block, dim3 block_size) {
+    const dim3 grid = block.grid;
+    std::vector<std::uint64_t> order(std::uint64_t{grid.x} * grid.y * grid.z);
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), block.random);
     for (const std::uint64_t b : order) {
-        const Quiet quiet;
         block.index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                        static_cast<unsigned>(b / grid.x / grid.y)};
         block.alive = static_cast<int>(block.lanes.size());
@@ -221,7 +228,26 @@ void run_grid(dim3 grid, dim3 block_size, std::size_t shared_bytes, unsigned see
         }
         run_block(block);
     }
-    acquire(block.end);
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block_size, std::size_t shared_bytes, unsigned seed, const std::function<void()>& body) {
+    Block* block;
+    {
+        const Quiet quiet;
+        block = new Block;
+        block->body = &body;
+        prepare(*block, grid, block_size, shared_bytes, seed);
+    }
+    release(block->start);
+    {
+        const Quiet quiet;
+        run_blocks(*block, block_size);
+    }
+    acquire(block->end);
+    const Quiet quiet;
+    delete block;
 }
 
 const uint3& thread_index() { return current->index; }
@@ -230,44 +256,46 @@ const dim3& grid_size() { return current->block->grid; }
 
 void sync_threads() {
     Lane* const lane = current;
-    SyncVar& here = lane->block->barrier[lane->barriers++ % 2];
-    release(here);
+    SyncVar* here;
+    {
+        const Quiet quiet;
+        here = &lane->block->barrier[lane->barriers++ % 2];
+    }
+    release(*here);
     {
         const Quiet quiet;
         lane->state = Lane::kBarrier;
         ++lane->block->at_barrier;
         to_scheduler();
     }
-    acquire(here);
+    acquire(*here);
 }
 
 void sync_warp() {
     Lane* const lane = current;
-    SyncVar& here = lane->block->warps[static_cast<std::size_t>(lane->id / 32)].barrier[lane->warp_barriers++ % 2];
-    release(here);
+    SyncVar* here;
+    {
+        const Quiet quiet;
+        here = &lane->block->warps[static_cast<std::size_t>(lane->id / 32)].barrier[lane->warp_barriers++ % 2];
+    }
+    release(*here);
     collective(Collective::kSync, nullptr, [](void* const*, int) {});
-    acquire(here);
+    acquire(*here);
 }
 
 void* shared(int id, std::size_t bytes) {
+    const Quiet quiet;
     Block& block = *current->block;
-    Shared* found = nullptr;
-    {
-        const Quiet quiet;
-        for (Shared& array : block.shared) {
-            if (array.id == id) found = &array;
-        }
-        if (found == nullptr) {
-            if (id >= 0) block.shared_bytes += bytes;
-            if (block.shared_bytes > kSharedLimit) die("more than 48 KiB of shared memory in a block");
-            void* data = nullptr;
-            if (posix_memalign(&data, 128, bytes) != 0) die("no memory for shared arrays");
-            std::memset(data, 0xFF, bytes);  // NaN in fp32, bf16 and fp16
-            block.shared.push_back({id, data});
-            found = &block.shared.back();
-        }
-        return found->data;
+    for (const Shared& array : block.shared) {
+        if (array.id == id) return array.data;
     }
+    if (id >= 0) block.shared_bytes += bytes;
+    if (block.shared_bytes > kSharedLimit) die("more than 48 KiB of shared memory in a block");
+    void* data = nullptr;
+    if (posix_memalign(&data, 128, bytes) != 0) die("no memory for shared arrays");
+    std::memset(data, 0xFF, bytes);  // NaN in fp32, bf16 and fp16
+    block.shared.push_back({id, data});
+    return data;
 }
 
 void* dynamic_shared() { return shared(-1, std::max<std::size_t>(current->block->dynamic_bytes, 1)); }

@@ -144,7 +144,7 @@ void copy_async_wait(int left) {
     Lane& lane = *current;
     std::size_t count = 0;
     {
-        const Quiet quiet;
+        const Quiet quiet;  // not over the copies: these are the program's
         while (lane.groups.size() > static_cast<std::size_t>(left)) {
             count += lane.groups.front();
             lane.groups.erase(lane.groups.begin());
