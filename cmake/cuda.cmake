@@ -4,7 +4,8 @@
 #   EMOE_CUDA=auto   where nvcc is found and there is something to build for: EMOE_CUDA_ARCHS, or a GPU in this machine,
 #                    whose architecture alone is then built. A plain `pip install .` elsewhere compiles no kernels.
 set(EMOE_CUDA_ARCHS "" CACHE STRING "CMAKE_CUDA_ARCHITECTURES of the kernels, e.g. 80-real;90-real;120")
-set(EMOE_CUDA_CUBINS "" CACHE PATH "Folder of kernels built ahead (scripts/nvrtc_kernels.py), in place of nvcc")
+set(EMOE_CUDA_KERNELS "" CACHE FILEPATH "Object file of kernels built ahead (scripts/kernels_cu12.py), in place of nvcc")
+set(EMOE_CUDA_ROOT "" CACHE PATH "With EMOE_CUDA_KERNELS: its CUDA's headers and static runtime")
 option(EMOE_EMULATED "Build emoe._C_emulated: the CUDA part on the fake runtime, for tests" OFF)
 
 # Published wheels: code for each, and PTX of the last for what comes later.
@@ -15,7 +16,7 @@ file(GLOB EMOE_CUDA_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cu
 
 set(_build_cuda OFF)
 set(_archs "${EMOE_CUDA_ARCHS}")
-if(NOT EMOE_TESTS AND NOT EMOE_CUDA STREQUAL "0")
+if(NOT EMOE_TESTS AND NOT EMOE_CUDA STREQUAL "0")  # the native tests need no GPU
   find_program(EMOE_NVCC nvcc PATHS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
   if(EMOE_CUDA STREQUAL "auto" AND NOT _archs AND EMOE_NVCC)
     find_program(EMOE_NVIDIA_SMI nvidia-smi)
@@ -31,7 +32,7 @@ if(NOT EMOE_TESTS AND NOT EMOE_CUDA STREQUAL "0")
     endif()
   endif()
   if(EMOE_CUDA STREQUAL "1")
-    if(NOT EMOE_NVCC AND NOT EMOE_CUDA_CUBINS)
+    if(NOT EMOE_NVCC AND NOT EMOE_CUDA_KERNELS)
       message(FATAL_ERROR "EMOE_CUDA=1, but nvcc is not on PATH, in CUDA_HOME or in /usr/local/cuda")
     endif()
     set(_build_cuda ON)
@@ -52,8 +53,8 @@ function(emoe_cuda_host_library name)
 endfunction()
 
 if(_build_cuda)
-  if(EMOE_CUDA_CUBINS)
-    include(${CMAKE_SOURCE_DIR}/cmake/cuda_cubins.cmake)
+  if(EMOE_CUDA_KERNELS)
+    include(${CMAKE_SOURCE_DIR}/cmake/cuda_kernels_object.cmake)
   else()
     set(CMAKE_CUDA_COMPILER ${EMOE_NVCC})
     set(CMAKE_CUDA_ARCHITECTURES ${_archs})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,25 @@ FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 
 @pytest.fixture(scope="module")
 def emulated():
+    """The native module of the emulation."""
     try:
         return native.load_emulated()
     except BackendUnavailable as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Names of devices; on a machine with a GPU the same tests run there."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+        return "emulated"
+    name = os.environ.get("EMOE_TEST_DEVICE", "cuda:0")
+    try:
+        open_device(name)
+    except BackendUnavailable as missing:
+        pytest.skip(str(missing))
+    return name
 
 
 @pytest.fixture
@@ -28,48 +45,44 @@ def prompt():
 
 
 def generate(model, prompt, n=4):
-    return model.generate(prompt, max_new_tokens=n, do_sample=False, pad_token_id=0)[0].tolist()
+    return model.generate(prompt.to(model.device), max_new_tokens=n, do_sample=False, pad_token_id=0)[0].tolist()
 
 
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_decode_on_the_device_gives_the_tokens_of_the_cpu(emulated, checkpoint, prompt, family, budget):
+def test_exact_decode_on_the_device_gives_the_tokens_of_the_cpu(device, checkpoint, prompt, family, budget):
     folder = checkpoint(family)
     on_cpu = emoe.from_pretrained(folder, memory_budget=budget)
     expected, reference = generate(on_cpu, prompt), on_cpu(prompt).logits
     on_cpu.emoe.close(restore=False)
-    model = emoe.from_pretrained(folder, memory_budget=budget, device="emulated")
+    model = emoe.from_pretrained(folder, memory_budget=budget, device=device)
     assert generate(model, prompt) == expected
-    torch.testing.assert_close(model(prompt).logits, reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(prompt.to(model.device)).logits.cpu(), reference, rtol=1e-4, atol=1e-5)
     stats = model.emoe.stats()
-    assert stats["device"] == "emulated"
-    assert stats["kernels"] == {"emulated": stats_layers(model)}
+    assert stats["device"].startswith(device)
+    assert stats["kernels"] == {stats["device"]: len(model.emoe.layers)}
     model.emoe.check_integrity()
     model.emoe.close(restore=False)
 
 
-def stats_layers(model):
-    return len(model.emoe.layers)
-
-
-def test_decode_on_the_device_is_bit_identical_between_budgets(emulated, checkpoint, prompt):
+def test_decode_on_the_device_is_bit_identical_between_budgets(device, checkpoint, prompt):
     results = []
     for budget in (0.01, 0.5, 1.0):
-        model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=budget, device="emulated")
-        results.append(model(prompt[:, :1]).logits)
+        model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=budget, device=device)
+        results.append(model(prompt[:, :1].to(model.device)).logits)
         model.emoe.close(restore=False)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_a_small_pinned_store_reads_experts_again_and_a_large_one_does_not(emulated, checkpoint, prompt):
+def test_a_small_pinned_store_reads_experts_again_and_a_large_one_does_not(device, checkpoint, prompt):
     reads = {}
     for pinned in ("tiny", None):
         options = {}
         if pinned:
             plan = emoe.plan(checkpoint("qwen3_moe"), 0.25, calibrate=False)
             options["pinned_memory"] = 3 * plan.slot_bytes
-        model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.25, device="emulated", **options)
+        model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.25, device=device, **options)
         generate(model, prompt)
         stats = model.emoe.stats()
         reads[pinned] = stats["host_misses"]
@@ -79,12 +92,12 @@ def test_a_small_pinned_store_reads_experts_again_and_a_large_one_does_not(emula
 
 
 @pytest.mark.parametrize("miss", ["cpu", "auto"])
-def test_misses_left_to_the_cpu_give_the_same_tokens(emulated, checkpoint, prompt, miss):
+def test_misses_left_to_the_cpu_give_the_same_tokens(device, checkpoint, prompt, miss):
     folder = checkpoint("qwen3_moe")
     reference = emoe.from_pretrained(folder, memory_budget=0.25)
     expected = generate(reference, prompt)
     reference.emoe.close(restore=False)
-    model = emoe.from_pretrained(folder, memory_budget=0.25, device="emulated", miss=miss)
+    model = emoe.from_pretrained(folder, memory_budget=0.25, device=device, miss=miss)
     assert generate(model, prompt) == expected
     stats = model.emoe.stats()
     if miss == "cpu":
@@ -94,19 +107,19 @@ def test_misses_left_to_the_cpu_give_the_same_tokens(emulated, checkpoint, promp
     model.emoe.close(restore=False)
 
 
-def test_wrap_on_the_device_and_back_restores_the_model(emulated, checkpoint, prompt):
+def test_wrap_on_the_device_and_back_restores_the_model(device, checkpoint, prompt):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3_moe"))
     expected = generate(model, prompt)
-    emoe.wrap(model, memory_budget=0.5, device="emulated")
+    emoe.wrap(model, memory_budget=0.5, device=device)
     assert generate(model, prompt) == expected
     model.emoe.close(restore=True)
     assert generate(model, prompt) == expected
 
 
-def test_prefetched_experts_are_hits_on_the_device(emulated, checkpoint, prompt):
-    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=1.0, device="emulated")
+def test_prefetched_experts_are_hits_on_the_device(device, checkpoint, prompt):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=1.0, device=device)
     loader = model.emoe.loader
     for layer in range(len(model.emoe.layers)):
         loader.prefetch(layer, list(range(model.emoe.layers[layer].num_experts)))
@@ -117,13 +130,13 @@ def test_prefetched_experts_are_hits_on_the_device(emulated, checkpoint, prompt)
     model.emoe.close(restore=False)
 
 
-def test_long_prompts_run_in_parts(emulated, checkpoint):
+def test_long_prompts_run_in_parts(device, checkpoint):
     prompt = torch.arange(3, 43).view(1, -1)
-    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, device="emulated")
-    whole = model(prompt).logits
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, device=device)
+    whole = model(prompt.to(model.device)).logits
     for layer in model.emoe.layers:
         layer._on_device._pair_bytes = 1
-    torch.testing.assert_close(model(prompt).logits, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(prompt.to(model.device)).logits, whole, rtol=1e-4, atol=1e-5)
     model.emoe.close(restore=False)
 
 
@@ -146,14 +159,14 @@ def test_device_memory_that_is_too_small_is_a_budget_error_and_everything_is_giv
         device.slab(1000, 1 << 20)
 
 
-def test_stock_kernels_are_refused_on_a_device(emulated, checkpoint):
+def test_stock_kernels_are_refused_on_a_device(device, checkpoint):
     with pytest.raises(ConfigError, match="runs on the CPU only"):
-        emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, device="emulated", kernels="stock")
+        emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, device=device, kernels="stock")
 
 
-def test_a_family_without_native_kernels_is_refused_by_layer_and_reason(emulated, checkpoint):
-    with pytest.raises(UnsupportedModelError, match="cannot be computed on emulated: "):
-        emoe.from_pretrained(checkpoint("inkling2_text"), memory_budget=0.5, device="emulated")
+def test_a_family_without_native_kernels_is_refused_by_layer_and_reason(device, checkpoint):
+    with pytest.raises(UnsupportedModelError, match="cannot be computed on "):
+        emoe.from_pretrained(checkpoint("inkling2_text"), memory_budget=0.5, device=device)
 
 
 def test_a_slot_table_that_names_a_slot_too_many_is_refused(emulated):
