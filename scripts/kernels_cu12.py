@@ -13,17 +13,12 @@ benchmarks/gpu_acceptance.py.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cuda_matrix import Nvrtc
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,31 +48,12 @@ def device_images(nvidia: Path, archs: tuple[str, ...], folder: Path) -> list[st
     images = []
     for arch in archs:
         cubin = folder / f"sm_{arch}.cubin"
-        cubin.write_bytes(compiler.compile(arch)[0])
+        cubin.write_bytes(compiler.compile(f"sm_{arch}"))
         images.append(f"--image3=kind=elf,sm={arch},file={cubin}")
     ptx = folder / "last.ptx"
-    ptx.write_bytes(compile_ptx(compiler, archs[-1]))
+    ptx.write_bytes(compiler.compile(f"compute_{archs[-1]}").rstrip(b"\0"))
     images.append(f"--image3=kind=ptx,sm={archs[-1]},file={ptx}")
     return images
-
-
-def compile_ptx(compiler: Nvrtc, arch: str) -> bytes:
-    program = ctypes.c_void_p()
-    library = compiler.library
-    library.nvrtcCreateProgram(
-        ctypes.byref(program), b'#include "cuda/instances.cuh"\n', b"instances.cu", 0, None, None
-    )
-    options = [f"--gpu-architecture=compute_{arch}", "--std=c++20", f"-I{ROOT / 'csrc'}", *compiler.includes]
-    code = library.nvrtcCompileProgram(
-        program, len(options), (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    )
-    if code != 0:
-        raise SystemExit(f"NVRTC {compiler.version} for compute_{arch}: code {code}")
-    size = ctypes.c_size_t()
-    library.nvrtcGetPTXSize(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetPTX(program, text)
-    return text.raw.rstrip(b"\0")
 
 
 def host_half(nvcc: str, folder: Path) -> tuple[str, list[str]]:
