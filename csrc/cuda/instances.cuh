@@ -1,5 +1,5 @@
-// Every kernel instance that gather_mlp.cu launches, for compilers that see no launches (NVRTC). A test compares the
-// names with those in nvcc's object.
+// Every kernel instance that gather_mlp.cu launches, for compilers that see no launches (NVRTC).
+// `scripts/cuda_matrix.py --nvrtc` compares the names with those of nvcc.
 #pragma once
 
 #include "cuda/combine_kernel.cuh"

@@ -53,8 +53,8 @@ bool supports(const MlpLayout& layout) noexcept;
 bool tiles_possible(const MlpLayout& layout, std::int64_t slot_bytes) noexcept;
 Path path_of(const Mlp& op) noexcept;
 
-// Bytes that `workspace` below needs: a function of sizes, dtypes and path only. 256-byte aligned memory.
-// It is scratch of one call: calls that may overlap in time need one each.
+// Bytes that `workspace` below needs: a function of sizes, dtypes and the alignment of `hidden`. 256-byte aligned
+// memory. It is scratch of one call: calls that may overlap in time need one each.
 std::size_t workspace_bytes(const Mlp& op);
 
 // Sorts the pairs by expert on the device (ties by position) and lists the tiles; writes into `workspace`.

@@ -17,6 +17,12 @@
 
 namespace emoe::test {
 
+// One for all tests: on the emulation a stream is a thread, and its fibers are costly to make under ThreadSanitizer.
+inline const cuda::Stream& test_stream() {
+    static const cuda::Stream stream(0, false);
+    return stream;
+}
+
 // On the default device. Copies wait for the stream, so host memory can be used at once.
 class DeviceBytes {
   public:
@@ -59,11 +65,10 @@ class DeviceBytes {
 constexpr std::size_t kGuard = 64;  // floats
 
 struct DeviceProblem {
-    const cuda::Stream stream{0, false};
+    const cuda::Stream& stream = test_stream();
     DeviceBytes slab, slot_of, hidden, index, weights;
     cuda::Mlp op;
 
-    // `columns`: ids a token in `index` and `weights`, where these are not the problem's own.
     explicit DeviceProblem(const Problem& p)
         : slab(p.slab, stream.get()),
           slot_of(p.slot_of, stream.get()),

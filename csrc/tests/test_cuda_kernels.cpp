@@ -253,7 +253,7 @@ TEST("in resident mode the picks are the first candidates that have a slot, and 
 
 TEST("combine sums in ascending order and rounds once, in every dtype; adding needs fp32") {
     constexpr std::int64_t T = 3, K = 4, H = 37;
-    const cuda::Stream stream(0, false);
+    const cuda::Stream& stream = test::test_stream();
     std::mt19937 random(3);
     std::vector<float> pairs(T * K * H);
     for (float& value : pairs) {

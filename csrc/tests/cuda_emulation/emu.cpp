@@ -54,6 +54,7 @@ constexpr std::size_t kSharedLimit = 48 << 10;  // of a block, without the opt-i
 struct Pool {
     std::vector<Lane*> lanes;
     ~Pool() {
+        const Quiet quiet;
         for (Lane* lane : lanes) {
 #ifdef EMU_TSAN
             __tsan_destroy_fiber(lane->tsan);
@@ -98,11 +99,13 @@ void lane_main() {
         acquire(block->start);
         (*body)();
         release(block->end);
-        const Quiet quiet;
-        if (!lane->copies.empty()) die("a thread ends with cp.async not waited for");
-        lane->groups.clear();
-        lane->state = Lane::kDone;
-        to_scheduler();
+        {
+            const Quiet quiet;
+            if (!lane->copies.empty()) die("a thread ends with cp.async not waited for");
+            lane->groups.clear();
+            lane->state = Lane::kDone;
+        }
+        to_scheduler();  // outside: a fiber may be destroyed here
     }
 }
 
