@@ -63,7 +63,7 @@ def host_half(nvcc: str, folder: Path) -> tuple[str, list[str]]:
         "-std=c++20",
         "-O3",
         f"-I{ROOT / 'csrc'}",
-        "-arch=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
         "-Xcompiler",
         "-fPIC,-fvisibility=hidden",
     ]
