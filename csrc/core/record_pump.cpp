@@ -18,6 +18,7 @@ namespace {
 constexpr std::int64_t kStraightBytes = std::int64_t{4} << 20;   // one read straight into the slot
 constexpr std::int64_t kWorthStraight = std::int64_t{64} << 10;  // less than this joins its neighbours in a bounce read
 
+constexpr std::int64_t kSlack = std::int64_t{64} << 10;  // a rest up to this joins the chunk before it
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 std::int64_t address(const std::byte* pointer) {
@@ -91,14 +92,17 @@ void RecordPump::free_all_chunks() {
     for (std::size_t i = chunks_.size(); i > 0; --i) free_.push_back(i - 1);
 }
 
+std::int64_t RecordPump::slack() const {
+    return align_down(std::min(kSlack, static_cast<std::int64_t>(channel_->chunk_bytes()) / 8), kPageBytes);
+}
+
 std::byte* RecordPump::bounce_buffer(const Chunk& chunk) {
-    const std::size_t each = channel_->chunk_bytes();
+    const std::size_t each = channel_->chunk_bytes() + static_cast<std::size_t>(slack());
     if (!bounce_) {
+        void* memory = nullptr;
+        if (::posix_memalign(&memory, kHugePage, chunks_.size() * each) != 0) throw std::bad_alloc();
         // Huge pages: pinning 4 KiB pages for a direct read costs as much as copying them. Advice only.
-        const std::size_t bytes = (chunks_.size() * each + kHugePage - 1) / kHugePage * kHugePage;
-        void* memory = std::aligned_alloc(kHugePage, bytes);
-        if (memory == nullptr) throw std::bad_alloc();
-        ::madvise(memory, bytes, MADV_HUGEPAGE);
+        ::madvise(memory, chunks_.size() * each, MADV_HUGEPAGE);
         bounce_.reset(static_cast<std::byte*>(memory));
     }
     return bounce_.get() + static_cast<std::size_t>(&chunk - chunks_.data()) * each;
@@ -161,7 +165,8 @@ void RecordPump::cut_chunk(Job& job, Chunk& chunk) {
         chunk.into = place;
     } else {
         const auto capacity = static_cast<std::int64_t>(channel_->chunk_bytes());
-        last = std::min(chunk.begin + capacity, extent.segments.back().end());
+        const std::int64_t end = extent.segments.back().end();
+        last = end - chunk.begin <= capacity + slack() ? end : chunk.begin + capacity;
         for (std::size_t i = job.segment; i < extent.segments.size() && extent.segments[i].offset < last; ++i) {
             const Segment& each = extent.segments[i];
             const std::int64_t in_place = align_up(std::max(each.offset, first), alignment);

@@ -83,6 +83,7 @@ class RecordPump {
 
     void fill();
     void free_all_chunks();
+    std::int64_t slack() const;
     std::byte* bounce_buffer(const Chunk& chunk);
     void give_up(const Error& why);
     void cut_chunk(Job& job, Chunk& chunk);
@@ -96,8 +97,9 @@ class RecordPump {
     OpenFiles& files_;
     std::vector<Chunk> chunks_;
     std::vector<std::size_t> free_;
-    std::unique_ptr<std::byte[], void (*)(void*)> bounce_{nullptr, &std::free};  // chunk_bytes() for each chunk
-    std::deque<std::unique_ptr<Job>> jobs_;  // only the last may have chunks left to cut
+    std::unique_ptr<std::byte[], void (*)(void*)> bounce_{nullptr,
+                                                          &std::free};  // chunk_bytes() and slack() for each chunk
+    std::deque<std::unique_ptr<Job>> jobs_;                             // only the last may have chunks left to cut
 };
 
 }  // namespace emoe

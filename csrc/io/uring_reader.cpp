@@ -87,7 +87,7 @@ class UringChannel final : public ReadChannel {
     }
 
     std::size_t depth() const noexcept override { return kDepth; }
-    std::size_t chunk_bytes() const noexcept override { return std::size_t{512} << 10; }
+    std::size_t chunk_bytes() const noexcept override { return std::size_t{1} << 20; }
 
     void submit(const ReadRequest& request) override {
         const std::uint32_t tail = *rings_.at<std::uint32_t>(parameters_.sq_off.tail);
