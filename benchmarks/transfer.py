@@ -4,9 +4,9 @@ python benchmarks/transfer.py [--check] [--rounds 15] [--workers 2] [--quick] [-
 
 Both sides run in turn within a round, over the same blocks in the same random order, with as many threads as the queue
 has workers; the best of all rounds counts, so that a busy machine disturbs both alike. Plain: each thread calls preadv
-into one aligned buffer, whole blocks at a time, and looks at nothing. Queue: submit and wait from Python, GROUP
-records at a time, WINDOW in flight; bytes land in slots as the experts need them. CPU seconds of a GB say what the time was spent on.
---check exits with 1 where queue / plain is below TARGET.
+into one aligned buffer, whole blocks at a time, and looks at nothing. Queue: submit and wait from Python, GROUP records
+at a time, WINDOW in flight; bytes land in slots as the experts need them. CPU seconds of a GB say what the time was
+spent on. --check exits with 1 where queue / plain is below TARGET.
 """
 
 from __future__ import annotations
