@@ -22,6 +22,8 @@ from tqdm import tqdm
 MIB, GIB = 1 << 20, 1 << 30
 RESULTS = Path(__file__).parent / "results"
 SHARD_BYTES = GIB
+# Both sides without AVX-512: emoe's kernels, oneDNN, torch's own.
+AVX2 = {"EMOE_FORCE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 def olmoe_config(*, layers: int, hidden: int, intermediate: int, vocab: int) -> Any:

@@ -4,9 +4,9 @@ python benchmarks/transfer.py [--check] [--rounds 15] [--workers 2] [--quick] [-
 
 Both sides run in turn within a round, over the same blocks in the same random order, with as many threads as the queue
 has workers; the best of all rounds counts, so that a busy machine disturbs both alike. Plain: each thread calls preadv
-into one aligned buffer, whole blocks at a time, and looks at nothing. Queue: submit and wait from Python, WINDOW
-records ahead, bytes land in slots as the experts need them. CPU seconds of a GB say what the time was spent on.
---check exits with 1 where queue / plain is below TARGET.
+into one aligned buffer, whole blocks at a time, and looks at nothing. Queue: submit and wait from Python, GROUP records
+at a time, WINDOW in flight; bytes land in slots as the experts need them. CPU seconds of a GB say what the time was
+spent on. --check exits with 1 where queue / plain is below TARGET.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from emoe import native
 
 TARGET = 0.85
 PAGE, HUGE_PAGE = 4096, 2 << 20
-WINDOW = 16  # records submitted ahead; a layer's misses come together
+GROUP, WINDOW = 8, 16  # a layer's misses come together; two layers are in flight
 FILE_BYTES = 320 << 20
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = 8 + 1000  # what precedes the tensors of a checkpoint: nothing there is aligned
@@ -157,16 +157,21 @@ class QueueSide:
         self.queue = C.TransferQueue(self.slab, table, self.reader, workers=workers)
 
     def run(self, order: list[int]) -> float:
-        waiting: deque[int] = deque()
-        submit, wait = self.queue.submit, self.queue.wait
+        groups: deque[list[int]] = deque()
+        submit = self.queue.submit
         start = time.perf_counter()
-        for number, record in enumerate(order):
-            if len(waiting) == WINDOW:
-                wait(waiting.popleft())
-            waiting.append(submit(self.records[record], number % WINDOW))
-        while waiting:
-            wait(waiting.popleft())
+        for first in range(0, len(order), GROUP):
+            if len(groups) == WINDOW // GROUP:
+                self._wait_for(groups.popleft())
+            group = order[first : first + GROUP]
+            groups.append([submit(self.records[r], (first + i) % WINDOW) for i, r in enumerate(group)])
+        while groups:
+            self._wait_for(groups.popleft())
         return time.perf_counter() - start
+
+    def _wait_for(self, tickets: list[int]) -> None:
+        for ticket in reversed(tickets):  # the last first: fewer times to fall asleep
+            self.queue.wait(ticket)
 
     def close(self) -> None:
         self.queue.close()

@@ -7,7 +7,7 @@ Transformers dispatches `module(hidden_states, top_k_index, top_k_weights)` to t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
@@ -58,22 +58,44 @@ class SlotPool:
 class _SlotParameter:
     """Stands where the [E, ...] weight stands in Transformers' eager loop; indexing gives one expert's slot."""
 
-    def __init__(self, pool: SlotPool, name: str, slot_of: dict[int, int]) -> None:
+    def __init__(self, pool: SlotPool, name: str, slot_of: Callable[[int], int]) -> None:
         self._pool, self._name, self._slot_of = pool, name, slot_of
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
-        return self._pool.tensor(self._slot_of[int(expert)], self._name)
+        return self._pool.tensor(self._slot_of(int(expert)), self._name)
 
 
 class _ModuleView:
     """The experts module with its weights taken from slots; everything else is the module's own."""
 
-    def __init__(self, module: nn.Module, pool: SlotPool, slot_of: dict[int, int]) -> None:
+    def __init__(self, module: nn.Module, pool: SlotPool, slot_of: Callable[[int], int]) -> None:
         self.__dict__.update({name: _SlotParameter(pool, name, slot_of) for name in pool.names()})
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+class _OneAtATime:
+    """Slots for an eager loop over more experts than there are slots: holds the expert that the loop is at."""
+
+    def __init__(self, loader: Loader, layer: int) -> None:
+        self._loader, self._layer = loader, layer
+        self._expert, self._slot = -1, -1
+        self._held: Generator[Any, None, None] | None = None
+
+    def slot_of(self, expert: int) -> int:
+        if expert != self._expert:
+            self.close()
+            self._held = self._loader.rounds(self._layer, [expert])
+            ((_, self._slot),) = next(self._held)
+            self._expert = expert
+        return self._slot
+
+    def close(self) -> None:
+        self._expert = -1
+        if self._held is not None:
+            self._held.close()
 
 
 class ExpertLayer:
@@ -192,38 +214,14 @@ class ExpertLayer:
         if len(wanted) <= self.loader.capacity(self.index):
             with closing(self.loader.rounds(self.index, wanted, together=True)) as rounds:
                 slot_of = dict(next(rounds, []))  # held until the generator is closed
-                return self._eager(_ModuleView(self.module, cast(SlotPool, self.pool), slot_of), hidden, index, weights)
-        return self._forward_stock_in_rounds(hidden, index, weights, wanted)
-
-    def _forward_stock_in_rounds(
-        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, wanted: list[int]
-    ) -> torch.Tensor:
-        """The eager loop over one (token, expert) pair a row, so that rounds in any order give the same bits.
-
-        Pairs are laid out with the position in the top-k as the slow axis: an expert then sees its tokens in the very
-        order of the whole computation. The sum runs in ascending expert order, as the eager loop's does.
-        """
-        T, K = index.shape
-        rows = torch.arange(T).repeat(K)
-        pair_index = index.t().reshape(-1)
-        pair_weights = weights.t().reshape(-1, 1)
-        pair_out = torch.zeros((T * K, hidden.shape[1]), dtype=hidden.dtype)
-        with closing(self.loader.rounds(self.index, wanted)) as rounds:
-            for group in rounds:
-                slot_of = dict(group)
-                mine = torch.isin(pair_index, torch.tensor(list(slot_of)))
-                pair_out[mine] = self._eager(
-                    _ModuleView(self.module, cast(SlotPool, self.pool), slot_of),
-                    hidden[rows[mine]],
-                    pair_index[mine, None],
-                    pair_weights[mine],
+                return self._eager(
+                    _ModuleView(self.module, cast(SlotPool, self.pool), slot_of.__getitem__), hidden, index, weights
                 )
-        ranks = torch.argsort(index, dim=1, stable=True)  # [T, K]
-        per_token = pair_out.view(K, T, -1).transpose(0, 1)  # [T, K, H]
-        out = torch.zeros_like(hidden)
-        for rank in range(K):
-            out += per_token[torch.arange(T), ranks[:, rank]]
-        return out
+        # The family's own loop goes through the experts one by one, in ascending order, whatever the slots.
+        with closing(_OneAtATime(self.loader, self.index)) as held:
+            return self._eager(
+                _ModuleView(self.module, cast(SlotPool, self.pool), held.slot_of), hidden, index, weights
+            )
 
 
 def emoe_experts(

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from emoe.errors import CheckpointError, ConfigError
@@ -27,6 +28,7 @@ __all__ = [
     "find_experts",
     "guard_saving",
     "load_without_experts",
+    "pack_last_rows",
 ]
 
 # Options of Transformers' from_pretrained that contradict keeping experts elsewhere, and what to do instead.
@@ -168,6 +170,23 @@ def attach_experts(model: nn.Module, store: ExpertStore) -> None:
         read.extend((module, name, nn.Parameter(value)) for name, value in read_layer(store, number).items())
     for module, name, parameter in read:
         module._parameters[name] = parameter
+
+
+def pack_last_rows(model: Any) -> Any:
+    """Hands the output projection dense rows; returns a removable handle, or None where there is no projection.
+
+    Generation cuts the last row out of a prefill. torch (2.13, oneDNN on CPUs with bfloat16 instructions) answers such
+    a strided view by copying the whole weight into another layout first: a second copy in memory, and time lost.
+    """
+    projection = model.get_output_embeddings()
+    return None if projection is None else projection.register_forward_pre_hook(_dense_rows)
+
+
+def _dense_rows(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    rows = args[0]
+    if rows.dim() != 3 or rows.dtype != torch.bfloat16 or rows.stride(0) == rows.shape[1] * rows.stride(1):
+        return None
+    return (rows.clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 def guard_saving(model: Any, store: ExpertStore) -> SavingGuard:

@@ -295,11 +295,13 @@ class Runtime:
         experts.register()
         self._implementation = model.get_experts_implementation()
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._training = model.training
         model.requires_grad_(False)
         model.eval()
         for layer in self.layers:
             vars(layer.module)["_emoe"] = layer
         self._guard = modeling.guard_saving(model, self.store)
+        self._packing = modeling.pack_last_rows(model)
         model.set_experts_implementation(experts.IMPLEMENTATION)
         self.routing.start()
 
@@ -423,6 +425,8 @@ class Runtime:
                     needed=needed,
                 )
             self._closed = True
+            if self._packing is not None:
+                self._packing.remove()
             self.routing.close()
             self.loader.close()
             self._queue.close()
@@ -440,6 +444,7 @@ class Runtime:
                 self._model.set_experts_implementation(self._implementation)
                 for parameter in self._frozen:
                     parameter.requires_grad_(True)
+                self._model.train(self._training)
                 self._model.emoe = None
             else:
                 logger.warning("emoe: closed without restoring; the model has no experts and refuses to run")

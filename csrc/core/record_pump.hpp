@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -32,6 +31,21 @@ class OpenFiles {
     std::vector<std::unique_ptr<File>> files_;
 };
 
+// Anonymous memory in huge pages where the kernel has some, mapped when first asked for. Not from malloc: what that
+// hands out may have been touched in small pages before.
+class HugeBuffer {
+  public:
+    HugeBuffer() = default;
+    ~HugeBuffer();
+    HugeBuffer(const HugeBuffer&) = delete;
+    HugeBuffer& operator=(const HugeBuffer&) = delete;
+    std::byte* get(std::size_t bytes);  // the same size each time; std::bad_alloc
+
+  private:
+    void* mapping_ = nullptr;
+    std::size_t mapped_ = 0;
+};
+
 class RecordPump {
   public:
     struct Finished {
@@ -49,9 +63,10 @@ class RecordPump {
     bool wants_more() const noexcept;
     // Begins to fill `slot`, which stays this pump's until step() has returned the same id.
     void start(std::uint64_t id, std::shared_ptr<const Record> record, std::span<std::byte> slot);
-    // Blocks until something arrives; returns a record that is now complete, or has failed, if there is one.
-    // A failed one is returned only when no read into its slot is in flight any more. Where the channel itself breaks,
-    // every record from then on fails with its error.
+    // Blocks until something arrives, or scatters what has arrived: between the two there is room to start more, so
+    // that the disk is busy meanwhile. Returns a record that is now complete, or has failed, if there is one. A failed
+    // one is returned only when no read into its slot is in flight any more. Where the channel itself breaks, every
+    // record from then on fails with its error.
     std::optional<Finished> step();
 
   private:
@@ -66,9 +81,8 @@ class RecordPump {
         std::optional<Error> error;
         bool cut() const { return error || extent == record->extents.size(); }
     };
-    // One read in flight: [begin, begin + length) of a file, of which [first, last) is wanted.
-    struct Chunk {
-        Job* job = nullptr;  // nullptr: free
+    // Part of an extent, read at once: [begin, begin + length) of a file, of which [first, last) is wanted.
+    struct Cut {
         const File* file = nullptr;
         std::size_t extent = 0;
         std::size_t segment = 0;  // holds `first`
@@ -76,28 +90,42 @@ class RecordPump {
         std::int64_t last = 0;
         std::int64_t begin = 0;
         std::int64_t length = 0;
-        std::int64_t got = 0;
+        std::byte* straight = nullptr;  // where it goes in the slot; nullptr: through a bounce buffer
+    };
+    // A read in flight.
+    struct Chunk {
+        Job* job = nullptr;  // nullptr: free
+        Cut cut;
         std::byte* into = nullptr;
-        bool straight = false;
+        std::int64_t got = 0;
     };
 
     void fill();
-    void free_all_chunks();
-    std::byte* bounce_buffer(const Chunk& chunk);
-    void give_up(const Error& why);
-    void cut_chunk(Job& job, Chunk& chunk);
+    Cut next_cut(const Job& job);
+    Chunk* free_chunk(const Cut& cut);
+    void advance(Job& job, std::int64_t last) const;
     void request(Chunk& chunk);
     void arrived(Chunk& chunk, std::int64_t result);
     void scatter_chunk(const Chunk& chunk);
+    void release(Chunk& chunk);
     void fail(const Chunk& chunk, const std::string& why);
+    void give_up(const Error& why);
 
     std::unique_ptr<ReadChannel> channel_;
     std::optional<Error> broken_;  // what the channel ended with
     OpenFiles& files_;
     std::vector<Chunk> chunks_;
-    std::vector<std::size_t> free_;
-    std::unique_ptr<std::byte[], void (*)(void*)> bounce_{nullptr, &std::free};  // chunk_bytes() for each chunk
+    Chunk* landed_ = nullptr;                // in its bounce buffer, not yet scattered
     std::deque<std::unique_ptr<Job>> jobs_;  // only the last may have chunks left to cut
+
+    // The first `large_` chunks have large bounce buffers, the others small ones. Few large ones are best: bytes stay
+    // in the cache between arriving and being scattered. One of them stays free for the next read while another is
+    // scattered. Small ones let many short reads be in flight.
+    std::size_t large_;
+    std::int64_t large_bytes_;
+    std::int64_t small_bytes_;
+    std::int64_t slack_;  // what every buffer has beyond that, so that a short rest joins the chunk before it
+    HugeBuffer bounce_;
 };
 
 }  // namespace emoe

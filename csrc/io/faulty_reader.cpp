@@ -21,6 +21,7 @@ class FaultyChannel final : public ReadChannel {
     std::size_t depth() const noexcept override { return inner_->depth(); }
     std::size_t chunk_bytes() const noexcept override { return inner_->chunk_bytes(); }
     void submit(const ReadRequest& request) override { inner_->submit(request); }
+    void flush() override { inner_->flush(); }
     ReadResult next() override {
         const Faults& faults = shared_->faults;
         if (faults.delay_ms > 0) std::this_thread::sleep_for(std::chrono::milliseconds(faults.delay_ms));

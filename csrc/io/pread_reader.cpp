@@ -13,6 +13,7 @@ class PreadChannel final : public ReadChannel {
     std::size_t depth() const noexcept override { return 1; }
     std::size_t chunk_bytes() const noexcept override { return std::size_t{2} << 20; }
     void submit(const ReadRequest& request) override { pending_ = request; }
+    void flush() override {}
     ReadResult next() override {
         const ReadRequest request = *pending_;
         pending_.reset();

@@ -87,7 +87,7 @@ class UringChannel final : public ReadChannel {
     }
 
     std::size_t depth() const noexcept override { return kDepth; }
-    std::size_t chunk_bytes() const noexcept override { return std::size_t{512} << 10; }
+    std::size_t chunk_bytes() const noexcept override { return std::size_t{2} << 20; }
 
     void submit(const ReadRequest& request) override {
         const std::uint32_t tail = *rings_.at<std::uint32_t>(parameters_.sq_off.tail);
@@ -106,13 +106,16 @@ class UringChannel final : public ReadChannel {
         ++in_flight_;
     }
 
+    void flush() override {
+        if (unsubmitted_ > 0) enter(0);
+    }
+
     ReadResult next() override {
         const std::atomic_ref<std::uint32_t> head = shared(parameters_.cq_off.head);
         const std::atomic_ref<std::uint32_t> tail = shared(parameters_.cq_off.tail);
         const std::uint32_t position = head.load(std::memory_order_relaxed);
-        while (unsubmitted_ > 0 || position == tail.load(std::memory_order_acquire)) {
-            enter(position == tail.load(std::memory_order_acquire) ? 1 : 0);
-        }
+        // What has arrived is handled before new reads are started, so that these go to the kernel together.
+        while (position == tail.load(std::memory_order_acquire)) enter(1);
         const std::uint32_t mask = *rings_.at<std::uint32_t>(parameters_.cq_off.ring_mask);
         const io_uring_cqe& entry = rings_.at<io_uring_cqe>(parameters_.cq_off.cqes)[position & mask];
         const ReadResult result{static_cast<std::size_t>(entry.user_data), entry.res};

@@ -78,6 +78,7 @@ class FakeReader final : public Reader {
             reader_.asked_.push_back(request.offset);
             reader_.changed_.notify_all();
         }
+        void flush() override {}
         ReadResult next() override {
             if (reader_.break_channels) throw Error(ErrorKind::kTransfer, "the fake channel broke");
             std::int64_t number = 0;

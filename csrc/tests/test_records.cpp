@@ -114,8 +114,9 @@ TEST("an aligned record is read straight into its slot in one read, an unaligned
     auto table = std::make_shared<RecordTable>();
     table->add_file("/dev/null");
     const Slab slab(std::make_shared<cpu::CpuBackend>(), 1, 300000);
-    const auto reads = [&](std::int64_t offset, std::int64_t nbytes, std::int64_t dst) {
+    const auto reads = [&](std::int64_t offset, std::int64_t nbytes, std::int64_t dst, std::size_t chunk = 8192) {
         auto reader = std::make_shared<FakeReader>();
+        reader->chunk_bytes = chunk;
         OpenFiles files(table, reader);
         RecordPump pump(reader->channel(), files);
         const std::int64_t id = table->add_record({bytes_piece(0, offset, nbytes, dst)});
@@ -127,6 +128,8 @@ TEST("an aligned record is read straight into its slot in one read, an unaligned
     CHECK_EQ(reads(8192 + 512, 200000, 512), std::size_t{2});  // congruent: the head, then the rest in place
     CHECK_EQ(reads(8192 + 512, 200000, 0), std::size_t{25});   // chunks of 8192
     CHECK_EQ(reads(8192, 200000, 512), std::size_t{25});
+    CHECK_EQ(reads(8192 + 512, 65536, 0, 65536), std::size_t{1});  // a short rest joins the chunk before it
+    CHECK_EQ(reads(8192 + 512, 135000, 0, 65536), std::size_t{2});
 }
 
 TEST("any record arrives byte for byte, whatever its pieces, alignment, chunks and order of completion") {

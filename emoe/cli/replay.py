@@ -1,4 +1,4 @@
-"""`emoe replay`: scores eviction policies on recorded routing traces."""
+"""`emoe replay`: scores eviction and prediction on recorded routing traces."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ examples:
   emoe replay --trace code.npz math.npz --policy lru,belady --resident 0.2,0.3,0.4
   emoe replay --trace trace.npz --policy lru --resident 30% --global --json
 
-Slots start empty. Several traces of one model run one after the other. belady knows the future: no policy hits more.
-Formats: docs/traces.md; a trace is recorded with 'emoe run --trace FILE.npz'.
+  emoe replay --trace code.npz math.npz --policy lru,next-use --mix 0
+  emoe replay --trace code.npz math.npz --policy lru,task-table,next-use --mix 0 --miss substitute
+  emoe replay --trace code.npz math.npz --policy recent --period adaptive --profile 0.5
+
+Slots start empty. Several traces of one model run one after the other. belady knows the future: no policy that loads
+its misses hits more. task-table, base+slack and next-use learn from the first half of each trace, and all policies
+then run on the second. Policies and options: docs/replay.md. 'emoe run --trace FILE.npz' records a trace.
 """
 
 
@@ -35,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_policies,
         default="lru,lfu,belady",
         metavar="NAME[,NAME...]",
-        help="which expert leaves when a slot is needed: lru, lfu, belady (default: all three)",
+        help="lru, lfu, belady; predicting: task-table, recent, base+slack, next-use (default: lru,lfu,belady)",
     )
     parser.add_argument(
         "--resident",
@@ -49,6 +54,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-layer", action="store_true", default=True, help="slots are divided between layers (default)"
     )
     scope.add_argument("--global", dest="per_layer", action="store_false", help="one set of slots for all layers")
+    _add_prediction(parser.add_argument_group("prompts and prediction"))
+
+
+def _add_prediction(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--mix", nargs="?", type=int, const=0, metavar="SEED", help="the prompts of all traces in random order"
+    )
+    group.add_argument(
+        "--prompt-tokens",
+        type=common.positive,
+        default=100,
+        metavar="N",
+        help="length of a prompt where a trace names none (default: 100)",
+    )
+    group.add_argument(
+        "--profile",
+        type=common.share,
+        metavar="SHARE",
+        help="of each trace's prompts to learn from, not replayed (default: 0.5 where a policy learns, else none)",
+    )
+    group.add_argument(
+        "--period",
+        type=_period,
+        default=1,
+        metavar="PROMPTS",
+        help="between two choices of the base set, or 'adaptive': when observed routing drifts (default: 1)",
+    )
+    group.add_argument(
+        "--miss",
+        choices=("load", "substitute"),
+        default="load",
+        help="what next-use does with a pick that is in no slot (default: load)",
+    )
+    group.add_argument(
+        "--slack",
+        type=common.share,
+        default=0.4,
+        metavar="SHARE",
+        help="of the slots, for LRU in base+slack (default: 0.4)",
+    )
+    group.add_argument(
+        "--moves",
+        type=common.share,
+        default=0.3,
+        metavar="SHARE",
+        help="of LRU's loads that next-use may move with --miss substitute (default: 0.3)",
+    )
+
+
+def _period(text: str) -> int | str:
+    return text if text == "adaptive" else common.positive(text)
 
 
 def _policies(text: str) -> list[str]:
@@ -67,15 +123,26 @@ def _shares(text: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> int:
     from emoe import replay
-    from emoe.trace import join, load_trace
+    from emoe.replay.mix import prepare
+    from emoe.replay.predicted import LEARNING, Options
+    from emoe.trace import load_trace
 
     with common.stage("replaying"):
-        trace = join([load_trace(path) for path in args.trace])
+        learns = any(name in LEARNING for name in args.policy)
+        profile, trace = prepare(
+            [load_trace(path) for path in args.trace],
+            profile=args.profile or (0.5 if learns else 0.0),
+            mix=args.mix,
+            prompt_tokens=args.prompt_tokens,
+        )
+        options = Options(miss=args.miss, period=args.period, slack=args.slack, moves=args.moves)
         results: list[Result] = []
         with common.console(stderr=True).status("replaying") as status:
             for policy in args.policy:
                 status.update(f"replaying {policy}")
-                results += replay.replay(trace, policy, args.resident, per_layer=args.per_layer)
+                results += replay.replay(
+                    trace, policy, args.resident, per_layer=args.per_layer, profile=profile, options=options
+                )
     if args.json:
         common.print_json({**_facts(args, trace), "results": [result.to_dict() for result in results]})
         return 0
@@ -91,6 +158,7 @@ def _facts(args: argparse.Namespace, trace: Trace) -> dict[str, Any]:
         "num_experts": trace.num_experts,
         "top_k": trace.top_k,
         "tasks": list(trace.task_names),
+        "prompts": len(set(trace.prompt.tolist())),
     }
 
 
@@ -100,13 +168,27 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
 
     from emoe.config import format_bytes
 
-    scope = "slots per layer" if results[0].per_layer else "slots for all layers"
+    scope = "slots of a layer" if results[0].per_layer else "slots for all layers"
     experts = f"top {facts['top_k']} of {facts['num_experts']} experts"
-    table = Table(title=Text(f"{facts['tokens']} tokens, {facts['layers']} layers, {experts}"), title_justify="left")
+    table = Table(
+        title=Text(f"{facts['tokens']} tokens of {facts['prompts']} prompts, {facts['layers']} layers, {experts}"),
+        title_justify="left",
+    )
     bytes_known = all(result.bytes_moved is not None for result in results)
-    names = ["policy", "resident", scope, "hit rate", "misses", "loads a token", *(["moved"] if bytes_known else [])]
+    names = [
+        "policy",
+        "resident",
+        scope,
+        "hit rate",
+        "misses a token",
+        "are",
+        "loads a token",
+        *(["moved"] if bytes_known else []),
+    ]
     for name in names:
-        table.add_column(name, justify="left" if name == "policy" else "right")
+        table.add_column(
+            name, justify="left" if name in ("policy", "are") else "right", no_wrap=name in ("policy", "are")
+        )
     for before, result in zip([None, *results], results, strict=False):
         if before is not None and before.policy != result.policy:
             table.add_section()
@@ -115,7 +197,8 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
             common.percent(result.resident),
             str(result.slots),
             common.percent(result.hit_rate),
-            f"{result.misses:,}",
+            f"{result.misses / facts['tokens']:.1f}",
+            "loaded" if result.miss == "load" else "substituted",
             f"{result.loads / facts['tokens']:.1f}",
         ]
         if result.bytes_moved is not None and bytes_known:

@@ -71,13 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=common.ROUTINGS,
         default="exact",
         help="what happens to a routed expert that is not in memory: exact reads it first, resident takes the router's "
-        "next choice in memory, biased prefers those in memory and reads what is routed to all the same (default: exact)",
+        "next choice in memory, biased prefers those in memory and reads what is still routed (default: exact)",
     )
     how.add_argument(
         "--bias",
         type=_bias,
         metavar="B",
-        help="for --routing biased: 0 is exact, 1 a bonus as large as the range of the router's scores, inf is resident",
+        help="for --routing biased: 0 is exact, 1 a bonus as large as the range of the router's keys, inf is resident",
     )
     how.add_argument(
         "--max-substituted-mass",

@@ -1,7 +1,8 @@
-"""Scores eviction policies on a recorded routing trace, without a model: `replay(trace, policy, resident)`.
+"""Scores eviction and prediction on a recorded routing trace, without a model: `replay(trace, policy, resident)`.
 
-Policies are those of `emoe.policy`. `rows` runs them on all layers and budgets at once, `sequence` on one set of slots
-for all layers, and `reference` through `emoe.cache` itself, which the other two are tested against.
+Plain policies are those of `emoe.policy`. `rows` runs them on all layers and budgets at once, `sequence` on one set of
+slots for all layers, `reference` through `emoe.cache` itself; the first two are tested against it. `predicted` has the
+policies that predict, `mix` chooses profile and prompts. docs/replay.md explains all of them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emoe.errors import ConfigError, TraceError
-from emoe.replay import reference, rows, sequence
+from emoe.replay import predicted, reference, rows, sequence
 from emoe.replay.counts import Counts
+from emoe.replay.predicted import Options
 from emoe.trace import Trace
 
-POLICIES = ("lru", "lfu", "belady")
+PLAIN = ("lru", "lfu", "belady")
+POLICIES = (*PLAIN, *predicted.POLICIES)
+
+__all__ = ["PLAIN", "POLICIES", "Options", "Result", "replay", "slots_of"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,9 @@ class Result:
         slots: slots of one layer, or of all layers together where `per_layer` is false.
         picks: routed experts, summed over layers and tokens.
         hits: picks found in a slot; `misses` are the others.
+        miss: what happened to those: "load" or "substitute".
         loads: experts read, `evictions` those that left for them.
+        refreshes: times a base set was chosen; None where the policy has none.
         bytes_moved: bytes of the loads, None where the trace does not say how large an expert is.
         layers: hit rate of each layer.
         seconds: what this replay took, shared between budgets that ran together.
@@ -41,8 +48,10 @@ class Result:
     per_layer: bool
     picks: int
     hits: int
+    miss: str
     loads: int
     evictions: int
+    refreshes: int | None
     bytes_moved: int | None
     layers: tuple[float, ...]
     seconds: float
@@ -61,7 +70,15 @@ class Result:
         return {**asdict(self), "misses": self.misses, "hit_rate": self.hit_rate}
 
 
-def replay(trace: Trace, policy: str, resident: Sequence[float], *, per_layer: bool = True) -> list[Result]:
+def replay(
+    trace: Trace,
+    policy: str,
+    resident: Sequence[float],
+    *,
+    per_layer: bool = True,
+    profile: Trace | None = None,
+    options: Options | None = None,
+) -> list[Result]:
     """Runs the tokens of a trace one by one through slots that start empty.
 
     Args:
@@ -69,9 +86,12 @@ def replay(trace: Trace, policy: str, resident: Sequence[float], *, per_layer: b
         policy: one of POLICIES.
         resident: shares of the routed experts that have a slot, each over 0 and up to 1; one result each.
         per_layer: slots are divided between layers; False: one set of slots for all, which a token walks in a cycle.
+        profile: what predicting policies learn from (`mix.prepare`).
+        options: how they run.
 
     Raises:
-        ConfigError: an unknown policy, or a share that leaves a layer without a slot.
+        ConfigError: an unknown policy, a share that leaves a layer without a slot, or a predicting policy without a
+            profile, without slots per layer, or with fewer slots than a token has picks.
         TraceError: the trace has no tokens.
     """
     if policy not in POLICIES:
@@ -81,11 +101,18 @@ def replay(trace: Trace, policy: str, resident: Sequence[float], *, per_layer: b
     total = trace.num_experts * (1 if per_layer else trace.layers)
     slots = [slots_of(share, total) for share in resident]
     started = time.perf_counter()
-    counts = _run(trace, policy, slots, per_layer)
+    if policy in PLAIN:
+        outcomes = [predicted.Outcome(counts, "load", None) for counts in _run(trace, policy, slots, per_layer)]
+    else:
+        if not per_layer or min(slots) < trace.top_k:
+            raise ConfigError(
+                f"policy '{policy}' runs with at least {trace.top_k} slots in each layer (the picks of a token)"
+            )
+        outcomes = predicted.run(trace, profile, policy, slots, options or Options())
     seconds = (time.perf_counter() - started) / len(slots)
     return [
         _result(trace, policy, share, count, each, per_layer, seconds)
-        for share, count, each in zip(resident, slots, counts, strict=True)
+        for share, count, each in zip(resident, slots, outcomes, strict=True)
     ]
 
 
@@ -112,8 +139,9 @@ def _run(trace: Trace, policy: str, slots: list[int], per_layer: bool) -> list[C
 
 
 def _result(
-    trace: Trace, policy: str, share: float, slots: int, counts: Counts, per_layer: bool, seconds: float
+    trace: Trace, policy: str, share: float, slots: int, outcome: predicted.Outcome, per_layer: bool, seconds: float
 ) -> Result:
+    counts = outcome.counts
     moved = None if trace.expert_bytes is None else int(counts.loads @ trace.expert_bytes)
     return Result(
         policy=policy,
@@ -122,8 +150,10 @@ def _result(
         per_layer=per_layer,
         picks=int(counts.picks.sum()),
         hits=int(counts.hits.sum()),
+        miss=outcome.miss,
         loads=int(counts.loads.sum()),
         evictions=counts.evictions,
+        refreshes=outcome.refreshes,
         bytes_moved=moved,
         layers=tuple((counts.hits / counts.picks.clip(1)).round(6).tolist()),
         seconds=seconds,

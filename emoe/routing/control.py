@@ -151,7 +151,7 @@ class Routing:
             self._add(site, request, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
             return None
         logits = rule.logits(logits)
-        swap = exchange(rule, logits, index, resident, present, bias)
+        swap = exchange(rule, logits, weights, index, resident, present, bias)
         wanted = sum(swap.shares)
         if self._contract is not None:
             swap = swap.affordable(self._contract.allowance(request.tally, 1))

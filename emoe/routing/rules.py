@@ -115,6 +115,11 @@ class Rule:
         allowed = self.allowed(choice)
         return (key if allowed is None else torch.where(allowed, key, key - OUTSIDE * spread)), spread
 
+    @property
+    def weights_are_shares(self) -> bool:
+        """Whether the router's weights are in proportion to its scores."""
+        return self.expert_scale is None and self.jitter is None
+
     def share(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """[T, K] the picks' scores divided by their sum."""
         picked = logits.gather(1, index)

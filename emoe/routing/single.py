@@ -36,14 +36,21 @@ class Exchange(NamedTuple):
 
 
 def exchange(
-    rule: Rule, logits: torch.Tensor, index: torch.Tensor, resident: torch.Tensor, present: list[bool], bias: float
+    rule: Rule,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    index: torch.Tensor,
+    resident: torch.Tensor,
+    present: list[bool],
+    bias: float,
 ) -> Exchange:
     """Which picks of a row give way to which resident experts; the choice of `select.choose`.
 
     Args:
         rule: the router's.
         logits: [1, E] float32.
-        index: [1, K].
+        weights: [1, K] the router's own.
+        index: [1, K] the router's own picks.
         resident: [E] bool.
         present: whether each pick is resident.
         bias: over 0.
@@ -69,6 +76,11 @@ def exchange(
             best = int(pool.argmax())
     if not substitutes:
         return Exchange([], [], [])
-    shares = rule.share(logits, index)[0].tolist()
+    if rule.weights_are_shares and weights.dtype == torch.float32:
+        own = weights[0].tolist()
+        total = sum(own)
+        shares = [weight / total for weight in own]
+    else:
+        shares = rule.share(logits, index)[0].tolist()
     replaced = sorted((shares[where], where) for _, where in absent[kept:])
     return Exchange([where for _, where in replaced], substitutes, [share for share, _ in replaced])

@@ -1,0 +1,112 @@
+"""Predictors that count: how often each task used an expert in a profile, and what recent prompts used.
+
+The first is the frequency profile by task of arXiv 2503.06823; the second its request-to-request reuse (eMoE-A)
+without a model: the mean of the last prompts stands for the next.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoe.errors import TraceError
+from emoe.predictor import UNKNOWN_TASK
+from emoe.trace import Trace
+
+
+class TaskTable:
+    """Uses of each expert per token, by task.
+
+    Args:
+        frequency: [N, L, E] uses per token of each task.
+        names: the N tasks' names.
+    """
+
+    def __init__(self, frequency: NDArray[np.float32], names: tuple[str, ...]) -> None:
+        if frequency.ndim != 3 or len(frequency) != len(names):
+            raise TraceError(f"a task table of shape {frequency.shape} does not fit {len(names)} task names")
+        self.frequency = frequency.astype(np.float32, copy=False)
+        self.names = names
+        self._mean = self.frequency.mean(axis=0)
+        self._task = UNKNOWN_TASK
+
+    @classmethod
+    def profile(cls, trace: Trace) -> TaskTable:
+        """Counts a trace; tasks of which it has no token get the mean of the others."""
+        N, L, E = len(trace.task_names), trace.layers, trace.num_experts
+        frequency = np.zeros((N, L, E), dtype=np.float32)
+        seen = np.bincount(trace.task, minlength=N) > 0
+        for task in np.flatnonzero(seen):
+            mine = trace.experts[:, trace.task == task]
+            for layer in range(L):
+                picks = mine[layer]
+                frequency[task, layer] = np.bincount(picks[picks >= 0], minlength=E) / mine.shape[1]
+        if not seen.any():
+            raise TraceError("a trace without tokens gives no task table")
+        frequency[~seen] = frequency[seen].mean(axis=0)
+        return cls(frequency, trace.task_names)
+
+    def of(self, task: int) -> NDArray[np.float32]:
+        """[L, E] of one task; the mean of all for UNKNOWN_TASK."""
+        return self._mean if task == UNKNOWN_TASK else self.frequency[task]
+
+    def begin(self, task: int) -> None:
+        self._task = task
+
+    def observe(self, picks: NDArray[np.integer]) -> None:
+        """A table does not learn."""
+
+    def rank(self) -> NDArray[np.float32]:
+        return self.of(self._task)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a .safetensors file."""
+        from safetensors.numpy import save_file
+
+        save_file({"frequency": self.frequency}, path, metadata={"kind": "task-table", "names": json.dumps(self.names)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskTable:
+        """Reads what `save` wrote.
+
+        Raises:
+            TraceError: the file is something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("kind") != "task-table":
+                    raise TraceError(f"{path}: kind={metadata.get('kind')!r}, expected 'task-table'")
+                return cls(file.get_tensor("frequency"), tuple(json.loads(metadata["names"])))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise TraceError(f"{path}: not a task table: {error}") from error
+
+
+class Recent:
+    """Uses in the last prompts, whatever their task; older prompts fade.
+
+    Args:
+        layers, experts: shape of the scores.
+        prompts: after this many prompts a prompt's weight has fallen to 1/e. Of the public traces' domains some like 3
+            best, some 12; the difference is below one point.
+    """
+
+    def __init__(self, layers: int, experts: int, prompts: float = 6.0) -> None:
+        self._keep = float(np.exp(-1.0 / prompts))
+        self._uses = np.zeros((layers, experts), dtype=np.float64)
+        self._rows = np.arange(layers)[:, None]
+
+    def begin(self, task: int) -> None:
+        self._uses *= self._keep
+
+    def observe(self, picks: NDArray[np.integer]) -> None:
+        valid = picks >= 0
+        np.add.at(self._uses, (np.broadcast_to(self._rows, picks.shape)[valid], picks[valid]), 1.0)
+
+    def rank(self) -> NDArray[np.float64]:
+        return self._uses

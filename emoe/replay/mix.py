@@ -1,0 +1,64 @@
+"""Which tokens a replay sees: a profile and a rest of each trace, cut into prompts, in file order or mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from emoe.errors import ConfigError
+from emoe.trace import Trace, join
+
+PROMPT_TOKENS = 100
+
+
+def into_prompts(trace: Trace, tokens: int = PROMPT_TOKENS) -> Trace:
+    """A trace that names no prompts (one number throughout), cut into prompts of so many tokens; others as they are."""
+    if trace.tokens == 0 or (trace.prompt != trace.prompt[0]).any():
+        return trace
+    return replace(trace, prompt=(np.arange(trace.tokens) // tokens).astype(np.int32))
+
+
+def split(trace: Trace, share: float) -> tuple[Trace, Trace]:
+    """The first `share` of a trace's prompts, and the rest.
+
+    Raises:
+        ConfigError: one of the two would be empty.
+    """
+    prompts = np.unique(trace.prompt)
+    first = round(share * len(prompts))
+    if not 0 < first < len(prompts):
+        raise ConfigError(f"a profile of {share:.0%} of {len(prompts)} prompts leaves nothing to profile or to replay")
+    mine = trace.prompt < prompts[first]
+    return trace.take(mine), trace.take(~mine)
+
+
+def mixed(trace: Trace, seed: int) -> Trace:
+    """The prompts of a trace in a random order; their numbers stay."""
+    prompts = np.random.default_rng(seed).permutation(np.unique(trace.prompt))
+    order = np.argsort(prompts)[np.searchsorted(np.sort(prompts), trace.prompt)]  # place of each token's prompt
+    return trace.take(np.argsort(order, kind="stable"))
+
+
+def prepare(
+    traces: Sequence[Trace], *, profile: float = 0.0, mix: int | None = None, prompt_tokens: int = PROMPT_TOKENS
+) -> tuple[Trace | None, Trace]:
+    """Profile and tokens to replay of several traces.
+
+    Args:
+        traces: of one model.
+        profile: share of each trace's prompts, from its start, that is the profile and not replayed; 0 for none.
+        mix: seed of a random order of the prompts of all traces; None keeps the order of the files.
+        prompt_tokens: length of a prompt where a trace names none.
+
+    Raises:
+        ConfigError, TraceError: nothing left, or traces of different models.
+    """
+    cut = [into_prompts(trace, prompt_tokens) for trace in traces]
+    if not profile:
+        whole = join(cut)
+        return None, whole if mix is None else mixed(whole, mix)
+    halves = [split(trace, profile) for trace in cut]
+    first, rest = join([half[0] for half in halves]), join([half[1] for half in halves])
+    return (first, rest) if mix is None else (mixed(first, mix + 1), mixed(rest, mix))
