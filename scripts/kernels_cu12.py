@@ -99,7 +99,7 @@ def main() -> int:
         fatbin = folder / "gather_mlp.fatbin.c"
         run([tools / "fatbinary", "-64", "--compress=false", *images, f"--embedded-fatbin={fatbin}"])
         stub = (folder / "gather_mlp.cudafe1.stub.c").read_text()
-        registered = set(re.findall(r"\b(_ZN4emoe\w+)\s*,\s*\(?-1\)?", stub))
+        registered = set(re.findall(r",\s*(_ZN4emoe\w+)\s*,\s*\(?-?\d+\)?\s*\)", stub))
         if not registered:
             raise SystemExit(
                 f"no kernel is registered in nvcc's stubs, or not in the way this script knows:\n{stub[-2000:]}"
