@@ -5,8 +5,8 @@
     python scripts/cuda_matrix.py --nvrtc        # the same kernels through NVRTC (CUDA 12.x), spills and instances only
 
 Needs nvcc, or for --nvrtc the folder of PyPI's nvidia-cuda-{nvrtc,runtime,nvcc,cccl}-cu12 (EMOE_NVIDIA, by default
-found beside this Python). cuobjdump (PATH, EMOE_CUOBJDUMP, or PyPI's nvidia-cuda-cuobjdump) reads the SASS; without it
-that check is reported as not made. Nothing is run: no GPU is needed.
+found beside this Python). cuobjdump (PATH, EMOE_CUOBJDUMP, or PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)
+reads the SASS; without it that check is reported as not made. Nothing is run: no GPU is needed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ class MatrixError(Exception):
     """Something is not as it has to be; the message says what."""
 
 
-def run(command: list[str]) -> str:
-    """Standard output and error of a command that succeeds.
+def run(command: list[str], path: Path | None = None) -> str:
+    """Standard output and error of a command that succeeds, with the folder `path` on PATH.
 
     Raises:
         MatrixError: it does not.
     """
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    environment = {**os.environ, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"} if path else None
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+    )
     if done.returncode != 0:
         raise MatrixError(f"{' '.join(command)}\n{done.stdout}")
     return done.stdout
@@ -144,7 +147,8 @@ def check_sass(cuobjdump: str, target: Path, archs: tuple[str, ...]) -> list[str
     """Kernels whose machine code lacks an instruction of EXPECTED_SASS."""
     problems = []
     for arch in archs:
-        text = run([cuobjdump, "-sass", "-arch", f"sm_{arch}", str(target)])
+        # It runs nvdisasm, which PyPI's nvidia-cuda-nvdisasm puts beside it.
+        text = run([cuobjdump, "-sass", "-arch", f"sm_{arch}", str(target)], Path(cuobjdump).parent)
         parts = re.split(r"\n\s*Function : (\S+)\n", text)[1:]
         bodies = dict(zip(parts[::2], parts[1::2], strict=True))
         names = demangle(list(bodies))
@@ -230,16 +234,19 @@ def main_nvcc(archs: tuple[str, ...], write: bool) -> list[str]:
         print(f"nvcc {version}: {len(table)} kernels for {', '.join('sm_' + a for a in archs)} and PTX, "
               f"{time.monotonic() - start:.0f} s")  # fmt: skip
         problems = problems_of(table)
+        if write and not problems:
+            TABLE.write_text(json.dumps({"nvcc": version, "kernels": table}, indent=1) + "\n")
         cuobjdump = find_cuobjdump()
         if cuobjdump is None:
-            print("SASS: not checked (no cuobjdump: pip install nvidia-cuda-cuobjdump)")
+            print("SASS: not checked (no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
         else:
-            sass = check_sass(cuobjdump, target, archs)
+            try:
+                sass = check_sass(cuobjdump, target, archs)
+            except MatrixError as failure:
+                sass = [str(failure)]
             problems += sass
             print(f"SASS: {'as expected' if not sass else 'not as expected'} on {len(archs)} architectures")
     if write:
-        if not problems:
-            TABLE.write_text(json.dumps({"nvcc": version, "kernels": table}, indent=1) + "\n")
         return problems
     recorded = json.loads(TABLE.read_text())
     part = {kernel: {f"sm_{a}": used[f"sm_{a}"] for a in archs if f"sm_{a}" in used}
