@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -118,7 +117,8 @@ def examine(wheel: Path, folder: Path) -> dict[str, object]:
     python = environment / "bin" / "python"
     run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel])
     site = run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
-    (Path(site) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (Path(site) / "dependencies.pth").write_text("\n".join(here) + "\n")
     report = subprocess.run(
         [python, "-m", "emoe", "doctor", "--json"], stdout=subprocess.PIPE, text=True, cwd=folder, check=False
     )
