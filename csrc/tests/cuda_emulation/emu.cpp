@@ -83,6 +83,9 @@ void switch_to(Lane* lane) {
 }
 
 void lane_main() {
+#ifdef EMU_ASAN
+    __sanitizer_finish_switch_fiber(nullptr, &current->block->asan_bottom, &current->block->asan_size);
+#endif
     for (;;) {
         Lane* lane;
         Block* block;
@@ -93,9 +96,6 @@ void lane_main() {
             block = lane->block;
             body = block->body;
         }
-#ifdef EMU_ASAN
-        __sanitizer_finish_switch_fiber(lane->asan_fake, &block->asan_bottom, &block->asan_size);
-#endif
         acquire(block->start);
         (*body)();
         release(block->end);
