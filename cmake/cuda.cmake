@@ -5,7 +5,7 @@
 #                    whose architecture alone is then built. A plain `pip install .` elsewhere compiles no kernels.
 set(EMOE_CUDA_ARCHS "" CACHE STRING "CMAKE_CUDA_ARCHITECTURES of the kernels, e.g. 80-real;90-real;120")
 set(EMOE_CUDA_KERNELS "" CACHE FILEPATH "Object file of kernels built ahead (scripts/kernels_cu12.py), in place of nvcc")
-set(EMOE_CUDA_ROOT "" CACHE PATH "With EMOE_CUDA_KERNELS: its CUDA's headers and static runtime")
+set(EMOE_CUDA_ROOT "" CACHE STRING "With EMOE_CUDA_KERNELS: its CUDA's headers and static runtime")
 option(EMOE_EMULATED "Build emoe._C_emulated: the CUDA part on the fake runtime, for tests" OFF)
 
 # Published wheels: code for each, and PTX of the last for what comes later.

@@ -77,7 +77,7 @@ def options_of(kind: str, args: argparse.Namespace, folder: Path) -> tuple[str, 
         "EMOE_CUDA": "1",
         "EMOE_CUDA_ARCHS": archs,
         "EMOE_CUDA_KERNELS": str(kernels),
-        "EMOE_CUDA_ROOT": str(args.nvidia / "cuda_runtime"),
+        "EMOE_CUDA_ROOT": f"{args.nvidia / 'cuda_runtime'};{args.nvidia / 'cuda_nvcc'}",
     }
 
 
