@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <random>
 #include <string>
 
@@ -50,21 +51,16 @@ constexpr std::size_t kStackBytes = 128 << 10;
 constexpr std::uint64_t kStackEnd = 0x5AFE57AC5AFE57ACULL;
 constexpr std::size_t kSharedLimit = 48 << 10;  // of a block, without the opt-in that no kernel here uses
 
-// A worker's fibers, kept between blocks and grids.
+// Fibers that no grid uses, kept for the next one: they are costly to make. Never destroyed, since workers of streams
+// may outlive static destructors.
 struct Pool {
-    std::vector<Lane*> lanes;
-    ~Pool() {
-        const Quiet quiet;
-        for (Lane* lane : lanes) {
-#ifdef EMU_TSAN
-            __tsan_destroy_fiber(lane->tsan);
-#endif
-            std::free(lane->stack);
-            delete lane;
-        }
-    }
+    std::mutex mutex;
+    std::vector<Lane*> idle;
 };
-thread_local Pool pool;
+Pool& pool() {
+    static Pool* const all = new Pool;
+    return *all;
+}
 
 void switch_to(Lane* lane) {
     Block* const block = lane->block;
@@ -105,7 +101,7 @@ void lane_main() {
             lane->groups.clear();
             lane->state = Lane::kDone;
         }
-        to_scheduler();  // outside: a fiber may be destroyed here
+        to_scheduler();
     }
 }
 
@@ -200,8 +196,14 @@ void prepare(Block& block, dim3 grid, dim3 block_size, std::size_t shared_bytes,
     block.random.seed(seed);
     block.dynamic_bytes = block.shared_bytes = shared_bytes;
     const std::size_t threads = std::size_t{block_size.x} * block_size.y * block_size.z;
-    while (pool.lanes.size() < threads) pool.lanes.push_back(new_lane());
-    block.lanes.assign(pool.lanes.begin(), pool.lanes.begin() + static_cast<std::ptrdiff_t>(threads));
+    {
+        const std::lock_guard lock(pool().mutex);
+        std::vector<Lane*>& idle = pool().idle;
+        const auto taken = static_cast<std::ptrdiff_t>(std::min(idle.size(), threads));
+        block.lanes.assign(idle.end() - taken, idle.end());
+        idle.resize(idle.size() - static_cast<std::size_t>(taken));
+    }
+    while (block.lanes.size() < threads) block.lanes.push_back(new_lane());
 #ifdef EMU_TSAN
     block.tsan = __tsan_get_current_fiber();
 #endif
@@ -250,6 +252,10 @@ void run_grid(dim3 grid, dim3 block_size, std::size_t shared_bytes, unsigned see
     }
     acquire(block->end);
     const Quiet quiet;
+    {
+        const std::lock_guard lock(pool().mutex);
+        pool().idle.insert(pool().idle.end(), block->lanes.begin(), block->lanes.end());
+    }
     delete block;
 }
 
