@@ -32,9 +32,9 @@ HOST_WARNINGS = "-Wall,-Wextra,-Wshadow,-Wconversion,-Wno-sign-conversion"
 # What the SASS of a kernel has to contain: tensor cores, ldmatrix, cp.async; 16-byte loads.
 EXPECTED_SASS = {
     "tiles_kernel": ("HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS"),
-    "rows_kernel<float, true": ("LDG.E.128",),
-    "rows_kernel<half, true": ("LDG.E.128",),
-    "rows_kernel<bf16, true": ("LDG.E.128",),
+    "rows_kernel<float, true": ("LDG.E.NA.128",),
+    "rows_kernel<half, true": ("LDG.E.NA.128",),
+    "rows_kernel<bf16, true": ("LDG.E.NA.128",),
 }
 
 Table = dict[str, dict[str, dict[str, int]]]  # kernel -> architecture -> registers, shared, stack, spills
