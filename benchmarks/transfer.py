@@ -256,6 +256,14 @@ def table_of(rows: list[dict[str, Any]], readers: list[str], workers: int) -> Ta
     return table
 
 
+def copies_to(device: str, quick: bool) -> int:
+    import transfer_cuda
+
+    rows = transfer_cuda.measure(device, quick)
+    Console().print(transfer_cuda.table_of(rows, device))
+    return 0 if all(row["right"] for row in rows) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help=f"exit with 1 where a ratio is below {TARGET:.0%}")
@@ -264,7 +272,10 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", help="a folder on the disk to measure; default: beside the checkout")
     parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results" / "transfer.json"))
+    parser.add_argument("--device", default="cpu", help="cuda:0 or emulated: copies to that device (transfer_cuda.py)")
     args = parser.parse_args()
+    if args.device != "cpu":
+        return copies_to(args.device, args.quick)
     readers = ["pread"]
     note = native.load().make_reader("auto").note
     if note:

@@ -23,6 +23,7 @@ from emoe.loader import Loader
 from emoe.store import ParamSpec
 
 if TYPE_CHECKING:
+    from emoe.device_experts import DeviceExperts
     from emoe.trace import TraceRecorder
 
 IMPLEMENTATION = "emoe"
@@ -105,6 +106,7 @@ class ExpertLayer:
         module: the Transformers experts module; its expert parameters are already detached.
         layout: where each parameter lies in a slot, and the native layout where there is one.
         kernels: "native" or "stock".
+        on_device: computes on a GPU; the slots are then in its memory and `kernels` is "native".
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class ExpertLayer:
         kernels: str,
         lock: RLock,
         pair_bytes: int = PAIR_BYTES,
+        on_device: DeviceExperts | None = None,
     ) -> None:
         self.index = index
         self.module = module
@@ -126,26 +129,34 @@ class ExpertLayer:
         self.loader = loader
         self.slab = slab
         self.layout = layout
-        self.pool = SlotPool(slab, layout, params)
+        self.pool = None if on_device else SlotPool(slab, layout, params)
+        self._on_device = on_device
         self.lock = lock
         self.pair_bytes = pair_bytes
         self.recorder: TraceRecorder | None = None
         self.native = layout.native if kernels == "native" else None
         self.closed = False
         self._slot_of = np.full(self.num_experts, -1, dtype=np.int32)
-        self._mlp = ops.make_layout(self.native) if self.native is not None else None
+        self._mlp = ops.make_layout(self.native) if self.native is not None and on_device is None else None
         self._eager: Callable[..., torch.Tensor] = type(module).forward.__wrapped__  # type: ignore[attr-defined]
 
     @property
     def kernels(self) -> str:
-        """Which implementation serves this layer: "native" or "stock"."""
+        """Which implementation serves this layer: "native", "stock", or the name of the device."""
+        if self._on_device is not None:
+            return self._on_device.name
         return "stock" if self._mlp is None else "native"
+
+    @property
+    def on_cpu(self) -> int:
+        """Missing experts that the CPU computed in place of the device, so far."""
+        return self._on_device.on_cpu if self._on_device is not None else 0
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Routed experts' weighted output.
 
         Args:
-            hidden: [T, H] token states on the CPU.
+            hidden: [T, H] token states, on the CPU or on the GPU that has the slots.
             index: [T, K] int64 expert ids; ids outside [0, E) add nothing.
             weights: [T, K] router weights.
 
@@ -158,14 +169,16 @@ class ExpertLayer:
         """
         if self.closed:
             raise ClosedError("this model's emoe runtime was closed and its experts were not restored")
-        if hidden.device.type != "cpu":
+        if self._on_device is None and hidden.device.type != "cpu":
             raise UnsupportedModelError(f"emoe runs experts on the CPU; hidden states are on {hidden.device}")
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise EmoeError("emoe runs inference only and computes no gradients; use torch.no_grad()")
         with self.lock, torch.no_grad():
             if self.recorder is not None:
-                self.recorder.record(self.index, index.numpy(), weights.float().numpy())
+                self.recorder.record(self.index, index.cpu().numpy(), weights.float().cpu().numpy())
             wanted = sorted({e for e in index.flatten().tolist() if 0 <= e < self.num_experts})
+            if self._on_device is not None:
+                return self._on_device.forward(self.index, self.loader, hidden, index, weights, wanted)
             if self._mlp is None:
                 return self._forward_stock(hidden, index, weights, wanted)
             return self._forward_native(hidden, index, weights, wanted)
@@ -173,6 +186,7 @@ class ExpertLayer:
     def close(self) -> None:
         """Lets go of the slots; a later forward raises ClosedError. The module itself is not touched."""
         self.closed = True
+        self._on_device = None
         del self.pool, self.slab
 
     def _forward_native(
@@ -200,10 +214,14 @@ class ExpertLayer:
         if len(wanted) <= self.loader.capacity(self.index):
             with closing(self.loader.rounds(self.index, wanted, together=True)) as rounds:
                 slot_of = dict(next(rounds, []))  # held until the generator is closed
-                return self._eager(_ModuleView(self.module, self.pool, slot_of.__getitem__), hidden, index, weights)
+                return self._eager(
+                    _ModuleView(self.module, cast(SlotPool, self.pool), slot_of.__getitem__), hidden, index, weights
+                )
         # The family's own loop goes through the experts one by one, in ascending order, whatever the slots.
         with closing(_OneAtATime(self.loader, self.index)) as held:
-            return self._eager(_ModuleView(self.module, self.pool, held.slot_of), hidden, index, weights)
+            return self._eager(
+                _ModuleView(self.module, cast(SlotPool, self.pool), held.slot_of), hidden, index, weights
+            )
 
 
 def emoe_experts(

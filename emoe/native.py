@@ -29,6 +29,42 @@ def load() -> ModuleType:
     return _C
 
 
+def load_emulated() -> ModuleType:
+    """Returns `emoe._C_emulated`: the CUDA part on the fake runtime of the tests.
+
+    Raises:
+        BackendUnavailable: it was not built, as in every ordinary installation.
+    """
+    import torch  # noqa: F401
+
+    try:
+        from emoe import _C_emulated
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"device='emulated' is for tests and needs emoe._C_emulated ({error}); build it with 'make emulated'"
+        ) from error
+    return _C_emulated
+
+
+def describe_cuda(module: ModuleType) -> str:
+    """One line: what of CUDA is built and here, or which of build, driver, device is missing."""
+    status = module.cuda_status()
+    if not status["built"]:
+        return f"not built: {status['problem']}"
+    built = f"built with CUDA {_version(status['runtime'])} for {status['architectures']}"
+    if status["problem"]:
+        return f"{status['problem']} ({built})"
+    devices = ", ".join(
+        f"{each['index']}: {each['name']} (sm_{each['capability'][0]}{each['capability'][1]})"
+        for each in status["devices"]
+    )
+    return f"{devices}; driver {_version(status['driver'])}, {built}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def describe() -> dict[str, Any]:
     """What was built and what this machine offers; used by `emoe doctor`.
 
@@ -37,7 +73,7 @@ def describe() -> dict[str, Any]:
         available_isas (best first), threads, readers (kind -> "O_DIRECT", "buffered" or "unavailable: why");
         `error` where something is amiss.
     """
-    info: dict[str, Any] = {"built": False, "cuda": "not built: this release has no CUDA sources"}
+    info: dict[str, Any] = {"built": False, "cuda": "unknown: the native module did not load"}
     try:
         module = load()
     except BackendUnavailable as error:
@@ -49,6 +85,7 @@ def describe() -> dict[str, Any]:
         isa="none",
         available_isas=list(module.available_isas()),
         threads=module.threads(),
+        cuda=describe_cuda(module),
         readers={kind: _reader_state(module, kind) for kind in ("uring", "pread")},
     )
     try:

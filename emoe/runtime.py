@@ -17,10 +17,13 @@ from torch import nn
 
 from emoe import experts, layout, modeling, native
 from emoe.cache import CacheManager
-from emoe.config import format_bytes
-from emoe.errors import BudgetError, ClosedError, ConfigError
+from emoe.config import format_bytes, parse_budget
+from emoe.device import Device, open_device
+from emoe.device_experts import DeviceExperts
+from emoe.errors import BudgetError, ClosedError, ConfigError, UnsupportedModelError
 from emoe.loader import Loader
 from emoe.memory import available_memory
+from emoe.misses import MISS_MODES
 from emoe.planning import Plan, make_plan, plan_for_model
 from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
 from emoe.routing.options import Bias
@@ -31,6 +34,8 @@ from emoe.trace import TraceRecorder
 logger = logging.getLogger(__name__)
 
 KERNELS = ("native", "stock")
+# One each for the workers of the queue, one for an expert that the CPU computes.
+SMALLEST_PINNED_SLOTS = 3
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -52,6 +57,9 @@ def from_pretrained(
     batch: int = 1,
     policy: str = "lru",
     reader: str = "auto",
+    device: str = "cpu",
+    pinned_memory: int | str | None = None,
+    miss: str = "load",
     **kwargs: Any,
 ) -> Any:
     """Loads a Transformers MoE model inside a byte budget; experts stay on disk and are read into slots when routed to.
@@ -74,6 +82,12 @@ def from_pretrained(
         batch: sequences that run at once.
         policy: eviction policy of the slots; see `emoe.policy`.
         reader: "auto", "uring" or "pread".
+        device: "cpu", or "cuda" / "cuda:1": the model and the slots are in that GPU's memory, which `memory_budget`
+            then counts; experts come through pinned memory of the host (docs/cuda.md).
+        pinned_memory: bytes of pinned host memory in front of the disk, with a device only. None: room for every
+            expert, or half of the host memory that is free where that is less.
+        miss: with a device, a routed expert without a slot: "load" moves it; "cpu" computes it on the CPU, from pinned
+            memory; "auto" does what is sooner done. "cpu" and "auto" give results that depend on the budget.
         kwargs: handed to Transformers' `from_pretrained`.
 
     Returns:
@@ -87,9 +101,16 @@ def from_pretrained(
     """
     options = parse_options(routing, bias, max_substituted_mass)
     _choose("kernels", kernels, KERNELS)
+    _choose("miss", miss, MISS_MODES)
+    gpu = open_device(device)
+    if gpu is not None and memory_budget == "auto":
+        memory_budget = gpu.free_bytes()
     plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
     model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
-    return _start(model, store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=False)
+    return _start(
+        model, store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=False,
+        device=gpu, pinned_memory=pinned_memory, miss=miss,
+    )  # fmt: skip
 
 
 def _plan_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -110,13 +131,16 @@ def wrap(
     batch: int = 1,
     policy: str = "lru",
     reader: str = "auto",
+    device: str = "cpu",
+    pinned_memory: int | str | None = None,
+    miss: str = "load",
 ) -> Any:
     """Puts a model that is in memory already inside a byte budget: its experts move to a store, their memory is freed.
 
     Args:
         model: a Transformers model whose family goes through the experts interface; it is changed in place.
-        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, reader: as in
-            `from_pretrained`.
+        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, reader, device,
+            pinned_memory, miss: as in `from_pretrained`.
         store: a folder for the experts (kept by you), None for a temporary folder, or "ram" for anonymous memory.
 
     Returns:
@@ -128,6 +152,10 @@ def wrap(
     """
     options = parse_options(routing, bias, max_substituted_mass)
     _choose("kernels", kernels, KERNELS)
+    _choose("miss", miss, MISS_MODES)
+    gpu = open_device(device)
+    if gpu is not None and memory_budget == "auto":
+        memory_budget = gpu.free_bytes()
     if getattr(model, "emoe", None) is not None:
         raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
     plan = plan_for_model(model, memory_budget, context=context, batch=batch)
@@ -135,8 +163,9 @@ def wrap(
     expert_store = write_store(model, folder=None if store is None or in_ram else Path(store), ram=in_ram)
     modeling.detach_experts(model, expert_store.layers)
     return _start(
-        model, expert_store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=True
-    )
+        model, expert_store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=True,
+        device=gpu, pinned_memory=pinned_memory, miss=miss,
+    )  # fmt: skip
 
 
 def make_reader(kind: str) -> Any:
@@ -176,8 +205,12 @@ class Runtime:
         policy: str,
         reader: str,
         wrapped: bool,
+        device: Device | None = None,
+        pinned_memory: int | str | None = None,
+        miss: str = "load",
     ) -> None:
-        self._C = native.load()
+        self._C = native.load() if device is None else device.module
+        self._device = device
         self.plan = plan
         self.store = store
         self._model = model
@@ -186,13 +219,23 @@ class Runtime:
         self._closed = False
         modules = dict(model.named_modules())
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
+        if device is not None:
+            _check_layouts(device, store, layouts, kernels)
+            device.place(model)
         slot_bytes = max(each.nbytes for each in layouts)
         self.cache = CacheManager(plan.slots_per_layer, policy=policy)
         experts_per_layer = [len(layer.pieces) for layer in store.layers]
         self.routing = Routing(model, CacheResidency(self.cache, experts_per_layer, self._lock), routing)
-        self._slab = self._C.Slab(sum(plan.slots_per_layer), slot_bytes)
+        slots = sum(plan.slots_per_layer)
+        self._slab = self._C.Slab(slots, slot_bytes) if device is None else device.native.slab(slots, slot_bytes)
         self._table, records = self._register(layouts)
-        self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
+        self._queue: Any
+        if device is None:
+            self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
+        else:
+            pinned = _pinned_slots(pinned_memory, sum(map(len, records)), self._slab.slot_bytes)
+            self._queue = device.queue(self._slab, self._table, self._C.make_reader(reader), pinned)
+        on_device = self._on_device(layouts, records, miss)
         self.loader = Loader(self.cache, self._queue, records)
         self.layers = [
             experts.ExpertLayer(
@@ -204,11 +247,25 @@ class Runtime:
                 params=layer.params,
                 kernels=kernels,
                 lock=self._lock,
+                on_device=on_device[number],
             )
             for number, layer in enumerate(store.layers)
         ]
         self._attach()
         self._log_start(kernels)
+
+    def _on_device(
+        self, layouts: list[layout.SlotLayout], records: list[list[int]], miss: str
+    ) -> list[DeviceExperts | None]:
+        """What computes each layer's experts on the device; None where there is none."""
+        device = self._device
+        if device is None:
+            return [None] * len(layouts)
+        rates = device.miss_rates(layouts[0].native, self._slab.slot_bytes) if miss == "auto" else None
+        return [
+            DeviceExperts(device, self._queue, self._slab, where.native or {}, ids, miss=miss, rates=rates)
+            for where, ids in zip(layouts, records, strict=True)
+        ]
 
     def _register(self, layouts: list[layout.SlotLayout]) -> tuple[Any, list[list[int]]]:
         """Tells the native table where every expert lies; returns record ids [layer][expert]."""
@@ -274,8 +331,10 @@ class Runtime:
         Returns:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
             stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
-            `prefetch_bytes`, reader, kernels (layers served by "native" and "stock"), slots, resident_share,
-            budget_bytes, and `routing`: what the routing mode changed (`emoe.routing.Routing.stats`).
+            `prefetch_bytes`, reader, kernels (layers served by "native", "stock" or a device), slots, resident_share,
+            budget_bytes, and `routing`: what the routing mode changed (`emoe.routing.Routing.stats`). With a device
+            also: device, host_hits and host_misses (records found in pinned memory or not), on_cpu (missing experts
+            that the CPU computed).
         """
         with self._lock:
             counters = self.loader.snapshot()
@@ -301,6 +360,11 @@ class Runtime:
             "routing": self.routing.stats(per_layer=per_layer),
         }
         result.pop("stall_seconds", None)
+        if self._device is not None:
+            result["device"] = self._device.name
+            result["bytes_read"] = transfer["file_bytes"]
+            result.update({name: transfer[name] for name in ("host_hits", "host_misses")})
+            result["on_cpu"] = sum(layer.on_cpu for layer in self.layers)
         if per_layer:
             result["layers"] = [
                 {"path": layer.path, "kernels": each.kernels, **count}
@@ -402,6 +466,29 @@ class Runtime:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{sum(self.plan.slots_per_layer)} slots"
         return f"<emoe.Runtime of {type(self._model).__name__}: {state}, {self.plan.resident_share:.0%} resident>"
+
+
+def _check_layouts(device: Device, store: ExpertStore, layouts: list[layout.SlotLayout], kernels: str) -> None:
+    """UnsupportedModelError where a layer's experts cannot be computed on the device."""
+    if kernels != "native":
+        raise ConfigError(f"kernels='{kernels}' runs on the CPU only; device='{device.name}' takes kernels='native'")
+    for layer, where in zip(store.layers, layouts, strict=True):
+        reason = where.reason or device.refusal(device.module.MlpLayout(**(where.native or {})))
+        if reason:
+            raise UnsupportedModelError(f"the experts of {layer.path} cannot be computed on {device.name}: {reason}")
+
+
+def _pinned_slots(pinned_memory: int | str | None, records: int, slot_bytes: int) -> int:
+    """Slots of pinned host memory: one for each record, or as many as fit."""
+    nbytes = available_memory() // 2 if pinned_memory is None else parse_budget(pinned_memory).nbytes
+    slots = min(records, nbytes // slot_bytes)
+    if slots < SMALLEST_PINNED_SLOTS:
+        raise BudgetError(
+            f"pinned_memory of {format_bytes(nbytes)} holds {slots} experts of {format_bytes(slot_bytes)}; "
+            f"{SMALLEST_PINNED_SLOTS} are needed",
+            needed=SMALLEST_PINNED_SLOTS * slot_bytes,
+        )
+    return slots
 
 
 def runtime_of(model: nn.Module) -> Runtime:

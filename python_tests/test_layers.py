@@ -13,7 +13,8 @@ ALLOWED_INCLUDES = {
     "core": {"core"},
     "io": {"io", "core"},
     "cpu": {"cpu", "core"},
-    "bindings": {"bindings", "io", "cpu", "core"},
+    "cuda": {"cuda", "core", "tests"},  # tests: port.cuh, in the emulated build
+    "bindings": {"bindings", "io", "cpu", "cuda", "core"},
 }
 # What each decision module must not import, directly or not.
 FORBIDDEN_IMPORTS = {
@@ -22,6 +23,8 @@ FORBIDDEN_IMPORTS = {
     "loader": {"torch", "emoe.runtime", "emoe.experts", "emoe.modeling"},
     "store": {"emoe.runtime", "emoe.experts", "emoe.loader", "emoe.cache"},
     "experts": {"emoe.runtime", "emoe.planning"},
+    "misses": {"torch", "numpy", "emoe.device", "emoe.loader", "emoe.runtime"},
+    "device_experts": {"emoe.runtime", "emoe.experts", "emoe.planning"},
     "modeling": {"emoe.runtime", "emoe.experts", "emoe.planning"},
 }
 

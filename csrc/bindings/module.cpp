@@ -6,11 +6,13 @@
 namespace emoe {
 void bind_transfer(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 }  // namespace emoe
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(EMOE_MODULE, module) {
     module.doc() = "Native core of emoe: slots, transfers and kernels. docs/contracts.md is its reference.";
     emoe::register_errors();
     emoe::bind_transfer(module);
     emoe::bind_ops(module);
+    emoe::bind_cuda(module);
 }

@@ -11,56 +11,16 @@
 #include "tests/kernel_cases.hpp"
 
 using namespace emoe;
+using emoe::test::BF16;
+using emoe::test::F16;
+using emoe::test::F32;
+using emoe::test::kCases;
 using emoe::test::MlpCase;
 using emoe::test::Problem;
 
 namespace {
 
-constexpr DType F32 = DType::kFloat32;
-constexpr DType BF16 = DType::kBFloat16;
-constexpr DType F16 = DType::kFloat16;
 constexpr const char* kAllIsas[] = {"avx512bf16", "avx512", "avx2", "scalar"};
-
-// clang-format off
-const MlpCase kCases[] = {
-    // what, weights, hidden, routing, T, K, E, H, I, Ho, activation, gate, interleaved, transposed, bias, gap
-    {"one row",                      F32,  F32,  F32,  1,  2, 4, 64, 32, 64, Activation::kSilu},
-    {"one row bf16",                 BF16, BF16, BF16, 1,  2, 4, 64, 32, 64, Activation::kSilu},
-    {"one row f16",                  F16,  F16,  F16,  1,  2, 4, 64, 32, 64, Activation::kSilu},
-    {"few rows, odd sizes",          F32,  F32,  F32,  7,  3, 4, 37, 19, 23, Activation::kSilu},
-    {"few rows, odd sizes bf16",     BF16, BF16, F32,  7,  3, 4, 37, 19, 23, Activation::kSilu},
-    {"few rows, odd sizes f16",      F16,  F32,  BF16, 7,  3, 4, 37, 19, 23, Activation::kGeluTanh},
-    {"sizes of one",                 BF16, BF16, F32,  12, 1, 1, 1,  1,  1,  Activation::kSilu},
-    {"many rows",                    F32,  F32,  F32,  40, 2, 3, 96, 80, 96, Activation::kSilu},
-    {"many rows bf16",               BF16, BF16, BF16, 40, 2, 3, 96, 80, 96, Activation::kSilu},
-    {"many rows f16",                F16,  F16,  F16,  40, 2, 3, 96, 80, 96, Activation::kSilu},
-    {"bf16 weights, fp32 hidden",    BF16, F32,  F32,  40, 2, 3, 70, 33, 70, Activation::kSilu},
-    {"f32 weights, bf16 hidden",     F32,  BF16, F32,  40, 2, 3, 70, 33, 70, Activation::kSilu},
-    {"deeper than one depth block",  F32,  F32,  F32,  33, 1, 1, 600, 70, 65, Activation::kSilu},
-    {"deeper, bf16, odd",            BF16, BF16, F32,  33, 1, 1, 1031, 71, 65, Activation::kSilu},
-    {"deeper, transposed bf16, odd", BF16, BF16, F32,  33, 1, 1, 1031, 71, 65, Activation::kSilu, true, false, true},
-    {"more rows than a chunk",       F32,  F32,  F32,  300, 1, 1, 40, 24, 40, Activation::kSilu},
-    {"more rows than a chunk bf16",  BF16, BF16, F32,  300, 1, 1, 40, 24, 40, Activation::kSilu},
-    {"wide outputs",                 BF16, F32,  F32,  3,  1, 1, 16, 600, 1100, Activation::kSilu},
-    {"wide outputs, transposed",     BF16, F32,  F32,  3,  1, 1, 16, 600, 1100, Activation::kSilu, true, false, true},
-    {"unaligned slots",              F32,  F32,  F32,  9,  2, 3, 37, 19, 23, Activation::kSilu, true, false, false, true, 3},
-    {"unaligned slots bf16",         BF16, BF16, F32,  30, 2, 3, 37, 19, 23, Activation::kSilu, true, false, true, true, 1},
-    {"gpt_oss",                      BF16, BF16, BF16, 5,  2, 4, 48, 40, 48, Activation::kSwigluClamped, true, true, true, true},
-    {"gpt_oss, many rows",           BF16, BF16, BF16, 50, 2, 4, 48, 40, 48, Activation::kSwigluClamped, true, true, true, true},
-    {"gpt_oss, fp32, odd",           F32,  F32,  F32,  50, 2, 4, 45, 37, 51, Activation::kSwigluClamped, true, true, true, true},
-    {"silu_clamped",                 F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kSiluClamped},
-    {"interleaved, row-major",       F32,  F32,  F32,  20, 2, 4, 48, 41, 48, Activation::kSilu, true, true, false, true},
-    {"transposed",                   F32,  F32,  F32,  20, 2, 4, 48, 41, 48, Activation::kSilu, true, false, true, true},
-    {"transposed f16",               F16,  F16,  F32,  4,  2, 4, 48, 41, 48, Activation::kSilu, true, false, true, true},
-    {"no gate, relu2",               F32,  F32,  F32,  20, 2, 4, 48, 41, 48, Activation::kRelu2, false},
-    {"no gate, few rows bf16",       BF16, BF16, F32,  3,  2, 4, 48, 41, 48, Activation::kRelu2, false},
-    {"no gate, transposed",          BF16, BF16, F32,  30, 2, 4, 48, 41, 48, Activation::kRelu, false, false, true, true},
-    {"gelu",                         F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kGelu},
-    {"gelu_tanh",                    F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kGeluTanh},
-    {"relu",                         F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kRelu},
-    {"identity",                     F32,  F32,  F32,  20, 2, 4, 48, 40, 48, Activation::kIdentity},
-};
-// clang-format on
 
 std::vector<float> run(const Problem& p, const cpu::Kernels& kernels, OutMode mode = OutMode::kPairs) {
     const std::int64_t rows = mode == OutMode::kPairs ? p.c.T * p.c.K : p.c.T;

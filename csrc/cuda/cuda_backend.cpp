@@ -1,0 +1,334 @@
+#include "cuda/cuda_backend.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "core/error.hpp"
+#include "cuda/kernels.hpp"
+
+namespace emoe::cuda {
+namespace {
+
+int checked(int device) {
+    require_device(device);
+    return device;
+}
+
+Mlp on_device(const GatherMlp& op, const std::byte* table) {
+    Mlp call;
+    call.layout = op.layout;
+    call.slab = op.slab;
+    call.slot_bytes = op.slot_bytes;
+    call.slot_of = reinterpret_cast<const std::int32_t*>(table);
+    call.experts = static_cast<std::int64_t>(op.slot_of.size());
+    call.hidden = op.hidden;
+    call.hidden_dtype = op.hidden_dtype;
+    call.tokens = op.tokens;
+    call.index = op.index;
+    call.weights = op.weights;
+    call.weights_dtype = op.weights_dtype;
+    call.top_k = op.top_k;
+    call.out = op.out;
+    return call;
+}
+
+}  // namespace
+
+Staging::Staging(std::size_t chunks, std::size_t chunk_bytes)
+    : chunk_bytes_(chunk_bytes), memory_(chunks * chunk_bytes), copied_(chunks) {}
+
+std::byte* Staging::next() {
+    copied_[at_].synchronize();
+    return memory_.data() + at_ * chunk_bytes_;
+}
+
+void Staging::sent(Event copied) {
+    copied_[at_] = std::move(copied);
+    at_ = (at_ + 1) % copied_.size();
+}
+
+CudaBackend::CudaBackend(int device, CudaOptions options)
+    : device_(checked(device)),
+      options_(options),
+      events_(EventPool::make(device)),
+      staging_(options.staging_chunks, options.staging_chunk_bytes) {
+    if (options.demand_in_flight < 1 || options.prefetch_in_flight < 1) {
+        throw Error(ErrorKind::kConfig, "copies in flight: " + std::to_string(options.demand_in_flight) +
+                                            " for demand, " + std::to_string(options.prefetch_in_flight) +
+                                            " for prefetch; each must be at least 1");
+    }
+    lane(Lane::kDemand).stream = std::make_unique<Stream>(device, true);
+    lane(Lane::kDemand).bound = static_cast<std::size_t>(options.demand_in_flight);
+    lane(Lane::kPrefetch).stream = std::make_unique<Stream>(device, false);
+    lane(Lane::kPrefetch).bound = static_cast<std::size_t>(options.prefetch_in_flight);
+}
+
+CudaBackend::~CudaBackend() {
+    // Scratch belongs to kernels on the caller's streams, so the whole device has to be quiet before it goes.
+    try {
+        const DeviceScope scope(device_);
+        cudaDeviceSynchronize();
+        for (const auto& [stream, scratch] : scratch_) {
+            cudaFree(scratch.table.data);
+            cudaFree(scratch.workspace.data);
+        }
+        for (const auto& [address, bytes] : allocated_) cudaFree(reinterpret_cast<void*>(address));
+    } catch (const Error&) {
+        // The device is lost, and its memory with it.
+    }
+}
+
+void CudaBackend::set_compute_stream(cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    compute_ = stream;
+}
+
+bool CudaBackend::supports(const GatherMlp& op) const noexcept {
+    return cuda::supports(op.layout) && op.mode == OutMode::kPairs;
+}
+
+Memory CudaBackend::allocate(std::size_t bytes) {
+    const DeviceScope scope(device_);
+    void* data = nullptr;
+    const cudaError_t code = cudaMalloc(&data, bytes);
+    if (code != cudaSuccess) {
+        std::size_t free = 0;
+        std::size_t total = 0;
+        cudaMemGetInfo(&free, &total);
+        check(code, "allocating ", bytes, " bytes on device ", device_, ", which has ", free, " of ", total, " free");
+    }
+    const Memory memory{static_cast<std::byte*>(data), bytes, false};
+    try {
+        const LaneState& demand = lane(Lane::kDemand);
+        check(cudaMemsetAsync(data, 0, bytes, demand.stream->get()), "clearing ", bytes, " bytes on device ", device_);
+        demand.stream->synchronize();
+    } catch (...) {
+        cudaFree(data);
+        throw;
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    allocated_.emplace(reinterpret_cast<std::uintptr_t>(data), bytes);
+    return memory;
+}
+
+void CudaBackend::free(Memory memory) noexcept {
+    if (memory.data == nullptr) return;
+    try {
+        const DeviceScope scope(device_);
+        cudaDeviceSynchronize();
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (allocated_.erase(reinterpret_cast<std::uintptr_t>(memory.data)) != 0) cudaFree(memory.data);
+    } catch (const Error&) {
+        // The device is lost, and its memory with it.
+    }
+}
+
+void CudaBackend::make_room(LaneState& lane) {
+    while (!lane.in_flight.empty() && lane.in_flight.front().done()) lane.in_flight.pop_front();
+    while (lane.in_flight.size() >= lane.bound) {
+        lane.in_flight.front().synchronize();
+        lane.in_flight.pop_front();
+    }
+}
+
+Event CudaBackend::copy(Memory dst, std::span<const std::byte> src, Lane which) {
+    if (src.size() > dst.bytes) {
+        throw Error(ErrorKind::kConfig, "a copy of " + std::to_string(src.size()) + " bytes does not fit into " +
+                                            std::to_string(dst.bytes));
+    }
+    const Range range = range_of(dst.data, src.size());
+    LaneState& on = lane(which);
+    const std::lock_guard<std::mutex> lock(on.mutex);
+    const DeviceScope scope(device_);
+    make_room(on);
+    const cudaStream_t stream = on.stream->get();
+    hazards_.before_write(range, stream);
+    check(cudaMemcpyAsync(dst.data, src.data(), src.size(), cudaMemcpyHostToDevice, stream), "copying ", src.size(),
+          " bytes to device ", device_);
+    Event copied;
+    try {
+        copied = events_->record(stream);
+    } catch (const Error&) {
+        cudaStreamSynchronize(stream);  // nobody can wait for this copy, so it has to be over
+        throw;
+    }
+    hazards_.wrote(range, stream, copied);
+    on.in_flight.push_back(copied);
+    return copied;
+}
+
+double CudaBackend::copy_rate(std::size_t bytes, int copies) {
+    const PinnedBuffer source(bytes);
+    std::memset(source.data(), 0, bytes);
+    const Memory target = allocate(bytes);
+    try {
+        copy(target, {source.data(), bytes}, Lane::kDemand).synchronize();
+        const auto start = std::chrono::steady_clock::now();
+        for (int i = 0; i < copies; ++i) copy(target, {source.data(), bytes}, Lane::kDemand);
+        finish_copies();
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        free(target);
+        return static_cast<double>(bytes) * copies / seconds.count();
+    } catch (...) {
+        free(target);  // waits for the copies, which read `source`
+        throw;
+    }
+}
+
+void CudaBackend::finish_copies() {
+    for (LaneState& each : lanes_) {
+        const std::lock_guard<std::mutex> lock(each.mutex);
+        for (const Event& copied : each.in_flight) copied.synchronize();
+        each.in_flight.clear();
+    }
+}
+
+Ticket CudaBackend::copy_async(Memory dst, std::span<const std::byte> src) {
+    // The source may be pageable, which a copy engine cannot read while the host goes on: it goes through staging.
+    Event last;
+    for (std::size_t at = 0; at < src.size(); at += staging_.chunk_bytes()) {
+        const std::size_t bytes = std::min(staging_.chunk_bytes(), src.size() - at);
+        const std::lock_guard<std::mutex> lock(staging_mutex_);
+        std::byte* const chunk = staging_.next();
+        std::memcpy(chunk, src.data() + at, bytes);
+        last = copy(Memory{dst.data + at, dst.bytes - at, false}, {chunk, bytes}, Lane::kDemand);
+        staging_.sent(last);
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::erase_if(tickets_, [](const auto& each) { return each.second.done(); });
+    const Ticket ticket{next_ticket_++};
+    tickets_.emplace(ticket.id, std::move(last));
+    return ticket;
+}
+
+Event CudaBackend::event_of(Ticket ticket) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (ticket.id == 0 || ticket.id >= next_ticket_) {
+        throw Error(ErrorKind::kTransfer, "ticket " + std::to_string(ticket.id) + " was never issued by this device");
+    }
+    const auto found = tickets_.find(ticket.id);
+    return found == tickets_.end() ? Event() : found->second;
+}
+
+bool CudaBackend::done(Ticket ticket) const { return event_of(ticket).done(); }
+
+void CudaBackend::wait(Ticket ticket) { event_of(ticket).synchronize(); }
+
+void CudaBackend::order_after(Ticket ticket) {
+    cudaStream_t stream = nullptr;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stream = compute_;
+    }
+    order_after(ticket, stream);
+}
+
+void CudaBackend::order_after(Ticket ticket, cudaStream_t stream) {
+    const DeviceScope scope(device_);
+    event_of(ticket).before(stream);
+}
+
+void CudaBackend::begin_read(std::span<const Range> ranges, cudaStream_t stream) {
+    const DeviceScope scope(device_);
+    for (const Range range : ranges) hazards_.before_read(range, stream);
+}
+
+void CudaBackend::end_read(std::span<const Range> ranges, cudaStream_t stream) {
+    const DeviceScope scope(device_);
+    const Event finished = events_->record(stream);
+    for (const Range range : ranges) hazards_.read(range, stream, finished);
+}
+
+std::vector<Range> CudaBackend::slots_of(const GatherMlp& op) const {
+    std::vector<Range> ranges;
+    for (const std::int32_t slot : op.slot_of) {
+        if (slot < 0) continue;
+        ranges.push_back(range_of(op.slab + slot * op.slot_bytes, static_cast<std::size_t>(op.slot_bytes)));
+    }
+    return ranges;
+}
+
+// Memory of at least `bytes`; an old, smaller one is freed once the stream that used it is done with it.
+Memory CudaBackend::grown(Memory memory, std::size_t bytes, cudaStream_t stream) {
+    if (memory.bytes >= bytes) return memory;
+    check(cudaStreamSynchronize(stream), "waiting for a compute stream of device ", device_);
+    cudaFree(memory.data);
+    void* data = nullptr;
+    check(cudaMalloc(&data, bytes), "allocating ", bytes, " bytes of scratch on device ", device_);
+    return {static_cast<std::byte*>(data), bytes, false};
+}
+
+void CudaBackend::gather_mlp(const GatherMlp& op) {
+    cudaStream_t stream = nullptr;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stream = compute_;
+    }
+    gather_mlp(op, stream);
+}
+
+void CudaBackend::gather_mlp(const GatherMlp& op, cudaStream_t stream) {
+    validate(op);
+    if (op.mode != OutMode::kPairs) {
+        throw Error(ErrorKind::kConfig, "mode 'accumulate' is not computed on a CUDA device; use 'pairs' and combine");
+    }
+    const std::vector<Range> ranges = slots_of(op);
+    if (ranges.empty() || op.tokens == 0 || op.top_k == 0) return;
+    const std::size_t table_bytes = op.slot_of.size_bytes();
+    if (table_bytes > staging_.chunk_bytes()) {
+        throw Error(ErrorKind::kConfig, std::to_string(op.slot_of.size()) + " experts in one layer are more than the " +
+                                            std::to_string(staging_.chunk_bytes() / sizeof(std::int32_t)) +
+                                            " that fit into a staging chunk");
+    }
+    const std::lock_guard<std::mutex> lock(staging_mutex_);
+    const DeviceScope scope(device_);
+    Scratch& scratch = scratch_[stream];
+    scratch.table = grown(std::exchange(scratch.table, {}), table_bytes, stream);
+    Mlp call = on_device(op, scratch.table.data);
+    scratch.workspace = grown(std::exchange(scratch.workspace, {}), workspace_bytes(call), stream);
+    begin_read(ranges, stream);
+    std::byte* const chunk = staging_.next();
+    std::memcpy(chunk, op.slot_of.data(), table_bytes);
+    check(cudaMemcpyAsync(scratch.table.data, chunk, table_bytes, cudaMemcpyHostToDevice, stream),
+          "copying a slot table of ", table_bytes, " bytes to device ", device_);
+    staging_.sent(events_->record(stream));
+    route(call, scratch.workspace.data, stream);
+    cuda::gather_mlp(call, scratch.workspace.data, stream);
+    end_read(ranges, stream);
+}
+
+void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream) {
+    if (src.size() > dst.bytes) {
+        throw Error(ErrorKind::kConfig, "an upload of " + std::to_string(src.size()) + " bytes does not fit into " +
+                                            std::to_string(dst.bytes));
+    }
+    const std::lock_guard<std::mutex> lock(staging_mutex_);
+    const DeviceScope scope(device_);
+    for (std::size_t at = 0; at < src.size(); at += staging_.chunk_bytes()) {
+        const std::size_t bytes = std::min(staging_.chunk_bytes(), src.size() - at);
+        std::byte* const chunk = staging_.next();
+        std::memcpy(chunk, src.data() + at, bytes);
+        check(cudaMemcpyAsync(dst.data + at, chunk, bytes, cudaMemcpyHostToDevice, stream), "copying ", bytes,
+              " bytes to device ", device_);
+        staging_.sent(events_->record(stream));
+    }
+}
+
+void CudaBackend::download(std::span<std::byte> dst, const std::byte* src, cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(staging_mutex_);
+    const DeviceScope scope(device_);
+    for (std::size_t at = 0; at < dst.size(); at += staging_.chunk_bytes()) {
+        const std::size_t bytes = std::min(staging_.chunk_bytes(), dst.size() - at);
+        std::byte* const chunk = staging_.next();
+        check(cudaMemcpyAsync(chunk, src + at, bytes, cudaMemcpyDeviceToHost, stream), "copying ", bytes,
+              " bytes from device ", device_);
+        const Event arrived = events_->record(stream);
+        staging_.sent(arrived);
+        arrived.synchronize();
+        std::memcpy(dst.data() + at, chunk, bytes);
+    }
+}
+
+}  // namespace emoe::cuda

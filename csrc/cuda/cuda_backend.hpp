@@ -1,0 +1,124 @@
+// The Backend of one CUDA device: its memory, copies on copy streams of its own, and compute on the caller's stream.
+// A copy into memory that kernels still read waits for them on the device; the host waits for nothing but room.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/backend.hpp"
+#include "core/transfer.hpp"
+#include "cuda/hazards.hpp"
+#include "cuda/runtime.hpp"
+
+namespace emoe::cuda {
+
+// Pinned chunks through which small or pageable host data goes up. A chunk is written again only after the copy out of
+// it is over. One thread at a time (CudaBackend's mutex).
+class Staging {
+  public:
+    Staging(std::size_t chunks, std::size_t chunk_bytes);
+    std::size_t chunk_bytes() const noexcept { return chunk_bytes_; }
+    // Blocks while every chunk is in flight. The chunk is the caller's until sent().
+    std::byte* next();
+    void sent(Event copied);  // the copy out of the chunk that next() gave
+
+  private:
+    const std::size_t chunk_bytes_;
+    PinnedBuffer memory_;
+    std::vector<Event> copied_;
+    std::size_t at_ = 0;
+};
+
+struct CudaOptions {
+    // Copies given to a lane's stream and not over. A demand copy waits at most for the prefetches that are in flight.
+    int demand_in_flight = 4;
+    int prefetch_in_flight = 2;
+    std::size_t staging_chunks = 4;
+    std::size_t staging_chunk_bytes = std::size_t{1} << 20;
+};
+
+// Every member function may be called from any thread. A stream is a cudaStream_t of the same device; nullptr is the
+// default stream.
+class CudaBackend final : public Backend {
+  public:
+    explicit CudaBackend(int device, CudaOptions options = {});  // BackendUnavailable, ConfigError, BudgetError
+    ~CudaBackend() override;                                     // waits for its copies
+    CudaBackend(const CudaBackend&) = delete;
+    CudaBackend& operator=(const CudaBackend&) = delete;
+
+    int device() const noexcept { return device_; }
+    // The stream that order_after(ticket) and gather_mlp(op) mean by "compute".
+    void set_compute_stream(cudaStream_t stream);
+
+    std::string_view name() const noexcept override { return "cuda"; }
+    bool supports(const GatherMlp& op) const noexcept override;
+    Memory allocate(std::size_t bytes) override;
+    void free(Memory memory) noexcept override;  // waits for what still uses it
+    Ticket copy_async(Memory dst, std::span<const std::byte> src) override;
+    bool done(Ticket ticket) const override;
+    void wait(Ticket ticket) override;
+    void order_after(Ticket ticket) override;
+    // Device addresses in `op`, except slot_of. Returns when the kernels are enqueued.
+    void gather_mlp(const GatherMlp& op) override;
+
+    // Copies pinned memory into device memory on the lane's stream, after every kernel that was said to read `dst`.
+    // Blocks while the lane has too many copies in flight. `src` is free again when the event is over.
+    Event copy(Memory dst, std::span<const std::byte> src, Lane lane);
+    void order_after(Ticket ticket, cudaStream_t stream);
+    void gather_mlp(const GatherMlp& op, cudaStream_t stream);
+    // For kernels of others, and for replays of a captured graph: between the two calls, what is given to `stream` may
+    // read these ranges. begin_read waits on the device for copies into them, end_read holds back later ones.
+    void begin_read(std::span<const Range> ranges, cudaStream_t stream);
+    void end_read(std::span<const Range> ranges, cudaStream_t stream);
+
+    // Bytes a second of host-to-device copies of this size from pinned memory, with the lane's bound in flight.
+    double copy_rate(std::size_t bytes, int copies);
+    void finish_copies();  // blocks until no copy of either lane is in flight
+
+    // Small copies for tests and for emulated tensors; on `stream`, through staging. download blocks until it is over.
+    void upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream);
+    void download(std::span<std::byte> dst, const std::byte* src, cudaStream_t stream);
+
+  private:
+    struct LaneState {
+        std::mutex mutex;  // held from the first wait to the event's record: a lane's copies are issued one at a time
+        std::unique_ptr<Stream> stream;
+        std::deque<Event> in_flight;
+        std::size_t bound = 1;
+    };
+    struct Scratch {  // of one compute stream, which orders its uses
+        Memory table, workspace;
+    };
+
+    LaneState& lane(Lane which) { return lanes_[static_cast<std::size_t>(which)]; }
+    Event event_of(Ticket ticket) const;
+    void make_room(LaneState& lane);
+    Memory grown(Memory memory, std::size_t bytes, cudaStream_t stream);
+    std::vector<Range> slots_of(const GatherMlp& op) const;
+
+    const int device_;
+    const CudaOptions options_;
+    std::shared_ptr<EventPool> events_;
+    std::array<LaneState, 2> lanes_;
+    Hazards hazards_;
+
+    mutable std::mutex mutex_;  // guards what follows
+    std::map<std::uintptr_t, std::size_t> allocated_;
+    std::map<std::uint64_t, Event> tickets_;  // those that may not be over
+    std::uint64_t next_ticket_ = 1;
+    cudaStream_t compute_ = nullptr;
+
+    std::mutex staging_mutex_;  // guards staging_ and scratch_
+    Staging staging_;
+    std::map<cudaStream_t, Scratch> scratch_;
+};
+
+}  // namespace emoe::cuda

@@ -1,0 +1,475 @@
+// Fake CUDA runtime, first half: devices, streams and events. Links in place of libcudart, with NVIDIA's own
+// prototypes. A stream is a worker thread with random delays; see cudart.hpp for what it does not model.
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <climits>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cudart_internal.hpp"
+
+#if defined(__SANITIZE_THREAD__)
+#define EMU_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define EMU_TSAN 1
+#endif
+#endif
+#ifdef EMU_TSAN
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+void AnnotateIgnoreSyncBegin(const char*, int);
+void AnnotateIgnoreSyncEnd(const char*, int);
+}
+#endif
+
+namespace emu {
+
+#ifdef EMU_TSAN
+Quiet::Quiet() {
+    AnnotateIgnoreReadsBegin("", 0);
+    AnnotateIgnoreWritesBegin("", 0);
+    AnnotateIgnoreSyncBegin("", 0);
+}
+Quiet::~Quiet() {
+    AnnotateIgnoreSyncEnd("", 0);
+    AnnotateIgnoreWritesEnd("", 0);
+    AnnotateIgnoreReadsEnd("", 0);
+}
+#else
+Quiet::Quiet() {}
+Quiet::~Quiet() {}
+#endif
+
+void die(const char* message) {
+    std::fprintf(stderr, "EMU ERROR: %s\n", message);
+    std::fflush(stderr);
+    std::_Exit(97);
+}
+
+void park(std::atomic<std::uint32_t>& word, std::uint32_t seen) {
+    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+void unpark(std::atomic<std::uint32_t>& word) {
+    syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+namespace {
+
+struct State {  // never destroyed: workers may outlive static destructors
+    std::mutex mutex;
+    std::set<const void*> streams, events;
+    std::vector<Stream*> ended;  // never freed: who ended it may still be inside push()
+    std::map<int, Stream*> defaults;
+    std::map<std::string, std::vector<std::pair<int, cudaError_t>>> faults;
+    cudaError_t device_error = cudaSuccess;
+    std::atomic<unsigned> seeds{0};
+    std::atomic<Recording*> recordings{nullptr};
+    std::atomic<std::uint64_t> copies{0}, waits{0}, in_flight{0}, most{0};
+};
+State& state() {
+    static State* const all = new State;
+    return *all;
+}
+
+thread_local cudaError_t last_error = cudaSuccess;
+thread_local int device_of_thread = 0;
+
+}  // namespace
+
+unsigned next_seed() {
+    return static_cast<unsigned>(setting("EMU_SEED", 1)) * 7919U +
+           state().seeds.fetch_add(1, std::memory_order_relaxed);
+}
+
+Stream::Stream(int device_) : device(device_), random_(next_seed()), longest_us_(setting("EMU_DELAY_US", 200)) {
+    Node* const first = new Node;
+    head_ = first;
+    tail_.store(first, std::memory_order_relaxed);
+    std::thread([this] { run(); }).detach();
+}
+
+void Stream::push(std::function<void()> work) {
+    Node* node;
+    {
+        const Quiet quiet;
+        node = new Node;
+        node->work = std::move(work);
+    }
+    Node* const before = tail_.exchange(node, std::memory_order_relaxed);
+    before->next.store(node, std::memory_order_release);
+    pushes_.fetch_add(1, std::memory_order_relaxed);
+    unpark(pushes_);
+}
+
+void Stream::stop() { push(nullptr); }
+
+void Stream::delay() {
+    if (longest_us_ == 0) return;
+    const auto drawn = static_cast<unsigned>(random_());
+    if (drawn % 3 != 0) std::this_thread::sleep_for(std::chrono::microseconds(drawn / 3 % longest_us_));
+}
+
+void Stream::run() {
+    for (;;) {
+        Node* next;
+        for (;;) {
+            const std::uint32_t seen = pushes_.load(std::memory_order_relaxed);
+            next = head_->next.load(std::memory_order_acquire);
+            if (next != nullptr) break;
+            park(pushes_, seen);
+        }
+        std::function<void()> work;
+        {
+            const Quiet quiet;
+            delete head_;
+            head_ = next;
+            work = std::move(next->work);
+        }
+        if (!work) return;
+        delay();
+        work();
+        const Quiet quiet;
+        work = nullptr;
+    }
+}
+
+void Recording::wait() {
+    while (done.load(std::memory_order_acquire) == 0) park(done, 0);
+}
+void Recording::finish() {
+    done.store(1, std::memory_order_release);
+    unpark(done);
+}
+
+int current_device() { return device_of_thread; }
+int devices() { return setting("EMU_DEVICES", 1); }
+
+bool injected(const char* function, cudaError_t* code) {
+    const Quiet quiet;
+    State& all = state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    const auto found = all.faults.find(function);
+    if (found == all.faults.end()) return false;
+    for (auto& [left, result] : found->second) {
+        if (left > 0 && --left == 0) {
+            *code = result;
+            return true;
+        }
+    }
+    return false;
+}
+
+cudaError_t returned(cudaError_t code) {
+    if (code != cudaSuccess && code != cudaErrorNotReady) last_error = code;
+    return code;
+}
+void note_error(cudaError_t code) { last_error = code; }
+
+void fail(const char* function, int nth, cudaError_t code) {
+    const Quiet quiet;
+    State& all = state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    if (function == nullptr) {
+        all.faults.clear();
+    } else {
+        all.faults[function].emplace_back(nth, code);
+    }
+}
+
+void pretend_device_error(cudaError_t code) { state().device_error = code; }
+
+void count_copy_begin() {
+    State& all = state();
+    all.copies.fetch_add(1, std::memory_order_relaxed);
+    const std::uint64_t now = all.in_flight.fetch_add(1, std::memory_order_relaxed) + 1;
+    std::uint64_t most = all.most.load(std::memory_order_relaxed);
+    while (most < now && !all.most.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+    }
+}
+void count_copy_end() { state().in_flight.fetch_sub(1, std::memory_order_relaxed); }
+
+Counters counters() {
+    const Quiet quiet;
+    State& all = state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    return {all.copies.load(),    all.waits.load(), all.events.size(), all.streams.size(),
+            all.in_flight.load(), all.most.load(),  device_bytes(),    pinned_bytes()};
+}
+void reset_counters() {
+    State& all = state();
+    all.copies = 0;
+    all.waits = 0;
+    all.most = all.in_flight.load();
+}
+
+Stream* live_stream(cudaStream_t stream) {
+    const Quiet quiet;
+    State& all = state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    if (stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread) {
+        Stream*& found = all.defaults[current_device()];
+        if (found == nullptr) found = new Stream(current_device());
+        return found;
+    }
+    return all.streams.count(stream) != 0 ? reinterpret_cast<Stream*>(stream) : nullptr;
+}
+
+void enqueue(cudaStream_t stream, std::function<void()> work) {
+    Stream* const found = live_stream(stream);
+    if (found == nullptr) die("work enqueued on a stream that does not exist");
+    found->push(std::move(work));
+}
+
+}  // namespace emu
+
+using emu::Quiet;
+using emu::returned;
+
+namespace {
+
+emu::Event* live_event(cudaEvent_t event) {
+    const Quiet quiet;
+    emu::State& all = emu::state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    return all.events.count(event) != 0 ? reinterpret_cast<emu::Event*>(event) : nullptr;
+}
+
+emu::Recording* new_recording() {
+    const Quiet quiet;
+    auto* const recording = new emu::Recording;
+    recording->previous = emu::state().recordings.exchange(recording, std::memory_order_relaxed);
+    return recording;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDeviceCount(int* count) {
+    EMU_ENTER(cudaGetDeviceCount);
+    *count = 0;
+    if (emu::state().device_error != cudaSuccess) return returned(emu::state().device_error);
+    *count = emu::devices();
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+    *device = emu::current_device();
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+    EMU_ENTER(cudaSetDevice);
+    if (device < 0 || device >= emu::devices()) return returned(cudaErrorInvalidDevice);
+    emu::device_of_thread = device;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = emu::state().device_error == cudaErrorInsufficientDriver ? 0 : CUDART_VERSION;
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    EMU_ENTER(cudaDeviceGetAttribute);
+    if (device < 0 || device >= emu::devices()) return returned(cudaErrorInvalidDevice);
+    switch (attribute) {
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = 9;
+            return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = 0;
+            return cudaSuccess;
+        case cudaDevAttrMultiProcessorCount:
+            *value = 4;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = 227 << 10;
+            return cudaSuccess;
+        case cudaDevAttrAsyncEngineCount:
+            *value = 2;
+            return cudaSuccess;
+        default:
+            return returned(cudaErrorInvalidValue);
+    }
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+    if (device < 0 || device >= emu::devices()) return returned(cudaErrorInvalidDevice);
+    std::memset(properties, 0, sizeof *properties);
+    std::snprintf(properties->name, sizeof properties->name, "emulated device %d", device);
+    return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    *mode = cudaStreamCaptureModeGlobal;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() {
+    const cudaError_t code = emu::last_error;
+    emu::last_error = cudaSuccess;
+    return code;
+}
+cudaError_t cudaPeekAtLastError() { return emu::last_error; }
+const char* cudaGetErrorName(cudaError_t code) {
+    switch (code) {
+        case cudaSuccess:
+            return "cudaSuccess";
+        case cudaErrorInvalidValue:
+            return "cudaErrorInvalidValue";
+        case cudaErrorMemoryAllocation:
+            return "cudaErrorMemoryAllocation";
+        case cudaErrorInsufficientDriver:
+            return "cudaErrorInsufficientDriver";
+        case cudaErrorNoDevice:
+            return "cudaErrorNoDevice";
+        case cudaErrorInvalidDevice:
+            return "cudaErrorInvalidDevice";
+        case cudaErrorInvalidResourceHandle:
+            return "cudaErrorInvalidResourceHandle";
+        case cudaErrorNotReady:
+            return "cudaErrorNotReady";
+        case cudaErrorIllegalAddress:
+            return "cudaErrorIllegalAddress";
+        case cudaErrorLaunchFailure:
+            return "cudaErrorLaunchFailure";
+        case cudaErrorNoKernelImageForDevice:
+            return "cudaErrorNoKernelImageForDevice";
+        default:
+            return "cudaErrorUnknown";
+    }
+}
+const char* cudaGetErrorString(cudaError_t code) { return code == cudaSuccess ? "no error" : "emulated error"; }
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+    *least = 0;
+    *greatest = -5;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+    EMU_ENTER(cudaStreamCreateWithPriority);
+    const Quiet quiet;
+    auto* const made = new emu::Stream(emu::current_device());
+    emu::State& all = emu::state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    all.streams.insert(made);
+    *stream = reinterpret_cast<cudaStream_t>(made);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    return cudaStreamCreateWithPriority(stream, flags, 0);
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    emu::Stream* const found = stream == nullptr ? nullptr : emu::live_stream(stream);
+    if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
+    {
+        const Quiet quiet;
+        emu::State& all = emu::state();
+        const std::lock_guard<std::mutex> guard(all.mutex);
+        all.streams.erase(stream);
+        all.ended.push_back(found);
+    }
+    found->stop();
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    EMU_ENTER(cudaStreamSynchronize);
+    emu::Stream* const found = emu::live_stream(stream);
+    if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
+    emu::Recording* const recording = new_recording();
+    found->push([recording] { recording->finish(); });
+    recording->wait();
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+    EMU_ENTER(cudaDeviceSynchronize);
+    std::vector<emu::Stream*> mine;
+    {
+        const Quiet quiet;
+        emu::State& all = emu::state();
+        const std::lock_guard<std::mutex> guard(all.mutex);
+        for (const void* each : all.streams) {
+            auto* const stream = static_cast<emu::Stream*>(const_cast<void*>(each));
+            if (stream->device == emu::current_device()) mine.push_back(stream);
+        }
+    }
+    for (emu::Stream* const stream : mine) cudaStreamSynchronize(reinterpret_cast<cudaStream_t>(stream));
+    return cudaStreamSynchronize(nullptr);
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    EMU_ENTER(cudaEventCreateWithFlags);
+    const Quiet quiet;
+    auto* const made = new emu::Event{emu::current_device()};
+    emu::State& all = emu::state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    all.events.insert(made);
+    *event = reinterpret_cast<cudaEvent_t>(made);
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    emu::Event* const found = live_event(event);
+    if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
+    const Quiet quiet;
+    emu::State& all = emu::state();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    all.events.erase(event);
+    delete found;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    EMU_ENTER(cudaEventRecord);
+    emu::Event* const found = live_event(event);
+    emu::Stream* const on = emu::live_stream(stream);
+    if (found == nullptr || on == nullptr || found->device != on->device) {
+        return returned(cudaErrorInvalidResourceHandle);
+    }
+    emu::Recording* const recording = new_recording();
+    found->recording.store(recording, std::memory_order_relaxed);
+    on->push([recording] { recording->finish(); });
+    return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    EMU_ENTER(cudaStreamWaitEvent);
+    emu::Event* const found = live_event(event);
+    emu::Stream* const on = emu::live_stream(stream);
+    if (found == nullptr || on == nullptr) return returned(cudaErrorInvalidResourceHandle);
+    emu::state().waits.fetch_add(1, std::memory_order_relaxed);
+    emu::Recording* const recording = found->recording.load(std::memory_order_relaxed);
+    if (recording != nullptr) on->push([recording] { recording->wait(); });
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    EMU_ENTER(cudaEventSynchronize);
+    emu::Event* const found = live_event(event);
+    if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
+    emu::Recording* const recording = found->recording.load(std::memory_order_relaxed);
+    if (recording != nullptr) recording->wait();
+    return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    EMU_ENTER(cudaEventQuery);
+    emu::Event* const found = live_event(event);
+    if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
+    emu::Recording* const recording = found->recording.load(std::memory_order_relaxed);
+    return recording == nullptr || recording->done.load(std::memory_order_acquire) != 0 ? cudaSuccess
+                                                                                        : cudaErrorNotReady;
+}
+
+}  // extern "C"

@@ -1,0 +1,437 @@
+// The CUDA backend over the fake runtime: what waits for what, what is refused, what is given back. Every stream delays
+// its work at random; a missing wait shows as a wrong byte, as a race under ThreadSanitizer or as a use after free.
+#include "cuda/cuda_backend.hpp"
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <optional>
+#include <random>
+#include <vector>
+
+#include "core/slab.hpp"
+#include "cuda/host_store.hpp"
+#include "tests/check.hpp"
+#include "tests/cuda_emulation/cudart.hpp"
+#include "tests/cuda_emulation/kernel_doubles.hpp"
+
+using namespace emoe;
+using namespace emoe::cuda;
+
+namespace {
+
+constexpr std::int64_t kSlotBytes = 4096;
+
+struct ComputeStream {
+    ComputeStream() { check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "test"); }
+    ~ComputeStream() {
+        cudaStreamSynchronize(handle);
+        cudaStreamDestroy(handle);
+    }
+    operator cudaStream_t() const { return handle; }
+    cudaStream_t handle = nullptr;
+};
+
+// Source e is filled with byte e + 1.
+struct Sources {
+    explicit Sources(std::size_t count) : memory(count * kSlotBytes) {
+        for (std::size_t e = 0; e < count; ++e) std::fill_n(memory.data() + e * kSlotBytes, kSlotBytes, value(e));
+    }
+    static std::byte value(std::size_t e) { return static_cast<std::byte>(e + 1); }
+    std::span<const std::byte> of(std::size_t e) const { return {memory.data() + e * kSlotBytes, kSlotBytes}; }
+    PinnedBuffer memory;
+};
+
+struct Fixture {
+    explicit Fixture(std::int64_t slots = 3, CudaOptions options = {})
+        : backend(std::make_shared<CudaBackend>(0, options)),
+          slab(std::make_unique<Slab>(backend, slots, kSlotBytes)),
+          out(backend->allocate(4096 * sizeof(float))),
+          inputs(backend->allocate(4096)) {}
+    ~Fixture() { cudaDeviceSynchronize(); }
+
+    // The double writes out[at + e] for every expert e with a slot.
+    GatherMlp op(const std::vector<std::int32_t>& slot_of, std::size_t at, std::int64_t tokens = 1) const {
+        GatherMlp call;
+        call.layout.hidden = call.layout.hidden_out = call.layout.intermediate = 4;
+        call.layout.down_offset = 1024;
+        call.slab = slab->memory().data;
+        call.slot_bytes = slab->slot_bytes();
+        call.slot_of = slot_of;
+        call.hidden = call.weights = inputs.data;
+        call.index = reinterpret_cast<const std::int64_t*>(inputs.data);
+        call.tokens = tokens;
+        call.top_k = 1;
+        call.out = reinterpret_cast<float*>(out.data) + at;
+        return call;
+    }
+    std::vector<float> results(std::size_t count, cudaStream_t stream) const {
+        std::vector<float> host(count);
+        backend->download(std::as_writable_bytes(std::span(host)), out.data, stream);
+        return host;
+    }
+
+    std::shared_ptr<CudaBackend> backend;
+    std::unique_ptr<Slab> slab;
+    Memory out, inputs;
+};
+
+}  // namespace
+
+TEST("a kernel sees the whole expert that was copied into its slot, and a slot is reused only after its last reader") {
+    Fixture f(3);
+    const Sources sources(16);
+    const ComputeStream compute;
+    std::mt19937 random(1);
+    std::vector<float> expected;
+    for (std::size_t step = 0; step < 60; ++step) {
+        const std::size_t expert = random() % 16;
+        const std::int32_t slot = static_cast<std::int32_t>(step % 3);
+        f.backend->copy(f.slab->slot(slot), sources.of(expert), step % 2 ? Lane::kDemand : Lane::kPrefetch);
+        f.backend->gather_mlp(f.op({slot}, step), compute);
+        expected.push_back(static_cast<float>(expert + 1));
+    }
+    CHECK(f.results(60, compute) == expected);
+}
+
+TEST("copies of both lanes into one slot land in the order they were asked for") {
+    Fixture f(1);
+    const Sources sources(16);
+    const ComputeStream compute;
+    for (std::size_t step = 0; step < 30; ++step) {
+        f.backend->copy(f.slab->slot(0), sources.of(step % 16), Lane::kPrefetch);
+        f.backend->copy(f.slab->slot(0), sources.of((step + 5) % 16), Lane::kDemand);
+        f.backend->gather_mlp(f.op({0}, step), compute);
+    }
+    const std::vector<float> seen = f.results(30, compute);
+    for (std::size_t step = 0; step < 30; ++step) CHECK_EQ(seen[step], static_cast<float>((step + 5) % 16 + 1));
+}
+
+TEST("a slot that two compute streams read is overwritten after both") {
+    Fixture f(1);
+    const Sources sources(16);
+    const std::array<ComputeStream, 2> streams;
+    for (std::size_t step = 0; step < 30; ++step) {
+        f.backend->copy(f.slab->slot(0), sources.of(step % 16), Lane::kDemand);
+        f.backend->gather_mlp(f.op({0}, 2 * step), streams[0]);
+        f.backend->gather_mlp(f.op({0}, 2 * step + 1), streams[1]);
+    }
+    cudaDeviceSynchronize();
+    const std::vector<float> seen = f.results(60, streams[0]);
+    for (std::size_t i = 0; i < 60; ++i) CHECK_EQ(seen[i], static_cast<float>(i / 2 % 16 + 1));
+}
+
+TEST("work on a stream of the caller's own between begin_read and end_read is ordered like a kernel") {
+    Fixture f(2);
+    const Sources sources(16);
+    const ComputeStream compute;
+    auto* const out = reinterpret_cast<float*>(f.out.data);
+    for (std::size_t step = 0; step < 30; ++step) {
+        const Memory slot = f.slab->slot(static_cast<std::int64_t>(step % 2));
+        f.backend->copy(slot, sources.of(step % 16), Lane::kDemand);
+        const std::array<Range, 1> range = {range_of(slot.data, slot.bytes)};
+        f.backend->begin_read(range, compute);
+        emu::enqueue(compute, [=] { out[step] = static_cast<float>(uniform_byte(slot.data, slot.bytes)); });
+        f.backend->end_read(range, compute);
+    }
+    const std::vector<float> seen = f.results(30, compute);
+    for (std::size_t step = 0; step < 30; ++step) CHECK_EQ(seen[step], static_cast<float>(step % 16 + 1));
+}
+
+TEST("a pageable source may change as soon as copy_async has returned, and order_after holds back a stream") {
+    Fixture f(1, {.staging_chunks = 2, .staging_chunk_bytes = 1024});
+    const Memory target = f.backend->allocate(40 * 4096);
+    const ComputeStream compute;
+    auto* const out = reinterpret_cast<float*>(f.out.data);
+    std::vector<std::byte> source(4096);
+    for (std::size_t step = 0; step < 40; ++step) {
+        std::fill(source.begin(), source.end(), static_cast<std::byte>(step + 1));
+        const Memory part{target.data + step * 4096, 4096, false};
+        const Ticket ticket = f.backend->copy_async(part, source);
+        f.backend->order_after(ticket, compute);
+        emu::enqueue(compute, [=] { out[step] = static_cast<float>(uniform_byte(part.data, part.bytes)); });
+    }
+    const std::vector<float> seen = f.results(40, compute);
+    for (std::size_t step = 0; step < 40; ++step) CHECK_EQ(seen[step], static_cast<float>(step + 1));
+    f.backend->free(target);
+}
+
+TEST("the virtual interface computes on the stream that was set") {
+    Fixture f(2);
+    const ComputeStream compute;
+    f.backend->set_compute_stream(compute);
+    Backend& backend = *f.backend;
+    std::vector<std::byte> source(kSlotBytes);
+    for (std::size_t step = 0; step < 20; ++step) {
+        const auto slot = static_cast<std::int32_t>(step % 2);
+        std::fill(source.begin(), source.end(), static_cast<std::byte>(step + 1));
+        const Ticket ticket = backend.copy_async(f.slab->slot(slot), source);
+        backend.order_after(ticket);
+        const std::vector<std::int32_t> table = {slot};
+        CHECK(backend.supports(f.op(table, step)));
+        backend.gather_mlp(f.op(table, step));
+    }
+    const std::vector<float> seen = f.results(20, compute);
+    for (std::size_t step = 0; step < 20; ++step) CHECK_EQ(seen[step], static_cast<float>(step + 1));
+}
+
+TEST("wait returns when the bytes are there, and done says so without blocking") {
+    Fixture f(1);
+    const Memory target = f.backend->allocate(4096);
+    std::vector<std::byte> source(4096);
+    for (int round = 1; round <= 20; ++round) {
+        std::fill(source.begin(), source.end(), static_cast<std::byte>(round));
+        const Ticket ticket = f.backend->copy_async(target, source);
+        f.backend->wait(ticket);
+        CHECK(f.backend->done(ticket));
+        // On the emulation the host may look; on a GPU a download would be needed.
+        CHECK_EQ(uniform_byte(target.data, target.bytes), round);
+    }
+    CHECK_ERROR(ErrorKind::kTransfer, f.backend->done({0}));
+    CHECK_ERROR(ErrorKind::kTransfer, f.backend->wait({1000}));
+    f.backend->free(target);
+}
+
+TEST("slot tables and scratch of many calls in a row do not run into each other") {
+    Fixture f(8, {.staging_chunks = 2, .staging_chunk_bytes = 4096});
+    const Sources sources(8);
+    const ComputeStream compute;
+    for (std::size_t slot = 0; slot < 8; ++slot) {
+        f.backend->copy(f.slab->slot(static_cast<std::int64_t>(slot)), sources.of(slot), Lane::kDemand);
+    }
+    for (std::size_t step = 0; step < 40; ++step) {
+        std::vector<std::int32_t> table(8, -1);  // expert e in slot (e + step) % 8, one expert a call
+        table[step % 8] = static_cast<std::int32_t>((step + step / 8) % 8);
+        f.backend->gather_mlp(f.op(table, step * 8, static_cast<std::int64_t>(1 + step / 10)), compute);
+    }
+    const std::vector<float> seen = f.results(320, compute);
+    for (std::size_t step = 0; step < 40; ++step) {
+        CHECK_EQ(seen[step * 8 + step % 8], static_cast<float>((step + step / 8) % 8 + 1));
+    }
+}
+
+TEST("no lane has more copies in flight than its bound") {
+    Fixture f(16, {.demand_in_flight = 2, .prefetch_in_flight = 1});
+    const Sources sources(16);
+    f.backend->finish_copies();
+    emu::reset_counters();
+    for (std::size_t i = 0; i < 32; ++i) {
+        f.backend->copy(f.slab->slot(static_cast<std::int64_t>(i % 16)), sources.of(i % 16), Lane::kDemand);
+    }
+    CHECK(emu::counters().most_in_flight <= 2);
+    f.backend->finish_copies();
+    emu::reset_counters();
+    for (std::size_t i = 0; i < 16; ++i) {
+        f.backend->copy(f.slab->slot(static_cast<std::int64_t>(i)), sources.of(i), Lane::kPrefetch);
+    }
+    CHECK(emu::counters().most_in_flight <= 1);
+    f.backend->finish_copies();
+    CHECK_EQ(emu::counters().copies_in_flight, std::uint64_t{0});
+}
+
+TEST("upload and download carry any size through small chunks") {
+    Fixture f(1, {.staging_chunks = 2, .staging_chunk_bytes = 512});
+    const ComputeStream compute;
+    const Memory target = f.backend->allocate(10000);
+    for (const std::size_t bytes : {std::size_t{1}, std::size_t{511}, std::size_t{513}, std::size_t{10000}}) {
+        std::vector<std::byte> source(bytes), back(bytes);
+        for (std::size_t i = 0; i < bytes; ++i) source[i] = static_cast<std::byte>(i * 31 + bytes);
+        f.backend->upload(target, source, compute);
+        const std::vector<std::byte> expected = source;
+        std::fill(source.begin(), source.end(), std::byte{0});
+        f.backend->download(back, target.data, compute);
+        CHECK(back == expected);
+    }
+    CHECK_ERROR(ErrorKind::kConfig, f.backend->upload(target, std::vector<std::byte>(10001), compute));
+    f.backend->free(target);
+}
+
+TEST("allocated memory is cleared") {
+    Fixture f(1);
+    const Memory memory = f.backend->allocate(100000);
+    CHECK(!memory.host);
+    std::vector<std::byte> back(100000);
+    f.backend->download(back, memory.data, nullptr);
+    CHECK(std::all_of(back.begin(), back.end(), [](std::byte b) { return b == std::byte{0}; }));
+    f.backend->free(memory);
+}
+
+TEST("memory is given back only when nothing uses it any more") {
+    Fixture f(1);
+    const Sources sources(16);
+    const ComputeStream compute;
+    for (std::size_t round = 0; round < 10; ++round) {
+        auto slab = std::make_unique<Slab>(f.backend, 4, kSlotBytes);
+        f.backend->copy(slab->slot(0), sources.of(round), Lane::kDemand);
+        const std::array<Range, 1> range = {range_of(slab->slot(0).data, kSlotBytes)};
+        f.backend->begin_read(range, compute);
+        auto* const out = reinterpret_cast<float*>(f.out.data) + round;
+        const std::byte* const data = slab->slot(0).data;
+        emu::enqueue(compute, [=] { *out = static_cast<float>(uniform_byte(data, kSlotBytes)); });
+        f.backend->end_read(range, compute);
+    }
+    const std::vector<float> seen = f.results(10, compute);
+    for (std::size_t round = 0; round < 10; ++round) CHECK_EQ(seen[round], static_cast<float>(round + 1));
+}
+
+TEST("everything is given back, also with copies and kernels in flight") {
+    const emu::Counters before = emu::counters();
+    for (int round = 0; round < 5; ++round) {
+        const Sources sources(4);
+        const ComputeStream compute;
+        {
+            Fixture f(4);
+            for (std::int32_t s = 0; s < 4; ++s) {
+                f.backend->copy(f.slab->slot(s), sources.of(static_cast<std::size_t>(s)), Lane::kPrefetch);
+                f.backend->gather_mlp(f.op({s}, static_cast<std::size_t>(s)), compute);
+            }
+        }
+    }
+    const emu::Counters after = emu::counters();
+    CHECK_EQ(after.device_bytes, before.device_bytes);
+    CHECK_EQ(after.pinned_bytes, before.pinned_bytes);
+    CHECK_EQ(after.events_alive, before.events_alive);
+    CHECK_EQ(after.streams_alive, before.streams_alive);
+}
+
+TEST("an idle hazard list is forgotten") {
+    Fixture f(4);
+    const ComputeStream compute;
+    const Sources sources(4);
+    Hazards hazards;
+    const std::shared_ptr<EventPool> pool = EventPool::make(0);
+    for (std::uintptr_t i = 0; i < 10; ++i) {
+        hazards.read({i * 100, i * 100 + 100}, compute, pool->record(compute));
+        hazards.wrote({i * 100 + 50, i * 100 + 60}, compute, pool->record(compute));
+    }
+    CHECK(hazards.pending() > 0);
+    cudaStreamSynchronize(compute);
+    hazards.prune();
+    CHECK_EQ(hazards.pending(), std::size_t{0});
+}
+
+TEST("a host slot is not filled again while a copy out of it is in flight") {
+    Fixture f(2);
+    HostStore store(1, kSlotBytes);
+    const ComputeStream compute;
+    for (std::int64_t step = 0; step < 40; ++step) {
+        const HostStore::Lease lease = store.acquire(step);
+        CHECK(lease.fill);
+        std::fill_n(lease.data, kSlotBytes, static_cast<std::byte>(step + 1));
+        store.filled(lease.slot);
+        const auto slot = static_cast<std::int32_t>(step % 2);
+        store.release(lease.slot, f.backend->copy(f.slab->slot(slot), {lease.data, kSlotBytes}, Lane::kDemand));
+        f.backend->gather_mlp(f.op({slot}, static_cast<std::size_t>(step)), compute);
+    }
+    const std::vector<float> seen = f.results(40, compute);
+    for (std::size_t step = 0; step < 40; ++step) CHECK_EQ(seen[step], static_cast<float>(step + 1));
+}
+
+TEST("the host store keeps what was used last and never gives away a slot in use") {
+    HostStore store(3, 100);
+    CHECK_EQ(store.slot_bytes(), kPageBytes);
+    for (const std::int64_t record : {10, 11, 12}) {
+        const HostStore::Lease lease = store.acquire(record);
+        CHECK(lease.fill);
+        store.filled(lease.slot);
+        store.release(lease.slot);
+    }
+    const HostStore::Lease held = store.acquire(10);  // the oldest, now the youngest and in use
+    CHECK(!held.fill);
+    for (const std::int64_t record : {13, 14, 15}) {
+        const HostStore::Lease lease = store.acquire(record);
+        CHECK(lease.fill && lease.slot != held.slot);
+        store.filled(lease.slot);
+        store.release(lease.slot);
+    }
+    CHECK(store.holds(10) && store.holds(14) && store.holds(15));
+    CHECK(!store.holds(11) && !store.holds(12) && !store.holds(13));
+    CHECK_EQ(store.used(), 1);
+    store.release(held.slot);
+    const HostStore::Lease broken = store.acquire(16);
+    store.failed(broken.slot);
+    CHECK(!store.holds(16));
+    CHECK_EQ(store.used(), 0);
+    store.close();
+    CHECK_ERROR(ErrorKind::kClosed, store.acquire(10));
+    CHECK_ERROR(ErrorKind::kConfig, HostStore(0, 100));
+}
+
+TEST("errors name the call, the sizes and the device") {
+    Fixture f(2);
+    const Sources sources(2);
+    emu::fail("cudaMemcpyAsync", 1, cudaErrorIllegalAddress);
+    const Error copy = ERROR_OF(f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand));
+    CHECK_EQ(static_cast<int>(copy.kind), static_cast<int>(ErrorKind::kTransfer));
+    CHECK_EQ(copy.message,
+             std::string("cudaErrorIllegalAddress (emulated error) while copying 4096 bytes to device 0"));
+    emu::fail(nullptr, 0, cudaSuccess);
+    emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
+    CHECK_ERROR(ErrorKind::kTransfer, f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand));
+    CHECK_EQ(emu::counters().copies_in_flight, std::uint64_t{0});  // nobody could wait for a copy without an event
+    emu::fail(nullptr, 0, cudaSuccess);
+    const Error memory = ERROR_OF(f.backend->allocate(std::size_t{1} << 40));
+    CHECK_EQ(static_cast<int>(memory.kind), static_cast<int>(ErrorKind::kBudget));
+    CHECK(memory.message.find("allocating 1099511627776 bytes on device 0, which has ") != std::string::npos);
+    CHECK_ERROR(ErrorKind::kBudget, PinnedBuffer(std::size_t{1} << 40));
+    CHECK_ERROR(ErrorKind::kConfig, f.backend->copy({f.slab->slot(0).data, 10, false}, sources.of(0), Lane::kDemand));
+    CHECK_ERROR(ErrorKind::kConfig, CudaBackend(0, {.demand_in_flight = 0}));
+    const std::vector<std::int32_t> table = {0};
+    GatherMlp accumulate = f.op(table, 0);
+    accumulate.mode = OutMode::kAccumulate;
+    CHECK_ERROR(ErrorKind::kConfig, f.backend->gather_mlp(accumulate, nullptr));
+    CHECK(!f.backend->supports(accumulate));
+    f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand);  // the device still works
+    f.backend->finish_copies();
+}
+
+TEST("without a driver or a device the error says which is missing, and an index out of range names the choices") {
+    emu::pretend_device_error(cudaErrorInsufficientDriver);
+    const Error driver = ERROR_OF(CudaBackend(0));
+    CHECK_EQ(static_cast<int>(driver.kind), static_cast<int>(ErrorKind::kBackendUnavailable));
+    CHECK_EQ(driver.message, std::string("no CUDA driver is installed on this machine"));
+    CHECK(look_around().devices.empty());
+    emu::pretend_device_error(cudaErrorNoDevice);
+    const Error device = ERROR_OF(CudaBackend(0));
+    CHECK_EQ(static_cast<int>(device.kind), static_cast<int>(ErrorKind::kBackendUnavailable));
+    CHECK(device.message.find("no CUDA device") != std::string::npos);
+    emu::pretend_device_error(cudaSuccess);
+    CHECK_EQ(look_around().problem, std::string());
+    const Error index = ERROR_OF(CudaBackend(7));
+    CHECK_EQ(static_cast<int>(index.kind), static_cast<int>(ErrorKind::kConfig));
+    CHECK(index.message.find("device 7 is none of the ") != std::string::npos);
+}
+
+TEST("two devices have streams, events and memory of their own, whichever is current") {
+    if (look_around().devices.size() < 2) return;  // EMU_DEVICES=2
+    Fixture first(1);
+    const auto second = std::make_shared<CudaBackend>(1);
+    const Slab slab(second, 1, kSlotBytes);
+    const Sources sources(16);
+    std::optional<ComputeStream> compute;
+    {
+        const DeviceScope scope(1);
+        compute.emplace();
+    }
+    std::vector<std::byte> back(kSlotBytes);
+    for (std::size_t e = 0; e < 16; ++e) {
+        second->copy(slab.slot(0), sources.of(e), Lane::kDemand);
+        first.backend->copy(first.slab->slot(0), sources.of(15 - e), Lane::kDemand);
+        const std::array<Range, 1> range = {range_of(slab.slot(0).data, kSlotBytes)};
+        second->begin_read(range, *compute);
+        second->download(back, slab.slot(0).data, *compute);
+        second->end_read(range, *compute);
+        CHECK_EQ(uniform_byte(back.data(), back.size()), static_cast<int>(e + 1));
+    }
+    first.backend->finish_copies();
+    second->finish_copies();
+    int current = -1;
+    cudaGetDevice(&current);
+    CHECK_EQ(current, 0);
+    compute.reset();
+}
+
+int main(int argc, char** argv) {
+    setenv("EMU_DEVICES", "2", 0);
+    return emoe::test::run_all(argc > 1 ? argv[1] : "");
+}

@@ -1,0 +1,322 @@
+"""A GPU as the runtime and the experts see it: slots in its memory, a queue that fills them, calls on torch's stream.
+
+`Emulated` is the same on the fake CUDA runtime of the tests: tensors stay on the CPU and are copied to "device" memory.
+Which expert goes where is decided elsewhere; the order between copies and kernels is kept in csrc/cuda.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from emoe import native
+from emoe.errors import BackendUnavailable, ConfigError, UnsupportedModelError
+from emoe.misses import MissRates
+
+CHOICES = "cpu, cuda, cuda:0, cuda:1, ..., emulated (tests)"
+# Of what is free, left to activations and to other programs when memory_budget="auto".
+RESERVE_SHARE = 0.1
+_Slots = npt.NDArray[np.int32]
+
+
+def open_device(name: str) -> Device | None:
+    """The device of that name; None is the CPU.
+
+    Raises:
+        ConfigError: the name is none of `CHOICES`, or no device has that index.
+        BackendUnavailable: says which of driver, device, build is missing.
+    """
+    if name == "cpu":
+        return None
+    if name == "emulated":
+        return Emulated(native.load_emulated(), 0)
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or not (index.isdecimal() or name == "cuda"):
+        raise ConfigError(f"device='{name}' is not one of: {CHOICES}")
+    module = native.load()
+    problem = module.cuda_status()["problem"]
+    if problem:
+        raise BackendUnavailable(f"device='{name}': {problem}")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable(f"device='{name}': this torch ({torch.__version__}) is built without CUDA")
+    return Cuda(module, int(index) if index else torch.cuda.current_device())
+
+
+class Device:
+    """What `Cuda` and `Emulated` share.
+
+    Attributes:
+        module: the native module all objects of this device come from.
+        name: as `open_device` takes it.
+    """
+
+    name: str
+
+    def __init__(self, module: Any, index: int) -> None:
+        self.module = module
+        self.native = module.CudaDevice(index)
+
+    def stream(self) -> int:
+        """The stream that the caller's torch work is on, as an integer."""
+        raise NotImplementedError
+
+    def free_bytes(self) -> int:
+        """Bytes of its memory that a model may take."""
+        raise NotImplementedError
+
+    def place(self, model: Any) -> None:
+        """Moves what the model holds outside experts to where its tensors have to be."""
+        raise NotImplementedError
+
+    def call(self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
+        """A context manager: one forward of one layer (`CudaCall`)."""
+        raise NotImplementedError
+
+    def queue(self, slab: Any, table: Any, reader: Any, host_slots: int) -> DeviceQueue:
+        """A queue that fills the slab through `host_slots` slots of pinned memory."""
+        store = self.module.HostStore(host_slots, slab.slot_bytes)
+        return DeviceQueue(self, self.module.DeviceQueue(self.native, slab, table, reader, store), store)
+
+    def refusal(self, layout: Any) -> str:
+        """Why the kernels do not take a layout, or ""."""
+        return str(self.module.cuda_refusal(layout))
+
+    def miss_rates(self, layout: Any, slot_bytes: int) -> MissRates:
+        """Measures what moving an expert and computing it on the CPU cost here (some milliseconds).
+
+        Args:
+            layout: the arguments of an `MlpLayout`.
+            slot_bytes: bytes of a slot.
+        """
+        from emoe import ops
+
+        copy_seconds = slot_bytes / self.native.copy_rate(slot_bytes)
+        mlp = ops.make_layout(layout)
+        slab = native.load().Slab(4, slot_bytes)  # more than one, so that caches do not keep it
+        slot_of = np.zeros(1, dtype=np.int32)
+
+        def seconds(rows: int) -> float:
+            hidden = torch.zeros((rows, mlp.hidden))
+            index = torch.zeros((rows, 1), dtype=torch.int64)
+            weights = torch.ones((rows, 1))
+            out = torch.zeros((rows, 1, mlp.hidden_out))
+            best = float("inf")
+            for turn in range(4):
+                slot_of[0] = turn
+                started = time.perf_counter()
+                ops.gather_mlp(mlp, slab, slot_of, hidden, index, weights, out, "pairs")
+                best = min(best, time.perf_counter() - started)
+            return best
+
+        one, many = seconds(1), seconds(17)
+        per_row = max(0.0, (many - one) / 16)
+        return MissRates(copy_seconds, max(0.0, one - per_row), per_row)
+
+
+class DeviceQueue:
+    """A `_C.DeviceQueue` with the manners of `_C.TransferQueue`, so that `Loader` works with either.
+
+    A demand is "done" when its copy is in its stream, and waiting for it orders torch's current stream after the copy:
+    the host goes on. A prefetch is done when its bytes are there, so that collecting it holds up nothing.
+    """
+
+    def __init__(self, device: Device, queue: Any, store: Any) -> None:
+        self._device, self._queue, self.store = device, queue, store
+        self._prefetches: set[int] = set()
+
+    def submit(self, record: int, slot: int, prefetch: bool = False) -> int:
+        ticket = int(self._queue.submit(record, slot, prefetch))
+        if prefetch:
+            self._prefetches.add(ticket)
+        return ticket
+
+    def promote(self, ticket: int) -> None:
+        self._prefetches.discard(ticket)
+        self._queue.promote(ticket)
+
+    def cancel(self, ticket: int) -> bool:
+        return bool(self._queue.cancel(ticket))
+
+    def done(self, ticket: int) -> bool:
+        return bool(self._queue.done(ticket) if ticket in self._prefetches else self._queue.issued(ticket))
+
+    def wait(self, ticket: int) -> None:
+        self._prefetches.discard(ticket)
+        self._queue.order_after(ticket, self._device.stream())
+
+    def stats(self) -> dict[str, Any]:
+        return dict(self._queue.stats())
+
+    def close(self) -> None:
+        self._queue.close()
+
+    @contextmanager
+    def on_host(self, records: list[int]) -> Iterator[list[int]]:
+        """Host slots of records, which stay in pinned memory inside the block; at most `store.slots` at a time."""
+        tickets = [self._queue.submit_host(record) for record in records]
+        slots: list[int] = []
+        try:
+            while tickets:
+                slots.append(self._queue.wait(tickets.pop(0)))
+            yield slots
+        finally:
+            for ticket in tickets:
+                if not self._queue.cancel(ticket):
+                    slots.append(self._queue.wait(ticket))
+            for slot in slots:
+                self._queue.release_host(slot)
+
+
+class Cuda(Device):
+    """A CUDA device that torch uses too."""
+
+    def __init__(self, module: Any, index: int) -> None:
+        super().__init__(module, index)
+        self.name = f"cuda:{index}"
+
+    def stream(self) -> int:
+        return int(torch.cuda.current_stream(self.name).cuda_stream)
+
+    def free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.name)[0] * (1 - RESERVE_SHARE))
+
+    def place(self, model: Any) -> None:
+        model.to(self.name)
+
+    def call(
+        self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> CudaCall:
+        return CudaCall(self, layout, slab, hidden, index, weights)
+
+
+class CudaCall:
+    """One forward of one layer on torch's current stream.
+
+    Every tensor is made, used and freed on that stream, so torch's caching allocator keeps their order by itself: no
+    `record_stream` is needed. The other streams of emoe touch slots and pinned memory only, never torch's tensors.
+    """
+
+    def __init__(
+        self, device: Device, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        if str(hidden.device) != device.name:
+            raise UnsupportedModelError(
+                f"emoe runs these experts on {device.name}; hidden states are on {hidden.device}"
+            )
+        self.device, self.layout, self.slab = device, layout, slab
+        self.hidden, self.index, self.weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
+        self.T, self.K = index.shape
+        self.stream = device.stream()
+        self.out = torch.zeros((self.T, self.K, layout.hidden_out), dtype=torch.float32, device=hidden.device)
+
+    def __enter__(self) -> CudaCall:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        del self.hidden, self.index, self.weights, self.out
+
+    def gather(self, slot_of: _Slots) -> None:
+        """Adds the pairs of every expert that has a slot."""
+        self.device.native.gather_mlp(
+            self.layout, self.slab, slot_of, self.hidden.data_ptr(), _name(self.hidden.dtype), self.T,
+            self.index.data_ptr(), self.weights.data_ptr(), _name(self.weights.dtype), self.K, self.out.data_ptr(),
+            self.stream,
+        )  # fmt: skip
+
+    def add_pairs(self, pairs: torch.Tensor) -> None:
+        """Adds pairs that the CPU computed: [T, K, Ho] float32, zero where the device computes."""
+        self.out += pairs.to(self.out.device)
+
+    def combine(self, dtype: torch.dtype) -> torch.Tensor:
+        """[T, Ho] of `dtype`: the sum over ranks."""
+        result = torch.empty((self.T, self.layout.hidden_out), dtype=dtype, device=self.out.device)
+        self.device.native.combine(
+            self.out.data_ptr(), self.T, self.K, self.layout.hidden_out, result.data_ptr(), _name(dtype), self.stream
+        )
+        return result
+
+
+class Emulated(Device):
+    """The fake CUDA runtime of the tests (emoe._C_emulated)."""
+
+    name = "emulated"
+
+    def stream(self) -> int:
+        return 0
+
+    def free_bytes(self) -> int:
+        return 1 << 30
+
+    def place(self, model: Any) -> None:
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            raise ConfigError("device='emulated' takes a model on the CPU")
+
+    def call(
+        self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> EmulatedCall:
+        return EmulatedCall(self, layout, slab, hidden, index, weights)
+
+
+class EmulatedCall:
+    """As `CudaCall`; tensors are copied to emulated device memory and back."""
+
+    def __init__(
+        self, device: Device, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        if hidden.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"device='emulated' takes tensors on the CPU; hidden states are on {hidden.device}"
+            )
+        self.device, self.layout, self.slab = device, layout, slab
+        self.T, self.K = index.shape
+        self._memory: list[int] = []
+        self._dtypes = _name(hidden.dtype), _name(weights.dtype)
+        self._pairs = torch.zeros((self.T, self.K, layout.hidden_out), dtype=torch.float32)
+        self._inputs = [self._put(tensor) for tensor in (hidden, index, weights)]
+        self._out = self._put(self._pairs)
+
+    def __enter__(self) -> EmulatedCall:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for address in self._memory:
+            self.device.native.free(address)
+
+    def gather(self, slot_of: _Slots) -> None:
+        hidden, index, weights = self._inputs
+        self.device.native.gather_mlp(
+            self.layout, self.slab, slot_of, hidden, self._dtypes[0], self.T, index, weights, self._dtypes[1], self.K,
+            self._out, 0,
+        )  # fmt: skip
+
+    def add_pairs(self, pairs: torch.Tensor) -> None:
+        self._get(self._out, self._pairs)
+        self._pairs += pairs
+        self._out = self._put(self._pairs)
+
+    def combine(self, dtype: torch.dtype) -> torch.Tensor:
+        result = torch.zeros((self.T, self.layout.hidden_out), dtype=dtype)
+        target = self._put(result)
+        self.device.native.combine(self._out, self.T, self.K, self.layout.hidden_out, target, _name(dtype), 0)
+        self._get(target, result)
+        return result
+
+    def _put(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.contiguous()
+        address = int(self.device.native.allocate(max(1, tensor.nbytes)))
+        self._memory.append(address)
+        self.device.native.upload(address, tensor.data_ptr(), tensor.nbytes, 0)
+        return address
+
+    def _get(self, address: int, tensor: torch.Tensor) -> None:
+        self.device.native.download(tensor.data_ptr(), address, tensor.nbytes, 0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

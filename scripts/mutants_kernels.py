@@ -1,0 +1,227 @@
+"""Mutants of the GPU kernels: barriers, waits, bounds, lane layouts, sums. Run by cuda_mutants.py."""
+
+from __future__ import annotations
+
+from cuda_mutants import Mutant
+
+SUITE = ("test_cuda_kernels",)
+TILES, ROWS, ROUTE = "csrc/cuda/tiles_kernel.cuh", "csrc/cuda/rows_kernel.cuh", "csrc/cuda/route_kernels.cuh"
+ELEMENTS, COMBINE, PLAN = "csrc/cuda/elements.cuh", "csrc/cuda/combine_kernel.cuh", "csrc/cuda/plan.cpp"
+
+# (name, file, find, replace, quick)
+EDITS = [
+    (
+        "tiles: no barrier between a stage's arrival and its use",
+        TILES,
+        "        __syncthreads();  // the stage is there for all, and the one before it has been read by all\n",
+        "",
+        True,
+    ),
+    (
+        "tiles: the wait leaves one group too many",
+        TILES,
+        "copy_async_wait<kStages - 2>();",
+        "copy_async_wait<kStages - 1>();",
+        True,
+    ),
+    (
+        "tiles: the ring is one stage short",
+        TILES,
+        "        load(step + kStages - 1);\n",
+        "        load(step + kStages);\n",
+        False,
+    ),
+    (
+        "tiles: no barrier before the sums take the ring's place",
+        TILES,
+        "    __syncthreads();  // the last stage has been read by all\n",
+        "",
+        False,
+    ),
+    (
+        "tiles: no barrier before the sums are read",
+        TILES,
+        "    __syncthreads();\n\n    const long long bias_at",
+        "    const long long bias_at",
+        False,
+    ),
+    (
+        "tiles: lanes of A exchanged in ldmatrix",
+        TILES,
+        "lane % 16) * kRowStride + k + lane / 16 * 8",
+        "lane / 16 * 8 + lane % 8) * kRowStride + k + lane / 8 % 2 * 8",
+        False,
+    ),
+    (
+        "tiles: lanes of B exchanged in ldmatrix",
+        TILES,
+        "lane / 16 * 8 + lane % 8) * kRowStride + k + lane / 8 % 2 * 8",
+        "lane % 16) * kRowStride + k + lane / 16 * 8",
+        True,
+    ),
+    ("tiles: a transposed matrix is loaded as it lies", TILES, "ldmatrix_x4_trans(", "ldmatrix_x4(", False),
+    ("tiles: an octet of B is used twice", TILES, "a[m], b[2], b[3]);", "a[m], b[0], b[1]);", False),
+    (
+        "tiles: rows past the tile are gathered",
+        TILES,
+        "        if (r < tile.rows) {\n",
+        "        if (r < kTileRows) {\n",
+        True,
+    ),
+    (
+        "tiles: the depth's end is not checked",
+        TILES,
+        "            const bool take = a[i] != nullptr && k < depth;\n",
+        "            const bool take = a[i] != nullptr;\n",
+        False,
+    ),
+    (
+        "tiles: a transposed matrix's last row is not checked",
+        TILES,
+        "const bool take = b[i] != nullptr && kb < depth;",
+        "const bool take = b[i] != nullptr;",
+        False,
+    ),
+    (
+        "tiles: columns past the matrix are loaded",
+        TILES,
+        "        return row < 2 * shape.intermediate ? row : -1;\n",
+        "        return row;\n",
+        False,
+    ),
+    (
+        "tiles: outputs past the matrix are written",
+        TILES,
+        "    const int count = outputs - from < each ? outputs - from : each;\n",
+        "    const int count = each;\n",
+        False,
+    ),
+    ("tiles: gate and up octets mixed", TILES, "j / 8 * 16 + j % 8", "2 * j", False),
+    (
+        "rows: no barrier before the products are read",
+        ROWS,
+        "    __syncthreads();\n\n    const long long bias_at",
+        "    const long long bias_at",
+        True,
+    ),
+    (
+        "rows: no barrier between the warps' partial sums",
+        ROWS,
+        "    __syncthreads();\n    for (int i = tid; i < kRows * Cut::kLocal",
+        "    for (int i = tid; i < kRows * Cut::kLocal",
+        False,
+    ),
+    (
+        "rows: a step of the lanes' sum is left out",
+        ROWS,
+        "for (int m = kGroups; m < 32;",
+        "for (int m = 2 * kGroups; m < 32;",
+        False,
+    ),
+    (
+        "rows: matrix rows past the block are read",
+        ROWS,
+        "first + q < local.total ? first + q : local.total - 1;",
+        "first + q;",
+        False,
+    ),
+    (
+        "rows: columns past the block are read",
+        ROWS,
+        "    if (l < local.total) {\n",
+        "    if (l < Cut::kLocal) {\n",
+        False,
+    ),
+    ("rows: rows past the tile are read", ROWS, "(r < tile.rows ? r : tile.rows - 1)", "r", False),
+    ("rows: sums start anew", ROWS, "fmaf(w[q][j], x[j], sum[q][r])", "w[q][j] * x[j]", False),
+    ("rows: outputs past the matrix are written", ROWS, "outputs - from < each ? outputs - from : each", "each", False),
+    ("route: picks are read before they are all written", ROUTE, "    __syncwarp();\n", "", True),
+    ("route: pairs are counted without atomics", ROUTE, "atomicAdd(&count[id], 1);", "count[id] += 1;", True),
+    (
+        "route: counting begins before the counts are zero",
+        ROUTE,
+        "count[e] = 0;\n    __syncthreads();\n",
+        "count[e] = 0;\n",
+        False,
+    ),
+    (
+        "route: counts are read before all pairs are counted",
+        ROUTE,
+        "    __syncthreads();\n    int pairs_before = 0;\n",
+        "    int pairs_before = 0;\n",
+        False,
+    ),
+    (
+        "route: warps' sums are read before they are written",
+        ROUTE,
+        "    __syncthreads();\n    int begin = 0;\n",
+        "    int begin = 0;\n",
+        False,
+    ),
+    (
+        "route: matches are written over while they are read",
+        ROUTE,
+        "        __syncthreads();  // the sums of the round before have been read\n",
+        "",
+        False,
+    ),
+    (
+        "route: matches are read before they are written",
+        ROUTE,
+        "        if (lane == 0) sums[warp] = __popc(matches);\n        __syncthreads();\n",
+        "        if (lane == 0) sums[warp] = __popc(matches);\n",
+        False,
+    ),
+    ("route: experts without a slot get tiles", ROUTE, "        if (op.slot_of[e] < 0) continue;\n", "", False),
+    (
+        "route: an expert named twice gets one rank",
+        ROUTE,
+        "other < mine || (other == mine && j < k)",
+        "other < mine",
+        False,
+    ),
+    (
+        "route: more picks than K",
+        ROUTE,
+        "const bool picked = counts && k < op.top_k;",
+        "const bool picked = counts;",
+        False,
+    ),
+    (
+        "route: ids past the experts are counted",
+        ROUTE,
+        "if (id >= 0 && id < op.experts) atomicAdd",
+        "if (id >= 0) atomicAdd",
+        False,
+    ),
+    (
+        "grid: blocks past the last tile run",
+        ELEMENTS,
+        "    if (at >= *op.sorted.tile_count) return false;\n",
+        "",
+        False,
+    ),
+    (
+        "combine: ranks are added in descending order",
+        COMBINE,
+        "for (int k = 0; k < top_k; ++k) sum +=",
+        "for (int k = top_k - 1; k >= 0; --k) sum +=",
+        False,
+    ),
+    (
+        "plan: no room for tiles of a few rows",
+        PLAN,
+        "made.pairs / made.tile_rows + std::min(made.pairs, op.experts)",
+        "made.pairs / made.tile_rows + 1",
+        False,
+    ),
+    (
+        "plan: the workspace is one part short",
+        PLAN,
+        "    parts.bytes = at;\n",
+        "    parts.bytes = parts.hidden;\n",
+        False,
+    ),
+]
+
+MUTANTS = [Mutant(name, file, find, replace, SUITE, quick) for name, file, find, replace, quick in EDITS]

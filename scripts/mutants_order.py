@@ -1,0 +1,241 @@
+"""Mutants of order: stream waits, event records, reuse of slots and of pinned memory. Run by cuda_mutants.py."""
+
+from __future__ import annotations
+
+from cuda_mutants import Mutant
+
+BACKEND = ("test_cuda_backend",)
+BOTH = ("test_cuda_backend", "test_cuda_queue")
+HAZARDS, DEVICE, RUNTIME = "csrc/cuda/hazards.cpp", "csrc/cuda/cuda_backend.cpp", "csrc/cuda/runtime.cpp"
+STORE, QUEUE = "csrc/cuda/host_store.cpp", "csrc/cuda/device_queue.cpp"
+
+MUTANTS = [
+    Mutant(
+        "a copy does not wait for the readers of its slot",
+        HAZARDS,
+        "    order(writes_, longest_, range, stream);\n    order(reads_, longest_, range, stream);\n",
+        "    order(writes_, longest_, range, stream);\n",
+        BACKEND,
+        quick=True,
+    ),
+    Mutant(
+        "a copy does not wait for the copy of the other lane",
+        HAZARDS,
+        "    order(writes_, longest_, range, stream);\n    order(reads_, longest_, range, stream);\n",
+        "    order(reads_, longest_, range, stream);\n",
+        BACKEND,
+    ),
+    Mutant(
+        "a kernel does not wait for the copy into its slot",
+        HAZARDS,
+        "cudaStream_t stream) {\n    const std::lock_guard<std::mutex> lock(mutex_);\n"
+        "    order(writes_, longest_, range, stream);\n}",
+        "cudaStream_t) {\n    const std::lock_guard<std::mutex> lock(mutex_);\n    (void)range;\n}",
+        BACKEND,
+        quick=True,
+    ),
+    Mutant(
+        "only the first of two readers is remembered",
+        HAZARDS,
+        "        if (each->second.end == range.end && each->second.stream == stream) {",
+        "        if (each->second.end == range.end) {",
+        BACKEND,
+    ),
+    Mutant(
+        "the event of a copy is recorded before the copy",
+        DEVICE,
+        "    hazards_.before_write(range, stream);\n    check(cudaMemcpyAsync",
+        "    hazards_.before_write(range, stream);\n    const Event early = events_->record(stream);\n"
+        "    hazards_.wrote(range, stream, early);\n    on.in_flight.push_back(early);\n    if (early) {\n"
+        '        check(cudaMemcpyAsync(dst.data, src.data(), src.size(), cudaMemcpyHostToDevice, stream), "early");\n'
+        "        return early;\n    }\n    check(cudaMemcpyAsync",
+        BOTH,
+        quick=True,
+    ),
+    Mutant(
+        "a copy into a slot is not remembered",
+        DEVICE,
+        "    hazards_.wrote(range, stream, copied);\n",
+        "",
+        BACKEND,
+    ),
+    Mutant(
+        "a copy waits for nobody",
+        DEVICE,
+        "    hazards_.before_write(range, stream);\n",
+        "",
+        BACKEND,
+    ),
+    Mutant(
+        "a reader is not remembered",
+        DEVICE,
+        "    for (const Range range : ranges) hazards_.read(range, stream, finished);\n",
+        "    (void)ranges;\n",
+        BACKEND,
+    ),
+    Mutant(
+        "the event of a reader is recorded before the kernel",
+        DEVICE,
+        "    begin_read(ranges, stream);\n",
+        "    begin_read(ranges, stream);\n    end_read(ranges, stream);\n    if (!ranges.empty()) {\n"
+        "        std::byte* const early = staging_.next();\n"
+        "        std::memcpy(early, op.slot_of.data(), table_bytes);\n"
+        '        check(cudaMemcpyAsync(scratch.table.data, early, table_bytes, cudaMemcpyHostToDevice, stream), "");\n'
+        "        staging_.sent(events_->record(stream));\n        route(call, scratch.workspace.data, stream);\n"
+        "        cuda::gather_mlp(call, scratch.workspace.data, stream);\n        return;\n    }\n",
+        BACKEND,
+    ),
+    Mutant(
+        "order_after of a copy orders nothing",
+        DEVICE,
+        "    event_of(ticket).before(stream);\n",
+        "    (void)event_of(ticket);\n    (void)stream;\n",
+        BACKEND,
+        quick=True,
+    ),
+    Mutant(
+        "wait does not wait for the copy",
+        DEVICE,
+        "void CudaBackend::wait(Ticket ticket) { event_of(ticket).synchronize(); }",
+        "void CudaBackend::wait(Ticket ticket) { (void)event_of(ticket); }",
+        BACKEND,
+    ),
+    Mutant(
+        "the host writes a staging chunk that is in flight",
+        DEVICE,
+        "    copied_[at_].synchronize();\n",
+        "",
+        BACKEND,
+        quick=True,
+    ),
+    Mutant(
+        "the copy out of a staging chunk is not remembered",
+        DEVICE,
+        "    copied_[at_] = std::move(copied);\n",
+        "    (void)copied;\n",
+        BACKEND,
+    ),
+    Mutant(
+        "download reads the staging chunk before the copy has arrived",
+        DEVICE,
+        "        arrived.synchronize();\n",
+        "",
+        BACKEND,
+    ),
+    Mutant(
+        "scratch is replaced while kernels use it",
+        DEVICE,
+        '    check(cudaStreamSynchronize(stream), "waiting for a compute stream of device ", device_);\n',
+        "    (void)stream;\n",
+        BACKEND,
+    ),
+    Mutant(
+        "device memory is freed while kernels use it",
+        DEVICE,
+        "        cudaDeviceSynchronize();\n        const std::lock_guard<std::mutex> lock(mutex_);\n",
+        "        const std::lock_guard<std::mutex> lock(mutex_);\n",
+        BACKEND,
+    ),
+    Mutant(
+        "cleared memory is handed out before it is clear",
+        DEVICE,
+        "        demand.stream->synchronize();\n",
+        "",
+        BACKEND,
+    ),
+    Mutant(
+        "a lane has no bound of copies in flight",
+        DEVICE,
+        "    while (lane.in_flight.size() >= lane.bound) {",
+        "    while (lane.in_flight.size() >= 1000 + lane.bound) {",
+        BACKEND,
+    ),
+    Mutant(
+        "closing does not wait for copies",
+        DEVICE,
+        "        for (const Event& copied : each.in_flight) copied.synchronize();\n",
+        "",
+        BOTH,
+    ),
+    Mutant(
+        "a stream wait is never given to the stream",
+        RUNTIME,
+        '    if (handle_) check(cudaStreamWaitEvent(stream, handle_.get(), 0), "ordering a stream after an event");\n',
+        "    (void)stream;\n",
+        BOTH,
+    ),
+    Mutant(
+        "an event that is not over is taken for over",
+        RUNTIME,
+        "    if (code == cudaErrorNotReady) return false;\n",
+        "    if (code == cudaErrorNotReady) return true;\n",
+        BOTH,
+    ),
+    Mutant(
+        "a pooled event goes back while others still wait for it, and is recorded anew",
+        RUNTIME,
+        "    event.handle_ = std::shared_ptr",
+        "    {\n        const std::lock_guard<std::mutex> lock(mutex_);\n        idle_.push_back(handle);\n    }\n"
+        "    event.handle_ = std::shared_ptr",
+        BOTH,
+    ),
+    Mutant(
+        "the host fills a pinned slot that a copy still reads",
+        STORE,
+        "            for (const Event& copied : copies) copied.synchronize();"
+        "  // the host is about to write what they read\n",
+        "            (void)copies;\n",
+        BOTH,
+        quick=True,
+    ),
+    Mutant(
+        "the copy out of a pinned slot is not remembered",
+        STORE,
+        "        used.copies.push_back(std::move(copied));\n",
+        "",
+        BOTH,
+    ),
+    Mutant(
+        "a pinned slot is given away while somebody uses it",
+        STORE,
+        "        if (slot.state == State::kLoading || slot.users > 0) continue;\n",
+        "        if (slot.state == State::kLoading) continue;\n",
+        BOTH,
+    ),
+    Mutant(
+        "a pinned slot is ready before it is filled",
+        QUEUE,
+        "    std::optional<RecordPump::Finished> finished;\n    try {",
+        "    std::optional<RecordPump::Finished> finished;\n    store_->filled(lease.slot);\n    try {",
+        BOTH,
+    ),
+    Mutant(
+        "order_after of a record orders nothing",
+        QUEUE,
+        "    job->copied.before(stream);\n",
+        "    (void)stream;\n",
+        ("test_cuda_queue",),
+        quick=True,
+    ),
+    Mutant(
+        "wait for a record does not wait for its copy",
+        QUEUE,
+        "    job->copied.synchronize();\n",
+        "",
+        ("test_cuda_queue",),
+    ),
+    Mutant(
+        "a failed read leaves its pinned slot filled",
+        QUEUE,
+        "        store_->failed(lease.slot);\n        throw *finished->error;\n",
+        "        store_->filled(lease.slot);\n        throw *finished->error;\n",
+        ("test_cuda_queue",),
+    ),
+    Mutant(
+        "a queue goes without waiting for its copies",
+        QUEUE,
+        "    if (backend_) backend_->finish_copies();\n",
+        "",
+        ("test_cuda_queue",),
+    ),
+]
