@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,9 +45,12 @@ def pack(path: Path) -> Delta:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trained", type=Path, required=True)
+    parser.add_argument("--top-k", type=int, help="active experts per token, where other than in training")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     delta = pack(args.trained)
+    if args.top_k:
+        delta = replace(delta, shape=replace(delta.shape, top_k=args.top_k))
     save_delta(delta, args.out)
     again = load_delta(args.out)
     for name in delta.tensors:

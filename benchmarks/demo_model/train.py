@@ -60,7 +60,7 @@ class Teacher:
 def make_student(
     dense: nn.Module, rows: Tensor, shape: carve.Shape, router_scale: float, trained: Path | None = None
 ) -> nn.Module:
-    """The carved copy of the dense model, or the one of an earlier training; what is trained alone requires gradients."""
+    """The carved copy of the dense model, or that of an earlier training; only what is trained requires gradients."""
     torch.manual_seed(0)
     student = copy.deepcopy(dense).eval()
     tensors = load_file(trained) if trained else {}

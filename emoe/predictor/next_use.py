@@ -105,17 +105,18 @@ class NextUse:
 
 def followers(trace: Trace) -> Floats:
     """[L, E, E]: share of the tokens after a use of the first expert, within its prompt, that used the second."""
-    L, T, E = trace.layers, trace.tokens, trace.num_experts
+    L, E = trace.layers, trace.num_experts
     result = np.empty((L, E, E), dtype=np.float32)
     same = trace.prompt[1:] == trace.prompt[:-1]
     for layer in range(L):
-        used = np.zeros((T, E + 1), dtype=np.float32)  # the last column takes "no pick"
-        used[np.arange(T)[:, None], trace.experts[layer]] = 1
-        used = used[:, :E]
-        before = used[:-1][same]
-        together = before.T @ used[1:][same]
-        everyone = used.mean(axis=0)
-        result[layer] = (together + _SMOOTHING * everyone) / (before.sum(axis=0) + _SMOOTHING)[:, None]
+        # Counted, not multiplied as matrices: picks are few, and no BLAS threads compete with a running model.
+        picks = np.where(trace.experts[layer] < 0, E, trace.experts[layer]).astype(np.int64)  # E: no pick
+        before, after = picks[:-1][same], picks[1:][same]
+        pairs = (before[:, :, None] * (E + 1) + after[:, None, :]).reshape(-1)
+        together = np.bincount(pairs, minlength=(E + 1) ** 2).reshape(E + 1, E + 1)[:E, :E]
+        uses = np.bincount(before.reshape(-1), minlength=E + 1)[:E]
+        everyone = np.bincount(picks.reshape(-1), minlength=E + 1)[:E] / trace.tokens
+        result[layer] = (together + _SMOOTHING * everyone) / (uses + _SMOOTHING)[:, None]
     return result
 
 
