@@ -155,6 +155,7 @@ class DeviceQueue:
 
     def close(self) -> None:
         self._queue.close()
+        self.store = None  # the pinned memory goes with it
 
     @contextmanager
     def on_host(self, records: list[int]) -> Iterator[list[int]]:

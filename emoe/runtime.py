@@ -407,6 +407,7 @@ class Runtime:
         Args:
             restore: True loads all experts back into ordinary parameters, False leaves the model without experts (it
                 then refuses to run). None restores where the experts fit into the memory that is free.
+                A model on a GPU is then on the CPU.
 
         Raises:
             BudgetError: restore=True and the experts do not fit; nothing was changed.
@@ -435,6 +436,8 @@ class Runtime:
             del self._slab
             if fits if restore is None else restore:
                 modeling.attach_experts(self._model, self.store)
+                if self._device is not None:
+                    self._model.to("cpu")  # where its experts are now
                 self._guard.remove()  # else it stays, and refuses to save a model without experts
                 for module in self._model.modules():
                     module.__dict__.pop("_emoe", None)

@@ -63,7 +63,7 @@ def host_half(nvcc: str, folder: Path) -> tuple[str, list[str]]:
         "-std=c++20",
         "-O3",
         f"-I{ROOT / 'csrc'}",
-        "-arch=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
         "-Xcompiler",
         "-fPIC,-fvisibility=hidden",
     ]
@@ -98,7 +98,12 @@ def main() -> int:
         # Uncompressed: what nvcc 13 compresses with, drivers of CUDA 12.0 to 12.3 do not read.
         fatbin = folder / "gather_mlp.fatbin.c"
         run([tools / "fatbinary", "-64", "--compress=false", *images, f"--embedded-fatbin={fatbin}"])
-        registered = set(re.findall(r'"(_Z\w+)"', (folder / "gather_mlp.cudafe1.stub.c").read_text()))
+        stub = (folder / "gather_mlp.cudafe1.stub.c").read_text()
+        registered = set(re.findall(r"\b(_ZN4emoe\w+)\s*,\s*\(?-1\)?", stub))
+        if not registered:
+            raise SystemExit(
+                f"no kernel is registered in nvcc's stubs, or not in the way this script knows:\n{stub[-2000:]}"
+            )
         for arch in args.archs:
             image = (folder / f"sm_{arch}.cubin").read_bytes()
             missing = [kernel for kernel in registered if b".text." + kernel.encode() + b"\0" not in image]
