@@ -83,6 +83,10 @@ void switch_to(Lane* lane) {
 }
 
 void lane_main() {
+#ifdef EMU_ASAN
+    // Only the first time: a fiber that comes back for another block returns inside to_scheduler(), which says so.
+    __sanitizer_finish_switch_fiber(nullptr, &current->block->asan_bottom, &current->block->asan_size);
+#endif
     for (;;) {
         Lane* lane;
         Block* block;
@@ -93,9 +97,6 @@ void lane_main() {
             block = lane->block;
             body = block->body;
         }
-#ifdef EMU_ASAN
-        __sanitizer_finish_switch_fiber(lane->asan_fake, &block->asan_bottom, &block->asan_size);
-#endif
         acquire(block->start);
         (*body)();
         release(block->end);
@@ -181,7 +182,8 @@ void to_scheduler() {
 #endif
     emu_switch_stack(&lane->stack_pointer, block->stack_pointer);
 #ifdef EMU_ASAN
-    __sanitizer_finish_switch_fiber(lane->asan_fake, &block->asan_bottom, &block->asan_size);
+    // The lane may have been given to another block meanwhile.
+    __sanitizer_finish_switch_fiber(lane->asan_fake, &lane->block->asan_bottom, &lane->block->asan_size);
 #endif
 }
 
