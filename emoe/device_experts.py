@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,7 @@ class DeviceExperts:
         load, on_cpu = self._decide(layer, loader, index, wanted)
         slot_of = self._slot_of
         with self._device.call(self._mlp, self._slab, hidden, index, weights) as call:
-            held: AbstractContextManager[Any] = closing(loader.rounds(layer, load)) if load else nullcontext([])
-            with held as rounds:
+            with closing(loader.rounds(layer, load)) as rounds:
                 for group in rounds:
                     slot_of.fill(-1)
                     for expert, slot in group:

@@ -65,6 +65,16 @@ def test_exact_decode_on_the_device_gives_the_tokens_of_the_cpu(device, checkpoi
     model.emoe.close(restore=False)
 
 
+def test_resident_routing_on_the_device_gives_the_tokens_of_the_cpu(device, checkpoint, prompt):
+    results = []
+    for where in ("cpu", device):
+        model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, routing="resident", device=where)
+        results.append(generate(model, prompt))
+        assert model.emoe.stats()["evictions"] == 0
+        model.emoe.close(restore=False)
+    assert results[0] == results[1]
+
+
 def test_decode_on_the_device_is_bit_identical_between_budgets(device, checkpoint, prompt):
     results = []
     for budget in (0.01, 0.5, 1.0):
