@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
 
-.PHONY: demo test build lint format native-test system clean emulated cuda-mutants wheels gpu-acceptance
+.PHONY: cuda-test demo test build lint format native-test system clean emulated cuda-mutants wheels gpu-acceptance
 
 demo: build
 	$(BIN)/emoe demo
@@ -49,6 +49,11 @@ native-test: build
 # The CUDA part on the fake runtime, so that python_tests/test_device.py runs; needs CUDA's headers, no GPU.
 emulated: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh
+
+# The CUDA part under host emulation, plain and under sanitizers, some minutes; then what device tests need.
+cuda-test: emulated
+	PATH="$(CURDIR)/$(BIN):$$PATH" EMOE_TEST_CUDA=1 bash scripts/native_tests.sh
+	$(BIN)/python -m pytest python_tests/test_device.py
 
 cuda-mutants: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py

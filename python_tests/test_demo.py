@@ -309,9 +309,9 @@ def test_the_demo_model_is_nearly_as_good_as_the_dense_one_and_owes_it_to_its_ro
     own, reference = quality.perplexity(model, rows), quality.perplexity(dense, rows)
     with quality.random_routing(model):
         drawn = quality.perplexity(model, rows)
-    # The targets are 1.4 on some 16,000 tokens (docs/demo_model.md); on these 1,500 they scatter by about a tenth.
+    # 1.34 and 1.38 on 8,192 tokens (docs/demo_model.md); on the 1,280 here figures scatter by a tenth (own: 1.43).
     assert own <= 1.4 * 1.1 * reference
-    assert drawn >= 1.4 / 1.1 * own
+    assert drawn >= 1.25 * own
 
 
 @pytest.mark.slow

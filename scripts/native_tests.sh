@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds csrc/tests three times (plain, AddressSanitizer + UBSan, ThreadSanitizer) and runs them.
 # scripts/native_tests.sh [plain|address|thread ...]    all three unless named
+# EMOE_TEST_CUDA=1 adds the CUDA part under host emulation (make cuda-test).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 declare -A SANITIZE=([plain]="" [address]="address;undefined" [thread]="thread")
@@ -18,11 +19,14 @@ done
 run=()
 if setarch "$(uname -m)" -R true 2>/dev/null; then run=(setarch "$(uname -m)" -R); fi
 
+skip=(-E '^test_cuda')
+if [[ ${EMOE_TEST_CUDA:-0} == 1 ]]; then skip=(); fi
+
 for kind in "$@"; do
   folder=build/native-tests-$kind
   echo "== $kind"
   cmake -G Ninja -S . -B "$folder" -DEMOE_TESTS=ON -DEMOE_CUDA=0 -DEMOE_SANITIZE="${SANITIZE[$kind]}" \
     -DCMAKE_BUILD_TYPE=Release >/dev/null
   cmake --build "$folder" -- --quiet
-  "${run[@]}" ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 300 -j 2
+  "${run[@]}" ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 300 -j 2 "${skip[@]}"
 done

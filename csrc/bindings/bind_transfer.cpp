@@ -34,6 +34,14 @@ std::int64_t add_record(RecordTable& table, const std::vector<PieceTuple>& tuple
     return table.add_record(std::move(pieces));
 }
 
+std::shared_ptr<Reader> make_reader(const std::string& kind, bool direct) {
+    std::shared_ptr<Reader> reader = io::make_reader(kind, direct);
+    if (const std::string note = reader->note(); !note.empty()) {
+        py::module_::import("logging").attr("getLogger")("emoe").attr("warning")("emoe: %s", note);
+    }
+    return reader;
+}
+
 py::dict stats(const TransferQueue& queue) {
     const TransferStats s = queue.stats();
     py::dict result;
@@ -78,8 +86,9 @@ void bind_transfer(py::module_& module) {
         .def_property_readonly("name", &Reader::name)
         .def_property_readonly("direct", &Reader::direct, "False once a file system has refused O_DIRECT.")
         .def_property_readonly("note", &Reader::note, "Why it is not what was preferred, or \"\".");
-    module.def("make_reader", &io::make_reader, arg("kind") = "auto", arg("direct") = true,
-               "A reader: \"auto\", \"uring\" or \"pread\". ConfigError; BackendUnavailable.");
+    module.def(
+        "make_reader", &make_reader, arg("kind") = "auto", arg("direct") = true,
+        "A reader: \"auto\", \"uring\" or \"pread\". Logs where auto falls back. ConfigError; BackendUnavailable.");
     module.def(
         "FaultyReader",
         [](std::shared_ptr<Reader> reader, std::int64_t fail_at, int error_number, std::int64_t short_at,

@@ -112,7 +112,9 @@ struct DeviceProblem {
         CHECK(std::all_of(after.end() - kGuard, after.end(), [](std::uint8_t value) { return value == 0xFF; }));
         return host;
     }
-    std::vector<float> run(const std::vector<std::int32_t>& table) { return run(std::vector<std::vector<std::int32_t>>{table}); }
+    std::vector<float> run(const std::vector<std::int32_t>& table) {
+        return run(std::vector<std::vector<std::int32_t>>{table});
+    }
 };
 
 inline std::vector<float> run_on_device(const Problem& p) { return DeviceProblem(p).run(p.slot_of); }
