@@ -177,7 +177,8 @@ void to_scheduler() {
 #endif
     emu_switch_stack(&lane->stack_pointer, block->stack_pointer);
 #ifdef EMU_ASAN
-    __sanitizer_finish_switch_fiber(lane->asan_fake, &block->asan_bottom, &block->asan_size);
+    // The lane may have been given to another block meanwhile.
+    __sanitizer_finish_switch_fiber(lane->asan_fake, &lane->block->asan_bottom, &lane->block->asan_size);
 #endif
 }
 
