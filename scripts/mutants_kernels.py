@@ -85,7 +85,7 @@ EDITS = [
     (
         "tiles: columns past the matrix are loaded",
         TILES,
-        "        return row < 2 * shape.intermediate ? row : -1;\n",
+        "        return row < (kDown ? shape.hidden_out : shape.intermediate) ? row : -1;\n",
         "        return row;\n",
         False,
     ),
@@ -123,13 +123,6 @@ EDITS = [
         ROWS,
         "first + q < local.total ? first + q : local.total - 1;",
         "first + q;",
-        False,
-    ),
-    (
-        "rows: columns past the block are read",
-        ROWS,
-        "    if (l < local.total) {\n",
-        "    if (l < Cut::kLocal) {\n",
         False,
     ),
     ("rows: rows past the tile are read", ROWS, "(r < tile.rows ? r : tile.rows - 1)", "r", False),
