@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from emoe.errors import ConfigError
 from emoe.predictor import UNKNOWN_TASK
 from emoe.predictor.next_use import NextUse, walk
+from emoe.predictor.refresh import Refresh
 from emoe.predictor.table import Recent, TaskTable
 from emoe.replay import residency, rows
 from emoe.replay.counts import Counts
@@ -88,7 +89,7 @@ def _slack(slots: int, top_k: int, share: float) -> int:
 
 
 def _base(trace: Trace, predictor: TaskTable | Recent, slots: int, slack: int, options: Options) -> Outcome:
-    refresh = residency.Refresh(options.period, options.offset)
+    refresh = Refresh(options.period, options.offset)
     counts = residency.run_base(trace, predictor, slots, slack, refresh)
     return Outcome(counts, "load" if slack else "substitute", refresh.count)
 
