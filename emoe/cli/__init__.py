@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "say what fits into a budget, before anything is loaded",
     "demo": "build a small model and run it with a quarter of its experts in memory",
     "doctor": "say what was built, what this machine offers, and what is missing",
+    "analyze": "report on routing: correlations, periods, hit rates, overlap of tasks, a timeline",
     "replay": "score eviction policies on a recorded routing trace",
 }
 EXIT_MISSING = 1
