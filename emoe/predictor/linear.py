@@ -21,26 +21,35 @@ from emoe.trace import Trace
 
 Floats = NDArray[np.float32]
 
-STAGES = (0, 2, 5, 12, 30, 75, 200)  # tokens of a prompt seen; each has weights of its own, between them is interpolated
+STAGES = (
+    0,
+    2,
+    5,
+    12,
+    30,
+    75,
+    200,
+)  # tokens of a prompt seen; each has weights of its own, between them is interpolated
 RANK = 32
 RIDGES = (0.03, 0.3, 3.0)  # of a projection's mean square; the fit takes the best on prompts it has not seen
 _FOLDS = 4
 _PRIOR_TOKENS = 16.0  # the task's table counts like this many tokens of the prompt
-_PRIOR_PROMPTS = 3.0  # and like this many past prompts
-_KEEP_TASK, _KEEP_ANY = 0.9, 0.8  # of a past prompt's weight, from one prompt to the next
+_PRIOR_PROMPTS = 1.0  # and like so many past prompts
+_KEEP_TASK, _KEEP_ANY = 0.95, 0.8  # of a past prompt's weight, from one prompt to the next
 _VECTORS = 4
 _FEWEST = 8  # prompts that a stage is fitted on
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the fit finds, for prompts of a known [0] and an unknown [1] task.
+    """What the fit finds.
 
     Attributes:
         stages: [S] tokens seen, ascending from 0.
-        shares: [2, S, 4] factors of the vectors themselves.
+        shares: [2, S, 4] factors of the vectors themselves, for prompts of a known [0] and an unknown [1] task.
         mean, basis: [D] and [r, D], the directions in which prompts differ; D is layers times experts.
-        mixing: [2, S, r, 4 r + 1] from the projected vectors, and 1, to a correction in those directions.
+        mixing: [S, r, 4 r + 1] from the projected vectors, and 1, to a correction in those directions. Known tasks alone:
+            what holds between the directions of some tasks is wrong for another (it cost 4 to 9 points of recall).
     """
 
     stages: Floats
@@ -65,10 +74,8 @@ class LowRankLinear:
         self._uses = np.zeros((L, E), dtype=np.int64)
         self._task = UNKNOWN_TASK
         self._tokens = 0
-        self._picks = np.zeros((len(table.frequency) + 1, L, 1), dtype=np.float32)
         self._vectors = np.zeros((_VECTORS, L * E), dtype=np.float32)
         self._projected = np.ones(_VECTORS * len(weights.basis) + 1, dtype=np.float32)
-        self._begun = False
         self._prepare()
 
     @property
@@ -94,24 +101,25 @@ class LowRankLinear:
         present = self._vectors[1]
         np.add(self._uses.reshape(-1), _PRIOR_TOKENS * self._vectors[0], out=present)
         present /= self._tokens + _PRIOR_TOKENS
-        self._projected[r : 2 * r] = weights.basis @ (present - weights.mean)
         low, high, t = _between(weights.stages, self._tokens)
-        shares, mixing = weights.shares[self._unknown], weights.mixing[self._unknown]
-        mixed = (1 - t) * shares[low] + t * shares[high]
-        correction = (1 - t) * (mixing[low] @ self._projected) + t * (mixing[high] @ self._projected)
-        scores = mixed @ self._vectors + correction @ weights.basis
+        shares, mixing = weights.shares[int(self._task == UNKNOWN_TASK)], weights.mixing
+        scores: Floats = ((1 - t) * shares[low] + t * shares[high]) @ self._vectors
+        if self._task != UNKNOWN_TASK:
+            self._projected[r : 2 * r] = weights.basis @ (present - weights.mean)
+            correction = (1 - t) * (mixing[low] @ self._projected) + t * (mixing[high] @ self._projected)
+            scores += correction @ weights.basis
         return np.maximum(scores, 0, out=scores).reshape(self._uses.shape)
 
     def _prepare(self) -> None:
         """What stays the same while a prompt runs."""
         r = len(self._weights.basis)
-        self._unknown = int(self._task == UNKNOWN_TASK)
         prior = self.table.of(self._task).reshape(-1)
         self._vectors[0] = prior
         self._vectors[2], self._vectors[3] = self._past.of(self._task, prior)
-        for vector in (0, 2, 3):
-            part = self._weights.basis @ (self._vectors[vector] - self._weights.mean)
-            self._projected[vector * r : (vector + 1) * r] = part
+        if self._task != UNKNOWN_TASK:
+            for vector in (0, 2, 3):
+                part = self._weights.basis @ (self._vectors[vector] - self._weights.mean)
+                self._projected[vector * r : (vector + 1) * r] = part
 
     def save(self, path: str | Path) -> None:
         """Writes a .safetensors file."""
@@ -134,7 +142,7 @@ class LowRankLinear:
             "shares": (2, S, _VECTORS),
             "mean": (D,),
             "basis": (r, D),
-            "mixing": (2, S, r, _VECTORS * r + 1),
+            "mixing": (S, r, _VECTORS * r + 1),
             "frequency": (len(names), *frequency.shape[1:]),
         }
         for name, shape in shapes.items():
@@ -158,28 +166,33 @@ class LowRankLinear:
         table = TaskTable.profile(trace)
         samples = _Samples.gather(trace, table)
         if len(samples.rates) < _FEWEST:
-            raise TraceError(f"fitting a linear predictor needs {_FEWEST} prompts, the profile has {len(samples.rates)}")
+            raise TraceError(
+                f"fitting a linear predictor needs {_FEWEST} prompts, the profile has {len(samples.rates)}"
+            )
         mean = samples.rates.mean(axis=0)
         directions = np.linalg.svd(samples.rates - mean, full_matrices=False)[2]
         basis = np.ascontiguousarray(directions[: min(rank, len(samples.rates) - 1)], dtype=np.float32)
-        fitted = []
+        stages, shares, mixing = [], [], []
         for stage in STAGES:
             if stage and samples.longer_than(stage).sum() < _FEWEST:
                 break
-            fitted.append([_fit_stage(samples.at(stage, unknown), mean, basis) for unknown in (False, True)])
+            known, unknown = samples.at(stage, False), samples.at(stage, True)
+            stages.append(stage)
+            shares.append((_fit_shares(*known), _fit_shares(*unknown)))
+            mixing.append(_fit_mixing(*known, shares[-1][0], mean, basis))
         return cls(
             table,
             Weights(
-                stages=np.array(STAGES[: len(fitted)], dtype=np.float32),
-                shares=np.array([[each[kind][0] for each in fitted] for kind in (0, 1)], dtype=np.float32),
+                stages=np.array(stages, dtype=np.float32),
+                shares=np.array(shares, dtype=np.float32).transpose(1, 0, 2).copy(),
                 mean=mean.astype(np.float32),
                 basis=basis,
-                mixing=np.array([[each[kind][1] for each in fitted] for kind in (0, 1)], dtype=np.float32),
+                mixing=np.array(mixing, dtype=np.float32),
             ),
         )
 
 
-_SHAPES = {"stages": 1, "shares": 3, "mean": 1, "basis": 2, "mixing": 4}
+_SHAPES = {"stages": 1, "shares": 3, "mean": 1, "basis": 2, "mixing": 3}
 
 
 class _Past:
@@ -209,7 +222,7 @@ class _Samples:
 
     picks: list[NDArray[np.integer]]
     experts: int
-    tokens: NDArray[np.float32]  # [P]
+    tokens: Floats  # [P]
     rates: Floats  # [P, D] uses per token
     priors: tuple[Floats, Floats]  # [P, D] the tables shown: of the task without this prompt, of the other tasks
     pasts: tuple[tuple[Floats, Floats], tuple[Floats, Floats]]  # [P, D] of the task and of any, with either prior
@@ -222,7 +235,9 @@ class _Samples:
         uses = np.array([count(each.picks, trace.num_experts).reshape(-1) for each in every], dtype=np.float32)
         rates = uses / tokens[:, None]
         priors = (_without_own(uses, tokens, task), _of_others(table, task))
-        pasts = tuple(tuple(np.array(part) for part in zip(*_walk(rates, task, prior), strict=True)) for prior in priors)
+        pasts = tuple(
+            tuple(np.array(part) for part in zip(*_walk(rates, task, prior), strict=True)) for prior in priors
+        )
         return cls([each.picks for each in every], trace.num_experts, tokens, rates, priors, pasts)  # type: ignore[arg-type]
 
     def longer_than(self, stage: int) -> NDArray[np.bool_]:
@@ -267,33 +282,31 @@ def _walk(rates: Floats, task: NDArray[np.integer], priors: Floats) -> Iterator[
         past.add(number, each)
 
 
-def _fit_stage(sample: tuple[Floats, Floats], mean: Floats, basis: Floats) -> tuple[Floats, Floats]:
-    """Factors [4] of the vectors and mixing [r, 4 r + 1] of their projections, both by ridge regression."""
-    vectors, left = sample
+def _fit_shares(vectors: Floats, left: Floats) -> Floats:
+    """[4] factors of the vectors."""
     gram = np.einsum("pid,pjd->ij", vectors, vectors, optimize=True).astype(np.float64)
     moment = np.einsum("pid,pd->i", vectors, left, optimize=True)
     # Two vectors may be the same (nothing was seen, no prompt was before): the ridge shares between them.
-    shares = np.linalg.solve(gram + 1e-4 * np.trace(gram) * np.eye(_VECTORS), moment).astype(np.float32)
-    residual = (left - np.einsum("i,pid->pd", shares, vectors)) @ basis.T  # [P, r]
-    projected = ((vectors - mean) @ basis.T).reshape(len(vectors), -1)
-    projected = np.concatenate([projected, np.ones((len(projected), 1), dtype=np.float32)], axis=1)
-    return shares, _ridge(projected, residual)
+    return np.linalg.solve(gram + 1e-4 * np.trace(gram) * np.eye(_VECTORS), moment).astype(np.float32)
 
 
-def _ridge(inputs: Floats, targets: Floats) -> Floats:
-    """[r, 4 r + 1]; none at all where no ridge helps on prompts that were left out."""
-    P = len(inputs)
+def _fit_mixing(vectors: Floats, left: Floats, shares: Floats, mean: Floats, basis: Floats) -> Floats:
+    """[r, 4 r + 1] of the projections; zero where no ridge helps on prompts that were left out."""
+    targets = (left - np.einsum("i,pid->pd", shares, vectors)) @ basis.T  # [P, r]
+    inputs = ((vectors - mean) @ basis.T).reshape(len(vectors), -1)
+    inputs = np.concatenate([inputs, np.ones((len(inputs), 1), dtype=np.float32)], axis=1)
     scale = float((inputs[:, :-1] ** 2).sum(axis=1).mean())
-    fold = np.arange(P) % _FOLDS
+    fold = np.arange(len(inputs)) % _FOLDS
     errors = {np.inf: float((targets**2).sum())}
     for ridge in RIDGES:
-        left_out = 0.0
+        errors[ridge] = 0.0
         for each in range(_FOLDS):
             weights = _solve(inputs[fold != each], targets[fold != each], ridge * scale)
-            left_out += float(((targets[fold == each] - inputs[fold == each] @ weights.T) ** 2).sum())
-        errors[ridge] = left_out
+            errors[ridge] += float(((targets[fold == each] - inputs[fold == each] @ weights.T) ** 2).sum())
     best = min(errors, key=lambda ridge: errors[ridge])
-    return np.zeros((targets.shape[1], inputs.shape[1])) if best == np.inf else _solve(inputs, targets, best * scale)
+    if best == np.inf:
+        return np.zeros((targets.shape[1], inputs.shape[1]), dtype=np.float32)
+    return _solve(inputs, targets, best * scale)
 
 
 def _solve(inputs: Floats, targets: Floats, ridge: float) -> Floats:

@@ -97,11 +97,15 @@ class Recent:
         self._prompts = prompts
         self._keep = float(np.exp(-1.0 / prompts))
         self._uses = np.zeros((layers, experts), dtype=np.float64)
+        self._observed = False
 
     def begin(self, task: int) -> None:
-        self._uses *= self._keep
+        if self._observed:  # a beginning that no token followed was no prompt
+            self._uses *= self._keep
+        self._observed = False
 
     def observe(self, picks: NDArray[np.integer]) -> None:
+        self._observed = True
         self._uses += count(picks, self._uses.shape[1])
 
     def rank(self) -> NDArray[np.float64]:
