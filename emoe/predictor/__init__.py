@@ -22,7 +22,12 @@ UNKNOWN_TASK = -1
 # kind in a file's metadata -> where its class is; modules are imported when asked for.
 KINDS = {
     "task-table": ("emoe.predictor.table", "TaskTable"),
+    "global-table": ("emoe.predictor.table", "GlobalTable"),
+    "across-layers": ("emoe.predictor.across", "AcrossLayers"),
+    "across-requests": ("emoe.predictor.across", "AcrossRequests"),
     "next-use": ("emoe.predictor.next_use", "NextUse"),
+    "linear": ("emoe.predictor.linear", "LowRankLinear"),
+    "xlnet": ("emoe.predictor.sequence", "SequenceModel"),
 }
 # Without a file.
 MADE = {

@@ -1,7 +1,7 @@
-"""A low-rank linear map from what is known of a prompt to the experts it will use: fitted in closed form, well under 1 ms.
+"""A low-rank linear map from what is known of a prompt to the experts it will use: fitted in closed form, under 1 ms.
 
-Answers the third open question of arXiv 2503.06823 (something cheaper than a sequence model). Knows four vectors over all
-layers and experts: the task's table, the present prompt so far, past prompts of this task, past prompts of any.
+Answers the third open question of arXiv 2503.06823, something cheaper than a sequence model. It knows four vectors over
+all layers and experts: the task's table, the present prompt so far, past prompts of this task, past prompts of any.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Weights:
         stages: [S] tokens seen, ascending from 0.
         shares: [2, S, 4] factors of the vectors themselves, for prompts of a known [0] and an unknown [1] task.
         mean, basis: [D] and [r, D], the directions in which prompts differ; D is layers times experts.
-        mixing: [S, r, 4 r + 1] from the projected vectors, and 1, to a correction in those directions. Known tasks alone:
-            what holds between the directions of some tasks is wrong for another (it cost 4 to 9 points of recall).
+        mixing: [S, r, 4 r + 1] from the projected vectors, and 1, to a correction in those directions. Known tasks
+            alone: what holds between the directions of some tasks is wrong for another (4 to 9 points of recall).
     """
 
     stages: Floats
@@ -87,7 +87,7 @@ class LowRankLinear:
 
     def begin(self, task: int) -> None:
         if self._tokens:
-            self._past.add(self._task, self._uses.reshape(-1) / np.float32(self._tokens))
+            self._past.add(self._task, (self._uses.reshape(-1) / self._tokens).astype(np.float32))
         self._task, self._tokens = task, 0
         self._uses[:] = 0
         self._prepare()
@@ -252,7 +252,8 @@ class _Samples:
         present = (seen + _PRIOR_TOKENS * prior) / (stage + _PRIOR_TOKENS)
         tokens = self.tokens[mine, None]
         left = (self.rates[mine] * tokens - seen) / (tokens - stage)
-        return np.stack([prior, present, *past], axis=1), left
+        vectors = np.stack([prior, present, *past], axis=1)
+        return vectors.astype(np.float32, copy=False), left.astype(np.float32, copy=False)
 
 
 def _without_own(uses: Floats, tokens: Floats, task: NDArray[np.integer]) -> Floats:
@@ -292,7 +293,7 @@ def _fit_shares(vectors: Floats, left: Floats) -> Floats:
 
 def _fit_mixing(vectors: Floats, left: Floats, shares: Floats, mean: Floats, basis: Floats) -> Floats:
     """[r, 4 r + 1] of the projections; zero where no ridge helps on prompts that were left out."""
-    targets = (left - np.einsum("i,pid->pd", shares, vectors)) @ basis.T  # [P, r]
+    targets: Floats = (left - np.einsum("i,pid->pd", shares, vectors)) @ basis.T  # [P, r]
     inputs = ((vectors - mean) @ basis.T).reshape(len(vectors), -1)
     inputs = np.concatenate([inputs, np.ones((len(inputs), 1), dtype=np.float32)], axis=1)
     scale = float((inputs[:, :-1] ** 2).sum(axis=1).mean())
@@ -306,7 +307,7 @@ def _fit_mixing(vectors: Floats, left: Floats, shares: Floats, mean: Floats, bas
     best = min(errors, key=lambda ridge: errors[ridge])
     if best == np.inf:
         return np.zeros((targets.shape[1], inputs.shape[1]), dtype=np.float32)
-    return _solve(inputs, targets, best * scale)
+    return _solve(inputs.astype(np.float32), targets.astype(np.float32), best * scale)
 
 
 def _solve(inputs: Floats, targets: Floats, ridge: float) -> Floats:

@@ -72,7 +72,9 @@ def evaluate(
     predictor = predictor.anew()
     before = np.zeros((len(chosen), 2))
     after = np.zeros((len(chosen), 2))
-    predicted, observed, rank_s, observe_s = [], [], [], []
+    predicted, observed = [], []
+    rank_s: list[float] = []
+    observe_s: list[float] = []
     number = 0
     for prompt in prompts(trace, predictor.names):
         predictor.begin(prompt.task)
@@ -157,7 +159,7 @@ def _rates(scores: NDArray[np.floating], uses: NDArray[np.integer], tokens: int)
 
 
 def _calibration(predicted: NDArray[np.float64], observed: NDArray[np.float64]) -> float:
-    """Over bins of equally many predictions, lowest to highest: sum of |mean predicted - mean observed|, over all uses."""
+    """In bins of equally many predictions, lowest to highest: |predicted - observed| uses, summed, over all uses."""
     order = np.argsort(predicted, kind="stable")
     gaps = [abs(float(predicted[part].sum() - observed[part].sum())) for part in np.array_split(order, _BINS)]
     return sum(gaps) / max(float(observed.sum()), 1e-12)

@@ -82,6 +82,55 @@ class TaskTable:
             raise CheckpointError(f"{path}: not a task table: {error}", file=str(path)) from error
 
 
+class GlobalTable:
+    """Uses of each expert per token, whatever the task.
+
+    Args:
+        frequency: [L, E] uses per token.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, frequency: NDArray[np.float32]) -> None:
+        self.frequency = frequency
+
+    @classmethod
+    def profile(cls, trace: Trace) -> GlobalTable:
+        """Counts a trace.
+
+        Raises:
+            TraceError: it has no tokens.
+        """
+        if not trace.tokens:
+            raise TraceError("a trace without tokens gives no table")
+        return cls((count(trace.experts, trace.num_experts) / trace.tokens).astype(np.float32))
+
+    def begin(self, task: int) -> None:
+        """A table does not learn."""
+
+    def observe(self, picks: NDArray[np.integer]) -> None:
+        """A table does not learn."""
+
+    def rank(self) -> NDArray[np.float32]:
+        return self.frequency
+
+    def anew(self) -> GlobalTable:
+        return GlobalTable(self.frequency)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a .safetensors file."""
+        files.write(path, "global-table", {"frequency": self.frequency}, {})
+
+    @classmethod
+    def load(cls, path: str | Path) -> GlobalTable:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is something else.
+        """
+        return cls(files.read(path, "global-table", {"frequency": 2})[0]["frequency"])
+
+
 class Recent:
     """Uses in the last prompts, whatever their task; older prompts fade.
 
