@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "say what was built, what this machine offers, and what is missing",
     "analyze": "report on routing: correlations, periods, hit rates, overlap of tasks, a timeline",
     "replay": "score eviction policies on a recorded routing trace",
+    "profile": "learn to tell tasks apart, or measure how much each needs its own experts",
 }
 EXIT_MISSING = 1
 EXIT_ERROR = 2
