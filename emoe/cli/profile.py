@@ -44,9 +44,9 @@ examples:
   emoe profile sensitivity --prompts prompts.jsonl --model ./Qwen3-30B-A3B --out sensitivity.json
   emoe profile sensitivity --prompts prompts.jsonl --model MODEL --out s.json --stride 3 --prompts-per-task 4 --json
 
-The model answers each prompt; then its first 1, 2, ... layers are routed at random and the likelihoods of the answer's
-tokens are compared. Layers up to which they stay --threshold similar are insensitive for the task. Every expert is used,
-so give the model all the memory there is. Ctrl-C stops; nothing is written then.
+The model answers each prompt; then its first 1, 2, ... layers are routed at random and its next-token distributions
+along the answer are compared. Layers up to which they stay --threshold similar are insensitive for the task. Every
+expert is used, so give the model all the memory there is. Ctrl-C stops; nothing is written then.
 """
 
 

@@ -1,4 +1,4 @@
-"""Sensitivity while serving: per task, logit change per substituted router mass, from a few probed requests. Numbers only.
+"""Sensitivity while serving: per task, logit change per substituted router mass, from probed requests. Numbers only.
 
 Needs no offline profile. What is observed comes from `probe` or from any engine that can evaluate a request twice.
 """
@@ -48,8 +48,8 @@ class OnlineSensitivity:
     """Collects observations and ranks tasks.
 
     Args:
-        share: of each task's requests that are to be probed (`due`), over 0 and up to 1. A probe costs two forwards over
-            the request's tokens.
+        share: of each task's requests that are to be probed (`due`), over 0 and up to 1. A probe costs two forwards
+            over the request's tokens.
 
     Raises:
         ConfigError: the share is out of its range.
@@ -72,7 +72,7 @@ class OnlineSensitivity:
         """Takes one request's observation.
 
         Args:
-            substituted_mass: mean share of router mass that was substituted, 0 to 1. A request without any says nothing.
+            substituted_mass: mean share of router mass that was substituted, 0 to 1. One without any says nothing.
             logit_change: how far the output moved, at least 0: mean total variation distance of next-token
                 distributions (`probe`), or any other measure, the same for all tasks.
 

@@ -42,9 +42,9 @@ class Prober:
     """Probes requests of one model.
 
     On a model with a runtime in mode `resident` or `biased`, the substituted pass is the mode as it is, with what is
-    resident now; its rows are counted like a request's. The exact pass then reads what is missing: that moves experts in
-    the cache, so probe a few percent of the requests. Elsewhere the substituted pass goes through a residency drawn at
-    random, mode `resident`; the n-th probe of every task draws the same one, so that tasks are compared on equal terms.
+    resident now; its rows are counted like a request's. The exact pass then reads what is missing: that moves experts
+    in the cache, so probe a few percent of the requests. Elsewhere the substituted pass goes through a residency drawn
+    at random, mode `resident`; the n-th probe of every task draws the same one, so that tasks are compared alike.
 
     Args:
         model: a Transformers model whose routers emoe recognises, with or without a runtime.
@@ -79,17 +79,15 @@ class Prober:
         Args:
             input_ids: [T] or [1, T] of the request: its prompt, and its answer where there is one; at least 2 tokens.
             task: its task.
-            prompt_tokens: how many of them are the prompt. Outputs are compared from its last token on: over the answer,
-                which is what a user sees. 1 compares everywhere, for a request without an answer.
+            prompt_tokens: how many of them are the prompt. Outputs are compared from its last token on, which is
+                the answer, that a user sees. 1 compares everywhere, for a request without an answer.
 
         Raises:
             ConfigError: too few tokens, or a prompt that leaves no position to compare.
         """
         row = [int(token) for token in torch.as_tensor(input_ids).reshape(-1)]
         if not 1 <= prompt_tokens < len(row):
-            raise ConfigError(
-                f"prompt_tokens={prompt_tokens} of {len(row)} tokens; one or more have to follow the prompt"
-            )
+            raise ConfigError(f"prompt_tokens={prompt_tokens} of {len(row)} tokens; a token has to follow the prompt")
         if self._drawn is not None:
             number = self._probes.get(task, 0)
             self._probes[task] = number + 1

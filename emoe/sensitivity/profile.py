@@ -1,4 +1,4 @@
-"""The result of profiling: similarity by task and by layers routed at random, and what follows from it. Numbers only."""
+"""The result of profiling: similarity by task and layers routed at random, and what follows from it. Numbers only."""
 
 from __future__ import annotations
 

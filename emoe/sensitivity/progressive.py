@@ -1,4 +1,4 @@
-"""The offline profile of arXiv 2503.06823: the first 1, 2, ... L layers routed at random, outputs held against the untouched.
+"""The offline profile of arXiv 2503.06823: outputs with the first 1, 2, ... L layers at random against the untouched.
 
 Similarity is the overlap of next-token distributions at the positions of the untouched model's own greedy answer:
 the sum of min(p, q), which is one less their total variation distance.
@@ -44,8 +44,8 @@ def measure(
 ) -> SensitivityProfile:
     """Profiles a model: each sample is answered greedily once, then read again with ever more layers at random.
 
-    Costs a generation and about L / stride + 1 forwards of prompt and answer for each sample. All experts are used, so a
-    model inside a small budget reads nearly all of them at every forward.
+    Costs a generation and about L / stride + 1 forwards of prompt and answer for each sample. All experts are used, so
+    a model inside a small budget reads nearly all of them at every forward.
 
     Args:
         model: a Transformers model whose routers emoe recognises, with or without a budget; in mode `exact` if with.
@@ -120,10 +120,7 @@ def next_token_probabilities(model: Any, rows: Sequence[Sequence[int]], starts: 
 @contextmanager
 def random_layers(sites: Sequence[Site], depth: int, seed: int = 0) -> Iterator[None]:
     """In the block, tokens of the first `depth` layers go to experts drawn at random, with the router's own weights."""
-    handles = [
-        cast(nn.Module, site.module).register_forward_hook(_draw(seed * 1_000_003 + site.layer))
-        for site in sites[:depth]
-    ]
+    handles = [site.module.register_forward_hook(_draw(seed * 1_000_003 + site.layer)) for site in sites[:depth]]
     try:
         yield
     finally:

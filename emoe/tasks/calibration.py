@@ -91,8 +91,8 @@ class Confidence:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Confidence:
         """The inverse of `to_dict`."""
-        arrays = [np.array(values[name], dtype=np.float64) for name in ("mean", "scale", "weights")]
-        return cls(*arrays, float(values["offset"]))
+        mean, scale, weights = (np.array(values[name], dtype=np.float64) for name in ("mean", "scale", "weights"))
+        return cls(mean, scale, weights, float(values["offset"]))
 
 
 def _newton(x: Floats, right: NDArray[np.bool_], weight: Floats) -> tuple[Floats, float]:

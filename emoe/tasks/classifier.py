@@ -52,7 +52,7 @@ class Head(Protocol):
     """Evidence for tasks, from features: what is refitted for each held-out part."""
 
     def evidence(self, features: Sequence[Any]) -> tuple[Floats, Floats]:
-        """Of n texts: [n, N] log-likelihood of each task but for a constant, and [n, N] how much they are like its own."""
+        """Of n texts: [n, N] log-likelihood of each task but for a constant, and [n, N] likeness to its texts."""
 
 
 class TaskClassifier(ABC):
@@ -84,7 +84,7 @@ class TaskClassifier(ABC):
         """Features of each text; None for a text that has nothing to go by."""
 
     @abstractmethod
-    def _fit_head(self, features: Sequence[Any], labels: NDArray[np.int64], tasks: int) -> Head:
+    def _fit_head(self, features: list[Any], labels: NDArray[np.int64], tasks: int) -> Head:
         """Evidence from labelled features; each of the tasks has at least one."""
 
     @abstractmethod
@@ -103,8 +103,8 @@ class TaskClassifier(ABC):
     def fit(self, prompts: Sequence[str], tasks: Sequence[str]) -> TaskClassifier:
         """Learns from labelled prompts, and calibrates confidence on parts of them held out in turn.
 
-        Two things are held out: a quarter of the prompts, whose task the rest knows; and of that quarter one task, which
-        the rest then does not know. So unknown text has been seen before the first unknown prompt arrives.
+        Two things are held out: a quarter of the prompts, whose task the rest knows; and of that quarter one task,
+        which the rest then does not know. So unknown text has been seen before the first unknown prompt arrives.
 
         Args:
             prompts: texts; at least two of each task.
@@ -219,7 +219,7 @@ class TaskClassifier(ABC):
             raise CheckpointError(f"{path}: not a whole classifier: {error!r}", file=str(path)) from error
         return loaded
 
-    def _calibrate(self, features: Sequence[Any], labels: NDArray[np.int64]) -> None:
+    def _calibrate(self, features: list[Any], labels: NDArray[np.int64]) -> None:
         """Sets temperature and confidence from held-out prompts."""
         N = len(self.names)
         fold = _folds(labels, min(FOLDS, int(np.bincount(labels).min())))
@@ -227,14 +227,16 @@ class TaskClassifier(ABC):
         strange: list[tuple[Floats, Floats]] = []
         for number in range(int(fold.max()) + 1):
             inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-            head = self._fit_head([features[i] for i in inside], labels[inside], N)
-            known.append((*head.evidence([features[i] for i in outside]), labels[outside]))
+            head = self._fit_head(_rows(features, inside), labels[inside], N)
+            known.append((*head.evidence(_rows(features, outside)), labels[outside]))
+            if N == 2:  # a classifier of one task has no lead to judge by
+                continue
             for task in range(N):
                 others = inside[labels[inside] != task]
                 mine = outside[labels[outside] == task]
                 renamed = labels[others] - (labels[others] > task)
-                head = self._fit_head([features[i] for i in others], renamed, N - 1)
-                strange.append(head.evidence([features[i] for i in mine]))
+                head = self._fit_head(_rows(features, others), renamed, N - 1)
+                strange.append(head.evidence(_rows(features, mine)))
         evidence = np.concatenate([part[0] for part in known])
         truth = np.concatenate([part[2] for part in known])
         self._temperature = fit_temperature(evidence, truth)
@@ -242,6 +244,10 @@ class TaskClassifier(ABC):
         inputs = [signals(part[0], part[1]) for part in known] + [signals(*part) for part in strange]
         answers = np.concatenate([right, np.zeros(sum(len(part[0]) for part in strange), dtype=bool)])
         self._confidence = Confidence.fit(np.concatenate(inputs), answers)
+
+
+def _rows(features: list[Any], numbers: NDArray[np.intp]) -> list[Any]:
+    return [features[number] for number in numbers.tolist()]
 
 
 def _folds(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:

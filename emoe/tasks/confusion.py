@@ -80,7 +80,10 @@ class ConfusionMatrix:
     def __str__(self) -> str:
         """A table of counts: true tasks down, predicted ones across."""
         width = max(len(name) for name in ("true", *self.rows))
-        cells = [["true", *self.columns], *([name, *map(str, row)] for name, row in zip(self.rows, self.counts))]
+        cells = [
+            ["true", *self.columns],
+            *([name, *map(str, row)] for name, row in zip(self.rows, self.counts, strict=True)),
+        ]
         widths = [width, *(max(len(name), 4) for name in self.columns)]
         lines = [
             "  ".join(cell.ljust(size) if column == 0 else cell.rjust(size) for column, (cell, size) in enumerate(pair))

@@ -131,7 +131,7 @@ class EmbeddingClassifier(TaskClassifier):
         whole: NDArray[np.float32] = np.concatenate([part / (np.linalg.norm(part) + 1e-12) for part in parts])
         return whole
 
-    def _fit_head(self, features: Sequence[Any], labels: NDArray[np.int64], tasks: int) -> DiscriminantHead:
+    def _fit_head(self, features: list[Any], labels: NDArray[np.int64], tasks: int) -> DiscriminantHead:
         x = np.stack([each.along for each in features])
         rest = np.array([each.rest for each in features])
         counts = np.bincount(labels, minlength=tasks)

@@ -1,12 +1,12 @@
-"""Tasks by profiled keywords (arXiv 2503.06823, task extraction): words that a task's prompts have and others' have not.
+"""Tasks by profiled keywords (arXiv 2503.06823, task extraction): words that a task's prompts have more than others'.
 
-A word's weight is the log-odds of finding it in a prompt of the task against one of the others, under a prior of its rate
-over all tasks; only words whose log-odds stand out from their own error are kept (after Monroe, Colaresi and Quinn,
-"Fightin' Words", 2008, with prompts in the place of word tokens).
+A word's weight is the log-odds of its rate in the task's prompts against that in the others, under a prior of its rate
+in all; only words whose log-odds stand out from their own error count (Monroe and others, "Fightin' Words", 2008).
 """
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -21,7 +21,7 @@ from emoe.tasks.classifier import TaskClassifier
 
 MOST_WORDS = 30_000  # of the vocabulary, the most frequent ones
 MOST_CHARACTERS = 8_000  # of a text: its beginning and, of longer ones, its end
-PRIOR = 4.0  # prompts that the prior is worth
+PRIOR = 0.4  # words that the prior is worth, for each word of the vocabulary
 SIGNIFICANT = 2.0  # standard errors
 
 Floats = NDArray[np.float64]
@@ -44,11 +44,17 @@ def words(text: str) -> list[str]:
 
 
 class Words(NamedTuple):
-    """Words of one text: those in the vocabulary by number, how often each is there, and how many there are in all."""
+    """Words of one text. A word that is there n times weighs the root of n: once said, it is likely said again.
+
+    Attributes:
+        known: numbers of those in the vocabulary.
+        weights: theirs.
+        size: the sum over all words, known or not.
+    """
 
     known: NDArray[np.intp]
-    times: NDArray[np.float64]
-    count: int
+    weights: Floats
+    size: float
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,9 @@ class KeywordHead:
 
     def evidence(self, features: Sequence[Words]) -> tuple[Floats, Floats]:
         """Summed log-odds of the text's keywords, and their mean over all its words."""
-        total = np.stack([self.weights[:, each.known] @ np.sqrt(each.times) for each in features])
-        return total, total / np.array(
-            [[np.sqrt(each.times).sum() + each.count - each.times.sum()] for each in features]
-        )
+        total = np.stack([self.weights[:, each.known].astype(np.float64) @ each.weights for each in features])
+        sizes: Floats = np.array([[each.size] for each in features])
+        return total, total / sizes
 
 
 class KeywordClassifier(TaskClassifier):
@@ -104,12 +109,13 @@ class KeywordClassifier(TaskClassifier):
             return None
         known = sorted((self._numbers[word], times) for word, times in found.items() if word in self._numbers)
         numbers = np.array([number for number, _ in known], dtype=np.intp)
-        return Words(numbers, np.array([times for _, times in known], dtype=np.float64), found.total())
+        weights = np.sqrt(np.array([times for _, times in known], dtype=np.float64))
+        return Words(numbers, weights, sum(math.sqrt(times) for times in found.values()))
 
-    def _fit_head(self, features: Sequence[Any], labels: NDArray[np.int64], tasks: int) -> KeywordHead:
+    def _fit_head(self, features: list[Any], labels: NDArray[np.int64], tasks: int) -> KeywordHead:
         uses = np.zeros((tasks, len(self._numbers)))
         for feature, label in zip(features, labels, strict=True):
-            uses[label, feature.known] += np.sqrt(feature.times)
+            uses[label, feature.known] += feature.weights
         return KeywordHead(_log_odds(uses))
 
     def _state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -137,12 +143,17 @@ def _log_odds(uses: Floats) -> NDArray[np.float32]:
     Args:
         uses: [N, V] how often each task's prompts have the word.
     """
-    total = uses.sum(axis=1, keepdims=True)
-    prior = PRIOR * (uses / total).mean(axis=0) * len(uses[0]) / 10 + 0.01
+    # Every task's rates weigh the same in the prior, however much text it has.
+    rates = (uses / np.maximum(uses.sum(axis=1, keepdims=True), 1.0)).mean(axis=0)
+    prior = PRIOR * uses.shape[1] * rates + 0.01
     own = uses + prior
     others = uses.sum(axis=0) - uses + prior
-    odds = np.log(own / (own.sum(axis=1, keepdims=True) - own)) - np.log(
-        others / (others.sum(axis=1, keepdims=True) - others)
-    )
-    error = np.sqrt(1 / own + 1 / others)
-    return np.where(np.abs(odds) > SIGNIFICANT * error, odds, 0.0).astype(np.float32)
+    odds = _logit(own) - _logit(others)
+    significant = np.abs(odds) > SIGNIFICANT * np.sqrt(1 / own + 1 / others)
+    return np.where(significant, odds, 0.0).astype(np.float32)
+
+
+def _logit(counts: Floats) -> Floats:
+    """Of each column's share of its row."""
+    logit: Floats = np.log(counts / (counts.sum(axis=1, keepdims=True) - counts))
+    return logit
