@@ -68,7 +68,7 @@ def load(path: str | Path) -> ExpertPredictor:
     kind = files.kind(path)
     if kind not in KINDS:
         raise CheckpointError(f"{path}: predictor of kind {kind!r}, not one of: {', '.join(KINDS)}", file=str(path))
-    predictor: ExpertPredictor = _class(*KINDS[kind]).load(path)
+    predictor: ExpertPredictor = class_of(kind).load(path)
     return predictor
 
 
@@ -84,7 +84,7 @@ def make(name: str, **arguments: Any) -> ExpertPredictor:
     """
     if name not in MADE:
         raise ConfigError(f"predictor={name!r} is not one of: {', '.join(MADE)}")
-    predictor: ExpertPredictor = _class(*MADE[name])(**arguments)
+    predictor: ExpertPredictor = _load(*MADE[name])(**arguments)
     return predictor
 
 
@@ -95,5 +95,10 @@ def top(scores: NDArray[np.floating], count: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _class(module: str, name: str) -> Any:
+def class_of(kind: str) -> Any:
+    """The class of a kind in KINDS."""
+    return _load(*KINDS[kind])
+
+
+def _load(module: str, name: str) -> Any:
     return getattr(import_module(module), name)

@@ -118,7 +118,7 @@ class AcrossLayers:
         for layer in range(L - 1):
             pairs = (picks[layer][:, :, None] * (E + 1) + picks[layer + 1][:, None, :]).reshape(-1)
             together = np.bincount(pairs, minlength=(E + 1) ** 2).reshape(E + 1, E + 1)[:E, :E]
-            uses: Floats = T * np.expand_dims(rates[layer], 1)
+            uses = np.bincount(picks[layer].reshape(-1), minlength=E + 1)[:E, None]
             transitions[layer] = (together + _SMOOTHING * rates[layer + 1]) / (uses + _SMOOTHING)
         return cls(transitions, rates)
 
@@ -154,9 +154,9 @@ class AcrossRequests:
     def begin(self, task: int) -> None:
         if not self._tokens:  # no request was before, or it was only begun
             return
-        apart = (self._uses / np.float32(self._tokens) - self._mean).astype(np.float32).reshape(-1)
-        expected = self._share * apart + (self._mixing @ (self._basis @ apart)) @ self._basis
-        self._scores = np.maximum(self._mean + expected.reshape(self._mean.shape), 0)
+        apart: Floats = (self._uses / self._tokens - self._mean).astype(np.float32).reshape(-1)
+        expected: Floats = self._share * apart + (self._mixing @ (self._basis @ apart)) @ self._basis
+        self._scores = np.maximum(self._mean + expected.reshape(*self._mean.shape), 0)
         self._uses[:] = 0
         self._tokens = 0
 

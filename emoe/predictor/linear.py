@@ -211,9 +211,9 @@ class _Past:
     def of(self, task: int, prior: Floats) -> tuple[Floats, Floats]:
         """[D] each, of the task and of all; the prior stands in for prompts that were not."""
         total, weight = self._of_task.get(task, (np.float32(0), 0.0))
-        mine = (total + _PRIOR_PROMPTS * prior) / (weight + _PRIOR_PROMPTS)
+        mine: Floats = np.asarray((total + _PRIOR_PROMPTS * prior) / (weight + _PRIOR_PROMPTS), dtype=np.float32)
         total, weight = self._of_any
-        return mine, (total + prior) / (weight + 1)
+        return mine, np.asarray((total + prior) / (weight + 1), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,9 @@ class _Samples:
         seen = np.array([count(self.picks[i][:, :stage], self.experts).reshape(-1) for i in mine], dtype=np.float32)
         present = (seen + _PRIOR_TOKENS * prior) / (stage + _PRIOR_TOKENS)
         tokens = self.tokens[mine, None]
-        left = (self.rates[mine] * tokens - seen) / (tokens - stage)
-        vectors = np.stack([prior, present, *past], axis=1)
-        return vectors.astype(np.float32, copy=False), left.astype(np.float32, copy=False)
+        left: Floats = ((self.rates[mine] * tokens - seen) / (tokens - stage)).astype(np.float32)
+        vectors: Floats = np.stack([prior, present, *past], axis=1).astype(np.float32)
+        return vectors, left
 
 
 def _without_own(uses: Floats, tokens: Floats, task: NDArray[np.integer]) -> Floats:

@@ -158,7 +158,7 @@ class SequenceModel:
         return self._scores
 
     def _rates(self) -> Floats:
-        return self._uses / np.float32(max(self._tokens, 1)) if self._tokens else np.zeros_like(self._before)
+        return (self._uses / max(self._tokens, 1)).astype(np.float32)
 
     def anew(self) -> SequenceModel:
         return SequenceModel(self._network, self._shape, self.names)
