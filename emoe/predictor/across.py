@@ -147,15 +147,15 @@ class AcrossRequests:
             shapes = f"mean {list(mean.shape)}, basis {list(basis.shape)}, mixing {list(mixing.shape)}"
             raise TraceError(f"{shapes} do not fit together")
         self._mean, self._share, self._basis, self._mixing = mean, share, basis, mixing
-        self._uses = np.zeros(mean.shape, dtype=np.int64)
+        self._uses: NDArray[np.int64] = np.zeros(mean.shape, dtype=np.int64)
         self._tokens = 0
         self._scores = mean
 
     def begin(self, task: int) -> None:
         if not self._tokens:  # no request was before, or it was only begun
             return
-        apart: Floats = (self._uses / self._tokens - self._mean).astype(np.float32).reshape(-1)
-        expected: Floats = self._share * apart + (self._mixing @ (self._basis @ apart)) @ self._basis
+        apart: Floats = (self._uses / self._tokens - self._mean).reshape(self._mean.size).astype(np.float32)
+        expected: Floats = np.float32(self._share) * apart + (self._mixing @ (self._basis @ apart)) @ self._basis
         self._scores = np.maximum(self._mean + expected.reshape(*self._mean.shape), 0)
         self._uses[:] = 0
         self._tokens = 0
