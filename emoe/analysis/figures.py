@@ -16,6 +16,7 @@ DASHES = ("", "7 3", "2 3", "8 3 2 3")
 # Dark to light, equal steps in lightness (viridis at nine places).
 SCALE = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
 MISSING = "#dddddd"
+SHORT = 3  # letters of a label that is never written upwards
 FONT = "font-family='Helvetica,Arial,sans-serif' font-size='12'"
 
 
@@ -36,15 +37,23 @@ def curves(
     y_label: str,
     y_range: tuple[float, float] | None = None,
     x_ticks: Sequence[float] | None = None,
+    points: bool = True,
     width: int = 640,
     height: int = 340,
 ) -> str:
-    """Curves with points, a grid, and a legend at the right."""
+    """Curves with points, a grid, and a legend at the right where there are several.
+
+    Args:
+        y_range: ends of the axis; None for round numbers around the data.
+        x_ticks: where the axis has numbers; None for round ones.
+        points: mark them on the curve.
+    """
     left, top, bottom = 64, 14, 50
-    right = 24 + max(90, max(7 * len(each.name) for each in series) + 34)
-    points = [(x, y) for each in series for x, y in zip(each.x, each.y, strict=True) if math.isfinite(y)]
-    xs = [x for x, _ in points] or [0.0, 1.0]
-    ys = [y for _, y in points] or [0.0, 1.0]
+    legend = len(series) > 1
+    right = 24 + (max(90, max(7 * len(each.name) for each in series) + 34) if legend else 0)
+    known = [(x, y) for each in series for x, y in zip(each.x, each.y, strict=True) if math.isfinite(y)]
+    xs = [x for x, _ in known] or [0.0, 1.0]
+    ys = [y for _, y in known] or [0.0, 1.0]
     x_low, x_high = _spread(min(xs), max(xs))
     y_ticks = ticks(*(y_range or _padded(min(ys), max(ys))))
     y_low, y_high = (y_range[0], y_range[1]) if y_range else (y_ticks[0], y_ticks[-1])
@@ -74,10 +83,12 @@ def curves(
             _line([at(x, y) if math.isfinite(y) else None for x, y in zip(each.x, each.y, strict=True)], colour, dash)
         )
         for x, y in zip(each.x, each.y, strict=True):
-            if math.isfinite(y):
+            if points and math.isfinite(y):
                 across, down = at(x, y)
                 title = f"<title>{escape(each.name)}: {_number(x)}, {_number(y)}</title>"
                 parts.append(f"<circle cx='{across:.1f}' cy='{down:.1f}' r='3' fill='{colour}'>{title}</circle>")
+        if not legend:
+            continue
         y = top + 8 + 20 * number
         x = left + plot_width + 18
         parts.append(_line([(x, y), (x + 24, y)], colour, dash) + _text(x + 30, y + 4, each.name, "start"))
@@ -113,7 +124,7 @@ def heat_map(
     low, high = limits or ((float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0))
     cell = max(4.0, min(56.0, size / max(R, C)))
     left = 34 + 7 * max(len(label) for label in rows)
-    below = 34 + (7 * max(len(label) for label in columns) if _slanted(columns, cell) else 14)
+    below = 34 + (7 * max(len(label) for label in columns) if _turned(columns, cell) else 14)
     top = 10
     parts = []
     for row in range(R):
@@ -132,10 +143,10 @@ def heat_map(
                 parts.append(_text(x + cell / 2, y + cell / 2 + 4, text, "middle", ink=ink))
     for start, stop, label in _groups(rows, cell):
         parts.append(_text(left - 6, top + cell * (start + stop) / 2 + 4, label, "end"))
-    for start, stop, label in _groups(columns, cell):
+    for start, stop, label in _groups(columns, cell, True):
         x, y = left + cell * (start + stop) / 2, top + cell * R + 14
         turned = f"translate({x + 4:.1f},{y - 4:.1f}) rotate(-90)"
-        parts.append(_text(0, 0, label, "end", turned) if _slanted(columns, cell) else _text(x, y, label, "middle"))
+        parts.append(_text(0, 0, label, "end", turned) if _turned(columns, cell) else _text(x, y, label, "middle"))
     parts += _borders(rows, columns, cell, left, top)
     parts.append(_text(left + cell * C / 2, top + cell * R + below - 8, column_label, "middle"))
     parts.append(_text(0, 0, row_label, "middle", f"translate(13,{top + cell * R / 2:.0f}) rotate(-90)"))
@@ -191,7 +202,7 @@ def _line(points: Sequence[tuple[float, float] | None], colour: str, dash: str) 
     return f"<path d='{path}' fill='none' stroke='{colour}' stroke-width='2' stroke-dasharray='{dash or 'none'}'/>"
 
 
-def _groups(labels: Sequence[str], cell: float) -> list[tuple[int, int, str]]:
+def _groups(labels: Sequence[str], cell: float, across: bool = False) -> list[tuple[int, int, str]]:
     """Runs of equal labels as (start, stop, label); where single labels would collide, every so many-th."""
     runs: list[tuple[int, int, str]] = []
     for place, label in enumerate(labels):
@@ -199,14 +210,18 @@ def _groups(labels: Sequence[str], cell: float) -> list[tuple[int, int, str]]:
             runs[-1] = (runs[-1][0], place + 1, label)
         else:
             runs.append((place, place + 1, label))
-    every = max(1, math.ceil(14 / cell)) if len(runs) == len(labels) else 1
-    every = next((each for each in (1, 2, 5, 10, 20, 50) if each >= every), every)
-    return runs[::every]
+    if len(runs) < len(labels):
+        return runs
+    longest = max(len(label) for label in labels)
+    room = 7 * longest + 6 if across and longest <= SHORT else 14
+    return runs[:: next((each for each in (1, 2, 5, 10, 20, 50) if each * cell >= room), 100)]
 
 
-def _slanted(labels: Sequence[str], cell: float) -> bool:
+def _turned(labels: Sequence[str], cell: float) -> bool:
+    """Whether labels under columns are written upwards."""
     return any(
-        7 * len(label) > cell * (stop - start) and len(label) > 2 for start, stop, label in _groups(labels, cell)
+        7 * len(label) > cell * (stop - start) and len(label) > SHORT
+        for start, stop, label in _groups(labels, cell, True)
     )
 
 

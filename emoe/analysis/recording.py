@@ -14,8 +14,10 @@ from emoe import timeline
 from emoe.analysis.workload import text_loss
 from emoe.errors import ConfigError
 from emoe.runtime import runtime_of
+from emoe.sensitivity import Sample, SensitivityProfile, measure
 from emoe.trace import Trace
 
+SENSITIVITY_TOKENS = 16
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
@@ -96,6 +98,14 @@ def record(
             on_step()
         trace = recorder.trace()
     return Recording(trace, texts, losses)
+
+
+def profile_sensitivity(model: Any, tokenizer: Any, chats: Sequence[Chat], stride: int) -> SensitivityProfile:
+    """Experiment 3: `emoe.sensitivity.measure` of some prompts of each task, every `stride` layers."""
+    samples = [
+        Sample(chat.task, tuple(encode(tokenizer, Chat(chat.task, chat.prompt, ""))[0].tolist())) for chat in chats
+    ]
+    return measure(model, samples, stride=stride, new_tokens=SENSITIVITY_TOKENS)
 
 
 def answer(

@@ -55,6 +55,7 @@ def render(analysis: Analysis) -> str:
     sections: list[tuple[str, Callable[[Analysis], str]]] = [
         ("Correlation of expert use", _correlations),
         ("One base set for p requests", _periods),
+        ("Sensitivity of tasks", _sensitivity),
         ("Hit rate against budget", _hit_rates),
         ("Hot sets of tasks", _overlap),
         ("Transfers against computation", _timeline),
@@ -84,10 +85,10 @@ def _correlations(analysis: Analysis) -> str:
     found = analysis.correlations
     numbers = [str(layer) for layer in range(len(found.layers))]
     off = found.layers[~np.eye(len(numbers), dtype=bool)]
+    low = min(0.0, *found.tokens.tolist())
     layers = heat_map(
         np.where(np.eye(len(numbers), dtype=bool), np.nan, found.layers), numbers, numbers,
         row_label="layer that is known", column_label="layer that is predicted", unit="correlation",
-        limits=(0.0, max(0.05, float(off.max(initial=0.0)))),
     )  # fmt: skip
     between = list(range(1, len(numbers)))
     adjacent = curves(
@@ -100,7 +101,8 @@ def _correlations(analysis: Analysis) -> str:
             Series("same prompt", lags, found.tokens.tolist()),
             Series("other prompts", lags, [found.tokens_elsewhere] * len(lags), dashed=True),
         ],
-        x_label="tokens apart", y_label="correlation", height=280,
+        x_label="tokens apart", y_label="correlation", y_range=(low, 1.05 * max(0.1, *found.tokens.tolist())),
+        height=280,
     )  # fmt: skip
     many = len(found.prompt_tasks)
     prompts = heat_map(
@@ -182,10 +184,28 @@ def _periods(analysis: Analysis) -> str:
                     ],
                     x_label="p, requests", y_label="ms a request", x_ticks=mx, height=260,
                 ),
-                "Time of one request: one forward of its text, and its share of the refreshes.",
+                "Time of one request: one forward of its text (the shortest there was), and its share of refreshes.",
             )
         )  # fmt: skip
     return text + _table(header, rows) + "\n".join(pictures)
+
+
+def _sensitivity(analysis: Analysis) -> str:
+    profile = analysis.sensitivity
+    if profile is None:
+        return ""
+    x = [float(depth) for depth in range(profile.layers + 1)]
+    series = [Series(task, x, row.tolist()) for task, row in zip(profile.tasks, profile.similarity, strict=True)]
+    series.append(Series("threshold", x, [profile.threshold] * len(x), dashed=True))
+    rows = [
+        (task, f"{profile.sensitivity(task):.3f}", str(int(profile.insensitive(task).sum()))) for task in profile.rank()
+    ]
+    return _table(["task", "sensitivity", "insensitive layers"], rows) + _figure(
+        curves(series, x_label="first layers routed at random", y_label="similarity of outputs", y_range=(0.0, 1.0),
+               points=False),
+        "Overlap of the next-token distributions with the untouched model's, along its own greedy answers. Sensitivity "
+        "is the mean loss of similarity over all depths.",
+    )  # fmt: skip
 
 
 def _hit_rates(analysis: Analysis) -> str:
@@ -194,6 +214,7 @@ def _hit_rates(analysis: Analysis) -> str:
     loading = curves(
         [Series(name, x, y, dashed=name == "belady") for name, y in rates.loading.items()],
         x_label="percent of the experts resident", y_label="hit rate, percent of picks",
+        y_range=_percents(rates.loading),
     )  # fmt: skip
     regret = curves(
         [Series(name, x, y) for name, y in rates.regret().items()],
@@ -202,6 +223,7 @@ def _hit_rates(analysis: Analysis) -> str:
     without = curves(
         [Series(name, x, y) for name, y in rates.without.items()],
         x_label="percent of the experts resident", y_label="coverage, percent of picks",
+        y_range=_percents(rates.without),
     )  # fmt: skip
     shown = [place for place in range(len(x)) if place % max(1, len(x) // 6) == 0]
     header = ["policy", "misses", *(f"{x[place]:.0f} %" for place in shown), "loads a token"]
@@ -256,6 +278,11 @@ def _timeline(analysis: Analysis) -> str:
         "<p><code>timeline.json</code> has every transfer and layer; open it at https://ui.perfetto.dev or in "
         "chrome://tracing. Times are taken in Python: a transfer ends when its end was seen.</p>"
     )
+
+
+def _percents(curves_of: dict[str, list[float]]) -> tuple[float, float]:
+    """An axis up to 100 from the ten below the lowest point."""
+    return 10.0 * (min(min(values) for values in curves_of.values()) // 10), 100.0
 
 
 def _mean(values: Any) -> str:

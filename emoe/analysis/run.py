@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ import numpy as np
 from tqdm import tqdm
 
 from emoe.analysis import correlation, recording, sets, workload
-from emoe.errors import TraceError
+from emoe.errors import ConfigError, TraceError
 from emoe.replay import slots_of
 from emoe.replay.mix import PROMPT_TOKENS, into_prompts
+from emoe.sensitivity import SensitivityProfile
 from emoe.timeline import Timeline
 from emoe.trace import Trace, join, load_trace
 
+LEAST_PROMPTS = 4  # of some task
 REQUESTS = 121  # the first serves to choose the first base set, the others are two periods of 60
 REQUESTS_QUICK = 31
 NEW_TOKENS = 24
+PROFILED = 2  # prompts of each task whose sensitivity is measured
+STRIDE = 5  # layers between two measurements
 ANSWERS = 4  # prompts that the timeline answers
 
 
@@ -39,6 +43,7 @@ class Analysis:
     hit_rates: sets.HitRates
     overlap: sets.Overlap
     periods: list[workload.Period]
+    sensitivity: SensitivityProfile | None
     timeline: Timeline | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,6 +51,7 @@ class Analysis:
         return {
             "facts": self.facts,
             "correlations": self.correlations.to_dict(),
+            "sensitivity": self.sensitivity.to_dict() if self.sensitivity else None,
             "periods": [period.to_dict() for period in self.periods],
             "hit_rates": self.hit_rates.to_dict(),
             "overlap": self.overlap.to_dict(),
@@ -90,7 +96,7 @@ def of_model(
         prompts: JSON lines (`recording.load_prompts`).
         folder: exists.
         resident: share of the experts in memory.
-        quick: two prompts a task, fewer budgets, requests and tokens.
+        quick: two tasks, fewer budgets, requests and tokens.
 
     Raises:
         EmoeError: the model, the prompts or the folder will not do; says why.
@@ -98,14 +104,19 @@ def of_model(
     import emoe
 
     chats = recording.load_prompts(prompts)
+    if not _of_each_task(chats, LEAST_PROMPTS - 1):
+        raise ConfigError(
+            f"{prompts} has no task with at least {LEAST_PROMPTS} prompts; policies learn from half of them"
+        )
     if quick:
-        chats = [chat for number, chat in enumerate(chats) if [c.task for c in chats[:number]].count(chat.task) < 2]
+        first = list(dict.fromkeys(chat.task for chat in chats))[:2]
+        chats = [chat for number in range(LEAST_PROMPTS) for chat in _of_each_task(chats, number) if chat.task in first]
     longest = max(recording.encode(tokenizer, chat).shape[1] for chat in chats)
     model = emoe.from_pretrained(path, memory_budget=resident, dtype=dtype, context=longest + NEW_TOKENS)
     try:
         with _bar("recording routing", len(chats)) as step:
             recorded = recording.record(model, tokenizer, chats, folder / "trace.npz", step)
-        some = _spread_out(chats, 1 if quick else ANSWERS)
+        some = _of_each_task(chats, 0)[: 1 if quick else ANSWERS]
         with _bar("timeline of answers", len(some)) as step:
             timeline = recording.answer(model, tokenizer, some, 4 if quick else NEW_TOKENS, step)
         timeline.save(folder / "timeline.json")
@@ -113,10 +124,18 @@ def of_model(
         order = _order(trace, quick)
         periods = (10,) if quick else workload.PERIODS
         picks = workload.picks_of(trace)
+        seconds = [math.inf] * len(recorded.texts)
         found = []
         with _bar("periods of refresh", len(periods) * (len(order) - 1)) as step:
             for period in periods:
-                found.append(workload.serve(model, recorded.texts, picks, order, period, recorded.losses, step))
+                found.append(
+                    workload.serve(model, recorded.texts, picks, order, period, recorded.losses, seconds, step)
+                )
+        found = [replace(each, forward_ms=workload.mean_ms(seconds, order)) for each in found]
+        few = [chat for each in range(1 if quick else PROFILED) for chat in _of_each_task(chats, each)]
+        with _bar("sensitivity", 1) as step:
+            profile = recording.profile_sensitivity(model, tokenizer, few, 100 if quick else STRIDE)
+            step()
         tokens = sum(text.shape[1] - 1 for text in recorded.texts)
         facts = {
             "model": path,
@@ -128,7 +147,7 @@ def of_model(
         }
     finally:
         model.emoe.close(restore=False)
-    return _of_trace(trace, facts, resident, quick, found, timeline)
+    return _of_trace(trace, facts, resident, quick, found, profile, timeline)
 
 
 def _of_trace(
@@ -137,6 +156,7 @@ def _of_trace(
     resident: float,
     quick: bool,
     periods: list[workload.Period] | None = None,
+    sensitivity: SensitivityProfile | None = None,
     timeline: Timeline | None = None,
 ) -> Analysis:
     tasks = [trace.task_names[task] for task in np.unique(trace.task)]
@@ -163,7 +183,7 @@ def _of_trace(
         "requests": len(order),
         "quick": quick,
     }
-    return Analysis(facts, correlations, rates, sets.overlap(trace, resident), periods, timeline)
+    return Analysis(facts, correlations, rates, sets.overlap(trace, resident), periods, sensitivity, timeline)
 
 
 def _order(trace: Trace, quick: bool) -> list[int]:
@@ -174,10 +194,12 @@ def _order(trace: Trace, quick: bool) -> list[int]:
     return workload.draw(trace.task[first].tolist(), REQUESTS_QUICK if quick else REQUESTS)
 
 
-def _spread_out(chats: Sequence[recording.Chat], count: int) -> list[recording.Chat]:
-    """So many chats, of as many tasks as can be."""
-    by_task = {chat.task: chat for chat in reversed(chats)}
-    return list(by_task.values())[::-1][:count]
+def _of_each_task(chats: Sequence[recording.Chat], number: int) -> list[recording.Chat]:
+    """The chat of this number of each task that has so many."""
+    by_task: dict[str, list[recording.Chat]] = {}
+    for chat in chats:
+        by_task.setdefault(chat.task, []).append(chat)
+    return [each[number] for each in by_task.values() if number < len(each)]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe import replay
-from emoe.errors import ConfigError
+from emoe.errors import ConfigError, TraceError
 from emoe.predictor import top
 from emoe.replay.mix import mixed, split
 from emoe.trace import Trace, join
@@ -66,12 +66,13 @@ def hit_rates(
     """Replays all policies.
 
     Args:
-        trace: of at least two prompts a task.
+        trace: with at least four prompts in some task.
         shares: those that give a layer no more slots than a token has picks are left out.
         on_step: told the policy that runs.
 
     Raises:
         ConfigError: no share is left.
+        TraceError: too few prompts.
     """
     usable = tuple(
         share for share in shares if trace.top_k < replay.slots_of(share, trace.num_experts) < trace.num_experts
@@ -95,9 +96,22 @@ def hit_rates(
 
 
 def _halves(trace: Trace) -> tuple[Trace, Trace]:
-    """The first half of each task's prompts, and the rest."""
-    parts = [split(trace.take(trace.task == task), 0.5) for task in np.unique(trace.task)]
-    return join([first for first, _ in parts]), join([second for _, second in parts])
+    """The first half of each task's prompts, and the rest; tasks of one prompt are all rest.
+
+    Raises:
+        TraceError: no task has four prompts, which a fit with tables of other prompts takes.
+    """
+    profile, rest, most = [], [], 0
+    for task in np.unique(trace.task):
+        mine = trace.take(trace.task == task)
+        prompts = len(np.unique(mine.prompt))
+        most = max(most, prompts)
+        first, second = split(mine, 0.5) if prompts > 1 else (None, mine)
+        profile += [first] if first else []
+        rest.append(second)
+    if most < 4:
+        raise TraceError(f"policies learn from half of a task's prompts; the largest task has {most}, of at least 4")
+    return join(profile), join(rest)
 
 
 @dataclass(frozen=True)
