@@ -26,6 +26,8 @@ FORBIDDEN_IMPORTS = {
     "misses": {"torch", "numpy", "emoe.device", "emoe.loader", "emoe.runtime"},
     "device_experts": {"emoe.runtime", "emoe.experts", "emoe.planning"},
     "modeling": {"emoe.runtime", "emoe.experts", "emoe.planning"},
+    "timeline": {"emoe.analysis", "emoe.cli"},
+    "analysis": {"emoe.cli", "emoe.demo"},
 }
 
 
