@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 RIDGE = 1.0  # on standardised signals: a few dozen prompts decide little
-UNKNOWN_SHARE = 0.2  # of the text to come that fits no known task: the weight of unknown prompts in calibration
+UNKNOWN_SHARE = 0.3  # of the text to come that fits no known task: the weight of unknown prompts in calibration
 
 
 def softmax(values: Floats) -> Floats:

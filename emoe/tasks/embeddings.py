@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 AXES = 96  # principal axes kept, at most
-SHRINKAGE = 0.2  # of the covariance within tasks, toward a sphere
-FEW = 4.0  # prompts that the tasks' mean spread is worth in the spread of one
 OPENING = 16  # tokens at the beginning, which often say what is asked, have a mean of their own
 
 Floats = NDArray[np.float64]
-
-
-class Mean(NamedTuple):
-    """One text: coordinates along the axes [R], and the squared length of what they leave out."""
-
-    along: Floats
-    rest: float
 
 
 @dataclass(frozen=True)
@@ -42,24 +33,23 @@ class DiscriminantHead:
     Attributes:
         means: [N, R] of each task.
         whiten: [R, R] into coordinates in which the spread within tasks is a unit sphere.
-        spread: [N] mean squared distance of each task's texts from their mean, in all directions.
     """
 
     means: Floats
     whiten: Floats
-    spread: Floats
 
-    def evidence(self, features: Sequence[Mean]) -> tuple[Floats, Floats]:
-        """Log-likelihood of each task but for a constant, and the negative squared distance to each, in its spreads.
+    def evidence(self, features: Sequence[Floats]) -> tuple[Floats, Floats]:
+        """Log-likelihood of each task but for a constant, and how far a text goes from the middle toward each task.
 
-        The latter is over all directions alike: in those that tell the known tasks apart, text of another looks known.
+        The latter is about 1 for the task's own texts and 0 for text that has nothing to do with it, which may lie on
+        one side of a border between tasks all the same.
         """
-        x = np.stack([each.along for each in features])  # [n, R]
-        rest = np.array([[each.rest] for each in features])
+        x = np.stack(features)  # [n, R]
         white, means = x @ self.whiten, self.means @ self.whiten
         likelihood = -((white[:, None] - means[None]) ** 2).sum(axis=2) / 2  # [n, N]
-        distance = ((x[:, None] - self.means[None]) ** 2).sum(axis=2) + rest
-        return likelihood, -np.sqrt(distance / self.spread)
+        middle = self.means.mean(axis=0)
+        toward = self.means - middle
+        return likelihood, (x - middle) @ toward.T / ((toward**2).sum(axis=1) + 1e-12)
 
 
 class EmbeddingClassifier(TaskClassifier):
@@ -92,7 +82,7 @@ class EmbeddingClassifier(TaskClassifier):
         prompts = np.zeros(V)
         for each in ids:
             prompts[np.unique(each)] += 1
-        self._rarity = np.log((len(texts) + 1) / (prompts + 0.5)).astype(np.float32)
+        self._rarity = np.log((len(texts) + 1) / (prompts + 1)).astype(np.float32)
         means = [self._mean(each) for each in ids]
         stacked = np.stack([mean for mean in means if mean is not None])
         self._center = stacked.mean(axis=0)
@@ -103,12 +93,8 @@ class EmbeddingClassifier(TaskClassifier):
     def _features(self, texts: Sequence[str]) -> list[Any]:
         return [self._project(self._mean(each)) for each in self._encode(texts)]
 
-    def _project(self, mean: NDArray[np.float32] | None) -> Mean | None:
-        if mean is None:
-            return None
-        centered = mean - self._center
-        along = (centered @ self._axes).astype(np.float64)
-        return Mean(along, max(0.0, float(centered @ centered) - float(along @ along)))
+    def _project(self, mean: NDArray[np.float32] | None) -> Floats | None:
+        return None if mean is None else ((mean - self._center) @ self._axes).astype(np.float64)
 
     def _encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         if not texts:
@@ -132,27 +118,23 @@ class EmbeddingClassifier(TaskClassifier):
         return whole
 
     def _fit_head(self, features: list[Any], labels: NDArray[np.int64], tasks: int) -> DiscriminantHead:
-        x = np.stack([each.along for each in features])
-        rest = np.array([each.rest for each in features])
+        x = np.stack(features)
         counts = np.bincount(labels, minlength=tasks)
         means = np.stack([x[labels == task].mean(axis=0) for task in range(tasks)])
         inner = x - means[labels]
         # Every task weighs the same, however many prompts it has.
         weight = 1 / counts[labels] / tasks
         within = (inner * weight[:, None]).T @ inner
-        within = (1 - SHRINKAGE) * within + (SHRINKAGE * np.trace(within) / len(within) + 1e-9) * np.eye(len(within))
+        # Toward a sphere, the more the fewer texts there are for each axis.
+        drawn = len(within) / (len(within) + len(x))
+        within = (1 - drawn) * within + (drawn * np.trace(within) / len(within) + 1e-9) * np.eye(len(within))
         values, vectors = np.linalg.eigh(within)
-        distance = (inner**2).sum(axis=1) + rest
-        mean = float((distance * weight).sum())
-        own = np.bincount(labels, weights=distance, minlength=tasks)
-        # A mean has been drawn toward its own texts, the more the fewer they are.
-        spread = (own + FEW * mean) / (counts + FEW) * (counts + 1) / np.maximum(counts - 1, 1)
-        return DiscriminantHead(means, vectors / np.sqrt(values), spread)
+        return DiscriminantHead(means, vectors / np.sqrt(values))
 
     def _state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         assert isinstance(self._head, DiscriminantHead)
         tensors = {"rarity": self._rarity, "center": self._center, "axes": self._axes}
-        tensors |= {name: getattr(self._head, name) for name in ("means", "whiten", "spread")}
+        tensors |= {name: getattr(self._head, name) for name in ("means", "whiten")}
         return tensors, {"embeddings": list(self._embedding.weight.shape)}
 
     @classmethod
@@ -164,7 +146,7 @@ class EmbeddingClassifier(TaskClassifier):
         if shape != wanted:
             raise ConfigError(f"the classifier was made for embeddings of shape {wanted}, this model's are {shape}")
         restored._rarity, restored._center, restored._axes = (tensors[name] for name in ("rarity", "center", "axes"))
-        restored._head = DiscriminantHead(*(tensors[name] for name in ("means", "whiten", "spread")))
+        restored._head = DiscriminantHead(*(tensors[name] for name in ("means", "whiten")))
         return restored
 
 
