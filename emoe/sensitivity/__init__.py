@@ -4,8 +4,18 @@ Knows models, routers and texts; nothing of budgets, residency policies or reque
 """
 
 from emoe.sensitivity.online import Estimate, OnlineSensitivity
-from emoe.sensitivity.probe import Probe, probe
+from emoe.sensitivity.probe import Probe, Prober, probe
 from emoe.sensitivity.profile import SensitivityProfile, suggest_bias
 from emoe.sensitivity.progressive import Sample, measure
 
-__all__ = ["Estimate", "OnlineSensitivity", "Probe", "Sample", "SensitivityProfile", "measure", "probe", "suggest_bias"]
+__all__ = [
+    "Estimate",
+    "OnlineSensitivity",
+    "Probe",
+    "Prober",
+    "Sample",
+    "SensitivityProfile",
+    "measure",
+    "probe",
+    "suggest_bias",
+]
