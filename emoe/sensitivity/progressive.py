@@ -84,7 +84,7 @@ def measure(
                 found = next_token_probabilities(model, [ids for ids, _ in rows], [start for _, start in rows])
             reference = found if reference is None else reference
             for number, mine, theirs in zip(group, found, reference, strict=True):
-                similar[number, column] = torch.minimum(mine, theirs).sum(-1).mean().item()
+                similar[number, column] = min(1.0, torch.minimum(mine, theirs).sum(-1).mean().item())
             done += 1
             on_step(done, total)
     return _profile(samples, similar, depths, len(sites), threshold, {"seed": seed, "new_tokens": new_tokens})
