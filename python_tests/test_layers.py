@@ -26,8 +26,13 @@ FORBIDDEN_IMPORTS = {
     "misses": {"torch", "numpy", "emoe.device", "emoe.loader", "emoe.runtime"},
     "device_experts": {"emoe.runtime", "emoe.experts", "emoe.planning"},
     "modeling": {"emoe.runtime", "emoe.experts", "emoe.planning"},
+    "tasks": {"emoe.runtime", "emoe.loader", "emoe.routing", "emoe.predictor", "emoe.cache"},
+    "sensitivity": {"emoe.runtime", "emoe.loader", "emoe.tasks", "emoe.predictor", "emoe.experts"},
     "timeline": {"emoe.analysis", "emoe.cli"},
     "analysis": {"emoe.cli", "emoe.demo"},
+    "trace": {"torch", "emoe.predictor", "emoe.replay", "emoe.runtime"},
+    "predictor": {"emoe.replay", "emoe.residency", "emoe.loader", "emoe.runtime", "emoe.cli"},
+    "replay": {"emoe.analysis", "emoe.residency", "emoe.loader", "emoe.runtime", "emoe.cli"},
 }
 
 

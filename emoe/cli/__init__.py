@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "say what was built, what this machine offers, and what is missing",
     "analyze": "report on routing: correlations, periods, hit rates, overlap of tasks, a timeline",
     "replay": "score eviction policies on a recorded routing trace",
+    "train-predictor": "learn from recorded routing which experts prompts will use",
     "profile": "learn to tell tasks apart, or measure how much each needs its own experts",
 }
 EXIT_MISSING = 1
@@ -81,7 +82,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def _module(command: str) -> Any:
-    return import_module(f"emoe.cli.{command}")
+    return import_module(f"emoe.cli.{command.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -146,7 +146,8 @@ class AcrossRequests:
         if basis.shape != (r, mean.size) or mixing.shape != (r, r):
             shapes = f"mean {list(mean.shape)}, basis {list(basis.shape)}, mixing {list(mixing.shape)}"
             raise TraceError(f"{shapes} do not fit together")
-        self._mean, self._share, self._basis, self._mixing = mean, share, basis, mixing
+        self._mean, self._basis, self._mixing = mean, basis, mixing
+        self._share = np.float32(share)
         self._uses: NDArray[np.int64] = np.zeros(mean.shape, dtype=np.int64)
         self._tokens = 0
         self._scores = mean
@@ -154,9 +155,9 @@ class AcrossRequests:
     def begin(self, task: int) -> None:
         if not self._tokens:  # no request was before, or it was only begun
             return
-        apart: Floats = (self._uses / self._tokens - self._mean).reshape(self._mean.size).astype(np.float32)
-        expected: Floats = np.float32(self._share) * apart + (self._mixing @ (self._basis @ apart)) @ self._basis
-        self._scores = np.maximum(self._mean + expected.reshape(*self._mean.shape), 0)
+        apart = np.asarray(self._uses / self._tokens - self._mean, dtype=np.float32).reshape(-1)
+        expected = self._share * apart + (self._mixing @ (self._basis @ apart)) @ self._basis
+        self._scores = np.maximum(self._mean + expected.reshape(self._mean.shape), 0).astype(np.float32)
         self._uses[:] = 0
         self._tokens = 0
 
@@ -169,12 +170,12 @@ class AcrossRequests:
         return self._scores
 
     def anew(self) -> AcrossRequests:
-        return AcrossRequests(self._mean, self._share, self._basis, self._mixing)
+        return AcrossRequests(self._mean, float(self._share), self._basis, self._mixing)
 
     def save(self, path: str | Path) -> None:
         """Writes a .safetensors file."""
         tensors = {"mean": self._mean, "basis": self._basis, "mixing": self._mixing}
-        files.write(path, "across-requests", tensors, {"share": self._share})
+        files.write(path, "across-requests", tensors, {"share": float(self._share)})
 
     @classmethod
     def load(cls, path: str | Path) -> AcrossRequests:

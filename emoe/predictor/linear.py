@@ -268,12 +268,14 @@ def _without_own(uses: Floats, tokens: Floats, task: NDArray[np.integer]) -> Flo
 
 
 def _of_others(table: TaskTable, task: NDArray[np.integer]) -> Floats:
-    """[P, D] the mean table of the tasks that each prompt is not of; its own where there is one task."""
-    flat = table.frequency.reshape(len(table.frequency), -1)
+    """[P, D] the mean table of the tasks that each prompt is not of; where there is one task, all experts alike."""
+    N, L, E = table.frequency.shape
+    flat = table.frequency.reshape(N, L * E)
     seen = np.unique(task)
     if len(seen) == 1:
-        return flat[task]
-    return np.stack([flat[seen[seen != each]].mean(axis=0) for each in range(len(flat))])[task]
+        alike = np.repeat(table.frequency[seen[0]].mean(axis=1), E)
+        return np.broadcast_to(alike, (len(task), L * E))
+    return np.stack([flat[seen[seen != each]].mean(axis=0) for each in range(N)])[task]
 
 
 def _walk(rates: Floats, task: NDArray[np.integer], priors: Floats) -> Iterator[tuple[Floats, Floats]]:
