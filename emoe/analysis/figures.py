@@ -65,6 +65,8 @@ def curves(
 
     parts = []
     for tick in y_ticks:
+        if not y_low <= tick <= y_high:
+            continue
         _, y = at(x_low, tick)
         parts.append(f"<line x1='{left}' x2='{left + plot_width}' y1='{y:.1f}' y2='{y:.1f}' stroke='#e4e4e4'/>")
         parts.append(_text(left - 8, y + 4, _number(tick), "end"))
