@@ -1,4 +1,4 @@
-"""Task classifiers on labelled prompts, and what wrong tasks cost: confusion, unseen tasks, replays with tasks exchanged.
+"""Task classifiers on labelled prompts, and what wrong tasks cost: confusion, unseen tasks, replays with other tasks.
 
     python benchmarks/tasks.py --prompts PATH [--model PATH] [--traces FOLDER] [--json FILE]
 

@@ -69,7 +69,8 @@ def _imports(name: str, seen: set[str]) -> set[str]:
     for module in list(found):
         own = module.removeprefix("emoe.").split(".")[0]
         if module.startswith("emoe.") and own not in seen:
-            found |= _imports(own, seen | {own})
+            seen.add(own)  # shared, so that no module is read twice
+            found |= _imports(own, seen)
     return found
 
 
