@@ -239,6 +239,19 @@ def test_a_probe_of_a_model_in_a_mode_uses_that_mode_and_puts_it_back(checkpoint
     model.emoe.close(restore=False)
 
 
+def test_a_probe_of_an_exact_model_draws_a_residency_and_leaves_the_mode_exact(checkpoint):
+    small = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    ids = list(range(3, 33))
+    found, whole = (
+        sensitivity.probe(each, ids, "a", prompt_tokens=10) for each in (small, families.build("olmoe").eval())
+    )
+    assert found.substituted_mass == pytest.approx(whole.substituted_mass, abs=1e-3)
+    assert found.logit_change == pytest.approx(whole.logit_change, abs=1e-3)
+    assert small.emoe.stats()["routing"]["mode"] == "exact"
+    small.emoe.check_integrity()
+    small.emoe.close(restore=False)
+
+
 def test_a_probe_without_tokens_after_the_prompt_is_refused(model):
     for ids, prompt in (([3, 4, 5], 3), ([3], 1), ([3, 4], 0)):
         with pytest.raises(ConfigError, match="prompt_tokens"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emoe.errors import ConfigError
-from emoe.routing import Routing, parse_options, random_residency
+from emoe.routing import Request, Routing, parse_options, random_residency
 from emoe.sensitivity.progressive import next_token_probabilities
 from emoe.structure import find_experts, num_experts
 
@@ -42,13 +42,14 @@ class Prober:
     """Probes requests of one model.
 
     On a model with a runtime in mode `resident` or `biased`, the substituted pass is the mode as it is, with what is
-    resident now; its rows are counted like a request's. The exact pass then reads what is missing: that moves experts
-    in the cache, so probe a few percent of the requests. Elsewhere the substituted pass goes through a residency drawn
-    at random, mode `resident`; the n-th probe of every task draws the same one, so that tasks are compared alike.
+    resident now; it is counted, and predicted for, as one request. The exact pass then reads what is missing, which
+    moves experts in the cache: probe a few percent of the requests. Elsewhere the substituted pass goes through a
+    residency drawn at random, mode `resident`; the n-th probe of every task draws the same one, so that tasks are
+    compared alike.
 
     Args:
         model: a Transformers model whose routers emoe recognises, with or without a runtime.
-        share: of the experts that a drawn residency holds, at least `top_k` of a layer.
+        share: of the experts that a drawn residency holds, at least one of a layer.
         seed: of the draws.
 
     Raises:
@@ -62,8 +63,8 @@ class Prober:
         self._model = model
         self._share, self._seed = share, seed
         self._probes: dict[str | None, int] = {}
-        runtime = getattr(model, "emoe", None)
-        own = None if runtime is None else cast(Routing, runtime.routing)
+        self._runtime = getattr(model, "emoe", None)
+        own = None if self._runtime is None else cast(Routing, self._runtime.routing)
         self._own = own if own is not None and own.options.mode != "exact" else None
         self._drawn: _Drawn | None = None
         if self._own is None:
@@ -93,24 +94,29 @@ class Prober:
             self._probes[task] = number + 1
             self._drawn.draw(self._share, self._seed + number)
         started = time.perf_counter()
-        with self._substituting(), self._routing.request(task, "probe") as request:
-            changed = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
-        with self._exact():
-            untouched = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
+        with self._one_request(task):
+            with self._substituting(task) as request:
+                changed = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
+            with self._exact():
+                untouched = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
         distance = 1 - torch.minimum(changed, untouched).sum(-1).mean().item()
         mass = request.tally.substituted_mass
         return Probe(task, mass, min(1.0, max(0.0, distance)), len(changed), time.perf_counter() - started)
 
+    def _one_request(self, task: str | None) -> AbstractContextManager[Any]:
+        """What a runtime's predictor is to take both passes for: one request of the task, not two of none."""
+        return nullcontext() if self._runtime is None else cast(Any, self._runtime).request(task, "probe")
+
     @contextmanager
-    def _substituting(self) -> Iterator[None]:
-        if self._own is not None:
-            yield
-            return
-        self._routing.start()
+    def _substituting(self, task: str | None) -> Iterator[Request]:
+        if self._own is None:
+            self._routing.start()
         try:
-            yield
+            with self._routing.request(task, "probe") as request:
+                yield request
         finally:
-            self._routing.close()
+            if self._own is None:
+                self._routing.close()
 
     @contextmanager
     def _exact(self) -> Iterator[None]:
