@@ -27,6 +27,7 @@ from emoe.predictor.across import AcrossLayers
 from emoe.predictor.fitting import TRAINED, fit, of_tasks, without_tasks
 from emoe.predictor.oracle import Oracle
 from emoe.predictor.report import BUDGETS, Report, evaluate, evaluate_next_layer
+from emoe.predictor.training import train_sequence
 from emoe.replay import mix
 from emoe.trace import Trace, load_trace
 
@@ -39,15 +40,19 @@ def all_kinds(profile: Trace, rest: Trace, kinds: list[str], minutes: float, on:
     """One row a kind."""
     rows = []
     for kind in tqdm(kinds, desc=on, disable=None):
-        started = time.perf_counter()
+        started, facts = time.perf_counter(), {}
         if kind == "oracle":
             predictor: Any = Oracle(rest)
         elif kind == "recent":
             predictor = make("recent", layers=rest.layers, experts=rest.num_experts)
+        elif kind == TRAINED:
+            trained = train_sequence(profile, minutes=minutes)
+            predictor, facts = trained.predictor, {"epochs": trained.epochs, "stopped": trained.stopped}
         else:
-            predictor = fit(kind, profile, **({"minutes": minutes, "seed": 0} if kind == TRAINED else {}))
+            predictor = fit(kind, profile)
         seconds = time.perf_counter() - started
-        rows.append({"on": on, "kind": kind, "fit_s": round(seconds, 2), **evaluate(predictor, rest).to_dict()})
+        row = {"on": on, "kind": kind, "fit_s": round(seconds, 2), **facts, **evaluate(predictor, rest).to_dict()}
+        rows.append(row)
     return rows
 
 
@@ -122,7 +127,7 @@ def look_ahead(folder: Path, texts: list[str], tokens: int) -> list[dict[str, An
     recall = evaluate_next_layer(across, later, budgets, tokens=1)
     return [
         {"on": name, "of": "a token, look-ahead", "budgets": budgets, "recall": found.tolist(), "ms": ms},
-        {"on": name, "of": "a token", "budgets": budgets, "recall": recall.tolist(), "ms": float("nan")},
+        {"on": name, "of": "a token", "budgets": budgets, "recall": recall.tolist(), "ms": None},
     ]
 
 
@@ -147,6 +152,8 @@ def recall_table(rows: list[dict[str, Any]]) -> Table:
             f"{report.observe_ms:.3f}",
             f"{row['fit_s']:.1f}",
         ]
+        if "epochs" in row:
+            times[-1] += f" ({row['epochs']} epochs)"
         table.add_row(row["on"] if before != row["on"] else "", row["kind"], *pairs, *times)
         before = row["on"]
     return table
@@ -167,7 +174,9 @@ def next_table(rows: list[dict[str, Any]]) -> Table:
         table.add_section()
         for budget, layers in zip(row["budgets"], row["recall"], strict=True):
             figures = (f"{100 * share:.1f}" for share in (np.mean(layers), min(layers), max(layers)))
-            table.add_row(row["on"], row["of"], f"{budget:.1%}", *figures, f"{row['ms']:.3f}")
+            table.add_row(
+                row["on"], row["of"], f"{budget:.1%}", *figures, "" if row["ms"] is None else f"{row['ms']:.3f}"
+            )
     return table
 
 
@@ -200,7 +209,7 @@ def main() -> None:
     if args.model is not None:
         import json
 
-        lines = args.texts.read_text(encoding="utf-8").splitlines()[::20]
+        lines = args.texts.read_text(encoding="utf-8").splitlines()[::40]
         layers += look_ahead(args.model, [json.loads(line)["prompt"] for line in lines][:60], 100)
     console = Console(width=140)
     console.print(recall_table(rows))

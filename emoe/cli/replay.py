@@ -198,8 +198,9 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
     for before, result in zip([None, *results], results, strict=False):
         if before is not None and before.policy != result.policy:
             table.add_section()
+        kind, colon, path = result.policy.partition(":")
         cells = [
-            result.policy,
+            kind + colon + Path(path).name,
             common.percent(result.resident),
             str(result.slots),
             common.percent(result.hit_rate),
