@@ -2,8 +2,8 @@
 
     python benchmarks/sensitivity.py --prompts PATH [--profile FILE] [--json FILE]
 
-The profile is made from prompts of the train split, the estimate from probes of the dev split. Spearman's rank
-correlation of the two is given with its spread when both are drawn again within their standard errors.
+The profile is made from prompts of the train split, the estimate from probes of the dev split, both along reference
+answers. Spearman's rank correlation of the two is given with its spread when both are drawn again within their errors.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ TARGET = 0.8
 
 
 def samples(tokenizer: Any, path: Path, split: str, most: int) -> list[sensitivity.Sample]:
-    """The first `most` prompts of each task."""
+    """The first `most` prompts of each task that have an answer, with it."""
     counts: dict[str, int] = {}
     found = []
     for prompt in load_prompts(path, split):
-        counts[prompt.task] = counts.get(prompt.task, 0) + 1
-        if counts[prompt.task] <= most:
+        answer = tokenizer(prompt.reference, add_special_tokens=False)["input_ids"]
+        counts[prompt.task] = counts.get(prompt.task, 0) + bool(answer)
+        if answer and counts[prompt.task] <= most:
             ids = generate.encode(tokenizer, prompt.prompt)[0].tolist()
-            found.append(sensitivity.Sample(prompt.task, tuple(ids)))
+            found.append(sensitivity.Sample(prompt.task, tuple(ids), tuple(answer)))
     return found
 
 
@@ -55,20 +56,16 @@ def offline(model: Any, chosen: list[sensitivity.Sample], args: argparse.Namespa
         )
 
 
-@torch.no_grad()
 def online(
     model: Any, chosen: list[sensitivity.Sample], args: argparse.Namespace
 ) -> tuple[sensitivity.OnlineSensitivity, list[sensitivity.Probe]]:
-    """Answers each prompt and probes it, as serving would with a share of the requests."""
+    """Probes each prompt with its answer, as serving would a share of the finished requests."""
     estimate = sensitivity.OnlineSensitivity()
     prober = sensitivity.Prober(model, share=args.resident, seed=args.seed)
     probes = []
     for sample in tqdm(chosen, desc="online probes", unit="probe", disable=None):
-        ids = torch.tensor([sample.input_ids])
-        answer = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=args.new_tokens
-        )
-        probes.append(prober(answer, sample.task, prompt_tokens=len(sample.input_ids)))
+        tokens = [*sample.input_ids, *sample.answer_ids[: args.new_tokens]]
+        probes.append(prober(tokens, sample.task, prompt_tokens=len(sample.input_ids)))
         estimate.observe(sample.task, probes[-1].substituted_mass, probes[-1].logit_change)
     return estimate, probes
 
@@ -96,10 +93,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, metavar="PATH", help="JSON lines of labelled prompts")
     parser.add_argument("--model", metavar="PATH", help="default: the demo model, built where it is not there")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="read from there, or written there")
-    parser.add_argument("--profiled", type=int, default=8, metavar="N", help="prompts of each task for the profile")
-    parser.add_argument("--probed", type=int, default=12, metavar="N", help="prompts of each task for the estimate")
-    parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
-    parser.add_argument("--stride", type=int, default=5, metavar="N")
+    parser.add_argument("--profiled", type=int, default=24, metavar="N", help="prompts of each task for the profile")
+    parser.add_argument("--probed", type=int, default=24, metavar="N", help="prompts of each task for the estimate")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of an answer, at most")
+    parser.add_argument("--stride", type=int, default=10, metavar="N")
     parser.add_argument("--resident", type=float, default=0.5, metavar="SHARE", help="of the experts, in probes")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -155,7 +152,7 @@ def report(
     verdict = "met" if agreement >= TARGET else "missed"
     print(f"Spearman {agreement:.3f} (target {TARGET}: {verdict}); drawn anew, 5/50/95 %: {within['both']}")
     print(f"the profile with itself, drawn anew: {within['profile with itself']}")
-    print(f"processor time: profile {seconds[0]:.0f} s, answers and probes {seconds[1]:.0f} s", file=sys.stderr)
+    print(f"processor time: profile {seconds[0]:.0f} s, probes {seconds[1]:.0f} s", file=sys.stderr)
     if args.json:
         values = {
             "profile": profile.to_dict(), "online": estimate.to_dict(), "spearman": agreement, "spread": within,

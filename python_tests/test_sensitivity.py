@@ -129,6 +129,19 @@ def test_measuring_is_deterministic_and_leaves_no_hooks(model):
     assert not any(site.module._forward_hooks for site in find_routers(model))
 
 
+def test_similarity_along_a_given_answer_needs_no_generation(model, monkeypatch):
+    own = measure(model, samples(), new_tokens=4)
+    answered = [
+        Sample(sample.task, sample.input_ids, tuple(row[len(sample.input_ids) :]))
+        for sample in samples()
+        for row, _ in [progressive._answered(model, sample, 4)]
+    ]
+    monkeypatch.setattr(model, "generate", None)
+    given = measure(model, answered, new_tokens=4)
+    assert (given.similarity == own.similarity).all()
+    assert given.prompts == own.prompts
+
+
 def test_batches_and_padding_change_nothing_but_rounding_where_nothing_is_random(model):
     rows = [list(sample.input_ids) for sample in samples()]
     together = progressive.next_token_probabilities(model, rows, [2, 3, 4, 1])

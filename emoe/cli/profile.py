@@ -118,6 +118,13 @@ def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
             name, type=common.positive, default=default, metavar="N", help=f"{help_} (default: {default})"
         )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random experts (default: 0)")
+    parser.add_argument(
+        "--answers",
+        choices=("own", "reference"),
+        default="own",
+        help="outputs are compared along the model's own answers, or along the references of the file, which costs no "
+        "generation (default: own)",
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -197,7 +204,7 @@ def _run_sensitivity(args: argparse.Namespace) -> int:
 
         common.quiet_transformers()
         tokenizer = generate.load_tokenizer(args.model)
-        samples = _samples(tokenizer, prompts, args.prompts_per_task)
+        samples = _samples(tokenizer, prompts, args.prompts_per_task, references=args.answers == "reference")
         longest = max(len(sample.input_ids) for sample in samples) + args.new_tokens
         with common.checkpoint_errors(args.model):
             model = emoe.from_pretrained(
@@ -246,18 +253,23 @@ def _closing(model: Any) -> Iterator[None]:
         logger.setLevel(logging.NOTSET)
 
 
-def _samples(tokenizer: Any, prompts: list[Prompt], most: int) -> list[Sample]:
-    """The first `most` prompts of each task, as the model is asked them."""
+def _samples(tokenizer: Any, prompts: list[Prompt], most: int, *, references: bool) -> list[Sample]:
+    """The first `most` prompts of each task, as the model is asked them; with references, the first that have one."""
     from emoe.cli import generate
     from emoe.sensitivity import Sample
 
     counts: dict[str, int] = {}
     samples = []
     for prompt in prompts:
+        answer = tokenizer(prompt.reference, add_special_tokens=False)["input_ids"] if references else []
+        if references and not answer:
+            continue
         counts[prompt.task] = counts.get(prompt.task, 0) + 1
         if counts[prompt.task] <= most:
             ids = generate.encode(tokenizer, prompt.prompt)
-            samples.append(Sample(prompt.task, tuple(ids[0].tolist())))
+            samples.append(Sample(prompt.task, tuple(ids[0].tolist()), tuple(answer)))
+    if not samples:
+        raise ConfigError("--answers reference: no prompt has a reference")
     return samples
 
 

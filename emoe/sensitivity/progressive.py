@@ -1,6 +1,6 @@
 """The offline profile of arXiv 2503.06823: outputs with the first 1, 2, ... L layers at random against the untouched.
 
-Similarity is the overlap of next-token distributions at the positions of the untouched model's own greedy answer:
+Similarity is the overlap of next-token distributions along an answer, by default the untouched model's own greedy one:
 the sum of min(p, q), which is one less their total variation distance.
 """
 
@@ -24,10 +24,18 @@ from emoe.sensitivity.profile import SensitivityProfile
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt to profile with: its task and its token ids [T], as the model is asked it."""
+    """One prompt to profile with.
+
+    Attributes:
+        task: its task.
+        input_ids: [T] its tokens, as the model is asked it.
+        answer_ids: tokens of a good answer; () where the model's own greedy answer is to be taken, which costs a
+            generation.
+    """
 
     task: str
     input_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...] = ()
 
 
 @torch.no_grad()
@@ -42,10 +50,10 @@ def measure(
     seed: int = 0,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> SensitivityProfile:
-    """Profiles a model: each sample is answered greedily once, then read again with ever more layers at random.
+    """Profiles a model: each sample is read with its answer, again and again with ever more layers at random.
 
-    Costs a generation and about L / stride + 1 forwards of prompt and answer for each sample. All experts are used, so
-    a model inside a small budget reads nearly all of them at every forward.
+    Costs a generation where a sample has no answer, and about L / stride + 1 forwards of prompt and answer. All experts
+    are used, so a model inside a small budget reads nearly all of them at every forward.
 
     Args:
         model: a Transformers model whose routers emoe recognises, with or without a budget; in mode `exact` if with.
@@ -75,7 +83,7 @@ def measure(
     similar = np.zeros((len(samples), len(depths)))
     total, done = len(groups) * (len(depths) + 1), 0
     for group in groups:
-        rows = [_answered(model, list(samples[number].input_ids), new_tokens) for number in group]
+        rows = [_answered(model, samples[number], new_tokens) for number in group]
         done += 1
         on_step(done, total)
         reference = None
@@ -90,8 +98,11 @@ def measure(
     return _profile(samples, similar, depths, len(sites), threshold, {"seed": seed, "new_tokens": new_tokens})
 
 
-def _answered(model: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
-    """Prompt and greedy answer, and the position of the first token whose output counts (the prompt's last)."""
+def _answered(model: Any, sample: Sample, new_tokens: int) -> tuple[list[int], int]:
+    """Prompt and answer, and the position of the first token whose output counts (the prompt's last)."""
+    prompt = list(sample.input_ids)
+    if sample.answer_ids:
+        return [*prompt, *sample.answer_ids[:new_tokens]], len(prompt) - 1
     ids = torch.tensor([prompt], device=_device(model))
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
     return answer[0].tolist(), len(prompt) - 1
