@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from public_traces import DOMAINS, need
 from test_predicted_replay import task_trace
 from test_replay import make_trace
 
@@ -27,8 +28,8 @@ from emoe.predictor.prompts import prompts
 from emoe.predictor.report import evaluate, evaluate_next_layer
 from emoe.predictor.shadow import PATIENCE, ShadowLRU, Switch
 from emoe.predictor.table import Recent, TaskTable, count
-from emoe.replay import Options, replay
-from emoe.trace import save_trace
+from emoe.replay import Options, mix, replay
+from emoe.trace import load_trace, save_trace
 
 CLOSED_FORM = sorted(set(KINDS) - {TRAINED})
 SLOTS = 5  # of 16
@@ -472,3 +473,28 @@ def test_neither_a_replay_nor_a_fit_in_closed_form_loads_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(emoe.__file__).parent.parent)
+
+
+def test_the_linear_predictor_ranks_48_layers_of_128_experts_in_under_a_millisecond():
+    trace = task_trace(33, prompts=12, prompt_tokens=20, layers=48, num_experts=128, top_k=8)
+    report = evaluate(LowRankLinear.fit(trace), trace, [0.3])
+    assert report.rank_ms < 1
+    assert report.observe_ms < 1
+
+
+@pytest.mark.slow
+def test_on_public_traces_the_linear_predictor_beats_tables_and_adapts_to_a_new_task():
+    profile, rest = mix.prepare([load_trace(need(f"{name}.npz")) for name in DOMAINS], profile=0.5, mix=0)
+    linear = evaluate(fit("linear", profile), rest, [0.3])
+    table = evaluate(fit("task-table", profile), rest, [0.3])
+    assert linear.recall[0] > table.recall[0] > 0.76
+    assert linear.recall_seen[0] > linear.recall[0] + 0.02
+    assert linear.rank_ms < 1
+    for name in DOMAINS:
+        new = of_tasks(rest, [name])
+        shown = without_tasks(profile, [name])
+        report = evaluate(fit("linear", shown), new, [0.3])
+        assert report.recall[0] > evaluate(fit("task-table", shown), new, [0.3]).recall[0] + 0.4
+        assert report.recall[0] > evaluate(Recent(48, 128), new, [0.3]).recall[0] - 0.01
+    across = AcrossLayers.fit(profile)
+    assert evaluate_next_layer(across, rest.take(slice(0, 300)), [0.2], tokens=1).mean() > 0.87
