@@ -152,6 +152,7 @@ def test_two_tasks_suffice_and_one_does_not(words_as_embeddings):
         (["a b", "c"], ["x"], "2 prompts and 1 tasks"),
         (["a b", "c d", "e f"], ["x", "x", "y"], "'y' has one prompt"),
         (["a b", "c d", "", " "], ["x", "x", "y", "y"], "'y' has fewer than two prompts with words"),
+        ([""] * 4, ["x", "x", "y", "y"], "'x' has fewer than two prompts with words"),
     ],
 )
 def test_prompts_that_cannot_be_learned_from_are_named(texts, labels, said, words_as_embeddings):

@@ -96,7 +96,7 @@ class TaskClassifier(ABC):
     def _restore(
         cls, tensors: dict[str, NDArray[Any]], settings: dict[str, Any], model: Any, tokenizer: Any
     ) -> TaskClassifier:
-        """The inverse of `_state`; KeyError, TypeError or ValueError where they do not fit."""
+        """The inverse of `_state`; KeyError, TypeError or IndexError where they do not fit."""
 
     # What they share
 
@@ -115,6 +115,7 @@ class TaskClassifier(ABC):
         """
         if len(prompts) != len(tasks):
             raise ConfigError(f"{len(prompts)} prompts and {len(tasks)} tasks")
+        self._head = None  # whatever fails below, this is no longer the old classifier
         self.names = tuple(sorted(set(tasks)))
         if len(self.names) < 2:
             raise ConfigError(f"a classifier needs prompts of two tasks or more, not of {list(self.names)}")

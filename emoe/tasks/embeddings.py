@@ -84,7 +84,10 @@ class EmbeddingClassifier(TaskClassifier):
             prompts[np.unique(each)] += 1
         self._rarity = np.log((len(texts) + 1) / (prompts + 1)).astype(np.float32)
         means = [self._mean(each) for each in ids]
-        stacked = np.stack([mean for mean in means if mean is not None])
+        found = [mean for mean in means if mean is not None]
+        if not found:
+            return [None] * len(texts)
+        stacked = np.stack(found)
         self._center = stacked.mean(axis=0)
         _, _, axes = np.linalg.svd(stacked - self._center, full_matrices=False)
         self._axes = np.ascontiguousarray(axes[: min(AXES, len(stacked) - 1)].T)
@@ -99,7 +102,9 @@ class EmbeddingClassifier(TaskClassifier):
     def _encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         if not texts:
             return []
-        encoded = self._tokenizer([clipped(text) for text in texts], add_special_tokens=False)["input_ids"]
+        # verbose: a text longer than the model's context is no reason for a warning, no model reads it.
+        clips = [clipped(text) for text in texts]
+        encoded = self._tokenizer(clips, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.array(ids if text.strip() else [], dtype=np.int64) for ids, text in zip(encoded, texts, strict=True)]
 
     def _mean(self, ids: NDArray[np.int64]) -> NDArray[np.float32] | None:
