@@ -35,8 +35,9 @@ from emoe.routing import CacheResidency, attach, random_residency
 
 TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased may cost, by share
 # max_substituted_mass that reaches them, found by --tune on the dev split.
-CONTRACTS = {0.8: 0.05, 0.6: 0.1, 0.4: 0.2, 0.2: 0.3}
-GRID = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+CONTRACTS = {0.8: 0.05, 0.6: 0.15, 0.4: 0.25, 0.2: 0.35}
+GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+FEW = 3  # texts a task that exact is run on at each budget
 LONGEST = 160  # tokens of a text
 
 
@@ -57,6 +58,7 @@ class Row:
     bound: float | None = None
     perplexity: float = 0.0
     ratio: float = 0.0
+    ratio_error: float = 0.0
     task_ratio: dict[str, float] = field(default_factory=dict)
     mass: float = 0.0
     loads_per_prompt: float = 0.0
@@ -123,10 +125,10 @@ class Bench:
         """Scores and answers; `mode` may be "random": resident with random sets."""
         row = Row(mode, self.share, bound)
         started = time.perf_counter()
-        loss: dict[str, float] = {}
+        loss: dict[str, list[float]] = {}
         answers: dict[str, list[list[int]]] = {}
         choices: dict[str, list[torch.Tensor]] = {}
-        tokens: dict[str, int] = {}
+        tokens = {task: [ids.shape[1] - 1 for ids in scored] for task, scored in texts.scored.items()}
         prompts = decoded = decode_loads = 0
         same = total = 0
         runtime = self.model.emoe
@@ -139,12 +141,11 @@ class Bench:
                     place(self.model, self.base(task, random=mode == "random"))
                 row.moves_per_task += (runtime.stats()["loads"] - before) / len(texts.scored)
                 before = runtime.stats()["loads"]
-                loss[task] = 0.0
+                loss[task] = []
                 for ids in scored:
                     with attached.request(task):
-                        loss[task] += _loss(self._logits(ids), ids)
+                        loss[task].append(_loss(self._logits(ids), ids))
                     prompts += 1
-                tokens[task] = sum(ids.shape[1] - 1 for ids in scored)
                 row.loads_per_prompt += runtime.stats()["loads"] - before
             row.mass = attached.stats().get("substituted_mass", 0.0)
             for task, asked in texts.asked.items():
@@ -157,25 +158,27 @@ class Bench:
                             chosen = self._choices(ids, full["answers"][task][number])
                         same += int((chosen == full["choices"][task][number]).sum())
                         total += len(chosen)
-                    before = runtime.stats()["loads"]
                     with attached.request(task):
-                        mine = self._answer(ids)
-                    decode_loads += runtime.stats()["loads"] - before
-                    decoded += len(mine)
+                        mine, loads = self._answer(ids)
+                    decode_loads += loads
+                    decoded += len(mine) - 1
                     answers[task].append(mine)
                     if full is None:
                         choices.setdefault(task, []).append(self._choices(ids, mine))
-        row.perplexity = math.exp(sum(loss.values()) / sum(tokens.values()))
+        row.perplexity = math.exp(sum(map(sum, loss.values())) / sum(map(sum, tokens.values())))
         row.loads_per_prompt /= prompts
         if full is not None:
-            row.ratio = row.perplexity / full["perplexity"]
-            row.task_ratio = {task: math.exp((loss[task] - full["loss"][task]) / tokens[task]) for task in loss}
+            gaps = {task: np.subtract(loss[task], full["loss"][task]) for task in loss}
+            row.task_ratio = {task: math.exp(gap.sum() / sum(tokens[task])) for task, gap in gaps.items()}
+            row.ratio, row.ratio_error = _ratio(
+                np.concatenate(list(gaps.values())), [count for each in tokens.values() for count in each]
+            )
         if full is not None and total:
             pairs = [pair for task in answers for pair in zip(answers[task], full["answers"][task], strict=True)]
             row.same_token = same / total
             row.rouge = float(np.mean([rouge_l(mine, theirs) for mine, theirs in pairs]))
             row.cosine = float(np.mean([self._cosine(mine, theirs) for mine, theirs in pairs]))
-            row.decode_loads = decode_loads / decoded
+            row.decode_loads = decode_loads / max(1, decoded)
         row.seconds = time.perf_counter() - started
         self.last = {"perplexity": row.perplexity, "loss": loss, "answers": answers, "choices": choices}
         return row
@@ -191,7 +194,10 @@ class Bench:
         """Likeliest token at each place of an answer, given what is before it, in one forward."""
         return self._logits(torch.cat([ids, torch.tensor([answer])], 1))[0, ids.shape[1] - 1 : -1].argmax(-1)
 
-    def _answer(self, ids: torch.Tensor) -> list[int]:
+    def _answer(self, ids: torch.Tensor) -> tuple[list[int], int]:
+        """Greedy answer, and the experts loaded for it after its first token."""
+        loads: list[int] = []
+        count = self.model.register_forward_hook(lambda *_: loads.append(self.model.emoe.stats()["loads"]))
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -199,7 +205,8 @@ class Bench:
             do_sample=False,
             pad_token_id=0,
         )
-        return out[0, ids.shape[1] :].tolist()
+        count.remove()
+        return out[0, ids.shape[1] :].tolist(), loads[-1] - loads[0]
 
     def _cosine(self, first: list[int], second: list[int]) -> float:
         table = self.model.get_input_embeddings().weight.float()
@@ -225,6 +232,14 @@ def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
 
 
+def _ratio(gaps: np.ndarray, tokens: Sequence[int], draws: int = 500) -> tuple[float, float]:
+    """Perplexity over the full model's on the same texts, and its standard error by drawing texts again."""
+    counts = np.asarray(tokens)
+    chosen = np.random.default_rng(0).integers(0, len(gaps), (draws, len(gaps)))
+    drawn = np.exp(gaps[chosen].sum(1) / counts[chosen].sum(1))
+    return math.exp(gaps.sum() / counts.sum()), float(drawn.std())
+
+
 def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """All rows of the table, the full model's first."""
     tokenizer = _tokenizer(path)
@@ -239,14 +254,15 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
     for share in args.shares:
         bench = Bench(path, share, table, args.new_tokens)
         bound = args.contract if args.contract is not None else CONTRACTS[min(CONTRACTS, key=lambda s: abs(s - share))]
-        for mode, limit in (
-            ("resident", None),
-            ("random", None),
-            ("resident", bound),
-            ("biased", bound),
-            ("exact", None),
+        few = Texts({task: ids[:FEW] for task, ids in texts.scored.items()}, texts.asked)
+        for mode, limit, which in (
+            ("resident", None, texts),
+            ("random", None, texts),
+            ("resident", bound, texts),
+            ("biased", bound, texts),
+            ("exact", None, few),  # for its loads; the result is the full model's
         ):
-            row = bench.run(mode, texts, full, limit)
+            row = bench.run(mode, which, full if which is texts else full | {"loss": _first(full["loss"])}, limit)
             rows.append(row)
             print(f"{share:.0%} {mode} {limit}: {row.ratio:.4f} in {row.seconds:.0f} s", flush=True)
         bench.close()
@@ -256,6 +272,10 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
         "scored_tokens": sum(ids.shape[1] - 1 for each in texts.scored.values() for ids in each),
         "prompts": sum(map(len, texts.scored.values())), "answers": sum(map(len, texts.asked.values())),
     }  # fmt: skip
+
+
+def _first(loss: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {task: each[:FEW] for task, each in loss.items()}
 
 
 def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
@@ -276,6 +296,7 @@ def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
         for bound in GRID:
             row = bench.run("biased", texts, full, bound)
             rows.append({"bound": bound, "ratio": row.ratio, "mass": row.mass, "loads": row.loads_per_prompt})
+            rows[-1]["error"] = row.ratio_error
             print(f"{share:.0%} bound {bound}: {rows[-1]}", flush=True)
             if row.ratio <= 1 + 0.8 * target:
                 best = bound
@@ -299,13 +320,13 @@ def show(result: dict[str, Any]) -> Table:
         f"{result['split']} split"
     )
     for name in (
-        "resident", "mode", "contract", "perplexity", "ratio", "mass", "loads a prompt", "loads a token", "same token",
+        "resident", "mode", "contract", "perplexity ratio", "mass", "loads a prompt", "loads a token", "same token",
         "ROUGE-L", "cosine", "experts saved",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     for row in result["rows"]:
         cells = [f"{row['share']:.0%}", row["mode"], "-" if row["bound"] is None else f"{row['bound']:.2f}"]
-        cells += [f"{row['perplexity']:.2f}", f"{row['ratio']:.3f}", f"{100 * row['mass']:.1f} %"]
+        cells += [f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}", f"{100 * row['mass']:.1f} %"]
         cells += [f"{row['loads_per_prompt']:.0f}"]
         cells += ["-" if row["decode_loads"] is None else f"{row['decode_loads']:.1f}"]
         cells += [
@@ -324,7 +345,7 @@ def main() -> None:
         "--shares", type=lambda text: [float(each) for each in text.split(",")], default=[0.2, 0.4, 0.6, 0.8]
     )
     parser.add_argument("--split", default="test", choices=("dev", "test"))
-    parser.add_argument("--per-task", type=int, default=6, help="texts scored")
+    parser.add_argument("--per-task", type=int, default=10, help="texts scored")
     parser.add_argument("--profile", type=int, default=16, help="texts profiled, of the train split")
     parser.add_argument("--answers", type=int, default=2, help="prompts answered")
     parser.add_argument("--new-tokens", type=int, default=24)
