@@ -264,20 +264,20 @@ class BaseSet:
         self._last_layer, self._waiting_tokens = len(self._experts), 0
         if predictor is None or not forwards:
             return
-        blocks = []
+        blocks: list[NDArray[np.int16]] = []
         for forward in forwards:
             block, hits = _block(forward, self._top_k)
             self._hits += hits
             self._shadow_hits += self._shadow.observe(block)
             blocks.append(block)
         picks = np.concatenate(blocks, axis=1)
-        self._tokens += picks.shape[1]
+        self._tokens += len(picks[0])
         for layer, each in enumerate(picks):
-            self._counts[layer] += np.bincount(each[each >= 0], minlength=self._counts.shape[1])
+            self._counts[layer] += np.bincount(each[each >= 0], minlength=max(self._experts))
         predictor.observe(picks)
 
     def stats(self) -> dict[str, Any]:
-        """Docs/residency.md says what each means."""
+        """Counts and states; docs/residency.md says what each means."""
         ours, shadow = self._switch.rates()
         covered, picks = sum(each[0] for each in self._covered), sum(each[1] for each in self._covered)
         predictor = self._options.predictor
