@@ -84,13 +84,8 @@ class Timeline:
 
         for row, name, begin, end, arguments in sorted(self._spans, key=lambda each: (each[2], -each[3])):
             add(COMPUTE, row, name, begin, end, arguments)
-        free: dict[str, list[float]] = {}  # of each lane's rows, when it is free again: overlapping events need rows
-        for lane, begin, end, arguments in sorted(self._transfers, key=lambda each: each[1]):
-            ends = free.setdefault(lane, [])
-            place = next((number for number, until in enumerate(ends) if until <= begin), len(ends))
-            ends[place : place + 1] = [end]
-            name = f"expert {arguments['layer']}.{arguments['expert']}"
-            add(TRANSFERS, f"{lane} {place}", name, begin, end, arguments)
+        for number, (lane, begin, end, arguments) in self._placed():
+            add(TRANSFERS, f"{lane} {number}", _expert(arguments), begin, end, arguments)
         names = [_name("process_name", COMPUTE, 0, "computation"), _name("process_name", TRANSFERS, 0, "transfers")]
         names += [_name("thread_name", process, thread, row) for (process, row), thread in rows.items()]
         return {
@@ -98,6 +93,40 @@ class Timeline:
             "otherData": {"producer": "emoe", "times": _TIMES, **self.summary()},
             "traceEvents": names + events,
         }
+
+    def step(self) -> list[tuple[str, list[tuple[float, float, str]]]]:
+        """The last forward as rows of (begin, end, name) in milliseconds from its start: one row each for the experts
+        modules and for waiting, and as many for each lane as transfers ran at once. Empty without a forward."""
+        forwards = [span for span in self._spans if span[1] == "forward"]
+        if not forwards:
+            return []
+        _, _, start, stop, _ = forwards[-1]
+        rows: dict[tuple[str, int], list[tuple[float, float, str]]] = {("experts", 0): [], ("waiting", 0): []}
+
+        def add(row: tuple[str, int], begin: float, end: float, name: str) -> None:
+            if start <= begin <= stop:
+                rows.setdefault(row, []).append((1e3 * (begin - start), 1e3 * (end - start), name))
+
+        for row, name, begin, end, _ in self._spans:
+            if (row, 0) in rows:
+                add((row, 0), begin, end, name)
+        for number, (lane, begin, end, arguments) in self._placed():
+            add((lane, number), begin, end, _expert(arguments))
+        order = {"experts": 0, "waiting": 1, "demand": 2, "prefetch": 3}
+        return [
+            (row, bars) for (row, _), bars in sorted(rows.items(), key=lambda each: (order[each[0][0]], each[0][1]))
+        ]
+
+    def _placed(self) -> list[tuple[int, tuple[str, float, float, dict[str, Any]]]]:
+        """Transfers in order of their begin, each with the first number of its lane that is free then."""
+        free: dict[str, list[float]] = {}  # of each lane's numbers, when it is free again
+        placed = []
+        for transfer in sorted(self._transfers, key=lambda each: each[1]):
+            ends = free.setdefault(transfer[0], [])
+            place = next((number for number, until in enumerate(ends) if until <= transfer[1]), len(ends))
+            ends[place : place + 1] = [transfer[2]]
+            placed.append((place, transfer))
+        return placed
 
     def save(self, path: str | Path) -> Path:
         """Writes `to_chrome` as JSON."""
@@ -212,6 +241,10 @@ def _watch_module(timeline: Timeline, row: str, name: str, module: nn.Module, **
 
     # after a forward that raised, too: else its beginning would be taken for the next one's
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+
+
+def _expert(arguments: dict[str, Any]) -> str:
+    return f"expert {arguments['layer']}.{arguments['expert']}"
 
 
 def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:

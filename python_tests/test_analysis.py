@@ -184,6 +184,7 @@ def test_pictures_are_well_formed_and_escape_their_labels():
 
 def test_pictures_of_nothing_are_pictures_too():
     ElementTree.fromstring(figures.curves([figures.Series("a", [], [])], x_label="", y_label=""))
+    ElementTree.fromstring(figures.lanes([("a", [])], x_label=""))
     ElementTree.fromstring(figures.heat_map([[math.nan]], ["r"], ["c"], row_label="", column_label="", unit=""))
 
 

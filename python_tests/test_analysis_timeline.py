@@ -121,6 +121,18 @@ def test_the_hidden_share_is_the_transfer_time_in_which_nothing_waited():
     assert len(rows) == 2  # the third transfer fits behind the first
 
 
+def test_the_step_is_the_last_forward_alone_from_its_start(model):
+    with timeline.watch(model) as found:
+        model(torch.tensor([[5, 6, 7, 8, 9]]))
+        model(torch.tensor([[11, 12]]))
+    rows = found.step()
+    assert [row for row, _ in rows][:2] == ["experts", "waiting"]
+    assert {row for row, _ in rows[2:]} <= {"demand"}
+    assert [name for _, _, name in dict(rows)["experts"]] == ["experts 0", "experts 1", "experts 2"]
+    assert all(0 <= begin <= end for _, bars in rows for begin, end, _ in bars)
+    assert timeline.Timeline().step() == []
+
+
 def test_a_plain_model_has_no_timeline(checkpoint):
     from transformers import AutoModelForCausalLM
 

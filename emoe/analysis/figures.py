@@ -1,4 +1,4 @@
-"""Two kinds of picture as inline SVG: heat maps and curves. Text only, no library, nothing fetched when it is shown."""
+"""Three kinds of picture as inline SVG: heat maps, curves, lanes of time. No library, nothing fetched when shown."""
 
 from __future__ import annotations
 
@@ -155,6 +155,39 @@ def heat_map(
     parts += _scale_bar(left + cell * C + 22, top, max(120.0, min(cell * R, 260.0)), low, high, unit)
     height = max(top + cell * R + below, 170)
     return _svg(round(left + cell * C + 110), round(height), parts)
+
+
+def lanes(rows: Sequence[tuple[str, Sequence[tuple[float, float, str]]]], *, x_label: str, width: int = 760) -> str:
+    """Bars on a common axis of time, one row of them above the other.
+
+    Args:
+        rows: (label, [(begin, end, what it is)]); rows of one label have one colour.
+    """
+    left, top, row_height = 24 + 7 * max(len(label) for label, _ in rows), 10, 22
+    ends = [time for _, bars in rows for begin, end, _ in bars for time in (begin, end)] or [0.0, 1.0]
+    low, high = _spread(min(ends), max(ends))
+    plot_width, bottom = width - left - 20, top + row_height * len(rows)
+    colours = {label: PALETTE[number % len(PALETTE)] for number, label in enumerate(dict(rows))}
+
+    def at(time: float) -> float:
+        return left + plot_width * (time - low) / (high - low)
+
+    parts = []
+    for tick in ticks(low, high):
+        if low <= tick <= high:
+            x = at(tick)
+            parts.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{top}' y2='{bottom + 4}' stroke='#e4e4e4'/>")
+            parts.append(_text(x, bottom + 18, _number(tick), "middle"))
+    for number, (label, bars) in enumerate(rows):
+        y = top + row_height * number
+        if not number or rows[number - 1][0] != label:
+            parts.append(_text(left - 8, y + 15, label, "end"))
+        for begin, end, name in bars:
+            size = f"width='{max(0.5, at(end) - at(begin)):.2f}' height='{row_height - 6}'"
+            title = f"<title>{escape(name)}: {_number(begin)} to {_number(end)}</title>"
+            parts.append(f"<rect x='{at(begin):.2f}' y='{y + 3}' {size} fill='{colours[label]}'>{title}</rect>")
+    parts.append(_text(left + plot_width / 2, bottom + 38, x_label, "middle"))
+    return _svg(width, bottom + 48, parts)
 
 
 def shade(place: float) -> str:

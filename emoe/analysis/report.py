@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from emoe import __version__
-from emoe.analysis.figures import Series, curves, heat_map
+from emoe.analysis.figures import Series, curves, heat_map, lanes
 from emoe.analysis.run import Analysis
 from emoe.config import format_bytes
 
@@ -274,9 +274,18 @@ def _timeline(analysis: Analysis) -> str:
     ]
     if sums["hidden_share"] is not None:
         rows.append(("of that, while something was computed", f"{100 * sums['hidden_share']:.0f} %"))
-    return _table([], rows) + (
-        "<p><code>timeline.json</code> has every transfer and layer; open it at https://ui.perfetto.dev or in "
-        "chrome://tracing. Times are taken in Python: a transfer ends when its end was seen.</p>"
+    step = analysis.timeline.step()
+    picture = "" if not step else _figure(
+        lanes(step, x_label="ms"),
+        "The last forward, one token: experts modules, the times they stood still, and experts read.",
+    )  # fmt: skip
+    return (
+        _table([], rows)
+        + picture
+        + (
+            "<p><code>timeline.json</code> has every transfer and layer; open it at https://ui.perfetto.dev or in "
+            "chrome://tracing. Times are taken in Python: a transfer ends when its end was seen.</p>"
+        )
     )
 
 
