@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from emoe.errors import ConfigError
 from emoe.loader import Loader
 from emoe.next_layer import NextLayer
-from emoe.prediction import PERIOD, PredictionOptions
+from emoe.prediction import PredictionOptions
 from emoe.predictor import UNKNOWN_TASK, ExpertPredictor
 from emoe.predictor.load_score import Expected, load_score
 from emoe.predictor.refresh import Refresh
@@ -76,8 +76,9 @@ class BaseSet:
         self._refresh = Refresh(options.period)
         self._shadow = ShadowLRU(self._experts, slots, between_requests=not loads_misses)
         self._switch = Switch()
-        window = options.period if isinstance(options.period, int) else PERIOD
-        self._recent: deque[Expected] = deque(maxlen=window)
+        # Those that stand for what else a base set will serve; an adaptive one is chosen for the request that begins.
+        others = options.period - 1 if isinstance(options.period, int) else 0
+        self._recent: deque[Expected] = deque(maxlen=others)
         self._mean_tokens: dict[int, float] = {}
         self._milliseconds: deque[float] = deque(maxlen=PATIENCE)
         self._covered: deque[tuple[int, int]] = deque(maxlen=PATIENCE)

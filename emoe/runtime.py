@@ -349,8 +349,10 @@ class Runtime:
         """Outside `request`, a forward with nothing in its KV cache begins one."""
         if self._named or self._closed:
             return
-        past = kwargs.get("past_key_values")
-        if past is None or not past.get_seq_length():
+        length = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        # Caches of models that mix in layers without attention may say 0 for ever.
+        if not length and (ids is None or ids.shape[-1] > 1 or not self.base.running):
             with self._lock:
                 self.base.begin()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import families
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import emoe
+from emoe import errors
 from emoe.cache import CacheManager
 from emoe.errors import ConfigError
 from emoe.predictor import UNKNOWN_TASK
@@ -139,6 +141,29 @@ def test_generate_without_request_is_one_request_per_prompt(model):
     assert model.emoe.stats()["prediction"]["requests"] == 3
     # 12 tokens of the prompt and three of the four new ones: the last is never routed.
     assert predictor.blocks[0].shape[1] == 15
+
+
+@pytest.mark.parametrize("family", ["jamba", "nemotron_h", "lfm2_moe", "gpt_oss", "deepseek_v3", "mixtral"])
+def test_a_prompt_is_one_request_in_families_with_caches_of_their_own(family):
+    model = families.build(family)
+    emoe.wrap(model, memory_budget=0.5, predictor="recent")
+    for seed in range(2):
+        model.generate(_ids(seed), max_new_tokens=4, do_sample=False)
+    assert model.emoe.stats()["prediction"]["requests"] == 2
+    model.emoe.close()
+
+
+def test_a_base_set_that_cannot_be_read_leaves_the_slots_free_and_the_request_says_so(model, caplog):
+    predictor = Favourites(_scores(model, [0, 1, 2, 3]))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor, routing="resident")
+    for layer in range(model.emoe.cache.layers):
+        for path in {piece.file for pieces in model.emoe.store.layers[layer].pieces for piece in pieces}:
+            os.truncate(path, 0)
+    with pytest.raises(errors.EmoeError):
+        _run(model, 0)
+    assert any("failed" in record.message for record in caplog.records)
+    model.emoe.check_integrity()
+    model.emoe.close(restore=False)  # there is nothing to restore from
 
 
 def test_recent_learns_its_first_base_set_from_the_first_request(model):
