@@ -148,6 +148,19 @@ def test_files_that_are_no_predictors_are_refused(tmp_path):
         load(path)
 
 
+def test_a_sequence_model_whose_settings_and_tensors_differ_is_refused(sequence_model, tmp_path):
+    path = tmp_path / "p.safetensors"
+    sequence_model.save(path)
+    tensors, settings = files.read(path, TRAINED, {})
+    files.write(path, TRAINED, tensors, {**settings, "shape": {**settings["shape"], "layers": 3}})
+    with pytest.raises(CheckpointError, match=r"'head' has shape \[2, 16, 16\], the settings say \[3, 16, 16\]"):
+        load(path)
+    del tensors["places.weight"]
+    files.write(path, TRAINED, tensors, settings)
+    with pytest.raises(CheckpointError, match=r"places\.weight"):
+        load(path)
+
+
 def test_names_of_predictors_are_listed_where_one_is_unknown(profile):
     with pytest.raises(ConfigError, match="not one of: recent"):
         make("crystal-ball")

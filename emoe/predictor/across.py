@@ -19,6 +19,7 @@ from emoe.trace import Trace
 Floats = NDArray[np.float32]
 
 RANK = 32  # directions in which requests differ
+_MOST = 1000  # requests, the last ones, that the directions are taken from
 RIDGE = 10.0  # of the mean square of a request in those directions
 _SMOOTHING = 20.0  # uses of an expert before its own transitions count as much as everyone's
 _PRIOR_TOKENS = 4.0  # the mean of all prompts counts like so many tokens of the running one
@@ -197,7 +198,7 @@ class AcrossRequests:
         Raises:
             TraceError: fewer than three prompts.
         """
-        every = [each.picks for each in prompts(trace, ())]
+        every = [each.picks for each in prompts(trace, ())][-_MOST:]
         if len(every) < 3:
             raise TraceError(f"fitting from request to request needs three prompts, the profile has {len(every)}")
         E = trace.num_experts

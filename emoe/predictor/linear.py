@@ -38,6 +38,7 @@ _PRIOR_PROMPTS = 1.0  # and like so many past prompts
 _KEEP_TASK, _KEEP_ANY = 0.95, 0.8  # of a past prompt's weight, from one prompt to the next
 _VECTORS = 4
 _FEWEST = 8  # prompts that a stage is fitted on
+_MOST = 1000  # the last prompts of a profile, for the weights: seven vectors of each are in memory at once
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class _Samples:
 
     @classmethod
     def gather(cls, trace: Trace, table: TaskTable) -> _Samples:
-        every = list(prompts(trace, table.names))
+        every = list(prompts(trace, table.names))[-_MOST:]
         tokens = np.array([each.picks.shape[1] for each in every], dtype=np.float32)
         task = np.array([each.task for each in every])
         uses = np.array([count(each.picks, trace.num_experts).reshape(-1) for each in every], dtype=np.float32)

@@ -185,6 +185,10 @@ class SequenceModel:
             given = dict(settings["shape"])
             size = Size(**{name: int(value) for name, value in dict(given.pop("size")).items()})
             shape = Shape(size=size, **{name: int(value) for name, value in given.items()})
+            expected = {"head": (shape.layers, size.d_model, shape.experts), "bias": (shape.layers, shape.experts)}
+            for name, wanted in expected.items():  # before a network of the size that the settings claim is built
+                if tensors[name].shape != wanted:
+                    raise ValueError(f"{name!r} has shape {list(tensors[name].shape)}, the settings say {list(wanted)}")
             with torch.random.fork_rng(devices=[]):
                 network = Network(shape)
             network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
