@@ -4,8 +4,8 @@
 
 Trained are routers, norms and low-rank corrections, on the train split alone: Kullback-Leibler divergence to the dense
 model's 64 likeliest tokens and the rest, plus the distance of a few layers' hidden states. The dense model runs once
-per row, its answers are kept. FOLDER gets the deltas of the lowest divergence on the dev split (`best.safetensors`)
-and a log; a SIGTERM ends the training with one more evaluation.
+per row, its answers are kept. FOLDER gets the deltas of the lowest divergence on the dev split, with --contrast the last
+ones (`best.safetensors`), and a log; a SIGTERM ends the training with one more evaluation.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def main() -> None:
                 row |= evaluate(student, teacher, dev)
                 with (args.out / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row) + "\n")
-                if row["kl"] < best:
+                if row["kl"] < best or args.contrast:  # that the contrast pays for with divergence
                     best = row["kl"]
                     meta = {"shape": json.dumps(shape.to_dict()), "log": json.dumps(row)}
                     save_file(deltas(student), args.out / "best.tmp", metadata=meta)

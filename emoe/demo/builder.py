@@ -24,7 +24,7 @@ from emoe.errors import DemoBuildError
 
 logger = logging.getLogger(__name__)
 
-VERSION = "2"
+VERSION = "3"
 DELTA = Path(__file__).with_name("smollm2_135m_moe.safetensors")
 FACTS = Path(__file__).with_name("smollm2_135m_moe.json")
 MARK = "emoe_demo.json"  # written last into a finished folder
