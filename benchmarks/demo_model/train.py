@@ -4,8 +4,8 @@
 
 Trained are routers, norms and low-rank corrections, on the train split alone: Kullback-Leibler divergence to the dense
 model's 64 likeliest tokens and the rest, plus the distance of a few layers' hidden states. The dense model runs once
-per row, its answers are kept. FOLDER gets the deltas of the lowest divergence on the dev split, with --contrast the last
-ones (`best.safetensors`), and a log; a SIGTERM ends the training with one more evaluation.
+per row, its answers are kept. FOLDER gets the deltas of the lowest divergence on the dev split, with --contrast the
+last ones (`best.safetensors`), and a log; a SIGTERM ends the training with one more evaluation.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dev-rows", type=int, default=12)
     parser.add_argument("--every", type=float, default=5, help="minutes between evaluations")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--contrast", type=float, default=0, help="nats by which experts drawn at random are to be worse")
+    parser.add_argument("--contrast", type=float, default=0, help="nats that random experts have to cost")
     parser.add_argument("--autocast", action="store_true", help="the student's products in bfloat16")
     args = parser.parse_args()
 

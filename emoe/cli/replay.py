@@ -93,9 +93,9 @@ def _add_prediction(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--slack",
         type=common.share,
-        default=0.4,
+        default=0.5,
         metavar="SHARE",
-        help="of the slots, for LRU in base+slack and predictor:FILE (default: 0.4)",
+        help="of the slots, for LRU in base+slack and predictor:FILE (default: 0.5)",
     )
     group.add_argument(
         "--moves",

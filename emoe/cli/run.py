@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slack",
         type=common.share,
         metavar="SHARE",
-        help="of a layer's slots that a predictor leaves to --policy (default: 0.4)",
+        help="of a layer's slots that a predictor leaves to --policy (default: 0.5)",
     )
     how.add_argument(
         "--prefetch",

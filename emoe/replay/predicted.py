@@ -41,7 +41,7 @@ class Options:
 
     miss: str = "load"
     period: int | str = 1
-    slack: float = 0.4
+    slack: float = 0.5
     moves: float = 0.3
     offset: int = 0
 
