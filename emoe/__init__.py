@@ -15,11 +15,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from emoe.cache import CacheManager
     from emoe.planning import Plan, plan
+    from emoe.predictor import ExpertPredictor
     from emoe.runtime import Runtime, from_pretrained, wrap
     from emoe.trace import TraceRecorder, load_trace
 
 _LAZY = {
     "CacheManager": "emoe.cache",
+    "ExpertPredictor": "emoe.predictor",
     "Plan": "emoe.planning",
     "Runtime": "emoe.runtime",
     "TraceRecorder": "emoe.trace",
@@ -31,6 +33,7 @@ _LAZY = {
 
 __all__ = [
     "CacheManager",
+    "ExpertPredictor",
     "Plan",
     "Runtime",
     "TraceRecorder",

@@ -10,7 +10,7 @@ from public_traces import DOMAINS, need
 from test_replay import make_trace
 
 from emoe.cli import main
-from emoe.errors import ConfigError, TraceError
+from emoe.errors import CheckpointError, ConfigError, TraceError
 from emoe.predictor import UNKNOWN_TASK, top
 from emoe.predictor.next_use import NextUse, followers
 from emoe.predictor.table import Recent, TaskTable
@@ -84,7 +84,7 @@ def test_a_task_table_holds_uses_per_token_and_the_mean_for_unknown_tasks(tmp_pa
 
 def test_a_file_that_is_no_task_table_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"not one")
-    with pytest.raises(TraceError, match="x"):
+    with pytest.raises(CheckpointError, match="x"):
         TaskTable.load(tmp_path / "x")
     with pytest.raises(TraceError, match="without tokens"):
         TaskTable.profile(make_trace(np.zeros((1, 0, 1)), 4))
@@ -94,8 +94,8 @@ def test_recent_uses_fade_by_prompt():
     recent = Recent(1, 3, prompts=1.0)
     for pick in (0, 1):
         recent.begin(0)
-        recent.observe(np.array([[pick]]))
-    recent.observe(np.array([[-1]]))
+        recent.observe(np.array([[[pick]]]))
+    recent.observe(np.array([[[-1]]]))
     assert recent.rank().tolist() == [[pytest.approx(np.exp(-1)), 1.0, 0.0]]
 
 
@@ -138,7 +138,7 @@ def _slow_base(trace, predictor, slots, slack, period):
                 loads += len(missed)
                 inside[layer] |= missed
                 trim(layer, base[layer] | picks)
-        predictor.observe(trace.experts[:, token])
+        predictor.observe(trace.experts[:, token : token + 1])
     return hits, loads
 
 
@@ -207,8 +207,8 @@ def test_swaps_cover_more_than_lru_within_their_moves():
 def test_a_fit_is_repeatable_and_needs_two_prompts():
     profile, _ = _profile_and_rest()
     first, second = NextUse.fit(profile), NextUse.fit(profile)
-    first.observe(profile.experts[:, 0])
-    second.observe(profile.experts[:, 0])
+    first.observe(profile.experts[:, :1])
+    second.observe(profile.experts[:, :1])
     assert np.array_equal(first.rank(), second.rank())
     assert not np.array_equal(first.rank(), first.anew().rank())
     with pytest.raises(TraceError, match="at least two prompts"):

@@ -63,7 +63,7 @@ class CarvedMLP(nn.Module):
         top, index = F.linear(x, self.router).topk(shape.top_k, dim=-1)  # [N, K]
         if self.random is not None:
             index = torch.rand(x.shape[0], shape.experts, generator=self.random).topk(shape.top_k, dim=-1).indices
-        weights = top.softmax(-1) * shape.top_k
+        weights = top.float().softmax(-1) * shape.top_k
         routed = torch.zeros(x.shape[0], shape.experts).scatter(1, index, weights)
         return torch.cat([x.new_ones(x.shape[0], shape.shared), routed.repeat_interleave(shape.width, 1)], 1)
 

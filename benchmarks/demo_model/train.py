@@ -100,7 +100,7 @@ def loss_of(student: nn.Module, rows: Tensor, answers: tuple[Tensor, Tensor, Ten
     """Loss, and its divergence part as a float."""
     log_probs, ids, hidden = answers
     out = student(rows, output_hidden_states=True)
-    kl = divergence(out.logits, log_probs, ids)
+    kl = divergence(out.logits.float(), log_probs, ids)
     mine = torch.stack([out.hidden_states[i] for i in WATCHED_LAYERS], 1)
     apart = (mine - hidden).square().sum(-1) / hidden.square().sum(-1)
     return kl + hidden_weight * apart.mean(), kl.item()
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--dev-rows", type=int, default=12)
     parser.add_argument("--every", type=float, default=5, help="minutes between evaluations")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--autocast", action="store_true", help="the student's products in bfloat16")
     args = parser.parse_args()
 
     started = time.monotonic()
@@ -197,7 +198,9 @@ def main() -> None:
                 group["lr"] = group["rate"] * warm
             numbers = order[start : start + args.batch]
             rows = train[numbers]
-            loss, kl = loss_of(student, rows, teacher.answers(numbers, rows), args.hidden_weight)
+            answers = teacher.answers(numbers, rows)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+                loss, kl = loss_of(student, rows, answers, args.hidden_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)

@@ -7,11 +7,13 @@ lengths (recency and frequency in one), uses in this prompt, the task's table, a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import TraceError
+from emoe.errors import CheckpointError, TraceError
+from emoe.predictor import files
 from emoe.predictor.table import TaskTable
 from emoe.trace import Trace
 
@@ -47,8 +49,11 @@ class NextUse:
         self._next = self._prior
         self._features = np.ones((_FEATURES, L, E), dtype=np.float32)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.table.names
+
     def anew(self) -> NextUse:
-        """The same model that has seen no token."""
         return NextUse(self.table, self._follow, self._weights)
 
     def begin(self, task: int) -> None:
@@ -57,15 +62,29 @@ class NextUse:
         self._tokens = 0
 
     def observe(self, picks: NDArray[np.integer]) -> None:
+        L, T = picks.shape[:2]
+        if not T:
+            return
         valid = picks >= 0
-        rows, experts = np.broadcast_to(self._rows, picks.shape)[valid], picks[valid]
-        self._recent *= self._fade
-        self._recent[:, rows, experts] += 1 - self._fade[:, :, 0]
-        self._uses[rows, experts] += 1
-        self._tokens += 1
-        count = np.maximum(valid.sum(axis=1), 1).astype(np.float32)
-        followers = self._follow[self._rows, np.where(valid, picks, 0)]  # [L, K, E]
-        self._next = (followers * valid[:, :, None]).sum(axis=1) / count[:, None]
+        rows = np.broadcast_to(self._rows[:, :, None], picks.shape)[valid]
+        experts = picks[valid]
+        age = np.broadcast_to(np.arange(T - 1, -1, -1)[None, :, None], picks.shape)[valid]  # 0: the last token
+        if T == 1:
+            self._recent *= self._fade
+            self._recent[:, rows, experts] += 1 - self._fade[:, :, 0]
+            self._uses[rows, experts] += 1
+        else:
+            E = self._uses.shape[1]
+            places = rows * E + experts
+            self._uses += np.bincount(places, minlength=L * E).reshape(L, E)
+            for recent, fade in zip(self._recent, self._fade[:, 0, 0], strict=True):
+                recent *= fade**T
+                recent += np.bincount(places, (1 - fade) * fade**age, minlength=L * E).reshape(L, E)
+        self._tokens += T
+        last, known = picks[:, -1], valid[:, -1]
+        count = np.maximum(known.sum(axis=1), 1).astype(np.float32)
+        followers = self._follow[self._rows, np.where(known, last, 0)]  # [L, K, E]
+        self._next = (followers * known[:, :, None]).sum(axis=1) / count[:, None]
 
     def rank(self) -> Floats:
         # Not tensordot: for so little work the threads of a BLAS cost more than they save.
@@ -80,6 +99,27 @@ class NextUse:
         known[-1] = self._next
         np.log(known + np.float32(_FLOOR), out=self._features[len(known) : 2 * len(known)])
         return self._features
+
+    def save(self, path: str | Path) -> None:
+        """Writes a .safetensors file."""
+        tensors = {"frequency": self.table.frequency, "follow": self._follow, "weights": self._weights}
+        files.write(path, "next-use", tensors, {"names": self.names})
+
+    @classmethod
+    def load(cls, path: str | Path) -> NextUse:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is something else.
+        """
+        tensors, settings = files.read(path, "next-use", {"frequency": 3, "follow": 3, "weights": 1})
+        frequency, follow, weights = tensors["frequency"], tensors["follow"], tensors["weights"]
+        names = tuple(settings.get("names", ()))
+        N, L, E = frequency.shape
+        if follow.shape != (L, E, E) or weights.shape != (_FEATURES,) or len(names) != N:
+            shapes = f"frequency {list(frequency.shape)}, follow {list(follow.shape)}, weights {list(weights.shape)}"
+            raise CheckpointError(f"{path}: {shapes} and {len(names)} task names do not fit together", file=str(path))
+        return cls(TaskTable(frequency, names), follow, weights)
 
     @classmethod
     def fit(cls, trace: Trace, *, horizon: float = HORIZON, seed: int = 0) -> NextUse:
@@ -126,7 +166,7 @@ def walk(trace: Trace, predictor: NextUse) -> Iterator[int]:
     for token in range(trace.tokens):
         if token == 0 or trace.prompt[token] != trace.prompt[token - 1]:
             predictor.begin(int(trace.task[token]))
-        predictor.observe(ids[token])
+        predictor.observe(ids[token][:, None])
         yield token
 
 

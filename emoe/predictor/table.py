@@ -6,14 +6,13 @@ without a model: the mean of the last prompts stands for the next.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import TraceError
-from emoe.predictor import UNKNOWN_TASK
+from emoe.errors import CheckpointError, TraceError
+from emoe.predictor import UNKNOWN_TASK, files
 from emoe.trace import Trace
 
 
@@ -62,29 +61,25 @@ class TaskTable:
     def rank(self) -> NDArray[np.float32]:
         return self.of(self._task)
 
+    def anew(self) -> TaskTable:
+        return TaskTable(self.frequency, self.names)
+
     def save(self, path: str | Path) -> None:
         """Writes a .safetensors file."""
-        from safetensors.numpy import save_file
-
-        save_file({"frequency": self.frequency}, path, metadata={"kind": "task-table", "names": json.dumps(self.names)})
+        files.write(path, "task-table", {"frequency": self.frequency}, {"names": self.names})
 
     @classmethod
     def load(cls, path: str | Path) -> TaskTable:
         """Reads what `save` wrote.
 
         Raises:
-            TraceError: the file is something else.
+            CheckpointError: the file is something else.
         """
-        from safetensors import SafetensorError, safe_open
-
+        tensors, settings = files.read(path, "task-table", {"frequency": 3})
         try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("kind") != "task-table":
-                    raise TraceError(f"{path}: kind={metadata.get('kind')!r}, expected 'task-table'")
-                return cls(file.get_tensor("frequency"), tuple(json.loads(metadata["names"])))
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise TraceError(f"{path}: not a task table: {error}") from error
+            return cls(tensors["frequency"], tuple(settings["names"]))
+        except (KeyError, TypeError, TraceError) as error:
+            raise CheckpointError(f"{path}: not a task table: {error}", file=str(path)) from error
 
 
 class Recent:
@@ -96,17 +91,28 @@ class Recent:
             best, some 12; the difference is below one point.
     """
 
+    names: tuple[str, ...] = ()
+
     def __init__(self, layers: int, experts: int, prompts: float = 6.0) -> None:
+        self._prompts = prompts
         self._keep = float(np.exp(-1.0 / prompts))
         self._uses = np.zeros((layers, experts), dtype=np.float64)
-        self._rows = np.arange(layers)[:, None]
 
     def begin(self, task: int) -> None:
         self._uses *= self._keep
 
     def observe(self, picks: NDArray[np.integer]) -> None:
-        valid = picks >= 0
-        np.add.at(self._uses, (np.broadcast_to(self._rows, picks.shape)[valid], picks[valid]), 1.0)
+        self._uses += count(picks, self._uses.shape[1])
 
     def rank(self) -> NDArray[np.float64]:
         return self._uses
+
+    def anew(self) -> Recent:
+        return Recent(*self._uses.shape, self._prompts)
+
+
+def count(picks: NDArray[np.integer], experts: int) -> NDArray[np.int64]:
+    """[L, E] uses in [L, T, K] picks; -1 is none."""
+    L = len(picks)
+    places = picks.reshape(L, -1) + (np.arange(L) * (experts + 1) + 1)[:, None]  # the first place takes "no pick"
+    return np.bincount(places.reshape(-1), minlength=L * (experts + 1)).reshape(L, experts + 1)[:, 1:]

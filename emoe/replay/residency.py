@@ -93,7 +93,7 @@ def run_base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, r
             held = base.copy()
             held[np.broadcast_to(rows, picks.shape)[valid], picks[valid]] = True
             counts.evictions += _trim(in_slot, held, last, slots)
-        predictor.observe(picks)
+        predictor.observe(picks[:, None])
     return counts
 
 
@@ -124,7 +124,7 @@ def run_swaps(
         counts.evictions += int(moved.sum())
         margin = float(np.clip(margin * np.exp(_MARGIN_GAIN * (moved.sum() / moves - 1)), 1e-4, 1.0))
         counts.hits += ((picks >= 0) & in_slot[rows, picks]).sum(axis=1)
-        predictor.observe(picks)
+        predictor.observe(picks[:, None])
     return counts
 
 
