@@ -5,8 +5,9 @@
     python scripts/wheels.py cu13 --archs 90  for one architecture only (quick, not for publishing)
 
 A wheel passes when `emoe doctor` of the new environment loads the native module from there, says what was built, and,
-on a machine without a driver, that there is none; and when a tiny model answers on the CPU (with --demo, the demo too). The dependencies (torch,
-transformers, ...) are those of the environment this runs in, through a path file: nothing is downloaded.
+on a machine without a driver, that there is none; and when a tiny model answers on the CPU (with --demo, the demo
+model too). The dependencies (torch, transformers, ...) are those of the environment this runs in, through a path
+file: nothing is downloaded for them.
 """
 
 from __future__ import annotations
