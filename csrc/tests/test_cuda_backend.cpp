@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "core/slab.hpp"
@@ -292,6 +295,22 @@ TEST("everything is given back, also with copies and kernels in flight") {
     CHECK_EQ(after.pinned_bytes, before.pinned_bytes);
     CHECK_EQ(after.events_alive, before.events_alive);
     CHECK_EQ(after.streams_alive, before.streams_alive);
+}
+
+TEST("an event goes on naming its own point while others are recorded") {
+    const std::shared_ptr<EventPool> pool = EventPool::make(0);
+    const ComputeStream slow, idle;
+    for (int round = 0; round < 3; ++round) {
+        const auto over = std::make_shared<std::atomic<bool>>(false);
+        emu::enqueue(slow, [over] {
+            std::this_thread::sleep_for(std::chrono::milliseconds(20));
+            over->store(true);
+        });
+        const Event first = pool->record(slow);
+        pool->record(idle).synchronize();
+        first.synchronize();
+        CHECK(over->load());
+    }
 }
 
 TEST("an idle hazard list is forgotten") {
