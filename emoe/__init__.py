@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from emoe.planning import Plan, plan
     from emoe.predictor import ExpertPredictor
     from emoe.runtime import Runtime, from_pretrained, wrap
+    from emoe.sensitivity import OnlineSensitivity, SensitivityProfile
+    from emoe.tasks import TaskClassifier
     from emoe.trace import TraceRecorder, load_trace
 
 _LAZY = {
     "CacheManager": "emoe.cache",
     "ExpertPredictor": "emoe.predictor",
+    "OnlineSensitivity": "emoe.sensitivity",
     "Plan": "emoe.planning",
     "Runtime": "emoe.runtime",
+    "SensitivityProfile": "emoe.sensitivity",
+    "TaskClassifier": "emoe.tasks",
     "TraceRecorder": "emoe.trace",
     "from_pretrained": "emoe.runtime",
     "load_trace": "emoe.trace",
@@ -34,8 +39,11 @@ _LAZY = {
 __all__ = [
     "CacheManager",
     "ExpertPredictor",
+    "OnlineSensitivity",
     "Plan",
     "Runtime",
+    "SensitivityProfile",
+    "TaskClassifier",
     "TraceRecorder",
     "__version__",
     "errors",

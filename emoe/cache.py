@@ -52,6 +52,7 @@ class CacheManager:
         self._free = [list(reversed(slots)) for slots in self._ranges]
         self._expert_of = [_NOBODY] * first
         self._state = [_FREE] * first
+        self._protected: list[frozenset[int]] = [frozenset() for _ in layers]
         self._steps = [-1] * len(self._ranges)  # the first step is 0
         self._versions = [0] * len(self._ranges)
 
@@ -88,6 +89,14 @@ class CacheManager:
     def free(self, layer: int) -> int:
         """How many slots of a layer hold nothing."""
         return len(self._free[layer])
+
+    def protect(self, layer: int, experts: Iterable[int]) -> None:
+        """These experts, in slots or not, are evicted only where nothing else can be; replaces a layer's before."""
+        self._protected[layer] = frozenset(experts)
+
+    def protected(self, layer: int) -> frozenset[int]:
+        """What `protect` was last told."""
+        return self._protected[layer]
 
     def advance(self, layer: int) -> None:
         """Begins the next step of a layer: the clock that its policy sees."""
@@ -149,7 +158,7 @@ class CacheManager:
     def admit(self, layer: int, expert: int, keep: Collection[int] = frozenset()) -> Admission:
         """Gives the expert a slot that is free, or whose expert the policy evicts; the slot is then loading.
 
-        Held and loading slots are never taken, nor those of experts in `keep`.
+        Held and loading slots are never taken, nor those of experts in `keep`; protected experts are taken last.
 
         Raises:
             CacheFullError: no slot of the layer can be taken.
@@ -169,7 +178,7 @@ class CacheManager:
                     f"expert ({layer}, {expert}) finds no slot: of the layer's {len(self._ranges[layer])}, "
                     f"{self._describe(layer)}, and {len(keep)} experts are to be kept"
                 )
-            evicted = self._policies[layer].victim(candidates)
+            evicted = self._policies[layer].victim(candidates - self._protected[layer] or candidates)
             slot = slot_of.pop(evicted)
             self._policies[layer].forget(evicted)
             self._versions[layer] += 1

@@ -7,7 +7,7 @@ Which expert goes where is decided elsewhere; the order between copies and kerne
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,15 @@ import numpy.typing as npt
 import torch
 
 from emoe import native
-from emoe.errors import BackendUnavailable, ConfigError, UnsupportedModelError
+from emoe.config import format_bytes, parse_budget
+from emoe.errors import BackendUnavailable, BudgetError, ConfigError, UnsupportedModelError
+from emoe.layout import SlotLayout
+from emoe.memory import available_memory
 from emoe.misses import MissRates
+from emoe.store import StoreLayer
+
+# One each for the workers of the queue, one for an expert that the CPU computes.
+SMALLEST_PINNED_SLOTS = 3
 
 CHOICES = "cpu, cuda, cuda:0, cuda:1, ..., emulated (tests)"
 # Of what is free, left to activations and to other programs when memory_budget="auto".
@@ -328,3 +335,26 @@ def _ids(index: torch.Tensor) -> torch.Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_layouts(device: Device, layers: Sequence[StoreLayer], layouts: Sequence[SlotLayout], kernels: str) -> None:
+    """UnsupportedModelError where a layer's experts cannot be computed on the device."""
+    if kernels != "native":
+        raise ConfigError(f"kernels='{kernels}' runs on the CPU only; device='{device.name}' takes kernels='native'")
+    for layer, where in zip(layers, layouts, strict=True):
+        reason = where.reason or device.refusal(device.module.MlpLayout(**(where.native or {})))
+        if reason:
+            raise UnsupportedModelError(f"the experts of {layer.path} cannot be computed on {device.name}: {reason}")
+
+
+def pinned_slots(pinned_memory: int | str | None, records: int, slot_bytes: int) -> int:
+    """Slots of pinned host memory: one for each record, or as many as fit; BudgetError where they are too few."""
+    nbytes = available_memory() // 2 if pinned_memory is None else parse_budget(pinned_memory).nbytes
+    slots = min(records, nbytes // slot_bytes)
+    if slots < SMALLEST_PINNED_SLOTS:
+        raise BudgetError(
+            f"pinned_memory of {format_bytes(nbytes)} holds {slots} experts of {format_bytes(slot_bytes)}; "
+            f"{SMALLEST_PINNED_SLOTS} are needed",
+            needed=SMALLEST_PINNED_SLOTS * slot_bytes,
+        )
+    return slots

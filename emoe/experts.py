@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from threading import RLock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -98,6 +98,16 @@ class _OneAtATime:
             self._held.close()
 
 
+class Watcher(Protocol):
+    """Told of every forward of a layer, under the runtime's lock."""
+
+    def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor) -> None:
+        """A layer is about to compute: its inputs [T, H] and the experts it uses [T, K]."""
+
+    def after(self, layer: int) -> None:
+        """It has computed, and holds no slot any more."""
+
+
 class ExpertLayer:
     """One experts module bound to its slots.
 
@@ -134,6 +144,7 @@ class ExpertLayer:
         self.lock = lock
         self.pair_bytes = pair_bytes
         self.recorder: TraceRecorder | None = None
+        self.watcher: Watcher | None = None
         self.native = layout.native if kernels == "native" else None
         self.closed = False
         self._slot_of = np.full(self.num_experts, -1, dtype=np.int32)
@@ -177,11 +188,21 @@ class ExpertLayer:
             if self.recorder is not None:
                 self.recorder.record(self.index, index.cpu().numpy(), weights.float().cpu().numpy())
             wanted = sorted({e for e in index.flatten().tolist() if 0 <= e < self.num_experts})
-            if self._on_device is not None:
-                return self._on_device.forward(self.index, self.loader, hidden, index, weights, wanted)
-            if self._mlp is None:
-                return self._forward_stock(hidden, index, weights, wanted)
-            return self._forward_native(hidden, index, weights, wanted)
+            if self.watcher is None:
+                return self._forward(hidden, index, weights, wanted)
+            self.watcher.before(self.index, hidden, index)
+            result = self._forward(hidden, index, weights, wanted)
+            self.watcher.after(self.index)
+            return result
+
+    def _forward(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, wanted: list[int]
+    ) -> torch.Tensor:
+        if self._on_device is not None:
+            return self._on_device.forward(self.index, self.loader, hidden, index, weights, wanted)
+        if self._mlp is None:
+            return self._forward_stock(hidden, index, weights, wanted)
+        return self._forward_native(hidden, index, weights, wanted)
 
     def close(self) -> None:
         """Lets go of the slots; a later forward raises ClosedError. The module itself is not touched."""

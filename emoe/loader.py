@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
@@ -190,10 +190,21 @@ class Loader:
             started += 1
         return started
 
-    def cancel_prefetch(self, layer: int | None = None) -> int:
-        """Takes back prefetches that have not started reading, of one layer or of all. Returns how many."""
+    def cancel_prefetch(self, layer: int | None = None, experts: Collection[int] | None = None) -> int:
+        """Takes back prefetches that have not started reading. Returns how many.
+
+        Args:
+            layer: of this layer alone; None for all.
+            experts: of these alone; None for all.
+        """
         layers = range(len(self._records)) if layer is None else (layer,)
-        return sum(self._cancel_queued(each) for each in layers)
+        return sum(self._cancel_queued(each, experts) for each in layers)
+
+    def finish_prefetch(self, layer: int) -> None:
+        """Waits for a layer's prefetches; a failed one frees its slot and is logged."""
+        prefetching = self._prefetching[layer]
+        for expert in list(prefetching):
+            self._end_prefetch(layer, expert, prefetching[expert])
 
     def snapshot(self) -> dict[str, Any]:
         """Counters since the start (docs/cache.md), summed, and per layer in the list `layers`."""
@@ -317,10 +328,10 @@ class Loader:
             if self._queue.done(ticket):
                 self._end_prefetch(layer, expert, ticket)
 
-    def _cancel_queued(self, layer: int) -> int:
+    def _cancel_queued(self, layer: int, experts: Collection[int] | None = None) -> int:
         cancelled = 0
         for expert, ticket in list(self._prefetching[layer].items()):
-            if self._queue.cancel(ticket):
+            if (experts is None or expert in experts) and self._queue.cancel(ticket):
                 self._end_prefetch(layer, expert, ticket)
                 cancelled += 1
         return cancelled

@@ -17,14 +17,16 @@ from torch import nn
 
 from emoe import experts, layout, modeling, native
 from emoe.cache import CacheManager
-from emoe.config import format_bytes, parse_budget
-from emoe.device import Device, open_device
+from emoe.config import format_bytes
+from emoe.device import Device, check_layouts, open_device, pinned_slots
 from emoe.device_experts import DeviceExperts
-from emoe.errors import BudgetError, ClosedError, ConfigError, UnsupportedModelError
+from emoe.errors import BudgetError, ClosedError, ConfigError
 from emoe.loader import Loader
 from emoe.memory import available_memory
 from emoe.misses import MISS_MODES
 from emoe.planning import Plan, make_plan, plan_for_model
+from emoe.prediction import PERIOD, SLACK, parse_prediction
+from emoe.residency import BaseSet
 from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
 from emoe.routing.options import Bias
 from emoe.store import ExpertStore, Piece
@@ -34,8 +36,6 @@ from emoe.trace import TraceRecorder
 logger = logging.getLogger(__name__)
 
 KERNELS = ("native", "stock")
-# One each for the workers of the queue, one for an expert that the CPU computes.
-SMALLEST_PINNED_SLOTS = 3
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -56,6 +56,11 @@ def from_pretrained(
     context: int = 2048,
     batch: int = 1,
     policy: str = "lru",
+    predictor: Any = None,
+    period: int | str = PERIOD,
+    slack: float = SLACK,
+    prefetch: Any = None,
+    sensitivity: Any = None,
     reader: str = "auto",
     device: str = "cpu",
     pinned_memory: int | str | None = None,
@@ -81,6 +86,14 @@ def from_pretrained(
         context: tokens of KV cache the plan leaves room for, per sequence.
         batch: sequences that run at once.
         policy: eviction policy of the slots; see `emoe.policy`.
+        predictor: what chooses the experts to keep (docs/residency.md): "recent", a file of `emoe train-predictor`, an
+            `emoe.ExpertPredictor`, or None: the policy alone.
+        period: requests between two choices, or "adaptive": when observed routing drifts.
+        slack: share of a layer's slots that stays with the policy; not used in `resident`.
+        prefetch: what names experts of the next layer while one computes: "look-ahead", a predictor or a file of one
+            that has `next_layer`, or None.
+        sensitivity: layers in which a task does not count: a file of `emoe profile sensitivity`, a
+            `SensitivityProfile`, or None.
         reader: "auto", "uring" or "pread".
         device: "cpu", or "cuda" / "cuda:1": the model and the slots are in that GPU's memory, which `memory_budget`
             then counts; experts come through pinned memory of the host (docs/cuda.md).
@@ -110,6 +123,7 @@ def from_pretrained(
     return _start(
         model, store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=False,
         device=gpu, pinned_memory=pinned_memory, miss=miss,
+        predictor=predictor, period=period, slack=slack, prefetch=prefetch, sensitivity=sensitivity,
     )  # fmt: skip
 
 
@@ -130,6 +144,11 @@ def wrap(
     context: int = 2048,
     batch: int = 1,
     policy: str = "lru",
+    predictor: Any = None,
+    period: int | str = PERIOD,
+    slack: float = SLACK,
+    prefetch: Any = None,
+    sensitivity: Any = None,
     reader: str = "auto",
     device: str = "cpu",
     pinned_memory: int | str | None = None,
@@ -139,8 +158,8 @@ def wrap(
 
     Args:
         model: a Transformers model whose family goes through the experts interface; it is changed in place.
-        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, reader, device,
-            pinned_memory, miss: as in `from_pretrained`.
+        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, predictor, period, slack,
+            prefetch, sensitivity, reader, device, pinned_memory, miss: as in `from_pretrained`.
         store: a folder for the experts (kept by you), None for a temporary folder, or "ram" for anonymous memory.
 
     Returns:
@@ -165,6 +184,7 @@ def wrap(
     return _start(
         model, expert_store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=True,
         device=gpu, pinned_memory=pinned_memory, miss=miss,
+        predictor=predictor, period=period, slack=slack, prefetch=prefetch, sensitivity=sensitivity,
     )  # fmt: skip
 
 
@@ -192,6 +212,7 @@ class Runtime:
         plan: the `Plan` it was built from.
         cache: the `CacheManager` that says which expert is in which slot.
         routing: the `emoe.routing.Routing` that exchanges picks; in mode `exact` it does nothing.
+        base: the `emoe.residency.BaseSet` that keeps the experts a predictor names.
     """
 
     def __init__(
@@ -208,6 +229,7 @@ class Runtime:
         device: Device | None = None,
         pinned_memory: int | str | None = None,
         miss: str = "load",
+        **prediction: Any,
     ) -> None:
         self._C = native.load() if device is None else device.module
         self._device = device
@@ -217,15 +239,18 @@ class Runtime:
         self._wrapped = wrapped
         self._lock = RLock()
         self._closed = False
+        self._named = False  # inside `request`
         modules = dict(model.named_modules())
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         if device is not None:
-            _check_layouts(device, store, layouts, kernels)
+            check_layouts(device, store.layers, layouts, kernels)
             device.place(model)
         slot_bytes = max(each.nbytes for each in layouts)
         self.cache = CacheManager(plan.slots_per_layer, policy=policy)
         experts_per_layer = [len(layer.pieces) for layer in store.layers]
-        self.routing = Routing(model, CacheResidency(self.cache, experts_per_layer, self._lock), routing)
+        residency = CacheResidency(self.cache, experts_per_layer, self._lock)
+        self.routing = Routing(model, residency, routing)
+        predicting = parse_prediction(model, len(experts_per_layer), max(experts_per_layer), **prediction)
         slots = sum(plan.slots_per_layer)
         self._slab = self._C.Slab(slots, slot_bytes) if device is None else device.native.slab(slots, slot_bytes)
         self._table, records = self._register(layouts)
@@ -233,10 +258,19 @@ class Runtime:
         if device is None:
             self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
         else:
-            pinned = _pinned_slots(pinned_memory, sum(map(len, records)), self._slab.slot_bytes)
+            pinned = pinned_slots(pinned_memory, sum(map(len, records)), self._slab.slot_bytes)
             self._queue = device.queue(self._slab, self._table, self._C.make_reader(reader), pinned)
         on_device = self._on_device(layouts, records, miss)
         self.loader = Loader(self.cache, self._queue, records)
+        self.base = BaseSet(
+            self.loader,
+            residency,
+            experts_per_layer,
+            plan.top_k,
+            predicting,
+            loads_misses=routing.mode != "resident",
+            observed=[site.layer for site in self.routing.sites if site.rule is not None],
+        )
         self.layers = [
             experts.ExpertLayer(
                 number,
@@ -303,7 +337,24 @@ class Runtime:
         self._guard = modeling.guard_saving(model, self.store)
         self._packing = modeling.pack_last_rows(model)
         model.set_experts_implementation(experts.IMPLEMENTATION)
+        self._prompts = None
+        if self.base.watches:
+            for layer in self.layers:
+                layer.watcher = self.base
+            self.routing.observer = self.base.picked
+            self._prompts = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
         self.routing.start()
+
+    def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Outside `request`, a forward with nothing in its KV cache begins one."""
+        if self._named or self._closed:
+            return
+        length = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        # Caches of models that mix in layers without attention may say 0 for ever.
+        if not length and (ids is None or ids.shape[-1] > 1 or not self.base.running):
+            with self._lock:
+                self.base.begin()
 
     def _log_start(self, kernels: str) -> None:
         logger.info(
@@ -332,9 +383,9 @@ class Runtime:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
             stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
             `prefetch_bytes`, reader, kernels (layers served by "native", "stock" or a device), slots, resident_share,
-            budget_bytes, and `routing`: what the routing mode changed (`emoe.routing.Routing.stats`). With a device
-            also: device, host_hits and host_misses (records found in pinned memory or not), on_cpu (missing experts
-            that the CPU computed).
+            budget_bytes, `routing`: what the routing mode changed (`emoe.routing.Routing.stats`), and `prediction`:
+            what the predictor did (docs/residency.md). With a device also: device, host_hits and host_misses (records
+            found in pinned memory or not), on_cpu (missing experts that the CPU computed).
         """
         with self._lock:
             counters = self.loader.snapshot()
@@ -358,6 +409,7 @@ class Runtime:
             "budget_bytes": self.plan.budget_bytes,
             "store": self.store.description,
             "routing": self.routing.stats(per_layer=per_layer),
+            "prediction": self.base.stats(),
         }
         result.pop("stall_seconds", None)
         if self._device is not None:
@@ -373,13 +425,30 @@ class Runtime:
         return result
 
     @contextmanager
-    def request(self, task: str | None = None, name: str | None = None) -> Iterator[Request]:
+    def request(
+        self, task: str | None = None, name: str | None = None, *, tokens: int | None = None
+    ) -> Iterator[Request]:
         """What runs in the block is one request: its task's bias, its own `max_substituted_mass`, its own counts.
 
         The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
+        With a predictor it is also what the base set is chosen for. Without this, a forward with an empty KV cache
+        begins a request of no task.
+
+        Args:
+            task: name of its task.
+            name: its own, for reports.
+            tokens: input and expected output, for the load score; None: as many as its task's requests had so far.
         """
-        with self.routing.request(task, name) as request:
-            yield request
+        before, self._named = self._named, True
+        try:
+            with self.routing.request(task, name) as request:
+                with self._lock:
+                    self.base.begin(task, tokens)
+                yield request
+        finally:
+            self._named = before
+            with self._lock:
+                self.base.end()
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[TraceRecorder]:
@@ -425,8 +494,9 @@ class Runtime:
                     needed=needed,
                 )
             self._closed = True
-            if self._packing is not None:
-                self._packing.remove()
+            for hook in (self._packing, self._prompts):
+                if hook is not None:
+                    hook.remove()
             self.routing.close()
             self.loader.close()
             self._queue.close()
@@ -469,29 +539,6 @@ class Runtime:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{sum(self.plan.slots_per_layer)} slots"
         return f"<emoe.Runtime of {type(self._model).__name__}: {state}, {self.plan.resident_share:.0%} resident>"
-
-
-def _check_layouts(device: Device, store: ExpertStore, layouts: list[layout.SlotLayout], kernels: str) -> None:
-    """UnsupportedModelError where a layer's experts cannot be computed on the device."""
-    if kernels != "native":
-        raise ConfigError(f"kernels='{kernels}' runs on the CPU only; device='{device.name}' takes kernels='native'")
-    for layer, where in zip(store.layers, layouts, strict=True):
-        reason = where.reason or device.refusal(device.module.MlpLayout(**(where.native or {})))
-        if reason:
-            raise UnsupportedModelError(f"the experts of {layer.path} cannot be computed on {device.name}: {reason}")
-
-
-def _pinned_slots(pinned_memory: int | str | None, records: int, slot_bytes: int) -> int:
-    """Slots of pinned host memory: one for each record, or as many as fit."""
-    nbytes = available_memory() // 2 if pinned_memory is None else parse_budget(pinned_memory).nbytes
-    slots = min(records, nbytes // slot_bytes)
-    if slots < SMALLEST_PINNED_SLOTS:
-        raise BudgetError(
-            f"pinned_memory of {format_bytes(nbytes)} holds {slots} experts of {format_bytes(slot_bytes)}; "
-            f"{SMALLEST_PINNED_SLOTS} are needed",
-            needed=SMALLEST_PINNED_SLOTS * slot_bytes,
-        )
-    return slots
 
 
 def runtime_of(model: nn.Module) -> Runtime:

@@ -145,6 +145,12 @@ def test_any_sequence_of_calls_keeps_the_integrity(policy):
             self.sizes = [1, 3]
             self.cache = CacheManager(self.sizes, policy=policy)
             self.model: list[dict[int, int]] = [{}, {}]  # expert -> -1 loading, else holds
+            self.protected: list[frozenset[int]] = [frozenset(), frozenset()]
+
+        @rule(layer=st.integers(0, 1), experts=st.frozensets(st.integers(0, EXPERTS - 1), max_size=3))
+        def protect(self, layer, experts):
+            self.cache.protect(layer, experts)
+            self.protected[layer] = experts
 
         @rule(
             layer=st.integers(0, 1),
@@ -165,6 +171,7 @@ def test_any_sequence_of_calls_keeps_the_integrity(policy):
                 slot, evicted = self.cache.admit(layer, expert, keep)
                 assert slot in self.cache.slots(layer)
                 assert (evicted in evictable) if full else (evicted is None)
+                assert evicted not in self.protected[layer] or evictable <= self.protected[layer]
                 model.pop(evicted, None)
                 model[expert] = -1
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -98,6 +99,32 @@ def test_run_writes_a_trace_that_replay_scores(model_folder, capsys, tmp_path):
     assert emoe.load_trace(trace).experts.shape[1] >= report["prompt_tokens"]
     status, _ = run_json(capsys, "replay", "--trace", trace, "--policy", "lru", "--resident", "0.5")
     assert status == 0
+
+
+def test_run_keeps_the_experts_that_a_predictor_names_for_the_task(model_folder, capsys, tmp_path):
+    from emoe.predictor.table import TaskTable
+
+    layers, experts = len(emoe.plan(model_folder, 0.75).slots_per_layer), 8
+    table = tmp_path / "table.safetensors"
+    frequency = np.zeros((2, layers, experts), dtype=np.float32)
+    frequency[0, :, 1] = frequency[1, :, 2] = 1.0
+    TaskTable(frequency, ("code", "talk")).save(table)
+    words = ("run", "--model", model_folder, "--memory-budget", "75%", "--prompt", "w4 w5 w6", "--max-new-tokens", 4)
+    plain = run_json(capsys, *words)[1]
+    status, report = run_json(capsys, *words, "--predictor", table, "--task", "talk", "--prefetch", "look-ahead")
+    assert status == 0
+    assert report["token_ids"] == plain["token_ids"]
+    assert report["task"] == "talk"
+    assert report["stats"]["prediction"]["predictor"] == "TaskTable"
+    assert report["stats"]["prediction"]["loads"] > 0
+    assert "TaskTable" in run(capsys, *words, "--predictor", table)[2]
+
+
+def test_run_refuses_a_predictor_that_is_neither_a_file_nor_a_name(model_folder, capsys):
+    words = ("run", "--model", model_folder, "--memory-budget", "50%", "--prompt", "w4", "--predictor", "psychic")
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert "psychic" in err and "recent" in err
 
 
 def test_run_reads_the_prompt_from_a_file_or_standard_input(model_folder, capsys, tmp_path, monkeypatch):

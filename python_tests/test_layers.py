@@ -26,6 +26,17 @@ FORBIDDEN_IMPORTS = {
     "misses": {"torch", "numpy", "emoe.device", "emoe.loader", "emoe.runtime"},
     "device_experts": {"emoe.runtime", "emoe.experts", "emoe.planning"},
     "modeling": {"emoe.runtime", "emoe.experts", "emoe.planning"},
+    "tasks": {"emoe.runtime", "emoe.loader", "emoe.routing", "emoe.predictor", "emoe.cache"},
+    "sensitivity": {"emoe.runtime", "emoe.loader", "emoe.tasks", "emoe.predictor", "emoe.experts"},
+    "timeline": {"emoe.analysis", "emoe.cli"},
+    "analysis": {"emoe.cli", "emoe.demo"},
+    "routing": {"emoe.runtime", "emoe.loader", "emoe.experts", "emoe.residency", "emoe.predictor"},
+    "residency": {"emoe.runtime", "emoe.experts", "emoe.planning", "emoe.replay", "emoe.cli"},
+    "next_layer": {"emoe.runtime", "emoe.experts", "emoe.residency"},
+    "prediction": {"emoe.runtime", "emoe.experts", "emoe.residency"},
+    "trace": {"torch", "emoe.predictor", "emoe.replay", "emoe.runtime"},
+    "predictor": {"emoe.replay", "emoe.residency", "emoe.loader", "emoe.runtime", "emoe.cli"},
+    "replay": {"emoe.analysis", "emoe.residency", "emoe.loader", "emoe.runtime", "emoe.cli"},
 }
 
 
@@ -62,7 +73,8 @@ def _imports(name: str, seen: set[str]) -> set[str]:
     for module in list(found):
         own = module.removeprefix("emoe.").split(".")[0]
         if module.startswith("emoe.") and own not in seen:
-            found |= _imports(own, seen | {own})
+            seen.add(own)  # shared, so that no module is read twice
+            found |= _imports(own, seen)
     return found
 
 

@@ -13,6 +13,7 @@ from emoe.cli import main
 from emoe.errors import CheckpointError, ConfigError, TraceError
 from emoe.predictor import UNKNOWN_TASK, top
 from emoe.predictor.next_use import NextUse, followers
+from emoe.predictor.refresh import DRIFT_SLACK, Refresh
 from emoe.predictor.table import Recent, TaskTable
 from emoe.replay import Options, mix, replay, residency
 from emoe.replay.predicted import POLICIES
@@ -147,20 +148,20 @@ def _slow_base(trace, predictor, slots, slack, period):
 def test_base_and_slack_count_what_sets_count(slots, slack, period):
     trace = task_trace(3)
     table = TaskTable.profile(task_trace(4))
-    counts = residency.run_base(trace, table, slots, slack, residency.Refresh(period))
+    counts = residency.run_base(trace, table, slots, slack, Refresh(period))
     assert (int(counts.hits.sum()), int(counts.loads.sum())) == _slow_base(trace, table, slots, slack, period)
 
 
 def test_a_fixed_period_refreshes_on_its_beat():
-    refresh = residency.Refresh(3, offset=1)
+    refresh = Refresh(3, offset=1)
     assert [refresh.due() for _ in range(8)] == [True, True, False, False, True, False, False, True]
 
 
 def test_an_adaptive_period_refreshes_when_another_base_set_would_have_served_better():
-    refresh = residency.Refresh("adaptive")
+    refresh = Refresh("adaptive")
     assert (refresh.due(), refresh.due()) == (True, True)
     for _ in range(10):
-        refresh.saw(0.8, 0.8 + residency.DRIFT_SLACK)
+        refresh.saw(0.8, 0.8 + DRIFT_SLACK)
         assert not refresh.due()
     refresh.saw(0.3, 0.8)
     assert refresh.due()

@@ -106,6 +106,22 @@ def loss_of(student: nn.Module, rows: Tensor, answers: tuple[Tensor, Tensor, Ten
     return kl + hidden_weight * apart.mean(), kl.item()
 
 
+def contrast_of(student: nn.Module, rows: Tensor, answers: tuple[Tensor, Tensor, Tensor], wanted: float) -> Tensor:
+    """How much the divergence with experts drawn at random falls short of `wanted`; 0 where it does not.
+
+    The routed neurons are a small part of a layer, and distilled alone the corrections learn to do without them.
+    """
+    log_probs, ids, _ = answers
+    drawn = torch.Generator().manual_seed(int(torch.randint(1 << 30, ()).item()))
+    for layer in student.model.layers:
+        layer.mlp.random = drawn
+    try:
+        return (wanted - divergence(student(rows).logits.float(), log_probs, ids)).clamp_min(0)
+    finally:
+        for layer in student.model.layers:
+            layer.mlp.random = None
+
+
 @torch.no_grad()
 def evaluate(student: nn.Module, teacher: Teacher, rows: Tensor) -> dict[str, float]:
     """Divergence and perplexities on dev rows."""
@@ -148,6 +164,7 @@ def main() -> None:
     parser.add_argument("--dev-rows", type=int, default=12)
     parser.add_argument("--every", type=float, default=5, help="minutes between evaluations")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contrast", type=float, default=0, help="nats by which experts drawn at random are to be worse")
     parser.add_argument("--autocast", action="store_true", help="the student's products in bfloat16")
     args = parser.parse_args()
 
@@ -201,6 +218,9 @@ def main() -> None:
             answers = teacher.answers(numbers, rows)
             with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
                 loss, kl = loss_of(student, rows, answers, args.hidden_weight)
+                if args.contrast:
+                    first = tuple(each[:1] for each in answers)
+                    loss = loss + contrast_of(student, rows[:1], first, kl + args.contrast)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)

@@ -21,7 +21,10 @@ COMMANDS = {
     "plan": "say what fits into a budget, before anything is loaded",
     "demo": "build a small model and run it with a quarter of its experts in memory",
     "doctor": "say what was built, what this machine offers, and what is missing",
+    "analyze": "report on routing: correlations, periods, hit rates, overlap of tasks, a timeline",
     "replay": "score eviction policies on a recorded routing trace",
+    "train-predictor": "learn from recorded routing which experts prompts will use",
+    "profile": "learn to tell tasks apart, or measure how much each needs its own experts",
 }
 EXIT_MISSING = 1
 EXIT_ERROR = 2
@@ -79,7 +82,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def _module(command: str) -> Any:
-    return import_module(f"emoe.cli.{command}")
+    return import_module(f"emoe.cli.{command.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

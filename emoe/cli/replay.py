@@ -23,10 +23,12 @@ examples:
   emoe replay --trace code.npz math.npz --policy lru,next-use --mix 0
   emoe replay --trace code.npz math.npz --policy lru,task-table,next-use --mix 0 --miss substitute
   emoe replay --trace code.npz math.npz --policy recent --period adaptive --profile 0.5
+  emoe replay --trace code.npz math.npz --policy lru,predictor:linear.safetensors --mix 0 --profile 0.5
 
 Slots start empty. Several traces of one model run one after the other. belady knows the future: no policy that loads
 its misses hits more. task-table, base+slack and next-use learn from the first half of each trace, and all policies
-then run on the second. Policies and options: docs/replay.md. 'emoe run --trace FILE.npz' records a trace.
+then run on the second; a predictor from a file wants --profile as it was trained with. Policies and options:
+docs/replay.md. 'emoe run --trace FILE.npz' records a trace.
 """
 
 
@@ -40,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_policies,
         default="lru,lfu,belady",
         metavar="NAME[,NAME...]",
-        help="lru, lfu, belady; predicting: task-table, recent, base+slack, next-use (default: lru,lfu,belady)",
+        help="lru, lfu, belady; predicting: task-table, recent, base+slack, next-use, oracle, predictor:FILE "
+        "(default: lru,lfu,belady)",
     )
     parser.add_argument(
         "--resident",
@@ -85,14 +88,14 @@ def _add_prediction(group: argparse._ArgumentGroup) -> None:
         "--miss",
         choices=("load", "substitute"),
         default="load",
-        help="what next-use does with a pick that is in no slot (default: load)",
+        help="what next-use and predictor:FILE do with a pick that is in no slot (default: load)",
     )
     group.add_argument(
         "--slack",
         type=common.share,
         default=0.4,
         metavar="SHARE",
-        help="of the slots, for LRU in base+slack (default: 0.4)",
+        help="of the slots, for LRU in base+slack and predictor:FILE (default: 0.4)",
     )
     group.add_argument(
         "--moves",
@@ -108,12 +111,15 @@ def _period(text: str) -> int | str:
 
 
 def _policies(text: str) -> list[str]:
-    from emoe.replay import POLICIES
+    from emoe.errors import ConfigError
+    from emoe.replay import check_policy
 
     names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in POLICIES:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of: {', '.join(POLICIES)}")
+    try:
+        for name in names:
+            check_policy(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(common.one_line(error)) from None
     return list(dict.fromkeys(names))
 
 
@@ -192,8 +198,9 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
     for before, result in zip([None, *results], results, strict=False):
         if before is not None and before.policy != result.policy:
             table.add_section()
+        kind, colon, path = result.policy.partition(":")
         cells = [
-            result.policy,
+            kind + colon + Path(path).name,
             common.percent(result.resident),
             str(result.slots),
             common.percent(result.hit_rate),

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from emoe.cli import common
 from emoe.errors import ConfigError
@@ -22,6 +22,7 @@ _EPILOG = """\
 examples:
   emoe run --model ./Qwen3-30B-A3B --memory-budget 8GiB --prompt "Why is the sky blue?"
   emoe run --model ./OLMoE-1B-7B --memory-budget 25% --prompt-file question.txt --max-new-tokens 400
+  emoe run --model ./OLMoE-1B-7B --memory-budget 25% --predictor table.safetensors --task code --prompt "Sort a list."
   git diff | emoe run --model ./Qwen3-30B-A3B --memory-budget 8GiB --prompt-file - --json > answer.json
 
 The text goes to stdout and one line of figures to stderr. With --temperature 0 (the default) and exact routing (the
@@ -88,6 +89,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--policy", choices=POLICIES, default="lru", help="which expert leaves when a slot is needed (default: lru)"
+    )
+    how.add_argument(
+        "--predictor",
+        metavar="FILE",
+        help="of 'emoe train-predictor', or the name of a predictor that needs no file: it names the experts to keep",
+    )
+    how.add_argument(
+        "--slack",
+        type=common.share,
+        metavar="SHARE",
+        help="of a layer's slots that a predictor leaves to --policy (default: 0.4)",
+    )
+    how.add_argument(
+        "--prefetch",
+        metavar="FILE",
+        help="experts of the next layer are read while one computes: 'look-ahead', or a file of 'emoe train-predictor'",
+    )
+    how.add_argument("--task", metavar="NAME", help="the prompt's task, for --bias, --predictor and --sensitivity")
+    how.add_argument("--tasks", metavar="FILE", help="of 'emoe profile tasks': names the task from the prompt")
+    how.add_argument(
+        "--sensitivity",
+        metavar="FILE",
+        help="of 'emoe profile sensitivity': layers in which a task does not count for --predictor",
     )
     how.add_argument(
         "--reader", choices=common.READERS, default="auto", help="how bytes are read from disk (default: auto)"
@@ -163,9 +187,15 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 context=context,
                 policy=args.policy,
+                predictor=args.predictor,
+                prefetch=args.prefetch,
+                sensitivity=args.sensitivity,
                 reader=args.reader,
+                **({} if args.slack is None else {"slack": args.slack}),
             )
-    with _closing(model), _recording(model, args.trace, prompt):
+        task = _task(args, prompt, model, tokenizer)
+    tokens = input_ids.shape[1] + args.max_new_tokens
+    with _closing(model), _recording(model, args.trace, prompt, task), model.emoe.request(task, tokens=tokens):
         answer = generate.answer(
             model,
             tokenizer,
@@ -174,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             write=_writer(to_stderr=args.json),
         )
-        report = _report(args, prompt, answer, model)
+        report = _report(args, prompt, task, answer, model)
     if args.json:
         common.print_json(report)
     else:
@@ -185,6 +215,16 @@ def run(args: argparse.Namespace) -> int:
     if answer.interrupted:
         raise KeyboardInterrupt(f"after {len(answer.token_ids)} of at most {args.max_new_tokens} tokens")
     return 0
+
+
+def _task(args: argparse.Namespace, prompt: str, model: Any, tokenizer: Any) -> str | None:
+    if args.tasks is None:
+        return cast("str | None", args.task)
+    if args.task is not None:
+        raise ConfigError("--task names the task, --tasks finds it; use one of them")
+    from emoe.tasks import TaskClassifier
+
+    return TaskClassifier.load(args.tasks, model, tokenizer).classify(prompt).task
 
 
 def _context(asked: int | None, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -223,21 +263,22 @@ def _closing(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recording(model: Any, path: Path | None, prompt: str) -> Iterator[None]:
+def _recording(model: Any, path: Path | None, prompt: str, task: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
     with model.emoe.record(path) as recorder:
-        recorder.mark(prompt=prompt)
+        recorder.mark(prompt=prompt, task=task)
         yield
 
 
-def _report(args: argparse.Namespace, prompt: str, answer: Answer, model: Any) -> dict[str, Any]:
+def _report(args: argparse.Namespace, prompt: str, task: str | None, answer: Answer, model: Any) -> dict[str, Any]:
     from emoe.stats import process_memory
 
     return {
         "model": args.model,
         "prompt": prompt,
+        "task": task,
         "text": answer.text,
         "token_ids": answer.token_ids,
         "prompt_tokens": answer.prompt_tokens,
@@ -267,6 +308,7 @@ def _stats_line(report: dict[str, Any]) -> str:
         f"read {format_bytes(stats['bytes_read'])}",
         f"stalled {stats['stall_ms']:.0f} ms",
         *_routing_part(stats["routing"]),
+        *_prediction_part(report["task"], stats["prediction"]),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
     ]
     if report["trace"]:
@@ -278,6 +320,13 @@ def _routing_part(routing: dict[str, Any]) -> list[str]:
     if routing["mode"] == "exact":
         return []
     return [f"{routing['mode']} routing substituted {common.percent(routing['substituted_mass'])} of router mass"]
+
+
+def _prediction_part(task: str | None, prediction: dict[str, Any]) -> list[str]:
+    parts = [] if task is None else [f"task {task}"]
+    if prediction["predictor"]:
+        parts.append(f"{prediction['base']} slots by {prediction['predictor']}, {prediction['loads']} experts moved")
+    return parts
 
 
 def _print_layers(layers: list[dict[str, Any]]) -> None:

@@ -22,7 +22,12 @@ UNKNOWN_TASK = -1
 # kind in a file's metadata -> where its class is; modules are imported when asked for.
 KINDS = {
     "task-table": ("emoe.predictor.table", "TaskTable"),
+    "global-table": ("emoe.predictor.table", "GlobalTable"),
+    "across-layers": ("emoe.predictor.across", "AcrossLayers"),
+    "across-requests": ("emoe.predictor.across", "AcrossRequests"),
     "next-use": ("emoe.predictor.next_use", "NextUse"),
+    "linear": ("emoe.predictor.linear", "LowRankLinear"),
+    "xlnet": ("emoe.predictor.sequence", "SequenceModel"),
 }
 # Without a file.
 MADE = {
@@ -63,7 +68,7 @@ def load(path: str | Path) -> ExpertPredictor:
     kind = files.kind(path)
     if kind not in KINDS:
         raise CheckpointError(f"{path}: predictor of kind {kind!r}, not one of: {', '.join(KINDS)}", file=str(path))
-    predictor: ExpertPredictor = _class(*KINDS[kind]).load(path)
+    predictor: ExpertPredictor = class_of(kind).load(path)
     return predictor
 
 
@@ -79,7 +84,7 @@ def make(name: str, **arguments: Any) -> ExpertPredictor:
     """
     if name not in MADE:
         raise ConfigError(f"predictor={name!r} is not one of: {', '.join(MADE)}")
-    predictor: ExpertPredictor = _class(*MADE[name])(**arguments)
+    predictor: ExpertPredictor = _load(*MADE[name])(**arguments)
     return predictor
 
 
@@ -90,5 +95,10 @@ def top(scores: NDArray[np.floating], count: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _class(module: str, name: str) -> Any:
+def class_of(kind: str) -> Any:
+    """The class of a kind in KINDS."""
+    return _load(*KINDS[kind])
+
+
+def _load(module: str, name: str) -> Any:
     return getattr(import_module(module), name)

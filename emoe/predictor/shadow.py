@@ -49,6 +49,10 @@ class ShadowLRU:
         if self._between:
             self._start = [frozenset(held) for held in self._held]
 
+    def held(self, layer: int) -> list[int]:
+        """The experts in a layer's slots, the least recent first."""
+        return list(self._held[layer])
+
     def observe(self, picks: NDArray[np.integer]) -> int:
         """One forward of all layers: [L, T, K] expert ids, -1 for no pick. Returns how many of them hit."""
         return sum(self.observe_layer(layer, picks[layer]) for layer in range(len(picks)))

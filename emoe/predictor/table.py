@@ -82,6 +82,55 @@ class TaskTable:
             raise CheckpointError(f"{path}: not a task table: {error}", file=str(path)) from error
 
 
+class GlobalTable:
+    """Uses of each expert per token, whatever the task.
+
+    Args:
+        frequency: [L, E] uses per token.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, frequency: NDArray[np.float32]) -> None:
+        self.frequency = frequency
+
+    @classmethod
+    def profile(cls, trace: Trace) -> GlobalTable:
+        """Counts a trace.
+
+        Raises:
+            TraceError: it has no tokens.
+        """
+        if not trace.tokens:
+            raise TraceError("a trace without tokens gives no table")
+        return cls((count(trace.experts, trace.num_experts) / trace.tokens).astype(np.float32))
+
+    def begin(self, task: int) -> None:
+        """A table does not learn."""
+
+    def observe(self, picks: NDArray[np.integer]) -> None:
+        """A table does not learn."""
+
+    def rank(self) -> NDArray[np.float32]:
+        return self.frequency
+
+    def anew(self) -> GlobalTable:
+        return GlobalTable(self.frequency)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a .safetensors file."""
+        files.write(path, "global-table", {"frequency": self.frequency}, {})
+
+    @classmethod
+    def load(cls, path: str | Path) -> GlobalTable:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is something else.
+        """
+        return cls(files.read(path, "global-table", {"frequency": 2})[0]["frequency"])
+
+
 class Recent:
     """Uses in the last prompts, whatever their task; older prompts fade.
 
@@ -97,11 +146,15 @@ class Recent:
         self._prompts = prompts
         self._keep = float(np.exp(-1.0 / prompts))
         self._uses = np.zeros((layers, experts), dtype=np.float64)
+        self._observed = False
 
     def begin(self, task: int) -> None:
-        self._uses *= self._keep
+        if self._observed:  # a beginning that no token followed was no prompt
+            self._uses *= self._keep
+        self._observed = False
 
     def observe(self, picks: NDArray[np.integer]) -> None:
+        self._observed = True
         self._uses += count(picks, self._uses.shape[1])
 
     def rank(self) -> NDArray[np.float64]:

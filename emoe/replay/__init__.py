@@ -21,7 +21,7 @@ from emoe.trace import Trace
 PLAIN = ("lru", "lfu", "belady")
 POLICIES = (*PLAIN, *predicted.POLICIES)
 
-__all__ = ["PLAIN", "POLICIES", "Options", "Result", "replay", "slots_of"]
+__all__ = ["PLAIN", "POLICIES", "Options", "Result", "check_policy", "replay", "slots_of"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def replay(
 
     Args:
         trace: what to run; `emoe.trace.join` makes one of several.
-        policy: one of POLICIES.
+        policy: one of POLICIES, or `predictor:PATH` of a file that `emoe train-predictor` wrote.
         resident: shares of the routed experts that have a slot, each over 0 and up to 1; one result each.
         per_layer: slots are divided between layers; False: one set of slots for all, which a token walks in a cycle.
         profile: what predicting policies learn from (`mix.prepare`).
@@ -94,8 +94,7 @@ def replay(
             profile, without slots per layer, or with fewer slots than a token has picks.
         TraceError: the trace has no tokens.
     """
-    if policy not in POLICIES:
-        raise ConfigError(f"policy={policy!r} is not one of: {', '.join(POLICIES)}")
+    check_policy(policy)
     if not (trace.experts >= 0).any():
         raise TraceError("the trace has no picks to replay")
     total = trace.num_experts * (1 if per_layer else trace.layers)
@@ -114,6 +113,12 @@ def replay(
         _result(trace, policy, share, count, each, per_layer, seconds)
         for share, count, each in zip(resident, slots, outcomes, strict=True)
     ]
+
+
+def check_policy(policy: str) -> None:
+    """Raises ConfigError unless it is one of POLICIES or `predictor:PATH`."""
+    if policy not in POLICIES and not policy.startswith(predicted.FROM_FILE):
+        raise ConfigError(f"policy={policy!r} is not one of: {', '.join(POLICIES)}, {predicted.FROM_FILE}PATH")
 
 
 def slots_of(share: float, experts: int) -> int:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emoe.errors import ConfigError
-from emoe.predictor import UNKNOWN_TASK
+from emoe.predictor import UNKNOWN_TASK, ExpertPredictor, load
 from emoe.predictor.next_use import NextUse, walk
+from emoe.predictor.oracle import Oracle
+from emoe.predictor.prompts import tasks_by_name
+from emoe.predictor.refresh import Refresh
 from emoe.predictor.table import Recent, TaskTable
 from emoe.replay import residency, rows
 from emoe.replay.counts import Counts
 from emoe.trace import Trace
 
-POLICIES = ("task-table", "recent", "base+slack", "next-use")
+POLICIES = ("task-table", "recent", "base+slack", "next-use", "oracle")
+FROM_FILE = "predictor:"  # and the path of a file of `emoe train-predictor`
 LEARNING = ("task-table", "base+slack", "next-use")  # from a profile
 MISSES = ("load", "substitute")
 
@@ -25,10 +29,12 @@ class Options:
     """How predicting policies run.
 
     Attributes:
-        miss: "load" a pick that is in no slot, or "substitute" it: it goes without. Only `next-use` does either;
-            `task-table` and `recent` have no slots for misses, and `base+slack` has slack for nothing else.
+        miss: "load" a pick that is in no slot, or "substitute" it: it goes without. `next-use` and `predictor:PATH` do
+            either; `task-table`, `recent` and `oracle` have no slots for misses, `base+slack` has slack for nothing
+            else.
         period: prompts between two choices of the base set, or "adaptive": when observed routing drifts.
-        slack: share of the slots that `base+slack` leaves to LRU; at least the picks of a token.
+        slack: share of the slots that `base+slack`, and `predictor:PATH` where it loads misses, leave to LRU; at least
+            the picks of a token.
         moves: experts that `next-use` may move where misses are substituted, as a share of LRU's loads on the profile.
         offset: prompts after the first at which a fixed period begins.
     """
@@ -63,10 +69,16 @@ def run(trace: Trace, profile: Trace | None, policy: str, slots: list[int], opti
     """One policy at several budgets of at least `trace.top_k` slots a layer.
 
     Raises:
-        ConfigError: the policy needs a profile and there is none, or slack leaves no base.
+        ConfigError: the policy needs a profile and there is none, slack leaves no base, or the predictor is for a model
+            of another shape.
+        CheckpointError: the file of a predictor is something else.
     """
+    if policy.startswith(FROM_FILE):
+        return _from_file(trace, policy.removeprefix(FROM_FILE), slots, options)
     if policy == "recent":
         return [_base(trace, Recent(trace.layers, trace.num_experts), count, 0, options) for count in slots]
+    if policy == "oracle":
+        return [_base(trace, Oracle(trace), count, 0, options) for count in slots]
     if profile is None:
         raise ConfigError(f"policy '{policy}' needs a profile: part of the traces that is not replayed")
     if policy == "next-use":
@@ -87,8 +99,18 @@ def _slack(slots: int, top_k: int, share: float) -> int:
     return slack
 
 
-def _base(trace: Trace, predictor: TaskTable | Recent, slots: int, slack: int, options: Options) -> Outcome:
-    refresh = residency.Refresh(options.period, options.offset)
+def _from_file(trace: Trace, path: str, slots: list[int], options: Options) -> list[Outcome]:
+    predictor = load(path)
+    shape, expected = predictor.rank().shape, (trace.layers, trace.num_experts)
+    if shape != expected:
+        raise ConfigError(f"{path}: predicts [layers, experts] = {list(shape)}, the trace has {list(expected)}")
+    known = replace(trace, task=tasks_by_name(trace, predictor.names))
+    slack = [0 if options.miss == "substitute" else _slack(count, trace.top_k, options.slack) for count in slots]
+    return [_base(known, predictor.anew(), count, each, options) for count, each in zip(slots, slack, strict=True)]
+
+
+def _base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, options: Options) -> Outcome:
+    refresh = Refresh(options.period, options.offset)
     counts = residency.run_base(trace, predictor, slots, slack, refresh)
     return Outcome(counts, "load" if slack else "substitute", refresh.count)
 

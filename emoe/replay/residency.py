@@ -1,6 +1,6 @@
 """Residency that a predictor decides: a base set refreshed between prompts, with or without LRU slack; swaps by score.
 
-Per layer, one budget at a time. `Refresh` says when the base set is chosen anew; `run_base` and `run_swaps` replay.
+Per layer, one budget at a time. `run_base` and `run_swaps` replay.
 """
 
 from __future__ import annotations
@@ -9,50 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.predictor import ExpertPredictor, top
+from emoe.predictor.refresh import Refresh
 from emoe.replay.counts import Counts
 from emoe.trace import Trace
 
 Mask = NDArray[np.bool_]
-
-# Drift test of period="adaptive": after each prompt, the coverage that a base set chosen just before it would have had,
-# less that of the base set in use. What exceeds DRIFT_SLACK a prompt is summed; past DRIFT_LIMIT the base set is chosen
-# anew. Both are shares of picks; twice as much of either loses under half a point on the public traces.
-DRIFT_SLACK = 0.003
-DRIFT_LIMIT = 0.005
-
-
-class Refresh:
-    """Every `period` prompts, or when observed routing says that another base set would have served better.
-
-    Args:
-        period: prompts, or "adaptive".
-        offset: prompts after the first at which a fixed period begins (the first prompt always refreshes).
-    """
-
-    def __init__(self, period: int | str, offset: int = 0) -> None:
-        self.period, self.offset = period, offset
-        self.count = 0
-        self._prompts = 0
-        self._drift = 0.0
-
-    def due(self) -> bool:
-        """Asked once at the start of each prompt."""
-        number = self._prompts
-        self._prompts += 1
-        # The first choice knows no prompt yet, so the drift test does not wait for a second bad one.
-        due = number <= 1 or self._drift > DRIFT_LIMIT if self.period == "adaptive" else self._on_beat(number)
-        if number == 0 or due:
-            self._drift = 0.0
-            self.count += 1
-            return True
-        return False
-
-    def saw(self, coverage: float, coverage_if_refreshed: float) -> None:
-        """What the prompt that ended showed."""
-        self._drift = max(0.0, self._drift + coverage_if_refreshed - coverage - DRIFT_SLACK)
-
-    def _on_beat(self, number: int) -> bool:
-        return (number - self.offset) % int(self.period) == 0
 
 
 def run_base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, refresh: Refresh) -> Counts:

@@ -6,7 +6,7 @@ Nothing is patched: `close()` removes the hooks. Which experts are resident is a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,7 @@ class Routing:
         self._finished: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self._contract = None if options.bound is None else Contract(options.bound, adapt=options.mode == "biased")
         self._handles: list[RemovableHandle] = []
+        self.observer: Callable[[int, torch.Tensor], None] | None = None  # told layer and the router's own picks [T, K]
         if options.mode == "exact":
             return
         if residency is None:
@@ -357,6 +358,8 @@ class _Hook:
             raise UnsupportedModelError(
                 f"router {self._site.path} did not return (logits, weights, indices) as it did on probes"
             ) from error
+        if self._routing.observer is not None:
+            self._routing.observer(self._site.layer, index)
         routed = self._routing.route(self._site, self._rule, logits, weights, index)
         return None if routed is None else (logits, *routed)
 

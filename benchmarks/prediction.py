@@ -1,0 +1,163 @@
+"""What a predictor does for a running model: hits, stalls and speed against LRU in the same budget.
+
+python benchmarks/prediction.py --prompts PATH [--model DIR] [--resident 0.3 0.5] [--per-task 4] [--json FILE]
+
+Prompts of all tasks in random order, greedy answers, routing `exact` (so the text is the same) and `resident`. Each row
+is one model in one budget; the predictor has seen a trace of other prompts. Time is wall clock, in one run, against the
+first row of its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write_result
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import emoe
+from emoe.predictor.linear import LowRankLinear
+from emoe.predictor.table import TaskTable
+from emoe.trace import Trace
+
+Chats = list[tuple[str, str]]  # (task, prompt)
+
+
+def load_chats(path: Path, split: str, per_task: int, seed: int) -> Chats:
+    """Prompts of one split, `per_task` of each task, in random order."""
+    by_task: dict[str, list[str]] = defaultdict(list)
+    for line in path.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        if row["split"] == split:
+            by_task[row["task"]].append(row["prompt"])
+    rng = random.Random(seed)
+    chats = [(task, text) for task, texts in by_task.items() for text in rng.sample(texts, min(per_task, len(texts)))]
+    rng.shuffle(chats)
+    return chats
+
+
+def encode(tokenizer: Any, prompt: str, longest: int) -> torch.Tensor:
+    chat = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return ids["input_ids"][:, -longest:]
+
+
+def answer(model: Any, ids: torch.Tensor, new_tokens: int) -> None:
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+
+
+def record(model: Any, tokenizer: Any, chats: Chats, args: argparse.Namespace) -> Trace:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "profile.npz")
+        with model.emoe.record(path) as recorder:
+            for number, (task, prompt) in enumerate(tqdm(chats, desc="profile", unit="prompt")):
+                recorder.mark(task=task, prompt=number)
+                answer(model, encode(tokenizer, prompt, args.longest), args.new_tokens)
+        return emoe.load_trace(path)
+
+
+def measure(chats: Chats, tokenizer: Any, args: argparse.Namespace, share: float, **options: Any) -> dict[str, Any]:
+    model = emoe.from_pretrained(args.model, memory_budget=share, context=1024, **options)
+    seconds = 0.0
+    tokens = 0
+    for number, (task, prompt) in enumerate(tqdm(chats, desc=f"{share:.0%}", unit="prompt", leave=False)):
+        ids = encode(tokenizer, prompt, args.longest)
+        started = time.perf_counter()
+        with model.emoe.request(task=task, tokens=ids.shape[1] + args.new_tokens):
+            answer(model, ids, args.new_tokens)
+        if number:  # the first fills empty slots
+            seconds += time.perf_counter() - started
+            tokens += args.new_tokens
+    stats = model.emoe.stats()
+    model.emoe.close(restore=False)
+    routing, prediction = stats["routing"], stats["prediction"]
+    return {
+        "resident": share,
+        "routing": routing["mode"],
+        "hit_rate": stats["hit_rate"],
+        "misses_per_request": stats["misses"] / len(chats),
+        "loads_per_request": stats["loads"] / len(chats),
+        "stall_ms_per_request": stats["stall_ms"] / len(chats),
+        "substituted_mass": routing["substituted_mass"],
+        "seconds_per_request": seconds / (len(chats) - 1),
+        "refreshes": prediction["refreshes"],
+        "recall": prediction["recall"],
+        "milliseconds": prediction["milliseconds"],
+        "off": prediction["off"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with task, prompt, split")
+    parser.add_argument("--model", type=Path, help="checkpoint; default: the demo model")
+    parser.add_argument("--resident", type=float, nargs="+", default=[0.3, 0.5])
+    parser.add_argument("--per-task", type=int, default=4, help="prompts measured; twice as many are profiled")
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, the last ones")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.model is None:
+        from emoe import demo
+
+        args.model = demo.build()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = emoe.from_pretrained(args.model, memory_budget=1.0, context=1024)
+    profile = record(model, tokenizer, load_chats(args.prompts, "train", 2 * args.per_task, 0), args)
+    model.emoe.close(restore=False)
+    predictors = {
+        "lru": lambda: None,
+        "recent": lambda: "recent",
+        "task-table": lambda: TaskTable.profile(profile),
+        "linear": lambda: LowRankLinear.fit(profile),
+    }
+    chats = load_chats(args.prompts, "test", args.per_task, 1)
+    rows = []
+    for share in args.resident:
+        for routing in ("exact", "resident"):
+            for name, make in predictors.items():
+                for period in (1, "adaptive") if name != "lru" else (1,):
+                    options = {"routing": routing, "predictor": make(), "period": period}
+                    rows.append(
+                        {"predictor": name, "period": period, **measure(chats, tokenizer, args, share, **options)}
+                    )
+    table = Table(title=f"{len(chats)} prompts, {args.new_tokens} new tokens each", title_justify="left")
+    for name in (
+        "routing",
+        "resident",
+        "predictor",
+        "period",
+        "hit rate",
+        "misses",
+        "loads",
+        "stall ms",
+        "mass",
+        "time",
+    ):
+        table.add_column(name, justify="left" if name in ("routing", "predictor") else "right")
+    for row in rows:
+        first = next(each for each in rows if (each["resident"], each["routing"]) == (row["resident"], row["routing"]))
+        table.add_row(
+            row["routing"], f"{row['resident']:.0%}", row["predictor"], str(row["period"]), f"{row['hit_rate']:.1%}",
+            f"{row['misses_per_request']:.0f}", f"{row['loads_per_request']:.0f}", f"{row['stall_ms_per_request']:.0f}",
+            f"{row['substituted_mass']:.1%}", f"{row['seconds_per_request'] / first['seconds_per_request']:.2f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+    if args.json:
+        write_result(args.json, {"prompts": len(chats), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""The paper's table: what a model loses when only a part of its experts is resident, by mode and budget.
+
+python benchmarks/quality.py --prompts PROMPTS.jsonl [--model DIR] [--shares 0.2,0.4,0.6,0.8] [--json FILE]
+python benchmarks/quality.py --prompts PROMPTS.jsonl --tune       # the contract of each budget, on the dev split
+
+Base sets are task tables of the train split, placed when the task changes; figures are of the test split. All modes run
+in emoe itself, with as many slots as the share gives, so loads are real. docs/quality.md has the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import write_result
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import emoe
+from emoe.analysis.recording import Chat, encode
+from emoe.analysis.workload import place
+from emoe.predictor import top
+from emoe.predictor.table import TaskTable
+from emoe.routing import CacheResidency, attach, random_residency
+
+TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased may cost, by share
+# max_substituted_mass that reaches them, found by --tune on the dev split.
+CONTRACTS = {0.8: 0.05, 0.6: 0.15, 0.4: 0.25, 0.2: 0.35}
+GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+FEW = 3  # texts a task that exact is run on at each budget
+LONGEST = 160  # tokens of a text
+
+
+@dataclass
+class Texts:
+    """Of one split: token ids [1, S] of whole chats to be scored, and of prompts to be answered."""
+
+    scored: dict[str, list[torch.Tensor]]
+    asked: dict[str, list[torch.Tensor]]
+
+
+@dataclass
+class Row:
+    """One mode at one budget; rates are over all texts of all tasks."""
+
+    mode: str
+    share: float
+    bound: float | None = None
+    perplexity: float = 0.0
+    ratio: float = 0.0
+    ratio_error: float = 0.0
+    task_ratio: dict[str, float] = field(default_factory=dict)
+    mass: float = 0.0
+    loads_per_prompt: float = 0.0
+    moves_per_task: float = 0.0
+    same_token: float | None = None
+    rouge: float | None = None
+    cosine: float | None = None
+    decode_loads: float | None = None
+    seconds: float = 0.0
+
+
+def read(path: Path, split: str, tokenizer: Any, per_task: int, asked: int, seed: int = 0) -> Texts:
+    """Chats of a split, drawn at random, cut at LONGEST tokens; prompts longer than that are not drawn."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    by_task: dict[str, list[Any]] = {}
+    for row in rows:
+        if row["split"] == split:
+            by_task.setdefault(row["task"], []).append(row)
+    scored, questions = {}, {}
+    for task, mine in sorted(by_task.items()):
+        order = np.random.default_rng(seed).permutation(len(mine))
+        chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for number in order:
+            prompt = encode(tokenizer, Chat(task, mine[number]["prompt"], ""))
+            if prompt.shape[1] <= 0.8 * LONGEST and len(chosen) < per_task:
+                chat = Chat(task, mine[number]["prompt"], mine[number]["reference"])
+                chosen.append((encode(tokenizer, chat)[:, :LONGEST], prompt))
+        scored[task] = [text for text, _ in chosen]
+        questions[task] = [prompt for _, prompt in chosen[:asked]]
+    return Texts(scored, questions)
+
+
+def profile(model: Any, texts: Texts) -> TaskTable:
+    """Uses by task of the full model."""
+    with tempfile.TemporaryDirectory() as folder, model.emoe.record(Path(folder) / "trace.npz") as recorder:
+        for task, ids in texts.scored.items():
+            for number, each in enumerate(tqdm(ids, desc=f"profile: {task}")):
+                recorder.mark(task=task, prompt=f"{task} {number}")
+                with torch.no_grad():
+                    model(each)
+        return TaskTable.profile(recorder.trace())
+
+
+class Bench:
+    """One model at one budget; `full` is what the full model did: losses, answers and their embeddings."""
+
+    def __init__(self, path: str, share: float, table: TaskTable | None, new_tokens: int) -> None:
+        self.model = emoe.from_pretrained(path, memory_budget=share, context=LONGEST + new_tokens)
+        self.table, self.new_tokens = table, new_tokens
+        runtime = self.model.emoe
+        self.experts = [layer.num_experts for layer in runtime.layers]
+        self.sizes = [runtime.loader.capacity(layer) for layer in range(len(self.experts))]
+        self.share = share
+
+    def base(self, task: str, *, random: bool) -> np.ndarray:
+        """[L, E] mask."""
+        if random:
+            drawn = random_residency(self.experts, self.sizes, seed=sum(map(ord, task)))
+            return np.stack([drawn.mask(layer).numpy() for layer in range(len(self.experts))])
+        assert self.table is not None
+        return top(self.table.of(self.table.names.index(task)), self.sizes[0])
+
+    def run(self, mode: str, texts: Texts, full: dict[str, Any] | None, bound: float | None = None) -> Row:
+        """Scores and answers; `mode` may be "random": resident with random sets."""
+        row = Row(mode, self.share, bound)
+        started = time.perf_counter()
+        loss: dict[str, list[float]] = {}
+        answers: dict[str, list[list[int]]] = {}
+        choices: dict[str, list[torch.Tensor]] = {}
+        tokens = {task: [ids.shape[1] - 1 for ids in scored] for task, scored in texts.scored.items()}
+        prompts = decoded = decode_loads = 0
+        same = total = 0
+        runtime = self.model.emoe
+        routing = "resident" if mode == "random" else mode
+        residency = CacheResidency(runtime.cache, self.experts)
+        with attach(self.model, residency, routing=routing, max_substituted_mass=bound) as attached:
+            for task, scored in texts.scored.items():
+                before = runtime.stats()["loads"]
+                if mode != "exact":
+                    place(self.model, self.base(task, random=mode == "random"))
+                row.moves_per_task += (runtime.stats()["loads"] - before) / len(texts.scored)
+                before = runtime.stats()["loads"]
+                loss[task] = []
+                for ids in scored:
+                    with attached.request(task):
+                        loss[task].append(_loss(self._logits(ids), ids))
+                    prompts += 1
+                row.loads_per_prompt += runtime.stats()["loads"] - before
+            row.mass = attached.stats().get("substituted_mass", 0.0)
+            for task, asked in texts.asked.items():
+                if mode != "exact":
+                    place(self.model, self.base(task, random=mode == "random"))
+                answers[task] = []
+                for number, ids in enumerate(asked):
+                    if full is not None:
+                        with attached.request(task):
+                            chosen = self._choices(ids, full["answers"][task][number])
+                        same += int((chosen == full["choices"][task][number]).sum())
+                        total += len(chosen)
+                    with attached.request(task):
+                        mine, loads = self._answer(ids)
+                    decode_loads += loads
+                    decoded += len(mine) - 1
+                    answers[task].append(mine)
+                    if full is None:
+                        choices.setdefault(task, []).append(self._choices(ids, mine))
+        row.perplexity = math.exp(sum(map(sum, loss.values())) / sum(map(sum, tokens.values())))
+        row.loads_per_prompt /= prompts
+        if full is not None:
+            gaps = {task: np.subtract(loss[task], full["loss"][task]) for task in loss}
+            row.task_ratio = {task: math.exp(gap.sum() / sum(tokens[task])) for task, gap in gaps.items()}
+            row.ratio, row.ratio_error = _ratio(
+                np.concatenate(list(gaps.values())), [count for each in tokens.values() for count in each]
+            )
+        if full is not None and total:
+            pairs = [pair for task in answers for pair in zip(answers[task], full["answers"][task], strict=True)]
+            row.same_token = same / total
+            row.rouge = float(np.mean([rouge_l(mine, theirs) for mine, theirs in pairs]))
+            row.cosine = float(np.mean([self._cosine(mine, theirs) for mine, theirs in pairs]))
+            row.decode_loads = decode_loads / max(1, decoded)
+        row.seconds = time.perf_counter() - started
+        self.last = {"perplexity": row.perplexity, "loss": loss, "answers": answers, "choices": choices}
+        return row
+
+    def close(self) -> None:
+        self.model.emoe.close(restore=False)
+
+    @torch.no_grad()
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids).logits.float()
+
+    def _choices(self, ids: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        """Likeliest token at each place of an answer, given what is before it, in one forward."""
+        return self._logits(torch.cat([ids, torch.tensor([answer])], 1))[0, ids.shape[1] - 1 : -1].argmax(-1)
+
+    def _answer(self, ids: torch.Tensor) -> tuple[list[int], int]:
+        """Greedy answer, and the experts loaded for it after its first token."""
+        loads: list[int] = []
+        count = self.model.register_forward_hook(lambda *_: loads.append(self.model.emoe.stats()["loads"]))
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        count.remove()
+        return out[0, ids.shape[1] :].tolist(), loads[-1] - loads[0]
+
+    def _cosine(self, first: list[int], second: list[int]) -> float:
+        table = self.model.get_input_embeddings().weight.float()
+        mean = table.mean(0)
+        one, two = (table[torch.tensor(ids)].mean(0) - mean for ids in (first, second))
+        return float(torch.nn.functional.cosine_similarity(one, two, dim=0))
+
+
+def rouge_l(first: Sequence[int], second: Sequence[int]) -> float:
+    """F1 of the longest common subsequence of two token sequences."""
+    length = [0] * (len(second) + 1)
+    for a in first:
+        previous = 0
+        for place_, b in enumerate(second, start=1):
+            previous, length[place_] = (
+                length[place_],
+                previous + 1 if a == b else max(length[place_], length[place_ - 1]),
+            )
+    return 2 * length[-1] / (len(first) + len(second))
+
+
+def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+
+
+def _ratio(gaps: np.ndarray, tokens: Sequence[int], draws: int = 500) -> tuple[float, float]:
+    """Perplexity over the full model's on the same texts, and its standard error by drawing texts again."""
+    counts = np.asarray(tokens)
+    chosen = np.random.default_rng(0).integers(0, len(gaps), (draws, len(gaps)))
+    drawn = np.exp(gaps[chosen].sum(1) / counts[chosen].sum(1))
+    return math.exp(gaps.sum() / counts.sum()), float(drawn.std())
+
+
+def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """All rows of the table, the full model's first."""
+    tokenizer = _tokenizer(path)
+    texts = read(args.prompts, args.split, tokenizer, args.per_task, args.answers)
+    whole = Bench(path, 1.0, None, args.new_tokens)
+    table = profile(whole.model, read(args.prompts, "train", tokenizer, args.profile, 0))
+    rows = [whole.run("exact", texts, None)]
+    full = whole.last
+    rows[0].ratio, rows[0].same_token, rows[0].rouge, rows[0].cosine = 1.0, 1.0, 1.0, 1.0
+    plan = whole.model.emoe.plan.to_dict()
+    whole.close()
+    for share in args.shares:
+        bench = Bench(path, share, table, args.new_tokens)
+        bound = args.contract if args.contract is not None else CONTRACTS[min(CONTRACTS, key=lambda s: abs(s - share))]
+        few = Texts({task: ids[:FEW] for task, ids in texts.scored.items()}, texts.asked)
+        for mode, limit, which in (
+            ("resident", None, texts),
+            ("random", None, texts),
+            ("resident", bound, texts),
+            ("biased", bound, texts),
+            ("exact", None, few),  # for its loads; the result is the full model's
+        ):
+            row = bench.run(mode, which, full if which is texts else full | {"loss": _first(full["loss"])}, limit)
+            rows.append(row)
+            print(f"{share:.0%} {mode} {limit}: {row.ratio:.4f} in {row.seconds:.0f} s", flush=True)
+        bench.close()
+    return {
+        "model": path, "split": args.split, "rows": [asdict(row) for row in rows],
+        "expert_bytes": plan["expert_bytes"], "model_bytes": plan["model_bytes"],
+        "scored_tokens": sum(ids.shape[1] - 1 for each in texts.scored.values() for ids in each),
+        "prompts": sum(map(len, texts.scored.values())), "answers": sum(map(len, texts.asked.values())),
+    }  # fmt: skip
+
+
+def _first(loss: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {task: each[:FEW] for task, each in loss.items()}
+
+
+def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Perplexity ratio of biased for every contract of GRID, on the dev split, and the largest within four fifths
+    of its share's target."""
+    tokenizer = _tokenizer(path)
+    texts = read(args.prompts, "dev", tokenizer, args.per_task, 0)
+    whole = Bench(path, 1.0, None, args.new_tokens)
+    table = profile(whole.model, read(args.prompts, "train", tokenizer, args.profile, 0))
+    whole.run("exact", texts, None)
+    full = whole.last
+    whole.close()
+    found: dict[str, Any] = {}
+    for share in args.shares:
+        bench = Bench(path, share, table, args.new_tokens)
+        target = TARGETS[min(TARGETS, key=lambda s: abs(s - share))]
+        rows, best = [], 0.0
+        for bound in GRID:
+            row = bench.run("biased", texts, full, bound)
+            rows.append({"bound": bound, "ratio": row.ratio, "mass": row.mass, "loads": row.loads_per_prompt})
+            rows[-1]["error"] = row.ratio_error
+            print(f"{share:.0%} bound {bound}: {rows[-1]}", flush=True)
+            if row.ratio <= 1 + 0.8 * target:
+                best = bound
+            if row.mass < 0.8 * bound or row.ratio > 1 + 1.5 * target:
+                break
+        found[f"{share:g}"] = {"target": target, "best": best, "rows": rows}
+        bench.close()
+    return {"model": path, "tuned": found}
+
+
+def _tokenizer(path: str) -> Any:
+    from emoe.cli.generate import load_tokenizer
+
+    return load_tokenizer(path)
+
+
+def show(result: dict[str, Any]) -> Table:
+    """The table of docs/quality.md."""
+    table = Table(
+        title=f"{result['prompts']} texts, {result['scored_tokens']} tokens scored, {result['answers']} answers, "
+        f"{result['split']} split"
+    )
+    for name in (
+        "resident", "mode", "contract", "perplexity ratio", "mass", "loads a prompt", "loads a token", "same token",
+        "ROUGE-L", "cosine", "experts saved",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        cells = [f"{row['share']:.0%}", row["mode"], "-" if row["bound"] is None else f"{row['bound']:.2f}"]
+        cells += [f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}", f"{100 * row['mass']:.1f} %"]
+        cells += [f"{row['loads_per_prompt']:.0f}"]
+        cells += ["-" if row["decode_loads"] is None else f"{row['decode_loads']:.1f}"]
+        cells += [
+            "-" if row[name] is None else f"{100 * row[name]:.1f} %" for name in ("same_token", "rouge", "cosine")
+        ]
+        cells += [f"{(1 - row['share']) * result['expert_bytes'] / 2**20:.0f} MiB"]
+        table.add_row(*cells)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, default=Path("../shared/prompts/prompts.jsonl"))
+    parser.add_argument("--model", help="checkpoint folder (default: the demo model)")
+    parser.add_argument(
+        "--shares", type=lambda text: [float(each) for each in text.split(",")], default=[0.2, 0.4, 0.6, 0.8]
+    )
+    parser.add_argument("--split", default="test", choices=("dev", "test"))
+    parser.add_argument("--per-task", type=int, default=10, help="texts scored")
+    parser.add_argument("--profile", type=int, default=16, help="texts profiled, of the train split")
+    parser.add_argument("--answers", type=int, default=2, help="prompts answered")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--contract", type=float, help="max_substituted_mass in place of each share's own")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    path = args.model
+    if path is None:
+        from emoe import demo
+
+        path = str(demo.build())
+    result = tune(args, path) if args.tune else measure(args, path)
+    if not args.tune:
+        Console(width=160).print(show(result))
+    if args.json:
+        write_result(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""How a predictor runs, as a user says it: names and paths become objects. Decides nothing while a model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoe.errors import ConfigError
+from emoe.predictor import MADE, ExpertPredictor, load, make
+
+PERIOD = 40  # requests; arXiv 2503.06823
+SLACK = 0.4  # of a layer's slots; docs/replay.md
+LOOK_AHEAD = "look-ahead"
+
+
+class Sensitivity(Protocol):
+    """What the load score asks of a sensitivity profile (docs/sensitivity.md)."""
+
+    def insensitive(self, task: str) -> NDArray[np.bool_]:
+        """[L] True where wrong experts do not hurt the task."""
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """How a predictor runs.
+
+    Attributes:
+        predictor: scores the experts.
+        period: requests between two choices of the base set, or "adaptive".
+        slack: share of a layer's slots left to LRU; at least `top_k` slots are. Not used in mode `resident`.
+        ahead: prefetches experts of the next layer; None: nothing does.
+        sensitivity: layers in which a task does not count.
+    """
+
+    predictor: ExpertPredictor | None
+    period: int | str = PERIOD
+    slack: float = SLACK
+    ahead: Any = None
+    sensitivity: Sensitivity | None = None
+
+    def __post_init__(self) -> None:
+        if self.period != "adaptive" and not (isinstance(self.period, int) and self.period >= 1):
+            raise ConfigError(f"period={self.period!r} is not a number of requests of at least 1, nor 'adaptive'")
+        if not 0 < self.slack <= 1:
+            raise ConfigError(f"slack={self.slack} is not a share over 0 and up to 1")
+        for name, value, method in (
+            ("predictor", self.predictor, "rank"),
+            ("prefetch", self.ahead, "next_layer"),
+        ):
+            if value is not None and not hasattr(value, method):
+                raise ConfigError(
+                    f"{name}={value!r} has no method {method}(); docs/predictors.md lists those that have"
+                )
+
+
+def parse_prediction(
+    model: Any,
+    layers: int,
+    experts: int,
+    *,
+    predictor: Any = None,
+    period: int | str = PERIOD,
+    slack: float = SLACK,
+    prefetch: Any = None,
+    sensitivity: Any = None,
+) -> PredictionOptions:
+    """Options as a user gives them: names and paths become objects.
+
+    Args:
+        model: the Transformers model, for predictors that read its routers.
+        layers, experts: experts modules, and routed experts of the largest.
+        predictor: None, a name in `emoe.predictor.MADE`, a file of `emoe train-predictor`, or an `ExpertPredictor`.
+        period, slack: as in `PredictionOptions`.
+        prefetch: None, "look-ahead" (the next layer's router on the present hidden state), or a predictor or file of
+            one that has `next_layer`.
+        sensitivity: None, a file of `emoe profile sensitivity`, or a `SensitivityProfile`.
+
+    Raises:
+        ConfigError: an option is not one of its choices.
+        CheckpointError: a file is something else.
+    """
+    if isinstance(predictor, (str, Path)):
+        if str(predictor) in MADE:
+            predictor = make(str(predictor), layers=layers, experts=experts)
+        elif Path(predictor).is_file():
+            predictor = load(predictor)
+        else:
+            raise ConfigError(
+                f"predictor={str(predictor)!r} is neither a file nor one of: {', '.join(MADE)}; "
+                "'emoe train-predictor' makes files"
+            )
+    if isinstance(prefetch, (str, Path)):
+        if str(prefetch) == LOOK_AHEAD:
+            from emoe.predictor.look_ahead import LookAhead
+
+            prefetch = LookAhead.of(model)
+        elif Path(prefetch).is_file():
+            prefetch = load(prefetch)
+        else:
+            raise ConfigError(f"prefetch={str(prefetch)!r} is neither a file nor '{LOOK_AHEAD}'")
+    if isinstance(sensitivity, (str, Path)):
+        from emoe.sensitivity import SensitivityProfile
+
+        sensitivity = SensitivityProfile.load(sensitivity)
+    return PredictionOptions(predictor, period, slack, prefetch, sensitivity)

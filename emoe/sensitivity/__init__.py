@@ -1,0 +1,21 @@
+"""How much a task's answers change when its tokens go to other experts: profiled offline, or estimated while serving.
+
+Knows models, routers and texts; nothing of budgets, residency policies or requests. docs/sensitivity.md defines both.
+"""
+
+from emoe.sensitivity.online import Estimate, OnlineSensitivity
+from emoe.sensitivity.probe import Probe, Prober, probe
+from emoe.sensitivity.profile import SensitivityProfile, suggest_bias
+from emoe.sensitivity.progressive import Sample, measure
+
+__all__ = [
+    "Estimate",
+    "OnlineSensitivity",
+    "Probe",
+    "Prober",
+    "Sample",
+    "SensitivityProfile",
+    "measure",
+    "probe",
+    "suggest_bias",
+]
