@@ -55,7 +55,6 @@ cuda-test: emulated
 	PATH="$(CURDIR)/$(BIN):$$PATH" EMOE_TEST_CUDA=only bash scripts/native_tests.sh
 	$(BIN)/python -m pytest -n auto python_tests/test_device.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh address -q python_tests/test_device.py -k "$(SANITIZED)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh thread -q python_tests/test_device.py -k "$(SANITIZED)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --quick
 SANITIZED := exact_decode or resident_routing or left_to_the_cpu or fails
 
