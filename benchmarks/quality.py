@@ -313,28 +313,48 @@ def _tokenizer(path: str) -> Any:
     return load_tokenizer(path)
 
 
+COLUMNS = (
+    "resident", "mode", "contract", "perplexity ratio", "mass", "loads a prompt", "loads a token", "same token",
+    "ROUGE-L", "cosine", "experts saved",
+)  # fmt: skip
+
+
+def cells(row: dict[str, Any], expert_bytes: int) -> list[str]:
+    """One line of the table."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    return [
+        f"{row['share']:.0%}",
+        row["mode"],
+        "-" if row["bound"] is None else f"{row['bound']:.2f}",
+        f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}",
+        percent(row["mass"]),
+        f"{row['loads_per_prompt']:.0f}",
+        "-" if row["decode_loads"] is None else f"{row['decode_loads']:.1f}",
+        *(percent(row[name]) for name in ("same_token", "rouge", "cosine")),
+        f"{(1 - row['share']) * expert_bytes / 2**20:.0f} MiB",
+    ]
+
+
 def show(result: dict[str, Any]) -> Table:
-    """The table of docs/quality.md."""
-    table = Table(
-        title=f"{result['prompts']} texts, {result['scored_tokens']} tokens scored, {result['answers']} answers, "
-        f"{result['split']} split"
-    )
-    for name in (
-        "resident", "mode", "contract", "perplexity ratio", "mass", "loads a prompt", "loads a token", "same token",
-        "ROUGE-L", "cosine", "experts saved",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
+    """For a terminal."""
+    table = Table(*COLUMNS, title=_title(result))
     for row in result["rows"]:
-        cells = [f"{row['share']:.0%}", row["mode"], "-" if row["bound"] is None else f"{row['bound']:.2f}"]
-        cells += [f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}", f"{100 * row['mass']:.1f} %"]
-        cells += [f"{row['loads_per_prompt']:.0f}"]
-        cells += ["-" if row["decode_loads"] is None else f"{row['decode_loads']:.1f}"]
-        cells += [
-            "-" if row[name] is None else f"{100 * row[name]:.1f} %" for name in ("same_token", "rouge", "cosine")
-        ]
-        cells += [f"{(1 - row['share']) * result['expert_bytes'] / 2**20:.0f} MiB"]
-        table.add_row(*cells)
+        table.add_row(*cells(row, result["expert_bytes"]))
     return table
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of docs/quality.md."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row, result["expert_bytes"]) for row in result["rows"])]
+    return f"{_title(result)}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _title(result: dict[str, Any]) -> str:
+    texts = f"{result['prompts']} texts, {result['scored_tokens']} tokens scored"
+    return f"{texts}, {result['answers']} answers, {result['split']} split"
 
 
 def main() -> None:
@@ -345,12 +365,13 @@ def main() -> None:
         "--shares", type=lambda text: [float(each) for each in text.split(",")], default=[0.2, 0.4, 0.6, 0.8]
     )
     parser.add_argument("--split", default="test", choices=("dev", "test"))
-    parser.add_argument("--per-task", type=int, default=10, help="texts scored")
-    parser.add_argument("--profile", type=int, default=16, help="texts profiled, of the train split")
+    parser.add_argument("--per-task", type=int, default=6, help="texts scored")
+    parser.add_argument("--profile", type=int, default=10, help="texts profiled, of the train split")
     parser.add_argument("--answers", type=int, default=2, help="prompts answered")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--contract", type=float, help="max_substituted_mass in place of each share's own")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="the table as docs/quality.md has it")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     path = args.model
@@ -360,7 +381,10 @@ def main() -> None:
         path = str(demo.build())
     result = tune(args, path) if args.tune else measure(args, path)
     if not args.tune:
-        Console(width=160).print(show(result))
+        if args.markdown:
+            print(markdown(result))
+        else:
+            Console(width=160).print(show(result))
     if args.json:
         write_result(args.json, result)
 
