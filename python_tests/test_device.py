@@ -191,6 +191,14 @@ def test_a_slot_table_that_names_a_slot_too_many_is_refused(emulated):
     device.native.free(memory)
 
 
+def test_expert_ids_of_another_width_are_refused_before_their_address_is_passed_on(emulated):
+    device = open_device("emulated")
+    layout = emulated.MlpLayout(8, 8, 8, "float32", True, False, False, "silu", gate_up_offset=0, down_offset=1024)
+    hidden, weights = torch.zeros(1, 8), torch.ones(1, 1)
+    with pytest.raises(ConfigError, match="expert ids are"):
+        device.call(layout, device.native.slab(2, 4096), hidden, torch.zeros(1, 1, dtype=torch.int32), weights)
+
+
 def test_an_unknown_device_is_refused_with_the_choices():
     for name in ("gpu", "cuda:x", "cuda:-1", ""):
         with pytest.raises(ConfigError, match="is not one of: cpu, cuda"):

@@ -3,10 +3,11 @@
     python scripts/cuda_matrix.py --check        # fails on spills, a changed table, a tiles kernel without tensor cores
     python scripts/cuda_matrix.py --write        # writes the table anew
     python scripts/cuda_matrix.py --nvrtc        # the same kernels through NVRTC (CUDA 12.x), spills and instances only
+    python scripts/cuda_matrix.py --clang        # and through clang (EMOE_CLANG, clang++-19), instances only
 
-Needs nvcc, or for --nvrtc the folder of PyPI's nvidia-cuda-{nvrtc,runtime,nvcc,cccl}-cu12 (EMOE_NVIDIA, by default
-found beside this Python). cuobjdump (PATH, EMOE_CUOBJDUMP, or PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)
-reads the SASS; without it that check is reported as not made. Nothing is run: no GPU is needed.
+Needs nvcc, or for --nvrtc and --clang the folder of PyPI's nvidia-cuda-{nvrtc,runtime,nvcc,cccl}-cu12 (EMOE_NVIDIA, by
+default found beside this Python). cuobjdump (PATH, EMOE_CUOBJDUMP, or PyPI's nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm) reads the SASS; without it that check is reported as not made. Nothing is run: no GPU is needed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc/cuda/resources.json"
 SOURCE = ROOT / "csrc/cuda/gather_mlp.cu"
 ARCHS = ("80", "86", "89", "90", "100", "120")  # and PTX of the last
+CLANG_ARCHS = ("80", "86", "89", "90")  # of clang 19
 HOST_WARNINGS = "-Wall,-Wextra,-Wshadow,-Wconversion,-Wno-sign-conversion"
 # What the SASS of a kernel has to contain: tensor cores, ldmatrix, cp.async; 16-byte loads.
 EXPECTED_SASS = {
@@ -210,18 +212,71 @@ class Nvrtc:
         return self._text(program, "CUBIN" if cubin else "PTX")
 
 
-def main_nvrtc(archs: tuple[str, ...]) -> list[str]:
-    folder = Path(os.environ.get("EMOE_NVIDIA") or Path(sysconfig.get_paths()["purelib"]) / "nvidia")
-    nvrtc = Nvrtc(folder)
+def nvidia_folder() -> Path:
+    return Path(os.environ.get("EMOE_NVIDIA") or Path(sysconfig.get_paths()["purelib"]) / "nvidia")
+
+
+def other_instances(table: Table, compiled: str) -> list[str]:
+    """What differs between the kernels of another compiler and those of the recorded table."""
     recorded: Table = json.loads(TABLE.read_text())["kernels"]
+    differ = sorted(table.keys() ^ recorded.keys())
+    return [f"{compiled}: the instances differ from nvcc's: {differ}"] if differ else []
+
+
+def toolkit_for_clang(nvidia: Path, folder: Path) -> Path:
+    """PyPI's packages laid out as clang looks for a toolkit.
+
+    Raises:
+        MatrixError: a package is not there.
+    """
+    includes = [nvidia / part / "include" for part in ("cuda_runtime", "cuda_nvcc", "cuda_cccl")]
+    tools = [nvidia / "cuda_nvcc/nvvm", nvidia / "cuda_nvcc/bin"]
+    missing = [str(part) for part in (*includes, *tools) if not part.is_dir()]
+    if missing:
+        raise MatrixError(f"not there: {', '.join(missing)} (pip install nvidia-cuda-{{runtime,nvcc,cccl}}-cu12)")
+    (folder / "include").mkdir()
+    for each in (each for part in includes for each in part.iterdir()):
+        (folder / "include" / each.name).symlink_to(each)
+    (folder / "include/curand_mtgp32_kernel.h").touch()  # clang includes it of itself; nothing here uses cuRAND
+    for tool in tools:
+        (folder / tool.name).symlink_to(tool)
+    return folder
+
+
+def main_clang(archs: tuple[str, ...]) -> list[str]:
+    clang = os.environ.get("EMOE_CLANG") or shutil.which("clang++-19") or shutil.which("clang++")
+    if clang is None:
+        raise MatrixError("no clang++: EMOE_CLANG names one, or clang++-19 or clang++ on PATH")
+    version = re.search(r"clang version (\S+)", run([clang, "--version"]))
+    problems = []
+    with tempfile.TemporaryDirectory() as folder:
+        toolkit = toolkit_for_clang(nvidia_folder(), Path(folder))
+        command = [clang, "-x", "cuda", "-std=c++20", "-O3", f"--cuda-path={toolkit}", f"-I{ROOT / 'csrc'}", "-Werror"]
+        command += HOST_WARNINGS.split(",")
+        # The version is newer than clang 19 knows; and it warns of loops that have nothing to unroll in an instance.
+        command += ["-Wno-unknown-cuda-version", "-Wno-pass-failed"]
+        command += ["-c", str(SOURCE), "-o", f"{folder}/out.o"]
+        # Each half by itself: what packs them, `fatbinary`, is not on PyPI.
+        run([*command, "--cuda-host-only"])
+        command += ["--cuda-device-only", "-Xcuda-ptxas", "-v", "-Xcuda-ptxas", "--warn-on-spills"]
+        for arch in archs:
+            start = time.monotonic()
+            table = parse_ptxas(run([*command, f"--cuda-gpu-arch=sm_{arch}"]))
+            name = f"clang {version[1] if version else '?'} sm_{arch}"
+            # A spill is shown only: what a wheel holds is nvcc's and NVRTC's code.
+            problems += other_instances(table, name)
+            print(f"{name}: {len(table)} kernels, {time.monotonic() - start:.1f} s", *problems_of(table), sep="\n    ")
+    return problems
+
+
+def main_nvrtc(archs: tuple[str, ...]) -> list[str]:
+    nvrtc = Nvrtc(nvidia_folder())
     problems = []
     for arch in archs:
         start = time.monotonic()
         cubin = nvrtc.compile(f"sm_{arch}")
         table = parse_ptxas(nvrtc.log)
-        problems += problems_of(table)
-        if table.keys() != recorded.keys():
-            problems.append(f"sm_{arch}: the instances differ from nvcc's: {sorted(table.keys() ^ recorded.keys())}")
+        problems += problems_of(table) + other_instances(table, f"NVRTC {nvrtc.version} sm_{arch}")
         print(f"NVRTC {nvrtc.version} sm_{arch}: {len(table)} kernels, {len(cubin)} bytes, "
               f"{time.monotonic() - start:.1f} s")  # fmt: skip
     return problems
@@ -266,13 +321,19 @@ def main() -> int:
     what.add_argument("--check", action="store_true", help="compare with the recorded table")
     what.add_argument("--write", action="store_true", help="record the table")
     what.add_argument("--nvrtc", action="store_true", help="compile through NVRTC")
+    what.add_argument("--clang", action="store_true", help="compile through clang")
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS, help="a part of the architectures")
     arguments = parser.parse_args()
     archs = tuple(arguments.arch)
     if arguments.write and archs != ARCHS:
         parser.error("--write needs all architectures")
     try:
-        problems = main_nvrtc(archs) if arguments.nvrtc else main_nvcc(archs, arguments.write)
+        if arguments.nvrtc:
+            problems = main_nvrtc(archs)
+        elif arguments.clang:
+            problems = main_clang(tuple(arch for arch in archs if arch in CLANG_ARCHS))
+        else:
+            problems = main_nvcc(archs, arguments.write)
     except MatrixError as failure:
         problems = [str(failure)]
     for problem in problems:

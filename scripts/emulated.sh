@@ -1,7 +1,24 @@
 #!/usr/bin/env bash
 # Builds emoe/_C_emulated: the CUDA part with its kernels on the fake runtime of the tests. Needs CUDA's headers.
+# scripts/emulated.sh address|thread PYTEST-ARGUMENTS   builds it under a sanitizer, elsewhere, and runs tests with it
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cmake -G Ninja -S . -B build/emulated -DPython_EXECUTABLE="$(command -v python)" -DEMOE_CUDA=0 -DEMOE_EMULATED=ON \
-  -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DEMOE_OUTPUT_DIR="$PWD/emoe" -DCMAKE_BUILD_TYPE=Release >/dev/null
-cmake --build build/emulated --target _C_emulated -- --quiet
+kind=${1:-plain}
+folder=$PWD/build/emulated-$kind
+case $kind in
+  plain) sanitize="" target=$PWD/emoe library="" ;;
+  address) sanitize="address;undefined" target=$folder/module library=libasan.so ;;
+  thread) sanitize="thread" target=$folder/module library=libtsan.so ;;
+  *) echo "emulated.sh: '$kind' is not one of: plain, address, thread" >&2; exit 2 ;;
+esac
+cmake -G Ninja -S . -B "$folder" -DPython_EXECUTABLE="$(command -v python)" -DEMOE_CUDA=0 -DEMOE_EMULATED=ON \
+  -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DEMOE_OUTPUT_DIR="$target" -DCMAKE_BUILD_TYPE=Release \
+  -DEMOE_SANITIZE="$sanitize" >/dev/null
+cmake --build "$folder" --target _C_emulated -- --quiet
+[[ $kind == plain ]] && exit
+shift
+# Python and torch are not instrumented: the sanitizer has to be there before them, and what only they do is not its matter.
+# libstdc++ stands beside it so that their exceptions are found.
+exec env LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 EMOE_EMULATED_FROM="$target" \
+  setarch "$(uname -m)" -R python -m pytest "$@"

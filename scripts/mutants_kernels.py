@@ -66,7 +66,7 @@ EDITS = [
         TILES,
         "        if (r < tile.rows) {\n",
         "        if (r < kTileRows) {\n",
-        True,
+        False,
     ),
     (
         "tiles: the depth's end is not checked",
@@ -128,13 +128,13 @@ EDITS = [
     ("rows: rows past the tile are read", ROWS, "(r < tile.rows ? r : tile.rows - 1)", "r", False),
     ("rows: sums start anew", ROWS, "fmaf(w[q][j], x[j], sum[q][r])", "w[q][j] * x[j]", False),
     ("rows: outputs past the matrix are written", ROWS, "outputs - from < each ? outputs - from : each", "each", False),
-    ("route: picks are read before they are all written", ROUTE, "    __syncwarp();\n", "", True),
-    ("route: pairs are counted without atomics", ROUTE, "atomicAdd(&count[id], 1);", "count[id] += 1;", True),
+    ("route: picks are read before they are all written", ROUTE, "    __syncwarp();\n", "", False),
+    ("route: pairs are counted without atomics", ROUTE, "atomicAdd(&pairs_of[id], 1);", "pairs_of[id] += 1;", False),
     (
         "route: counting begins before the counts are zero",
         ROUTE,
-        "count[e] = 0;\n    __syncthreads();\n",
-        "count[e] = 0;\n",
+        "pairs_of[e] = 0;\n    __syncthreads();\n",
+        "pairs_of[e] = 0;\n",
         False,
     ),
     (
@@ -142,7 +142,7 @@ EDITS = [
         ROUTE,
         "    __syncthreads();\n    int pairs_before = 0;\n",
         "    int pairs_before = 0;\n",
-        False,
+        True,
     ),
     (
         "route: warps' sums are read before they are written",

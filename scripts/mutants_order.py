@@ -144,6 +144,13 @@ MUTANTS = [
         BACKEND,
     ),
     Mutant(
+        "what a failed call has enqueued is not waited for",
+        DEVICE,
+        "        cudaStreamSynchronize(stream);\n        throw;\n",
+        "        (void)stream;\n        throw;\n",
+        BACKEND,
+    ),
+    Mutant(
         "a lane has no bound of copies in flight",
         DEVICE,
         "    while (lane.in_flight.size() >= lane.bound) {",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds csrc/tests three times (plain, AddressSanitizer + UBSan, ThreadSanitizer) and runs them.
 # scripts/native_tests.sh [plain|address|thread ...]    all three unless named
-# EMOE_TEST_CUDA=1 adds the CUDA part under host emulation (make cuda-test).
+# EMOE_TEST_CUDA: 0 (default) leaves out the CUDA part under host emulation, 1 adds it, only runs nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 declare -A SANITIZE=([plain]="" [address]="address;undefined" [thread]="thread")
@@ -19,8 +19,12 @@ done
 run=()
 if setarch "$(uname -m)" -R true 2>/dev/null; then run=(setarch "$(uname -m)" -R); fi
 
-skip=(-E '^test_cuda')
-if [[ ${EMOE_TEST_CUDA:-0} == 1 ]]; then skip=(); fi
+case ${EMOE_TEST_CUDA:-0} in
+  0) chosen=(-E '^test_cuda') ;;
+  1) chosen=() ;;
+  only) chosen=(-R '^test_cuda') ;;
+  *) echo "native_tests.sh: EMOE_TEST_CUDA='$EMOE_TEST_CUDA' is not one of: 0, 1, only" >&2; exit 2 ;;
+esac
 
 for kind in "$@"; do
   folder=build/native-tests-$kind
@@ -28,5 +32,5 @@ for kind in "$@"; do
   cmake -G Ninja -S . -B "$folder" -DEMOE_TESTS=ON -DEMOE_CUDA=0 -DEMOE_SANITIZE="${SANITIZE[$kind]}" \
     -DCMAKE_BUILD_TYPE=Release >/dev/null
   cmake --build "$folder" -- --quiet
-  "${run[@]}" ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 300 -j 2 "${skip[@]}"
+  "${run[@]}" ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 600 -j 2 "${chosen[@]}"
 done

@@ -5,8 +5,9 @@
     python scripts/wheels.py cu13 --archs 90  for one architecture only (quick, not for publishing)
 
 A wheel passes when `emoe doctor` of the new environment loads the native module from there, says what was built, and,
-on a machine without a driver, that there is none; and when a tiny model answers on the CPU. The dependencies (torch,
-transformers, ...) are those of the environment this runs in, through a path file: nothing is downloaded.
+on a machine without a driver, that there is none; and when a tiny model answers on the CPU (with --demo, the demo
+model too). The dependencies (torch, transformers, ...) are those of the environment this runs in, through a path
+file: nothing is downloaded for them.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def build(kind: str, args: argparse.Namespace, folder: Path) -> Path:
     return Path(shutil.copy2(wheel, args.out))
 
 
-def examine(wheel: Path, folder: Path) -> dict[str, object]:
+def examine(wheel: Path, folder: Path, demo: bool) -> dict[str, object]:
     """Installs the wheel into a new environment and asks it what it is."""
     environment = folder / "environment"
     run([sys.executable, "-m", "venv", environment])
@@ -128,6 +129,8 @@ def examine(wheel: Path, folder: Path) -> dict[str, object]:
     answer = run([python, "-c", TINY, ROOT / "python_tests"], cwd=folder).splitlines()
     if not answer[-2].startswith(str(environment)):
         raise SystemExit(f"{wheel.name}: emoe was imported from {answer[-2]}")
+    if demo:
+        run([python, "-m", "emoe", "demo", "--prompt", "Say hello.", "--max-new-tokens", "8"], cwd=folder)
     return {"wheel": wheel.name, "bytes": wheel.stat().st_size, "cuda": native["cuda"], "tokens": answer[-1]}
 
 
@@ -136,12 +139,13 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", choices=["cpu", "cu12", "cu13", []], default=[])
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--archs", nargs="+", default=list(ARCHS), metavar="SM")
+    parser.add_argument("--demo", action="store_true", help="run `emoe demo` too; the first time it fetches 93 MB")
     parser.add_argument("--nvidia", type=Path, default=os.environ.get("EMOE_NVIDIA"))
     args = parser.parse_args()
     args.nvidia = Path(args.nvidia) if args.nvidia else None
     for kind in args.kinds or ["cpu", "cu12", "cu13"]:
         with tempfile.TemporaryDirectory() as name:
-            found = examine(build(kind, args, Path(name)), Path(name))
+            found = examine(build(kind, args, Path(name)), Path(name), args.demo)
             print(f"{found['wheel']}: {found['bytes']} bytes; doctor: {found['cuda']}; {found['tokens']}", flush=True)
     return 0
 

@@ -222,7 +222,7 @@ void bind_cuda(py::module_& module) {
         .def("finish_copies", &CudaBackend::finish_copies, release_gil());
 
     py::class_<HostStore, std::shared_ptr<HostStore> >(module, "HostStore", "Records in slots of pinned host memory.")
-        .def(py::init<std::int64_t, std::int64_t>(), arg("slots"), arg("slot_bytes"))
+        .def(py::init<std::int64_t, std::int64_t, int>(), arg("slots"), arg("slot_bytes"), arg("device") = 0)
         .def_property_readonly("address", [address](const HostStore& store) { return address(store.data()); })
         .def_property_readonly("slots", &HostStore::slots)
         .def_property_readonly("slot_bytes", &HostStore::slot_bytes)

@@ -34,10 +34,30 @@ Mlp on_device(const GatherMlp& op, const std::byte* table) {
     return call;
 }
 
+// `work` enqueues on the stream. Where it throws, what it has enqueued so far has no event that anybody could wait for,
+// so that is over before the error goes on.
+template <typename Work>
+void all_or_over(cudaStream_t stream, Work&& work) {
+    try {
+        work();
+    } catch (...) {
+        cudaStreamSynchronize(stream);
+        throw;
+    }
+}
+
+void refuse_capture(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "asking whether a stream captures a graph");
+    if (status == cudaStreamCaptureStatusNone) return;
+    throw Error(ErrorKind::kTransfer,
+                "the stream captures a graph; a call whose slot table is the host's cannot be in it");
+}
+
 }  // namespace
 
-Staging::Staging(std::size_t chunks, std::size_t chunk_bytes)
-    : chunk_bytes_(chunk_bytes), memory_(chunks * chunk_bytes), copied_(chunks) {}
+Staging::Staging(std::size_t chunks, std::size_t chunk_bytes, int device)
+    : chunk_bytes_(chunk_bytes), memory_(chunks * chunk_bytes, device), copied_(chunks) {}
 
 std::byte* Staging::next() {
     copied_[at_].synchronize();
@@ -53,7 +73,7 @@ CudaBackend::CudaBackend(int device, CudaOptions options)
     : device_(checked(device)),
       options_(options),
       events_(EventPool::make(device)),
-      staging_(options.staging_chunks, options.staging_chunk_bytes) {
+      staging_(options.staging_chunks, options.staging_chunk_bytes, device) {
     if (options.demand_in_flight < 1 || options.prefetch_in_flight < 1) {
         throw Error(ErrorKind::kConfig, "copies in flight: " + std::to_string(options.demand_in_flight) +
                                             " for demand, " + std::to_string(options.prefetch_in_flight) +
@@ -148,19 +168,14 @@ Event CudaBackend::copy(Memory dst, std::span<const std::byte> src, Lane which) 
     check(cudaMemcpyAsync(dst.data, src.data(), src.size(), cudaMemcpyHostToDevice, stream), "copying ", src.size(),
           " bytes to device ", device_);
     Event copied;
-    try {
-        copied = events_->record(stream);
-    } catch (const Error&) {
-        cudaStreamSynchronize(stream);  // nobody can wait for this copy, so it has to be over
-        throw;
-    }
+    all_or_over(stream, [&] { copied = events_->record(stream); });
     hazards_.wrote(range, stream, copied);
     on.in_flight.push_back(copied);
     return copied;
 }
 
 double CudaBackend::copy_rate(std::size_t bytes, int copies) {
-    const PinnedBuffer source(bytes);
+    const PinnedBuffer source(bytes, device_);
     std::memset(source.data(), 0, bytes);
     const Memory target = allocate(bytes);
     try {
@@ -284,6 +299,7 @@ void CudaBackend::gather_mlp(const GatherMlp& op, cudaStream_t stream) {
     }
     const std::lock_guard<std::mutex> lock(staging_mutex_);
     const DeviceScope scope(device_);
+    refuse_capture(stream);
     Scratch& scratch = scratch_[stream];
     scratch.table = grown(std::exchange(scratch.table, {}), table_bytes, stream);
     Mlp call = on_device(op, scratch.table.data);
@@ -291,12 +307,14 @@ void CudaBackend::gather_mlp(const GatherMlp& op, cudaStream_t stream) {
     begin_read(ranges, stream);
     std::byte* const chunk = staging_.next();
     std::memcpy(chunk, op.slot_of.data(), table_bytes);
-    check(cudaMemcpyAsync(scratch.table.data, chunk, table_bytes, cudaMemcpyHostToDevice, stream),
-          "copying a slot table of ", table_bytes, " bytes to device ", device_);
-    staging_.sent(events_->record(stream));
-    route(call, scratch.workspace.data, stream);
-    cuda::gather_mlp(call, scratch.workspace.data, stream);
-    end_read(ranges, stream);
+    all_or_over(stream, [&] {
+        check(cudaMemcpyAsync(scratch.table.data, chunk, table_bytes, cudaMemcpyHostToDevice, stream),
+              "copying a slot table of ", table_bytes, " bytes to device ", device_);
+        staging_.sent(events_->record(stream));
+        route(call, scratch.workspace.data, stream);
+        cuda::gather_mlp(call, scratch.workspace.data, stream);
+        end_read(ranges, stream);
+    });
 }
 
 void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream) {
@@ -310,9 +328,11 @@ void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_
         const std::size_t bytes = std::min(staging_.chunk_bytes(), src.size() - at);
         std::byte* const chunk = staging_.next();
         std::memcpy(chunk, src.data() + at, bytes);
-        check(cudaMemcpyAsync(dst.data + at, chunk, bytes, cudaMemcpyHostToDevice, stream), "copying ", bytes,
-              " bytes to device ", device_);
-        staging_.sent(events_->record(stream));
+        all_or_over(stream, [&] {
+            check(cudaMemcpyAsync(dst.data + at, chunk, bytes, cudaMemcpyHostToDevice, stream), "copying ", bytes,
+                  " bytes to device ", device_);
+            staging_.sent(events_->record(stream));
+        });
     }
 }
 
@@ -324,7 +344,8 @@ void CudaBackend::download(std::span<std::byte> dst, const std::byte* src, cudaS
         std::byte* const chunk = staging_.next();
         check(cudaMemcpyAsync(chunk, src + at, bytes, cudaMemcpyDeviceToHost, stream), "copying ", bytes,
               " bytes from device ", device_);
-        const Event arrived = events_->record(stream);
+        Event arrived;
+        all_or_over(stream, [&] { arrived = events_->record(stream); });
         staging_.sent(arrived);
         arrived.synchronize();
         std::memcpy(dst.data() + at, chunk, bytes);

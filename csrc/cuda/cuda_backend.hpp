@@ -24,7 +24,7 @@ namespace emoe::cuda {
 // it is over. One thread at a time (CudaBackend's mutex).
 class Staging {
   public:
-    Staging(std::size_t chunks, std::size_t chunk_bytes);
+    Staging(std::size_t chunks, std::size_t chunk_bytes, int device);
     std::size_t chunk_bytes() const noexcept { return chunk_bytes_; }
     // Blocks while every chunk is in flight. The chunk is the caller's until sent().
     std::byte* next();
@@ -66,7 +66,8 @@ class CudaBackend final : public Backend {
     bool done(Ticket ticket) const override;
     void wait(Ticket ticket) override;
     void order_after(Ticket ticket) override;
-    // Device addresses in `op`, except slot_of. Returns when the kernels are enqueued.
+    // Device addresses in `op`, except slot_of. Returns when the kernels are enqueued. TransferError on a stream that
+    // captures a graph: the slot table is the host's (kernels.hpp can be captured).
     void gather_mlp(const GatherMlp& op) override;
 
     // Copies pinned memory into device memory on the lane's stream, after every kernel that was said to read `dst`.

@@ -19,9 +19,9 @@ std::size_t checked_bytes(std::int64_t slots, std::int64_t slot_bytes) {
 
 }  // namespace
 
-HostStore::HostStore(std::int64_t slots, std::int64_t slot_bytes)
+HostStore::HostStore(std::int64_t slots, std::int64_t slot_bytes, int device)
     : slot_bytes_(align_up(slot_bytes, kPageBytes)),
-      memory_(checked_bytes(slots, slot_bytes_)),
+      memory_(checked_bytes(slots, slot_bytes_), device),
       slots_(static_cast<std::size_t>(slots)) {}
 
 HostStore::Slot* HostStore::victim() {

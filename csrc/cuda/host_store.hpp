@@ -16,7 +16,7 @@ namespace emoe::cuda {
 // Thread-safe. A slot is empty, loading (one thread fills it) or ready; a slot with users is never given away.
 class HostStore {
   public:
-    HostStore(std::int64_t slots, std::int64_t slot_bytes);  // ConfigError, BudgetError
+    HostStore(std::int64_t slots, std::int64_t slot_bytes, int device = 0);  // ConfigError, BudgetError
     HostStore(const HostStore&) = delete;
     HostStore& operator=(const HostStore&) = delete;
 

@@ -14,6 +14,7 @@ constexpr std::int64_t kDecodeTokens =
 constexpr std::int64_t kRowsTileRows = 4;
 constexpr std::int64_t kTilesTileRows = 64;
 constexpr std::int64_t kMostExperts = 8192;     // counted in a block's shared memory
+constexpr std::int64_t kMostWidth = 1LL << 24;  // kernels count elements of a row in 32 bits
 constexpr std::int64_t kMostPairs = 1LL << 30;  // positions are 32-bit
 constexpr std::size_t kPartAlignment = 256;
 
@@ -55,6 +56,9 @@ void require_aligned(const char* name, std::int64_t offset, int unit) {
 void check_layout(const MlpLayout& layout) {
     validate(layout);
     require_float("the layout's dtype", layout.dtype);
+    const std::pair<const char*, std::int64_t> sizes[] = {
+        {"hidden", layout.hidden}, {"intermediate", layout.intermediate}, {"hidden_out", layout.hidden_out}};
+    for (const auto& [name, size] : sizes) require(size <= kMostWidth, name, size, "above 2^24 on a GPU");
     const int unit = itemsize(layout.dtype);
     require_aligned("gate_up_offset", layout.gate_up_offset, unit);
     require_aligned("gate_up_bias_offset", layout.gate_up_bias_offset, unit);

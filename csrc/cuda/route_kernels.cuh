@@ -111,26 +111,26 @@ __global__ void __launch_bounds__(kPickThreads) pick_kernel(const Picking op) {
 // Block e counts all pairs, so that it knows where its own begin, and then writes these in ascending order. Every block
 // reads all ids: at most a few MiB from L2, and no block waits for another.
 __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Sorting op) {
-    EMOE_DYNAMIC_SHARED(int, count);  // [E]
+    EMOE_DYNAMIC_SHARED(int, pairs_of);  // [E]
     constexpr int kWarps = kSortThreads / 32;
     EMOE_SHARED(int, sums, 2 * kWarps);
     const int tid = static_cast<int>(threadIdx.x);
     const int lane = tid % 32;
     const int warp = tid / 32;
     const int expert = static_cast<int>(blockIdx.x);
-    for (int e = tid; e < op.experts; e += kSortThreads) count[e] = 0;
+    for (int e = tid; e < op.experts; e += kSortThreads) pairs_of[e] = 0;
     __syncthreads();
     for (int p = tid; p < op.pairs; p += kSortThreads) {
         const int id = op.id[p];
-        if (id >= 0 && id < op.experts) atomicAdd(&count[id], 1);
+        if (id >= 0 && id < op.experts) atomicAdd(&pairs_of[id], 1);
     }
     __syncthreads();
     int pairs_before = 0;
     int tiles_before = 0;
     for (int e = tid; e < expert; e += kSortThreads) {
         if (op.slot_of[e] < 0) continue;
-        pairs_before += count[e];
-        tiles_before += (count[e] + op.tile_rows - 1) / op.tile_rows;
+        pairs_before += pairs_of[e];
+        tiles_before += (pairs_of[e] + op.tile_rows - 1) / op.tile_rows;
     }
     pairs_before = warp_sum(pairs_before);
     tiles_before = warp_sum(tiles_before);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(const Sorting op) {
         first_tile += sums[kWarps + w];
     }
     const int slot = op.slot_of[expert];
-    const int own = slot < 0 ? 0 : count[expert];
+    const int own = slot < 0 ? 0 : pairs_of[expert];
     const int tiles = (own + op.tile_rows - 1) / op.tile_rows;
     if (expert == op.experts - 1 && tid == 0) *op.sorted.tile_count = first_tile + tiles;
     if (own == 0) return;

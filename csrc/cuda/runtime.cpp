@@ -53,7 +53,7 @@ Status look_around() {
     for (int index = 0; index < count; ++index) {
         DeviceInfo info;
         info.index = index;
-        cudaDeviceProp properties;
+        cudaDeviceProp properties{};
         if (cudaGetDeviceProperties(&properties, index) == cudaSuccess) info.name = properties.name;
         cudaDeviceGetAttribute(&info.major, cudaDevAttrComputeCapabilityMajor, index);
         cudaDeviceGetAttribute(&info.minor, cudaDevAttrComputeCapabilityMinor, index);
@@ -160,7 +160,8 @@ void Stream::synchronize() const {
     check(cudaStreamSynchronize(stream_), "waiting for a copy stream of device ", device_);
 }
 
-PinnedBuffer::PinnedBuffer(std::size_t bytes) : bytes_(bytes) {
+PinnedBuffer::PinnedBuffer(std::size_t bytes, int device) : bytes_(bytes) {
+    const DeviceScope scope(device);
     void* data = nullptr;
     check(cudaHostAlloc(&data, bytes, cudaHostAllocPortable), "pinning ", bytes, " bytes of host memory");
     data_ = static_cast<std::byte*>(data);

@@ -32,7 +32,6 @@ struct DeviceInfo {
     std::string name;
     int major = 0;
     int minor = 0;
-    std::size_t free_bytes = 0;
     std::size_t total_bytes = 0;
 };
 
@@ -113,7 +112,8 @@ class Stream {
 // Page-locked host memory: what a copy engine reads without a detour, and without the host waiting.
 class PinnedBuffer {
   public:
-    explicit PinnedBuffer(std::size_t bytes);  // BudgetError
+    // Every device can read it; `device` is the one whose context it belongs to. BudgetError.
+    PinnedBuffer(std::size_t bytes, int device);
     ~PinnedBuffer();
     PinnedBuffer(const PinnedBuffer&) = delete;
     PinnedBuffer& operator=(const PinnedBuffer&) = delete;

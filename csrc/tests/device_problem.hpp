@@ -43,14 +43,14 @@ class DeviceBytes {
     }
     void upload(const void* source) {
         if (bytes_ == 0) return;
-        const cuda::PinnedBuffer staging(bytes_);
+        const cuda::PinnedBuffer staging(bytes_, 0);
         std::memcpy(staging.data(), source, bytes_);
         cuda::check(cudaMemcpyAsync(data_, staging.data(), bytes_, cudaMemcpyHostToDevice, stream_), "an upload");
         cuda::check(cudaStreamSynchronize(stream_), "an upload");
     }
     void download(void* target) const {
         if (bytes_ == 0) return;
-        const cuda::PinnedBuffer staging(bytes_);
+        const cuda::PinnedBuffer staging(bytes_, 0);
         cuda::check(cudaMemcpyAsync(staging.data(), data_, bytes_, cudaMemcpyDeviceToHost, stream_), "a download");
         cuda::check(cudaStreamSynchronize(stream_), "a download");
         std::memcpy(target, staging.data(), bytes_);

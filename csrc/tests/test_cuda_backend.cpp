@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "core/slab.hpp"
@@ -34,7 +37,7 @@ struct ComputeStream {
 
 // Source e is filled with byte e + 1.
 struct Sources {
-    explicit Sources(std::size_t count) : memory(count * kSlotBytes) {
+    explicit Sources(std::size_t count) : memory(count * kSlotBytes, 0) {
         for (std::size_t e = 0; e < count; ++e) std::fill_n(memory.data() + e * kSlotBytes, kSlotBytes, value(e));
     }
     static std::byte value(std::size_t e) { return static_cast<std::byte>(e + 1); }
@@ -294,6 +297,22 @@ TEST("everything is given back, also with copies and kernels in flight") {
     CHECK_EQ(after.streams_alive, before.streams_alive);
 }
 
+TEST("an event goes on naming its own point while others are recorded") {
+    const std::shared_ptr<EventPool> pool = EventPool::make(0);
+    const ComputeStream slow, idle;
+    for (int round = 0; round < 3; ++round) {
+        const auto over = std::make_shared<std::atomic<bool>>(false);
+        emu::enqueue(slow, [over] {
+            std::this_thread::sleep_for(std::chrono::milliseconds(20));
+            over->store(true);
+        });
+        const Event first = pool->record(slow);
+        pool->record(idle).synchronize();
+        first.synchronize();
+        CHECK(over->load());
+    }
+}
+
 TEST("an idle hazard list is forgotten") {
     Fixture f(4);
     const ComputeStream compute;
@@ -373,7 +392,7 @@ TEST("errors name the call, the sizes and the device") {
     const Error memory = ERROR_OF(f.backend->allocate(std::size_t{1} << 40));
     CHECK_EQ(static_cast<int>(memory.kind), static_cast<int>(ErrorKind::kBudget));
     CHECK(memory.message.find("allocating 1099511627776 bytes on device 0, which has ") != std::string::npos);
-    CHECK_ERROR(ErrorKind::kBudget, PinnedBuffer(std::size_t{1} << 40));
+    CHECK_ERROR(ErrorKind::kBudget, PinnedBuffer(std::size_t{1} << 40, 0));
     CHECK_ERROR(ErrorKind::kConfig, f.backend->copy({f.slab->slot(0).data, 10, false}, sources.of(0), Lane::kDemand));
     CHECK_ERROR(ErrorKind::kConfig, CudaBackend(0, {.demand_in_flight = 0}));
     const std::vector<std::int32_t> table = {0};
@@ -383,6 +402,43 @@ TEST("errors name the call, the sizes and the device") {
     CHECK(!f.backend->supports(accumulate));
     f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand);  // the device still works
     f.backend->finish_copies();
+}
+
+TEST("a call that fails half-way leaves nothing behind that reads a slot or a staging chunk") {
+    Fixture f(1, {.staging_chunks = 2, .staging_chunk_bytes = 4096});
+    const Sources sources(16);
+    const ComputeStream compute;
+    std::vector<std::byte> back(4096);
+    for (std::size_t step = 0; step < 12; ++step) {
+        // Records of a call: behind the slot table, and behind the kernels.
+        const int failing = 1 + static_cast<int>(step % 2);
+        f.backend->copy(f.slab->slot(0), sources.of(step), Lane::kDemand);
+        f.backend->gather_mlp(f.op({0}, 2 * step), compute);
+        emu::fail("cudaEventRecord", failing, cudaErrorLaunchFailure);
+        CHECK_ERROR(ErrorKind::kTransfer, f.backend->gather_mlp(f.op({0}, 2 * step + 1), compute));
+        emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
+        CHECK_ERROR(ErrorKind::kTransfer, f.backend->upload(f.inputs, std::vector<std::byte>(4096), compute));
+        emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
+        CHECK_ERROR(ErrorKind::kTransfer, f.backend->download(back, f.inputs.data, compute));
+        emu::fail(nullptr, 0, cudaSuccess);
+    }
+    const std::vector<float> seen = f.results(24, compute);
+    for (std::size_t step = 0; step < 12; ++step) {
+        CHECK_EQ(seen[2 * step], static_cast<float>(step + 1));
+        if (step % 2 == 1)
+            CHECK_EQ(seen[2 * step + 1], static_cast<float>(step + 1));  // its kernels had the whole slot
+    }
+}
+
+TEST("a stream that captures a graph is refused, since the slot table is the host's") {
+    Fixture f(1);
+    const ComputeStream compute;
+    emu::pretend_capture(true);
+    const Error error = ERROR_OF(f.backend->gather_mlp(f.op({0}, 0), compute));
+    emu::pretend_capture(false);
+    CHECK_EQ(static_cast<int>(error.kind), static_cast<int>(ErrorKind::kTransfer));
+    CHECK(error.message.find("captures a graph") != std::string::npos);
+    f.backend->gather_mlp(f.op({0}, 0), compute);
 }
 
 TEST("without a driver or a device the error says which is missing, and an index out of range names the choices") {
@@ -405,8 +461,12 @@ TEST("without a driver or a device the error says which is missing, and an index
 TEST("two devices have streams, events and memory of their own, whichever is current") {
     if (look_around().devices.size() < 2) return;  // EMU_DEVICES=2
     Fixture first(1);
+    const std::uint64_t on_first = emu::bytes_of_device(0);
     const auto second = std::make_shared<CudaBackend>(1);
     const Slab slab(second, 1, kSlotBytes);
+    const HostStore store(1, kSlotBytes, 1);
+    CHECK_EQ(emu::bytes_of_device(0), on_first);  // nor pinned memory of another device's context
+    CHECK(emu::bytes_of_device(1) > 0);
     const Sources sources(16);
     std::optional<ComputeStream> compute;
     {

@@ -1,5 +1,5 @@
 // Conformance of the GPU kernels with the fp64 reference: the CPU suite's table of cases, and cases at the edges of the
-// kernels' tiles. On the emulation unless built for a GPU (benchmarks/gpu_acceptance.py).
+// kernels' tiles. On the emulation, or, built with EMOE_CUDA=1, on a GPU (benchmarks/gpu_acceptance.py).
 #include <algorithm>
 #include <cmath>
 #include <iostream>
@@ -174,7 +174,7 @@ TEST("no token is no work") {
     CHECK(d.run(p.slot_of).empty());
 }
 
-TEST("hidden states that are not 16-byte aligned give the same bits") {
+TEST("hidden states that are not 16-byte aligned are read right on both paths") {
     for (const DType dtype : {BF16, F32}) {
         for (const std::int64_t T : {2, 12}) {
             const Problem p(case_of(dtype, T));
@@ -318,6 +318,7 @@ TEST("layouts and calls that contradict themselves are refused with the value in
     };
     refused([](cuda::Mlp& op) { op.layout.gate_up_offset = 1; }, "gate_up_offset=1");
     refused([](cuda::Mlp& op) { op.layout.dtype = DType::kInt8; }, "int8");
+    refused([](cuda::Mlp& op) { op.layout.hidden_out = std::int64_t{1} << 25; }, "hidden_out=33554432");
     refused([](cuda::Mlp& op) { op.hidden_dtype = DType::kFloat64; }, "float64");
     refused([](cuda::Mlp& op) { op.weights_dtype = DType::kInt64; }, "int64");
     refused([](cuda::Mlp& op) { op.slot_bytes -= 2; }, "slot_bytes=");

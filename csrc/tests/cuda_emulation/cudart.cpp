@@ -75,6 +75,7 @@ struct State {  // never destroyed: workers may outlive static destructors
     std::map<int, Stream*> defaults;
     std::map<std::string, std::vector<std::pair<int, cudaError_t>>> faults;
     cudaError_t device_error = cudaSuccess;
+    std::atomic<bool> capturing{false};
     std::atomic<unsigned> seeds{0};
     std::atomic<Recording*> recordings{nullptr};
     std::atomic<std::uint64_t> copies{0}, waits{0}, in_flight{0}, most{0};
@@ -190,6 +191,7 @@ void fail(const char* function, int nth, cudaError_t code) {
 }
 
 void pretend_device_error(cudaError_t code) { state().device_error = code; }
+void pretend_capture(bool capturing) { state().capturing = capturing; }
 
 void count_copy_begin() {
     State& all = state();
@@ -409,7 +411,7 @@ cudaError_t cudaDeviceSynchronize() {
     return cudaStreamSynchronize(nullptr);
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    *status = cudaStreamCaptureStatusNone;
+    *status = emu::state().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
 

@@ -28,6 +28,10 @@ bool is_pinned(const void* p, std::size_t bytes);
 void fail(const char* function, int nth, cudaError_t code);
 // cudaGetDeviceCount answers this (35: no driver, 100: no device); cudaSuccess: normal.
 void pretend_device_error(cudaError_t code);
+void pretend_capture(bool capturing);  // of every stream
+
+// Device and pinned memory that was allocated while this device was current.
+std::uint64_t bytes_of_device(int device);
 
 struct Counters {
     std::uint64_t copies;            // cudaMemcpyAsync issued

@@ -113,6 +113,16 @@ bool is_pinned(const void* p, std::size_t bytes) {
     const std::lock_guard<std::mutex> guard(all.mutex);
     return inside(all.pinned, p, bytes) != nullptr;
 }
+std::uint64_t bytes_of_device(int device) {
+    const Quiet quiet;
+    Memory& all = memory();
+    const std::lock_guard<std::mutex> guard(all.mutex);
+    std::uint64_t sum = 0;
+    for (const auto* blocks : {&all.device, &all.pinned}) {
+        for (const auto& [address, block] : *blocks) sum += block.device == device ? block.bytes : 0;
+    }
+    return sum;
+}
 std::uint64_t device_bytes() { return memory().device_bytes; }
 std::uint64_t pinned_bytes() { return memory().pinned_bytes; }
 
