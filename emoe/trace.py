@@ -5,11 +5,8 @@ docs/traces.md is the format's reference, also for engines that want to write it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +18,7 @@ from numpy.typing import NDArray
 
 from emoe import trace_csv
 from emoe.errors import TraceError
+from emoe.files import whole
 
 logger = logging.getLogger(__name__)
 
@@ -266,16 +264,8 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
     }
     if trace.weights is not None:
         arrays["weights"] = trace.weights.astype(np.float16)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
+    with whole(path) as file:
+        np.savez_compressed(file, **arrays)
     return path
 
 

@@ -215,3 +215,15 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     if not text.strip():
         raise ConfigError(f"the prompt of {source} is empty")
     return text.rstrip("\n")
+
+
+@contextlib.contextmanager
+def closing(model: Any) -> Iterator[None]:
+    """The process ends after this, so the experts are given up; that needs no warning."""
+    try:
+        yield
+    finally:
+        logger = logging.getLogger("emoe.runtime")
+        logger.setLevel(logging.ERROR)
+        model.emoe.close(restore=False)
+        logger.setLevel(logging.NOTSET)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +212,7 @@ def _run_sensitivity(args: argparse.Namespace) -> int:
             )
         from tqdm import tqdm
 
-        with _closing(model), tqdm(desc="profiling", unit="forward", disable=None, file=sys.stderr) as bar:
+        with common.closing(model), tqdm(desc="profiling", unit="forward", disable=None, file=sys.stderr) as bar:
 
             def on_step(done: int, total: int) -> None:
                 bar.total = total
@@ -239,18 +236,6 @@ def _run_sensitivity(args: argparse.Namespace) -> int:
     common.console().print(_table(found))
     print(f"written to {args.out}")
     return 0
-
-
-@contextlib.contextmanager
-def _closing(model: Any) -> Iterator[None]:
-    """The process ends after this, so the experts are given up; that needs no warning."""
-    try:
-        yield
-    finally:
-        logger = logging.getLogger("emoe.runtime")
-        logger.setLevel(logging.ERROR)
-        model.emoe.close(restore=False)
-        logger.setLevel(logging.NOTSET)
 
 
 def _samples(tokenizer: Any, prompts: list[Prompt], most: int, *, references: bool) -> list[Sample]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
             )
         task = _task(args, prompt, model, tokenizer)
     tokens = input_ids.shape[1] + args.max_new_tokens
-    with _closing(model), _recording(model, args.trace, prompt, task), model.emoe.request(task, tokens=tokens):
+    with common.closing(model), _recording(model, args.trace, prompt, task), model.emoe.request(task, tokens=tokens):
         answer = generate.answer(
             model,
             tokenizer,
@@ -248,18 +247,6 @@ def _writer(*, to_stderr: bool) -> Any:
         out.flush()
 
     return write
-
-
-@contextlib.contextmanager
-def _closing(model: Any) -> Iterator[None]:
-    """The process ends after this, so the experts are given up; that needs no warning."""
-    try:
-        yield
-    finally:
-        logger = logging.getLogger("emoe.runtime")
-        logger.setLevel(logging.ERROR)
-        model.emoe.close(restore=False)
-        logger.setLevel(logging.NOTSET)
 
 
 @contextlib.contextmanager

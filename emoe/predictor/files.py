@@ -1,22 +1,17 @@
-"""A predictor's file: safetensors, with its kind and settings as JSON in the metadata. Nothing in it is executed."""
+"""A predictor's file: its arrays and settings, by kind (emoe/files.py)."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from emoe import files
 from emoe.errors import CheckpointError
 
 FORMAT = "emoe-predictor"
-VERSION = 1
 
 
 def write(path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]) -> Path:
@@ -25,22 +20,7 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], sett
     Raises:
         OSError: the folder cannot be written.
     """
-    from safetensors.numpy import save
-
-    path = Path(path)
-    metadata = {"format": FORMAT, "version": str(VERSION), "kind": kind, "settings": json.dumps(dict(settings))}
-    data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata=metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
-    return path
+    return files.write(path, FORMAT, kind, tensors, settings)
 
 
 def kind(path: str | Path) -> str:
@@ -50,7 +30,7 @@ def kind(path: str | Path) -> str:
         CheckpointError: not a predictor's file.
         FileNotFoundError: there is no such file.
     """
-    return _open(path, None)[0]
+    return files.read(path, FORMAT, "predictor", arrays=False)[0]
 
 
 def read(path: str | Path, kind: str, shapes: Mapping[str, int]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -63,7 +43,9 @@ def read(path: str | Path, kind: str, shapes: Mapping[str, int]) -> tuple[dict[s
         CheckpointError: another kind, a tensor is missing or has other dimensions, or the file cannot be read.
         FileNotFoundError: there is no such file.
     """
-    _, settings, tensors = _open(path, kind)
+    found, tensors, settings = files.read(path, FORMAT, "predictor")
+    if found != kind:
+        raise CheckpointError(f"{path}: predictor of kind {found!r}, expected {kind!r}", file=str(path))
     for name, dimensions in shapes.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: no tensor {name!r}", file=str(path), tensor=name)
@@ -73,28 +55,3 @@ def read(path: str | Path, kind: str, shapes: Mapping[str, int]) -> tuple[dict[s
                 f"{path}: {name!r} has shape {shape}, expected {dimensions} dimensions", file=str(path), tensor=name
             )
     return tensors, settings
-
-
-def _open(path: str | Path, wanted: str | None) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no predictor {str(path)!r}")
-    try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: not the file of a predictor", file=str(path))
-            if int(metadata["version"]) > VERSION:
-                version = metadata["version"]
-                raise CheckpointError(f"{path}: format version {version}; this emoe reads up to {VERSION}")
-            found = metadata["kind"]
-            if wanted is not None and found != wanted:
-                raise CheckpointError(f"{path}: predictor of kind {found!r}, expected {wanted!r}", file=str(path))
-            settings = json.loads(metadata["settings"])
-            tensors = {} if wanted is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: not the file of a predictor: {error}", file=str(path)) from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: settings are {type(settings).__name__}, expected a JSON object", file=str(path))
-    return found, settings, tensors

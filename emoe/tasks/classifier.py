@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from emoe import files
 from emoe.errors import CheckpointError, ConfigError
-from emoe.tasks import files
 from emoe.tasks.calibration import Confidence, fit_temperature, signals, softmax
 from emoe.tasks.confusion import ConfusionMatrix
 
@@ -25,6 +25,7 @@ KINDS = {
     "keywords": ("emoe.tasks.keywords", "KeywordClassifier"),
     "embeddings": ("emoe.tasks.embeddings", "EmbeddingClassifier"),
 }
+FORMAT = "emoe-tasks"
 FOLDS = 4
 SEED = 0
 
@@ -191,7 +192,7 @@ class TaskClassifier(ABC):
             "temperature": self._temperature,
             "confidence": self._confidence.to_dict(),
         }
-        return files.write(path, self.kind, tensors, {**settings, **shared})
+        return files.write(path, FORMAT, self.kind, tensors, {**settings, **shared})
 
     @staticmethod
     def load(path: str | Path, model: Any = None, tokenizer: Any = None) -> TaskClassifier:
@@ -205,7 +206,7 @@ class TaskClassifier(ABC):
             ConfigError: an embedding classifier without its model, or with another one.
             FileNotFoundError: there is no such file.
         """
-        kind, tensors, settings = files.read(path)
+        kind, tensors, settings = files.read(path, FORMAT, "task classifier")
         if kind not in KINDS:
             raise CheckpointError(
                 f"{path}: classifier of kind {kind!r}, not one of: {', '.join(KINDS)}", file=str(path)

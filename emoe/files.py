@@ -1,0 +1,100 @@
+"""Files that emoe writes for itself: whole or not at all; arrays as safetensors with settings as JSON in the metadata.
+
+Nothing in such a file is executed. What is in it is for the callers to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoe.errors import CheckpointError
+
+VERSION = 1
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to; it takes the place of `path` when the block ends well, else nothing is left of it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+
+
+def write(
+    path: str | Path, format: str, kind: str, tensors: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]
+) -> Path:
+    """Writes arrays and settings.
+
+    Args:
+        format: name of what the file is, which `read` asks for.
+        kind: which of its kinds.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors.numpy import save
+
+    path = Path(path).expanduser()
+    metadata = {"format": format, "version": str(VERSION), "kind": kind, "settings": json.dumps(dict(settings))}
+    data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata=metadata)
+    with whole(path) as file:
+        file.write(data)
+    return path
+
+
+def read(
+    path: str | Path, format: str, what: str, *, arrays: bool = True
+) -> tuple[str, dict[str, NDArray[Any]], dict[str, Any]]:
+    """Kind, arrays and settings of a file of this format.
+
+    Args:
+        what: the format in words, for errors: "predictor".
+        arrays: False leaves the arrays unread.
+
+    Raises:
+        CheckpointError: the file is something else, of a later version, or cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {what} {str(path)!r}")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != format:
+                raise CheckpointError(f"{path}: not the file of a {what}", file=str(path))
+            if int(metadata["version"]) > VERSION:
+                version = metadata["version"]
+                raise CheckpointError(
+                    f"{path}: format version {version}; this emoe reads up to {VERSION}", file=str(path)
+                )
+            settings = json.loads(metadata["settings"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if arrays else {}  # noqa: SIM118
+            kind = metadata["kind"]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: not the file of a {what}: {error}", file=str(path)) from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: settings are {type(settings).__name__}, expected a JSON object", file=str(path))
+    return kind, tensors, settings
