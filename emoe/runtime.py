@@ -459,7 +459,12 @@ class Runtime:
         first = self.layers[0]
         top_k = self.plan.top_k
         recorder = TraceRecorder(
-            len(self.layers), top_k, first.num_experts, path=path, model=type(self._model).__name__
+            len(self.layers),
+            top_k,
+            first.num_experts,
+            path=path,
+            model=type(self._model).__name__,
+            expert_bytes=[layer.layout.nbytes for layer in self.layers],
         )
         for layer in self.layers:
             layer.recorder = recorder

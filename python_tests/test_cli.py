@@ -97,8 +97,10 @@ def test_run_writes_a_trace_that_replay_scores(model_folder, capsys, tmp_path):
     assert status == 0
     assert report["trace"] == str(trace)
     assert emoe.load_trace(trace).experts.shape[1] >= report["prompt_tokens"]
-    status, _ = run_json(capsys, "replay", "--trace", trace, "--policy", "lru", "--resident", "0.5")
+    status, scored = run_json(capsys, "replay", "--trace", trace, "--policy", "lru", "--resident", "0.5")
     assert status == 0
+    (result,) = scored["results"]
+    assert result["bytes_moved"] == result["loads"] * report["stats"]["slot_bytes"]
 
 
 def test_run_keeps_the_experts_that_a_predictor_names_for_the_task(model_folder, capsys, tmp_path):
