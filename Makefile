@@ -60,6 +60,7 @@ SANITIZED := exact_decode or resident_routing or left_to_the_cpu or fails
 
 # Every kernel for every published architecture: registers, shared memory, spills, tensor-core instructions. Needs nvcc.
 cuda-matrix: build
+	-$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python scripts/cuda_matrix.py --check
 
 # The whole sweep (docs/cuda.md); writes which checker caught what.

@@ -248,8 +248,10 @@ class Loader:
         """Gives slots to pending experts, as many as there are, and submits their reads."""
         while pending:
             expert = pending[0]
+            # While a load of this call is under way its slot will be free in a moment, and protected experts stay.
+            keep = self.cache.protected(layer) if running else frozenset()
             try:
-                slot = self._admit(layer, expert)
+                slot = self._admit(layer, expert, keep)
             except CacheFullError:
                 if self._cancel_queued(layer):
                     continue

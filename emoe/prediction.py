@@ -43,17 +43,20 @@ class PredictionOptions:
     sensitivity: Sensitivity | None = None
 
     def __post_init__(self) -> None:
-        if self.period != "adaptive" and not (isinstance(self.period, int) and self.period >= 1):
+        whole = isinstance(self.period, int) and not isinstance(self.period, bool) and self.period >= 1
+        if self.period != "adaptive" and not whole:
             raise ConfigError(f"period={self.period!r} is not a number of requests of at least 1, nor 'adaptive'")
-        if not 0 < self.slack <= 1:
-            raise ConfigError(f"slack={self.slack} is not a share over 0 and up to 1")
+        if not isinstance(self.slack, (int, float)) or not 0 < self.slack <= 1:
+            raise ConfigError(f"slack={self.slack!r} is not a share over 0 and up to 1")
         for name, value, method in (
             ("predictor", self.predictor, "rank"),
             ("prefetch", self.ahead, "next_layer"),
+            ("sensitivity", self.sensitivity, "insensitive"),
         ):
             if value is not None and not hasattr(value, method):
                 raise ConfigError(
-                    f"{name}={value!r} has no method {method}(); docs/predictors.md lists those that have"
+                    f"{name}: {type(value).__name__} has no method {method}(); docs/predictors.md and "
+                    "docs/sensitivity.md say what has"
                 )
 
 
@@ -105,5 +108,7 @@ def parse_prediction(
     if isinstance(sensitivity, (str, Path)):
         from emoe.sensitivity import SensitivityProfile
 
+        if not Path(sensitivity).is_file():
+            raise ConfigError(f"sensitivity={str(sensitivity)!r} is not a file; 'emoe profile sensitivity' makes one")
         sensitivity = SensitivityProfile.load(sensitivity)
     return PredictionOptions(predictor, period, slack, prefetch, sensitivity)

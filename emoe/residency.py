@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -43,7 +44,8 @@ class BaseSet:
         experts_per_layer: routed experts of each layer.
         top_k: picks of a token in a layer.
         options: the predictor and how it runs.
-        loads_misses: False in mode `resident`: nothing else loads, so the base set takes all slots.
+        loads_misses: False in mode `resident` without a contract: nothing else loads, so the base set takes all slots.
+        waits: True in mode `resident`: a request waits for its base set.
         observed: layers whose router picks come by `picked`; those of the others are what they compute with.
 
     Raises:
@@ -59,12 +61,13 @@ class BaseSet:
         options: PredictionOptions,
         *,
         loads_misses: bool,
+        waits: bool,
         observed: Sequence[int] = (),
     ) -> None:
         self._loader, self._cache, self._residency = loader, loader.cache, residency
         self._experts = list(experts_per_layer)
         self._options, self._top_k = options, top_k
-        self._loads_misses = loads_misses
+        self._loads_misses, self._waits = loads_misses, waits
         self._observed = frozenset(observed)
         L = len(self._experts)
         slots = [len(self._cache.slots(layer)) for layer in range(L)]
@@ -76,17 +79,16 @@ class BaseSet:
         self._refresh = Refresh(options.period)
         self._shadow = ShadowLRU(self._experts, slots, between_requests=not loads_misses)
         self._switch = Switch()
-        # Those that stand for what else a base set will serve; an adaptive one is chosen for the request that begins.
-        others = options.period - 1 if isinstance(options.period, int) else 0
-        self._recent: deque[Expected] = deque(maxlen=others)
         self._mean_tokens: dict[int, float] = {}
+        self._strange: set[str] = set()
         self._milliseconds: deque[float] = deque(maxlen=PATIENCE)
         self._covered: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
         self.requests = self.refreshes = self.loads = 0
         self._task = UNKNOWN_TASK
-        self._running = False
+        self._running = self._paused = False
         self._clear()
         self._ahead = NextLayer(loader, self._experts, top_k, options.ahead) if options.ahead is not None else None
+        self._insensitive = self._layers_that_do_not_count()
         if options.predictor is not None:
             shape = np.shape(options.predictor.rank())
             if shape != self._base.shape:
@@ -101,10 +103,36 @@ class BaseSet:
                     max(slack),
                 )
 
+    def _layers_that_do_not_count(self) -> dict[int, NDArray[np.bool_]]:
+        """[L] of each task that the predictor and the sensitivity profile know."""
+        options = self._options
+        names = options.predictor.names if options.predictor is not None else ()
+        if options.sensitivity is None:
+            return {}
+        if not names:
+            logger.warning("emoe: sensitivity= has no effect: there is no predictor that knows tasks")
+        known = {}
+        for number, name in enumerate(names):
+            try:
+                layers = np.asarray(options.sensitivity.insensitive(name), dtype=bool)
+            except KeyError:  # a task that the profile does not have is taken to be sensitive
+                continue
+            if layers.shape != (len(self._experts),):
+                raise ConfigError(
+                    f"the sensitivity profile is of {len(layers)} layers; this model has {len(self._experts)}"
+                )
+            known[number] = layers
+        return known
+
     @property
     def watches(self) -> bool:
         """Whether forwards matter to it: there is a predictor, or prefetch for the next layer."""
         return self._options.predictor is not None or self._ahead is not None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `paused` is at work."""
+        return self._paused
 
     # Requests
 
@@ -113,53 +141,57 @@ class BaseSet:
         """Whether a request has begun and not ended."""
         return self._running
 
-    def begin(self, task: str | None = None, tokens: float | None = None) -> None:
+    def begin(
+        self, task: str | None = None, tokens: float | None = None, others: Sequence[tuple[str | None, float]] = ()
+    ) -> None:
         """A request begins; one that runs ends first.
 
         Args:
             task: its name; unknown to the predictor counts as none.
-            tokens: input and expected output, None for the mean of its task so far.
+            tokens: input and expected output; None for the mean of its task so far, or of all.
+            others: task and tokens of requests that run beside it or come before the next choice.
         """
         self.end()
         self._running = True
         self.requests += 1
         predictor = self._options.predictor
-        names = predictor.names if predictor is not None else ()
-        self._task = names.index(task) if task is not None and task in names else UNKNOWN_TASK
+        self._task = self._number(task)
         if predictor is None:
             return
         self._shadow.begin()
-        self._expected = Expected(self._task, tokens or self._mean_tokens.get(self._task, 1.0))
-        if self._switch.off:
-            if not self._loads_misses:
-                self._choose_last_used()
-            return
-        self._predict(predictor)
+        means = self._mean_tokens
+        typical = means.get(self._task) or (sum(means.values()) / len(means) if means else 1.0)
+        requests = [Expected(self._number(name), count) for name, count in others]
+        requests.append(Expected(self._task, typical if tokens is None else tokens))
+        if not self._switch.off:
+            self._predict(predictor, requests)
+        elif not self._loads_misses:
+            self._choose_last_used()
 
-    def _predict(self, predictor: ExpertPredictor) -> None:
-        due = self._refresh.due() or not self._base.any()  # nothing was known at the last choice
-        if not due and self._options.period != "adaptive":
+    def _number(self, task: str | None) -> int:
+        names = self._options.predictor.names if self._options.predictor is not None else ()
+        if task in names:
+            return names.index(task)
+        if task is not None and names and task not in self._strange:
+            self._strange.add(task)
+            logger.warning("emoe: task %r is unknown to the predictor, which knows: %s", task, ", ".join(names))
+        return UNKNOWN_TASK
+
+    def _predict(self, predictor: ExpertPredictor, requests: Sequence[Expected]) -> None:
+        due = self._refresh.due([task for task, _ in requests] if predictor.names else ())
+        due = due or not self._base.any()  # nothing was known at the last choice
+        if due or self._options.period == "adaptive":
+            started = time.perf_counter()
+            scores = load_score(predictor, requests, self._insensitive)
+            self._rival = _best(scores, self.sizes, self._experts)
+            self._milliseconds.append(1e3 * (time.perf_counter() - started))
+        else:
             predictor.begin(self._task)
-            return
-        started = time.perf_counter()
-        scores = load_score(predictor, [*self._recent, self._expected], self._insensitive(predictor.names))
-        self._rival = _best(scores, self.sizes, self._experts)
-        self._milliseconds.append(1e3 * (time.perf_counter() - started))
         if due and self._rival.any():
             self.refreshes += 1
-            self._use(self._rival)
-
-    def _insensitive(self, names: Sequence[str]) -> Mapping[int, NDArray[np.bool_]] | None:
-        sensitivity = self._options.sensitivity
-        if sensitivity is None:
-            return None
-        known = {}
-        for number, name in enumerate(names):
-            try:
-                known[number] = sensitivity.insensitive(name)
-            except KeyError:  # the profile has no such task, so it is taken to be sensitive
-                continue
-        return known
+            self._base = self._rival
+        # Also where it stays: a prompt may have needed more slots at once than the slack has.
+        self._bring()
 
     def end(self) -> None:
         """The request ended: what it showed goes to the predictor, the shadow and the drift test."""
@@ -179,7 +211,6 @@ class BaseSet:
                 self._refresh.saw(covered / picks, float(self._counts[self._rival].sum()) / picks)
             if any(self.sizes) and self._switch.saw(self._hits, self._shadow_hits, picks):
                 self._give_up(self._switch.reason)
-        self._recent.append(Expected(self._task, float(self._tokens)))
         mean = self._mean_tokens.get(self._task)
         self._mean_tokens[self._task] = self._tokens if mean is None else 0.9 * mean + 0.1 * self._tokens
         self._clear()
@@ -191,22 +222,31 @@ class BaseSet:
         self._counts = np.zeros(self._base.shape, dtype=np.int64)
         self._hits = self._shadow_hits = 0
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs in the block is nobody's request: a probe, a warm-up. The request that runs goes on after it."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     # The base set
 
-    def _use(self, base: Mask) -> None:
-        self._base = base
+    def _bring(self) -> None:
+        """Protects the base set and has what is missing of it loaded; in `resident` waits for it."""
         self._loader.cancel_prefetch()
         for layer in range(len(self._experts)):
-            experts = [int(expert) for expert in np.flatnonzero(base[layer])]
+            experts = [int(expert) for expert in np.flatnonzero(self._base[layer])]
             self._cache.protect(layer, experts)
             self._pending[layer] = [expert for expert in experts if self._cache.lookup(layer, expert) is None]
             self._load(layer)
-            while self._pending[layer] and not self._loads_misses:
+            while self._pending[layer] and self._waits:
                 # Substitutes would be taken from what the last base set left.
                 self._loader.finish_prefetch(layer)
                 if not self._load(layer):
                     break
-        if not self._loads_misses:
+        if self._waits:
             for layer in range(len(self._experts)):
                 self._loader.finish_prefetch(layer)
 
@@ -223,7 +263,8 @@ class BaseSet:
         base = np.zeros_like(self._base)
         for layer in range(len(self._experts)):
             base[layer, self._shadow.held(layer)] = True
-        self._use(base)
+        self._base = base
+        self._bring()
 
     def _give_up(self, reason: str) -> None:
         logger.warning("emoe: the predictor is switched off: %s", reason)
@@ -236,7 +277,7 @@ class BaseSet:
 
     def picked(self, layer: int, index: torch.Tensor) -> None:
         """The router's own picks [T, K] of a layer, before a routing mode exchanges any."""
-        if self._options.predictor is None or not self._running:
+        if self._options.predictor is None or not self._running or self._paused:
             return
         if layer <= self._last_layer:
             if self._waiting_tokens >= BLOCK_TOKENS:

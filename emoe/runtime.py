@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
@@ -239,7 +239,7 @@ class Runtime:
         self._wrapped = wrapped
         self._lock = RLock()
         self._closed = False
-        self._named = False  # inside `request`
+        self._named = 0  # blocks of `request` that are open
         modules = dict(model.named_modules())
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         if device is not None:
@@ -268,7 +268,8 @@ class Runtime:
             experts_per_layer,
             plan.top_k,
             predicting,
-            loads_misses=routing.mode != "resident",
+            loads_misses=routing.mode != "resident" or routing.bound is not None,
+            waits=routing.mode == "resident",
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
         )
         self.layers = [
@@ -347,7 +348,7 @@ class Runtime:
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Outside `request`, a forward with nothing in its KV cache begins one."""
-        if self._named or self._closed:
+        if self._named or self._closed or self.base.is_paused:
             return
         length = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -426,29 +427,48 @@ class Runtime:
 
     @contextmanager
     def request(
-        self, task: str | None = None, name: str | None = None, *, tokens: int | None = None
+        self,
+        task: str | None = None,
+        name: str | None = None,
+        *,
+        tokens: int | None = None,
+        others: Sequence[tuple[str | None, float]] = (),
     ) -> Iterator[Request]:
         """What runs in the block is one request: its task's bias, its own `max_substituted_mass`, its own counts.
 
         The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
-        With a predictor it is also what the base set is chosen for. Without this, a forward with an empty KV cache
-        begins a request of no task.
+        With a predictor it is also what the base set is chosen for; requests within it, or beside it in other threads,
+        are then part of it. Without this, a forward with an empty KV cache begins a request of no task.
 
         Args:
             task: name of its task.
             name: its own, for reports.
             tokens: input and expected output, for the load score; None: as many as its task's requests had so far.
+            others: (task, tokens) of requests that run beside it or follow before the next choice, as a scheduler
+                knows them: the base set is then chosen for all.
+
+        Raises:
+            ConfigError: tokens below 1.
         """
-        before, self._named = self._named, True
+        for count in (tokens, *(each for _, each in others)):
+            if count is not None and not count >= 1:
+                raise ConfigError(f"tokens={count} of a request is not a number of at least 1")
+        with self._lock:
+            self._named += 1
+            if self._named == 1:
+                try:
+                    self.base.begin(task, tokens, others)
+                except BaseException:
+                    self._named -= 1
+                    raise
         try:
             with self.routing.request(task, name) as request:
-                with self._lock:
-                    self.base.begin(task, tokens)
                 yield request
         finally:
-            self._named = before
             with self._lock:
-                self.base.end()
+                self._named -= 1
+                if not self._named:
+                    self.base.end()
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[TraceRecorder]:

@@ -114,7 +114,7 @@ def _slow_base(trace, predictor, slots, slack, period):
     layers = range(trace.layers)
     base, inside = [set() for _ in layers], [set() for _ in layers]
     last = [dict.fromkeys(range(trace.num_experts), 0) for _ in layers]
-    number = -1
+    number, chosen_for = -1, None
 
     def trim(layer, held):
         while len(inside[layer]) > slots:
@@ -124,7 +124,8 @@ def _slow_base(trace, predictor, slots, slack, period):
         if token == 0 or trace.prompt[token] != trace.prompt[token - 1]:
             number += 1
             predictor.begin(int(trace.task[token]))
-            if number % period == 0:
+            if number % period == 0 or trace.task[token] != chosen_for:
+                chosen_for = trace.task[token]
                 for layer, mask in enumerate(top(predictor.rank(), slots - slack)):
                     base[layer] = set(np.flatnonzero(mask).tolist())
                     loads += len(base[layer] - inside[layer])

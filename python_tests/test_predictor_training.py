@@ -43,6 +43,16 @@ def test_a_sequence_model_trains_the_same_twice_and_stops_early():
     assert train_sequence(trace, minutes=1e-9, **options).stopped == "minutes"
 
 
+def test_a_sequence_model_trains_on_many_tasks_with_few_prompts_each():
+    from emoe.predictor.sequence import Size
+    from emoe.predictor.training import train_sequence
+
+    trace = task_trace(25, prompts=20)
+    few = replace(trace, task=(trace.prompt // 2).astype(np.int32), task_names=tuple(f"task{i}" for i in range(10)))
+    trained = train_sequence(few, epochs=1, size=Size(8, 1, 1, 16), width=2, seed=3)
+    assert np.isfinite(trained.loss)
+
+
 def test_an_untrained_sequence_model_answers_with_the_mean_of_the_profile():
     from emoe.predictor.sequence import SequenceModel, Shape, Size, build
 
@@ -103,7 +113,9 @@ def test_the_command_writes_a_file_that_replay_takes(kind, tmp_path, capsys):
     for miss in ("load", "substitute"):
         assert main([*common, "--miss", miss, "--period", "2"]) == 0
         (result,) = json.loads(capsys.readouterr().out)["results"]
-        assert (result["policy"], result["miss"], result["refreshes"]) == (policy, miss, 15)
+        assert (result["policy"], result["miss"]) == (policy, miss)
+        # 30 prompts; one of another task does not wait for the period.
+        assert 15 < result["refreshes"] < 30 if load(out).names else result["refreshes"] == 15
 
 
 def test_the_command_holds_tasks_out_and_prints_a_table(tmp_path, capsys):

@@ -89,6 +89,21 @@ def test_the_base_set_is_loaded_and_outlives_the_misses_of_a_request(model, rout
     assert stats["requests"] == 4
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"routing": "biased", "bias": 0.1}, {"routing": "resident", "max_substituted_mass": 0.05}]
+)
+def test_a_long_prompt_needs_more_slots_than_the_slack_and_the_base_set_stays(model, options):
+    predictor = Favourites(_scores(model, [1, 5]))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor, slack=0.25, **options)
+    assert 0 < model.emoe.base.sizes[0] <= 2
+    for seed in range(5):
+        with torch.no_grad(), model.emoe.request():
+            model(_ids(seed, 40))
+        for layer, size in enumerate(model.emoe.base.sizes):
+            assert len({1, 5} & set(model.emoe.cache.resident(layer))) >= size
+    model.emoe.check_integrity()
+
+
 def test_in_exact_mode_a_predictor_changes_no_bit_of_a_decode(model):
     emoe.wrap(model, memory_budget=0.5)
     plain = model.generate(_ids(1), max_new_tokens=8, do_sample=False)
@@ -123,14 +138,86 @@ def test_the_predictor_sees_the_picks_of_the_router_not_their_substitutes(model)
     assert np.array_equal(np.sort(seen, axis=1), np.sort(wanted, axis=1))
 
 
-def test_a_period_counts_requests_and_tasks_reach_the_predictor(model):
+def test_a_period_counts_requests(model):
+    emoe.wrap(model, memory_budget=0.5, predictor=Favourites(_scores(model, [1])), period=2)
+    for _ in range(5):
+        _run(model, 0)
+    assert model.emoe.stats()["prediction"]["refreshes"] == 3
+
+
+def test_a_task_that_the_base_set_is_not_for_does_not_wait_for_the_period(model):
     predictor = Favourites(_scores(model, [1]), names=("code", "talk"))
-    emoe.wrap(model, memory_budget=0.5, predictor=predictor, period=2)
-    for task in ("talk", "code", "poem", None):
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor, period=40)
+    for task, refreshes in (("talk", 1), ("talk", 1), ("code", 2), ("poem", 2), (None, 2), ("code", 2), ("talk", 3)):
         _run(model, 0, task=task)
-    assert model.emoe.stats()["prediction"]["refreshes"] == 2
-    assert [task for task in predictor.begun if task >= 0][:1] == [1]
-    assert predictor.begun[-1] == UNKNOWN_TASK
+        assert model.emoe.stats()["prediction"]["refreshes"] == refreshes
+    assert predictor.begun == [1, 1, 0, UNKNOWN_TASK, UNKNOWN_TASK, 0, 1]
+
+
+def test_a_base_set_for_several_requests_is_for_all_their_tasks(model):
+    predictor = Favourites(_scores(model, [1]), names=("code", "talk"))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor, period=40)
+    _run(model, 0, task="talk", others=[("code", 200)])
+    assert predictor.begun == [0, 1]
+    _run(model, 0, task="code")
+    assert model.emoe.stats()["prediction"]["refreshes"] == 1
+    with pytest.raises(ConfigError, match="tokens=0"):
+        _run(model, 0, task="code", tokens=0)
+
+
+def test_requests_within_a_request_are_part_of_it(model):
+    predictor = Favourites(_scores(model, [1]))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor)
+    with model.emoe.request():
+        _run(model, 0)
+        with torch.no_grad():
+            model(_ids(1))
+    assert model.emoe.stats()["prediction"]["requests"] == 1
+    assert predictor.blocks[0].shape[1] == 24
+    with torch.no_grad():
+        model(_ids(2))
+    assert model.emoe.stats()["prediction"]["requests"] == 2
+
+
+def test_a_probe_teaches_the_predictor_nothing(model):
+    from emoe.sensitivity import probe
+
+    predictor = Favourites(_scores(model, [1]))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor)
+    _run(model, 0)
+    probe(model, _ids(1))
+    _run(model, 0)
+    assert model.emoe.stats()["prediction"]["requests"] == 2
+    assert sum(block.shape[1] for block in predictor.blocks) == 24
+
+
+class Careless:
+    """A sensitivity profile in which one task does not mind layer 0."""
+
+    def __init__(self, layers):
+        self._layers = layers
+
+    def insensitive(self, task):
+        if task != "talk":
+            raise KeyError(task)
+        return np.arange(self._layers) == 0
+
+
+def test_nothing_is_moved_into_layers_that_do_not_count_for_the_task(model):
+    layers, _ = _shape(model)
+    predictor = Favourites(_scores(model, [1, 2, 3]), names=("code", "talk"))
+    emoe.wrap(model, memory_budget=0.75, predictor=predictor, sensitivity=Careless(layers))
+    _run(model, 0, task="talk")
+    assert not model.emoe.cache.protected(0)
+    assert all(model.emoe.cache.protected(layer) == {1, 2, 3} for layer in range(1, layers))
+    _run(model, 0, task="code")
+    assert model.emoe.cache.protected(0) == {1, 2, 3}
+
+
+def test_a_sensitivity_profile_of_another_model_is_refused(model):
+    predictor = Favourites(_scores(model, [1]), names=("talk",))
+    with pytest.raises(ConfigError, match="9 layers"):
+        emoe.wrap(model, memory_budget=0.5, predictor=predictor, sensitivity=Careless(9))
 
 
 def test_generate_without_request_is_one_request_per_prompt(model):
@@ -214,8 +301,11 @@ def test_a_bad_predictor_gives_way_to_lru_within_its_patience(model, routing, ca
     if routing == "resident":
         before = model.emoe.stats()["routing"]["absent"]
         _run(model, 0)
+        first = model.emoe.stats()["routing"]["absent"] - before
+        last_used = [sorted(model.emoe.base._shadow.held(layer)) for layer in range(layers)]
         _run(model, 0)
-        assert model.emoe.stats()["routing"]["absent"] - before < 2 * used.sum()
+        assert [model.emoe.cache.resident(layer) for layer in range(layers)] == last_used
+        assert model.emoe.stats()["routing"]["absent"] - before - first < 0.7 * used.sum()
 
 
 def test_a_layer_with_no_more_slots_than_slack_has_no_base_set(model, caplog):
@@ -292,7 +382,12 @@ def _used(model, ids):
         ({"predictor": object()}, "rank"),
         ({"predictor": "recent", "period": 0}, "adaptive"),
         ({"predictor": "recent", "slack": 0.0}, "slack"),
+        ({"predictor": "recent", "period": True}, "period=True"),
+        ({"predictor": "recent", "slack": "half"}, "slack='half'"),
         ({"prefetch": "everything"}, "look-ahead"),
+        ({"prefetch": object()}, "next_layer"),
+        ({"sensitivity": 3}, "insensitive"),
+        ({"sensitivity": "nowhere.json"}, "emoe profile sensitivity"),
     ],
 )
 def test_wrong_options_name_the_value_and_the_choices(model, options, words):
@@ -331,9 +426,9 @@ class TestLoadScore:
         score = load_score(self.table, [Expected(1, 100), Expected(0, 1)], {1: np.array([True])})
         assert score.tolist() == [[3.0, 1.0]]
 
-    def test_a_layer_in_which_nobody_counts_keeps_the_plain_scores(self):
+    def test_a_layer_in_which_nobody_counts_is_zero(self):
         score = load_score(self.table, [Expected(0, 1)], {0: np.array([True])})
-        assert score.tolist() == [[3.0, 1.0]]
+        assert score.tolist() == [[0.0, 0.0]]
 
     def test_the_predictor_stands_at_the_last_request_afterwards(self):
         load_score(self.table, [Expected(0, 1), Expected(1, 1), Expected(0, 1)])

@@ -272,3 +272,11 @@ def test_a_mistake_gives_one_line_and_status_2(words, said, capsys):
     err = capsys.readouterr().err
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_with_two_tasks_text_that_speaks_for_neither_is_unknown():
+    sums = [f"add {number} and {number + 3} to get the sum" for number in range(12)]
+    words = [f"translate the word number{number} into french" for number in range(12)]
+    classifier = tasks.KeywordClassifier().fit(sums + words, ["math"] * 12 + ["translation"] * 12)
+    assert classifier.classify("zebra crossing tomorrow").task is None
+    assert classifier.classify("add 4 and 5 to get the sum").task == "math"

@@ -107,7 +107,10 @@ def _add_prediction(group: argparse._ArgumentGroup) -> None:
 
 
 def _period(text: str) -> int | str:
-    return text if text == "adaptive" else common.positive(text)
+    try:
+        return text if text == "adaptive" else common.positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor 'adaptive'") from error
 
 
 def _policies(text: str) -> list[str]:

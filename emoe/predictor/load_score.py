@@ -33,15 +33,14 @@ def load_score(
         insensitive: [L] of each task that has insensitive layers.
 
     Returns:
-        [L, E]. Layers in which no request counts have the scores they would have without sensitivity: some experts have
-        to be there.
+        [L, E]. A layer in which no request counts is zero: nothing needs to be moved there.
     """
     known = bool(predictor.names)
     tokens: dict[int, float] = {}
     for task, count in requests:
         tokens[task] = tokens.get(task, 0.0) + count
     now = requests[-1].task
-    total = plain = None
+    total = None
     for task in [task for task in tokens if task != now] + [now]:
         if known or task == now:
             predictor.begin(task)
@@ -49,12 +48,8 @@ def load_score(
         else:
             continue
         scores *= tokens[task] if known else sum(tokens.values())
-        counted = scores
         if insensitive is not None and task in insensitive:
-            counted = np.where(insensitive[task][:, None], 0.0, scores)
-        total = counted if total is None else total + counted
-        plain = scores if plain is None else plain + scores
-    assert total is not None and plain is not None
-    nobody = ~total.any(axis=1)
-    total[nobody] = plain[nobody]
+            scores[insensitive[task]] = 0.0
+        total = scores if total is None else total + scores
+    assert total is not None
     return total

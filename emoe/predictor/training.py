@@ -127,6 +127,8 @@ class _Data:
         left_out = np.zeros(len(every), dtype=bool)
         for task in np.unique(self._task):
             left_out[np.flatnonzero(self._task == task)[LEFT_OUT - 1 :: LEFT_OUT]] = True
+        if not left_out.any():  # many tasks with few prompts each
+            left_out[LEFT_OUT - 1 :: LEFT_OUT] = True
         self.left_out, self.shown = np.flatnonzero(left_out), np.flatnonzero(~left_out)
 
     def sample(self, prompt: int, seen: int, known: bool) -> tuple[Sample, Floats]:

@@ -39,7 +39,7 @@ def run_base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, r
             predictor.begin(int(trace.task[step]))
             rival = top(predictor.rank(), slots - slack)
             covered, rival_covered = _coverage(trace, step, base, rival)
-            if refresh.due():
+            if refresh.due([int(trace.task[step])] if predictor.names else ()):
                 base, covered = rival, rival_covered
                 counts.loads += (base & ~in_slot[:, :E]).sum(axis=1)
                 in_slot[:, :E] |= base

@@ -94,7 +94,7 @@ class Prober:
             self._probes[task] = number + 1
             self._drawn.draw(self._share, self._seed + number)
         started = time.perf_counter()
-        with self._one_request(task):
+        with self._unseen():
             with self._substituting(task) as request:
                 changed = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
             with self._exact():
@@ -103,9 +103,9 @@ class Prober:
         mass = request.tally.substituted_mass
         return Probe(task, mass, min(1.0, max(0.0, distance)), len(changed), time.perf_counter() - started)
 
-    def _one_request(self, task: str | None) -> AbstractContextManager[Any]:
-        """What a runtime's predictor is to take both passes for: one request of the task, not two of none."""
-        return nullcontext() if self._runtime is None else cast(Any, self._runtime).request(task, "probe")
+    def _unseen(self) -> AbstractContextManager[Any]:
+        """A runtime's predictor is to learn nothing from picks that were drawn, nor count a probe as a request."""
+        return nullcontext() if self._runtime is None else cast(Any, self._runtime).base.paused()
 
     @contextmanager
     def _substituting(self, task: str | None) -> Iterator[Request]:

@@ -158,7 +158,9 @@ class TaskClassifier(ABC):
         if kept:
             evidence, familiarity = self._head.evidence([features[number] for number in kept])
             probabilities[kept] = softmax(evidence / self._temperature)
-            confidence[kept] = self._confidence(signals(evidence, familiarity))
+            inputs = signals(evidence, familiarity)
+            # Where two tasks lead alike there is no answer, whatever was learned of confidence.
+            confidence[kept] = np.where((inputs[:, 0] > 0) | (N == 1), self._confidence(inputs), 0.0)
         best = probabilities.argmax(axis=1)
         milliseconds = 1e3 * (time.perf_counter() - started) / max(1, len(texts))
         return [
@@ -231,7 +233,7 @@ class TaskClassifier(ABC):
             inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
             head = self._fit_head(_rows(features, inside), labels[inside], N)
             known.append((*head.evidence(_rows(features, outside)), labels[outside]))
-            if N == 2:  # a classifier of one task has no lead to judge by
+            if N == 2:  # one task left out leaves one, and nothing to tell apart: see below
                 continue
             for task in range(N):
                 others = inside[labels[inside] != task]
@@ -243,8 +245,11 @@ class TaskClassifier(ABC):
         truth = np.concatenate([part[2] for part in known])
         self._temperature = fit_temperature(evidence, truth)
         right = evidence.argmax(axis=1) == truth
-        inputs = [signals(part[0], part[1]) for part in known] + [signals(*part) for part in strange]
-        answers = np.concatenate([right, np.zeros(sum(len(part[0]) for part in strange), dtype=bool)])
+        unknown = [signals(*part) for part in strange]
+        if N == 2:  # unknown text is then taken to be text that speaks for neither task
+            unknown = [np.zeros((len(truth), 2))]
+        inputs = [signals(part[0], part[1]) for part in known] + unknown
+        answers = np.concatenate([right, np.zeros(sum(map(len, unknown)), dtype=bool)])
         self._confidence = Confidence.fit(np.concatenate(inputs), answers)
 
 
