@@ -165,6 +165,38 @@ def test_a_base_set_for_several_requests_is_for_all_their_tasks(model):
         _run(model, 0, task="code", tokens=0)
 
 
+def test_what_the_queue_refuses_is_tried_again_after_the_next_forward(model, monkeypatch):
+    emoe.wrap(model, memory_budget=0.75, predictor=Favourites(_scores(model, [1, 4, 5])))
+    loader = model.emoe.loader
+    with monkeypatch.context() as full:
+        full.setattr(loader, "prefetch", lambda layer, experts: 0)
+        model.emoe.base.begin()
+    assert model.emoe.stats()["prediction"]["loads"] == 0
+    with torch.no_grad():
+        model(_ids(0)[:, :1])  # one token of the request that runs
+    for layer in range(model.emoe.cache.layers):
+        loader.finish_prefetch(layer)
+        assert {1, 4, 5} <= set(model.emoe.cache.resident(layer))
+
+
+def test_loads_for_a_base_set_that_is_no_longer_wanted_are_cancelled(model, monkeypatch):
+    from emoe import native, runtime
+
+    plain = runtime.make_reader
+    slow = lambda kind: native.load().FaultyReader(plain(kind), delay_ms=100)  # noqa: E731
+    monkeypatch.setattr(runtime, "make_reader", slow)
+    predictor = Favourites(_scores(model, [1, 2, 3]), names=("code", "talk"))
+    emoe.wrap(model, memory_budget=0.75, predictor=predictor)
+    with model.emoe.request(task="code"):
+        pass
+    predictor.scores = _scores(model, [4, 5, 6])
+    with model.emoe.request(task="talk"):
+        pass
+    assert model.emoe._queue.stats()["cancelled"] > 0
+    assert all(model.emoe.cache.protected(layer) == {4, 5, 6} for layer in range(model.emoe.cache.layers))
+    model.emoe.check_integrity()
+
+
 def test_requests_within_a_request_are_part_of_it(model):
     predictor = Favourites(_scores(model, [1]))
     emoe.wrap(model, memory_budget=0.5, predictor=predictor)
