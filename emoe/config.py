@@ -19,9 +19,10 @@ _UNITS = {
 }
 _BY_LOWER = {unit.lower(): size for unit, size in _UNITS.items()}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _CHOICES = (
     'bytes as an int or text ("8GiB", "500MB"; units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), '
-    'a float in (0, 1] as a share of the routed experts, or "auto"'
+    'a float in (0, 1] or "25%" as a share of the routed experts, or "auto"'
 )
 
 
@@ -44,7 +45,7 @@ def parse_budget(value: Any) -> Budget:
     """Reads a budget.
 
     Args:
-        value: "8GiB", "500MB", "1048576", an int of bytes, a float in (0, 1], or "auto".
+        value: "8GiB", "500MB", "1048576", an int of bytes, a float in (0, 1] or "25%", or "auto".
 
     Raises:
         ConfigError: anything else; names the value and the choices.
@@ -60,6 +61,9 @@ def parse_budget(value: Any) -> Budget:
     if isinstance(value, str):
         if value.strip().lower() == "auto":
             return Budget("auto")
+        percent = _PERCENT.fullmatch(value)
+        if percent and 0 < float(percent[1]) <= 100:
+            return Budget("fraction", share=float(percent[1]) / 100)
         found = _AMOUNT.fullmatch(value)
         unit = _BY_LOWER.get(found[2].lower()) if found else None
         if found and unit and (found[2] or "." not in found[1]):  # "0.5" alone is no number of bytes

@@ -23,14 +23,15 @@ def test_bytes_are_read_from_numbers_and_units(value, nbytes):
 
 def test_a_float_is_a_share_and_auto_is_auto():
     assert parse_budget(0.25) == Budget("fraction", share=0.25)
-    assert parse_budget(1.0) == Budget("fraction", share=1.0)
+    assert parse_budget(1.0) == parse_budget("100%") == Budget("fraction", share=1.0)
+    assert parse_budget("25%") == parse_budget(" 25 % ") == parse_budget(0.25)
     assert parse_budget("auto") == parse_budget("AUTO") == Budget("auto")
 
 
 @pytest.mark.parametrize(
     "value",
     [True, False, 0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), None, "", "lots", "8 XiB", "-8GiB", "0GiB", "0.5",
-     "8GiB9", "1e9", "1_000", "8 Gi B", [8], b"8GiB"],
+     "8GiB9", "1e9", "0%", "101%", "-5%", "%", "1_000", "8 Gi B", [8], b"8GiB"],
     ids=repr,
 )  # fmt: skip
 def test_everything_else_is_refused_with_the_value_and_the_choices(value):
