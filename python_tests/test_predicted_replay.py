@@ -40,6 +40,15 @@ def task_trace(seed, *, prompts=24, prompt_tokens=15, layers=2, num_experts=16, 
     )
 
 
+def test_prompts_of_a_batch_are_put_one_after_the_other():
+    prompt = np.array([7, 7, 3, 3, 7, 3, 7, 3], dtype=np.int32)
+    trace = make_trace((np.arange(8) % 8)[None, :, None], 8, prompt=prompt)
+    apart = mix.into_prompts(trace)
+    assert apart.prompt.tolist() == [7] * 4 + [3] * 4
+    assert apart.experts.ravel().tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
+    assert mix.into_prompts(apart) is apart
+
+
 def test_prompts_are_cut_split_and_mixed_whole():
     trace = make_trace(np.arange(50)[None, :, None] % 7, 7)
     cut = mix.into_prompts(trace, 10)

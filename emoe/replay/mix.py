@@ -14,9 +14,16 @@ PROMPT_TOKENS = 100
 
 
 def into_prompts(trace: Trace, tokens: int = PROMPT_TOKENS) -> Trace:
-    """A trace that names no prompts (one number throughout), cut into prompts of so many tokens; others as they are."""
-    if trace.tokens == 0 or (trace.prompt != trace.prompt[0]).any():
+    """A trace that names no prompts (one number throughout), cut into prompts of so many tokens.
+
+    In one that does, prompts that ran as a batch are put one after the other, by their first tokens.
+    """
+    if trace.tokens == 0:
         return trace
+    if (trace.prompt != trace.prompt[0]).any():
+        _, first, place = np.unique(trace.prompt, return_index=True, return_inverse=True)
+        order = np.argsort(first[place], kind="stable")
+        return trace if (np.diff(order) == 1).all() else trace.take(order)
     return replace(trace, prompt=(np.arange(trace.tokens) // tokens).astype(np.int32))
 
 
