@@ -9,14 +9,19 @@ import families
 import numpy as np
 import pytest
 import torch
+from fake_queue import FakeQueue
 
 import emoe
 from emoe import errors
 from emoe.cache import CacheManager
 from emoe.errors import ConfigError
+from emoe.loader import Loader
+from emoe.prediction import PredictionOptions
 from emoe.predictor import UNKNOWN_TASK
 from emoe.predictor.load_score import Expected, load_score
 from emoe.predictor.table import TaskTable
+from emoe.residency import BaseSet
+from emoe.routing import CacheResidency
 from emoe.trace import TraceRecorder
 
 
@@ -179,22 +184,22 @@ def test_what_the_queue_refuses_is_tried_again_after_the_next_forward(model, mon
         assert {1, 4, 5} <= set(model.emoe.cache.resident(layer))
 
 
-def test_loads_for_a_base_set_that_is_no_longer_wanted_are_cancelled(model, monkeypatch):
-    from emoe import native, runtime
-
-    plain = runtime.make_reader
-    slow = lambda kind: native.load().FaultyReader(plain(kind), delay_ms=100)  # noqa: E731
-    monkeypatch.setattr(runtime, "make_reader", slow)
-    predictor = Favourites(_scores(model, [1, 2, 3]), names=("code", "talk"))
-    emoe.wrap(model, memory_budget=0.75, predictor=predictor)
-    with model.emoe.request(task="code"):
-        pass
-    predictor.scores = _scores(model, [4, 5, 6])
-    with model.emoe.request(task="talk"):
-        pass
-    assert model.emoe._queue.stats()["cancelled"] > 0
-    assert all(model.emoe.cache.protected(layer) == {4, 5, 6} for layer in range(model.emoe.cache.layers))
-    model.emoe.check_integrity()
+def test_loads_for_a_base_set_that_is_no_longer_wanted_are_cancelled():
+    queue, cache = FakeQueue(), CacheManager([6, 6])
+    loader = Loader(cache, queue, [list(range(8)), list(range(8, 16))])
+    scores = np.zeros((2, 8))
+    scores[:, [1, 2, 3]] = 1.0
+    predictor = Favourites(scores, names=("code", "talk"))
+    options = PredictionOptions(predictor, slack=0.5)
+    base = BaseSet(loader, CacheResidency(cache, [8, 8]), [8, 8], 2, options, loads_misses=True, waits=False)
+    base.begin("code")
+    assert [job.state for job in queue.jobs] == ["queued"] * 6
+    predictor.scores = scores[:, ::-1]
+    base.begin("talk")
+    assert [job.state for job in queue.jobs] == ["cancelled"] * 6 + ["queued"] * 6
+    assert [job.record for job in queue.jobs[6:]] == [4, 5, 6, 12, 13, 14]
+    assert cache.protected(0) == {4, 5, 6}
+    cache.check_integrity()
 
 
 def test_requests_within_a_request_are_part_of_it(model):
