@@ -86,6 +86,7 @@ def test_the_base_set_is_loaded_and_outlives_the_misses_of_a_request(model, rout
     for seed in range(4):
         _run(model, seed)
     for layer, size in enumerate(model.emoe.base.sizes):
+        model.emoe.loader.finish_prefetch(layer)
         assert size == 3
         assert {1, 4, 5} <= set(model.emoe.cache.resident(layer))
     model.emoe.check_integrity()
@@ -105,6 +106,7 @@ def test_a_long_prompt_needs_more_slots_than_the_slack_and_the_base_set_stays(mo
         with torch.no_grad(), model.emoe.request():
             model(_ids(seed, 40))
         for layer, size in enumerate(model.emoe.base.sizes):
+            model.emoe.loader.finish_prefetch(layer)
             assert len({1, 5} & set(model.emoe.cache.resident(layer))) >= size
     model.emoe.check_integrity()
 
