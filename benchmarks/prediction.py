@@ -10,7 +10,6 @@ first row of its budget.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 import time
@@ -23,11 +22,12 @@ from common import write_result
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import emoe
+from emoe.cli import generate
 from emoe.predictor.linear import LowRankLinear
 from emoe.predictor.table import TaskTable
+from emoe.tasks import load_prompts
 from emoe.trace import Trace
 
 Chats = list[tuple[str, str]]  # (task, prompt)
@@ -36,20 +36,12 @@ Chats = list[tuple[str, str]]  # (task, prompt)
 def load_chats(path: Path, split: str, per_task: int, seed: int) -> Chats:
     """Prompts of one split, `per_task` of each task, in random order."""
     by_task: dict[str, list[str]] = defaultdict(list)
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        if row["split"] == split:
-            by_task[row["task"]].append(row["prompt"])
+    for prompt in load_prompts(path, split):
+        by_task[prompt.task].append(prompt.prompt)
     rng = random.Random(seed)
     chats = [(task, text) for task, texts in by_task.items() for text in rng.sample(texts, min(per_task, len(texts)))]
     rng.shuffle(chats)
     return chats
-
-
-def encode(tokenizer: Any, prompt: str, longest: int) -> torch.Tensor:
-    chat = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return ids["input_ids"][:, -longest:]
 
 
 def answer(model: Any, ids: torch.Tensor, new_tokens: int) -> None:
@@ -62,7 +54,7 @@ def record(model: Any, tokenizer: Any, chats: Chats, args: argparse.Namespace) -
         with model.emoe.record(path) as recorder:
             for number, (task, prompt) in enumerate(tqdm(chats, desc="profile", unit="prompt")):
                 recorder.mark(task=task, prompt=number)
-                answer(model, encode(tokenizer, prompt, args.longest), args.new_tokens)
+                answer(model, generate.encode(tokenizer, prompt)[:, -args.longest :], args.new_tokens)
         return emoe.load_trace(path)
 
 
@@ -71,7 +63,7 @@ def measure(chats: Chats, tokenizer: Any, args: argparse.Namespace, share: float
     seconds = 0.0
     tokens = 0
     for number, (task, prompt) in enumerate(tqdm(chats, desc=f"{share:.0%}", unit="prompt", leave=False)):
-        ids = encode(tokenizer, prompt, args.longest)
+        ids = generate.encode(tokenizer, prompt)[:, -args.longest :]
         started = time.perf_counter()
         with model.emoe.request(task=task, tokens=ids.shape[1] + args.new_tokens):
             answer(model, ids, args.new_tokens)
@@ -113,7 +105,7 @@ def main() -> None:
         from emoe import demo
 
         args.model = demo.build()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = generate.load_tokenizer(args.model)
     model = emoe.from_pretrained(args.model, memory_budget=1.0, context=1024)
     profile = record(model, tokenizer, load_chats(args.prompts, "train", 2 * args.per_task, 0), args)
     model.emoe.close(restore=False)

@@ -10,7 +10,6 @@ in emoe itself, with as many slots as the share gives, so loads are real. docs/q
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -32,6 +31,7 @@ from emoe.analysis.workload import place
 from emoe.predictor import top
 from emoe.predictor.table import TaskTable
 from emoe.routing import CacheResidency, attach, random_residency
+from emoe.tasks import Prompt, load_prompts
 
 TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased may cost, by share
 # max_substituted_mass that reaches them, found by --tune on the dev split.
@@ -72,22 +72,20 @@ class Row:
 
 def read(path: Path, split: str, tokenizer: Any, per_task: int, asked: int, seed: int = 0) -> Texts:
     """Chats of a split, drawn at random, cut at LONGEST tokens; prompts longer than that are not drawn."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    by_task: dict[str, list[Any]] = {}
-    for row in rows:
-        if row["split"] == split:
-            by_task.setdefault(row["task"], []).append(row)
+    by_task: dict[str, list[Prompt]] = {}
+    for prompt in load_prompts(path, split):
+        by_task.setdefault(prompt.task, []).append(prompt)
     scored, questions = {}, {}
     for task, mine in sorted(by_task.items()):
         order = np.random.default_rng(seed).permutation(len(mine))
         chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number in order:
-            prompt = encode(tokenizer, Chat(task, mine[number]["prompt"], ""))
-            if prompt.shape[1] <= 0.8 * LONGEST and len(chosen) < per_task:
-                chat = Chat(task, mine[number]["prompt"], mine[number]["reference"])
-                chosen.append((encode(tokenizer, chat)[:, :LONGEST], prompt))
+            asking = encode(tokenizer, Chat(task, mine[number].prompt, ""))
+            if asking.shape[1] <= 0.8 * LONGEST and len(chosen) < per_task:
+                chat = Chat(task, mine[number].prompt, mine[number].reference)
+                chosen.append((encode(tokenizer, chat)[:, :LONGEST], asking))
         scored[task] = [text for text, _ in chosen]
-        questions[task] = [prompt for _, prompt in chosen[:asked]]
+        questions[task] = [asking for _, asking in chosen[:asked]]
     return Texts(scored, questions)
 
 

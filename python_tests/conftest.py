@@ -39,3 +39,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path
 
     return get
+
+
+@pytest.fixture(scope="session")
+def model_folder(checkpoint: Callable[..., Path]) -> Path:
+    """A tiny checkpoint with a tokenizer of numbered words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = checkpoint("olmoe")
+    if not (folder / "tokenizer.json").exists():
+        words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 128)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+        ).save_pretrained(folder)
+    return folder

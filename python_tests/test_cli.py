@@ -8,25 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import emoe
 from emoe import cli
-
-
-@pytest.fixture(scope="session")
-def model_folder(checkpoint):
-    """A tiny checkpoint with a tokenizer of numbered words."""
-    folder = checkpoint("olmoe")
-    if not (folder / "tokenizer.json").exists():
-        words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 128)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-        ).save_pretrained(folder)
-    return folder
 
 
 def run(capsys, *words):

@@ -10,8 +10,6 @@ import families
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import emoe
 from emoe import cli, sensitivity
@@ -372,24 +370,10 @@ def test_spearman_is_one_for_the_same_order_and_shares_ranks_of_ties():
 # The command
 
 
-@pytest.fixture
-def folder(checkpoint):
-    """A tiny checkpoint with a tokenizer that has a token for some words."""
-    path = checkpoint("olmoe")
-    if not (path / "tokenizer.json").exists():
-        words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 128)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-        ).save_pretrained(path)
-    return path
-
-
-def test_the_command_profiles_the_tasks_asked_for_and_writes_what_it_prints(folder, tmp_path, capsys):
+def test_the_command_profiles_the_tasks_asked_for_and_writes_what_it_prints(model_folder, tmp_path, capsys):
     out = tmp_path / "s.json"
     words = [
-        "profile", "sensitivity", "--model", folder, "--memory-budget", "1.0", "--prompts", PROMPTS, "--out", out,
+        "profile", "sensitivity", "--model", model_folder, "--memory-budget", "1.0", "--prompts", PROMPTS, "--out", out,
         "--tasks", "math,code", "--prompts-per-task", 2, "--new-tokens", 3, "--stride", 2, "--threshold", 0.9,
     ]  # fmt: skip
     assert cli.main([*map(str, words), "--json"]) == 0

@@ -92,7 +92,7 @@ def memory_budget(text: str) -> int | str | float:
     from emoe.config import parse_budget
 
     value: int | str | float = text.strip()
-    if text.endswith("%") or re.fullmatch(r"[01]?\.\d*", text):
+    if re.fullmatch(r"[01]?\.\d*", text):
         value = share(text)
     elif text.isdecimal():
         value = int(text)

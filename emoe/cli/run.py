@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--slack",
         type=common.share,
+        default=0.5,
         metavar="SHARE",
         help="of a layer's slots that a predictor leaves to --policy (default: 0.5)",
     )
@@ -188,9 +189,9 @@ def run(args: argparse.Namespace) -> int:
                 policy=args.policy,
                 predictor=args.predictor,
                 prefetch=args.prefetch,
+                slack=args.slack,
                 sensitivity=args.sensitivity,
                 reader=args.reader,
-                **({} if args.slack is None else {"slack": args.slack}),
             )
         task = _task(args, prompt, model, tokenizer)
     tokens = input_ids.shape[1] + args.max_new_tokens

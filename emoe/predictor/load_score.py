@@ -35,21 +35,17 @@ def load_score(
     Returns:
         [L, E]. A layer in which no request counts is zero: nothing needs to be moved there.
     """
-    known = bool(predictor.names)
-    tokens: dict[int, float] = {}
-    for task, count in requests:
-        tokens[task] = tokens.get(task, 0.0) + count
+    weights: dict[int, float] = {}
+    for task, tokens in requests:
+        weights[task] = weights.get(task, 0.0) + tokens
     now = requests[-1].task
-    total = None
-    for task in [task for task in tokens if task != now] + [now]:
-        if known or task == now:
-            predictor.begin(task)
-            scores = np.array(predictor.rank(), dtype=np.float64)
-        else:
-            continue
-        scores *= tokens[task] if known else sum(tokens.values())
+    if not predictor.names:
+        weights = {now: sum(weights.values())}
+    total = np.zeros(())
+    for task in sorted(weights, key=now.__eq__):  # the present one last
+        predictor.begin(task)
+        scores = np.array(predictor.rank(), dtype=np.float64) * weights[task]
         if insensitive is not None and task in insensitive:
             scores[insensitive[task]] = 0.0
-        total = scores if total is None else total + scores
-    assert total is not None
+        total = total + scores
     return total

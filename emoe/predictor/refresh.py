@@ -16,8 +16,8 @@ DRIFT_LIMIT = 0.005
 class Refresh:
     """Every `period` prompts, or when observed routing says that another base set would have served better.
 
-    A task that the base set was not chosen for does not wait for either: on mixed public traces a task table that stays
-    for 40 prompts of three domains has 7 points fewer hits than LRU.
+    A task that the base set was not chosen for does not wait for either: what is best for a mixture of tasks has seven
+    points fewer hits than LRU on the public traces (docs/residency.md).
 
     Args:
         period: prompts, or "adaptive".

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emoe import files
 from emoe.errors import CheckpointError, ConfigError
 
 FORMAT = "emoe-sensitivity"
@@ -113,9 +114,8 @@ class SensitivityProfile:
             OSError: the folder cannot be written.
         """
         path = Path(path).expanduser()
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
-        temporary.replace(path)
+        with files.whole(path) as file:
+            file.write((json.dumps(self.to_dict(), indent=1) + "\n").encode())
         return path
 
     @classmethod
