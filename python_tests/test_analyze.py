@@ -6,7 +6,7 @@ import json
 
 import pytest
 from test_analysis import _random_trace
-from test_cli import model_folder, run, run_json  # noqa: F401 - a fixture
+from test_cli import run, run_json
 
 from emoe.trace import load_trace, save_trace
 
@@ -27,7 +27,7 @@ def prompts(tmp_path):
     return file
 
 
-def test_a_model_is_run_and_reported_in_one_command(model_folder, prompts, tmp_path, capsys):  # noqa: F811
+def test_a_model_is_run_and_reported_in_one_command(model_folder, prompts, tmp_path, capsys):
     out = tmp_path / "report"
     status, values = run_json(
         capsys, "analyze", "--model", model_folder, "--prompts", prompts, "--resident", "0.6", "--quick", "--out", out
@@ -69,7 +69,7 @@ def test_mistakes_are_named(words, message, tmp_path, capsys):
     assert status == 2 and message in err
 
 
-def test_prompts_of_too_few_a_task_are_refused_before_the_model_is_loaded(model_folder, tmp_path, capsys):  # noqa: F811
+def test_prompts_of_too_few_a_task_are_refused_before_the_model_is_loaded(model_folder, tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"task": "a", "prompt": "w3 w4"}\n' * 3)
     status, _, err = run(capsys, "analyze", "--model", model_folder, "--prompts", file, "--out", tmp_path / "report")
