@@ -12,11 +12,17 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 MIB = 1 << 20
 
+# A tiny model runs first: pages of libraries that are touched then count as resident, more of them where they were
+# installed a moment ago, and are not the budget's.
 CHILD = """
 import json, sys
 import torch, emoe
 from emoe.stats import process_memory
-from transformers import OlmoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM
+tiny = OlmoeConfig(vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                   num_key_value_heads=1, num_experts=2, num_experts_per_tok=1,
+                   pad_token_id=0, bos_token_id=1, eos_token_id=2)
+OlmoeForCausalLM(tiny).generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, do_sample=False)
 before = process_memory()["peak"]
 model = emoe.from_pretrained(sys.argv[1], memory_budget=sys.argv[2], context=64)
 model.generate(torch.arange(3, 35).unsqueeze(0), max_new_tokens=8, do_sample=False)
@@ -45,5 +51,5 @@ def test_the_peak_memory_of_the_process_stays_within_the_budget(budget, folder):
     plan = result["plan"]
     assert plan["model_bytes"] > 200 * MIB
     assert plan["planned_bytes"] <= plan["budget_bytes"] == int(budget.removesuffix("MiB")) * MIB
-    # 32 MiB for what imports on first use and for activations; a second copy of the experts would be 190 MiB more.
-    assert result["peak"] <= result["before"] + plan["budget_bytes"] + 32 * MIB
+    # 16 MiB for what else imports on first use and for activations; a second copy of the experts would be 190 MiB more.
+    assert result["peak"] <= result["before"] + plan["budget_bytes"] + 16 * MIB
