@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from emoe import native
 from emoe.config import format_bytes, parse_budget
+from emoe.device_call import CudaCall, CudaTable, EmulatedCall, EmulatedTable
 from emoe.errors import BackendUnavailable, BudgetError, ConfigError, UnsupportedModelError
 from emoe.layout import SlotLayout
 from emoe.memory import available_memory
@@ -29,7 +29,6 @@ SMALLEST_PINNED_SLOTS = 3
 CHOICES = "cpu, cuda, cuda:0, cuda:1, ..., emulated (tests)"
 # Of what is free, left to activations and to other programs when memory_budget="auto".
 RESERVE_SHARE = 0.1
-_Slots = npt.NDArray[np.int32]
 
 
 def open_device(name: str) -> Device | None:
@@ -84,6 +83,14 @@ class Device:
     def call(self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
         """A context manager: one forward of one layer (`CudaCall`)."""
         raise NotImplementedError
+
+    def table(self, experts: int) -> Any:
+        """A `slot_tables.DeviceTable` of so many experts, none of which has a slot."""
+        raise NotImplementedError
+
+    def capturing(self) -> bool:
+        """Whether the current stream captures a CUDA graph."""
+        return bool(self.native.capturing(self.stream()))
 
     def queue(self, slab: Any, table: Any, reader: Any, host_slots: int) -> DeviceQueue:
         """A queue that fills the slab through `host_slots` slots of pinned memory."""
@@ -202,52 +209,8 @@ class Cuda(Device):
     ) -> CudaCall:
         return CudaCall(self, layout, slab, hidden, index, weights)
 
-
-class CudaCall:
-    """One forward of one layer on torch's current stream.
-
-    Every tensor is made, used and freed on that stream, so torch's caching allocator keeps their order by itself: no
-    `record_stream` is needed. The other streams of emoe touch slots and pinned memory only, never torch's tensors.
-    """
-
-    def __init__(
-        self, device: Device, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        if str(hidden.device) != device.name:
-            raise UnsupportedModelError(
-                f"emoe runs these experts on {device.name}; hidden states are on {hidden.device}"
-            )
-        self.device, self.layout, self.slab = device, layout, slab
-        self.hidden, self.index, self.weights = hidden.contiguous(), _ids(index).contiguous(), weights.contiguous()
-        self.T, self.K = index.shape
-        self.stream = device.stream()
-        self.out = torch.zeros((self.T, self.K, layout.hidden_out), dtype=torch.float32, device=hidden.device)
-
-    def __enter__(self) -> CudaCall:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        del self.hidden, self.index, self.weights, self.out
-
-    def gather(self, slot_of: _Slots) -> None:
-        """Adds the pairs of every expert that has a slot."""
-        self.device.native.gather_mlp(
-            self.layout, self.slab, slot_of, self.hidden.data_ptr(), _name(self.hidden.dtype), self.T,
-            self.index.data_ptr(), self.weights.data_ptr(), _name(self.weights.dtype), self.K, self.out.data_ptr(),
-            self.stream,
-        )  # fmt: skip
-
-    def add_pairs(self, pairs: torch.Tensor) -> None:
-        """Adds pairs that the CPU computed: [T, K, Ho] float32, zero where the device computes."""
-        self.out += pairs.to(self.out.device)
-
-    def combine(self, dtype: torch.dtype) -> torch.Tensor:
-        """[T, Ho] of `dtype`: the sum over ranks."""
-        result = torch.empty((self.T, self.layout.hidden_out), dtype=dtype, device=self.out.device)
-        self.device.native.combine(
-            self.out.data_ptr(), self.T, self.K, self.layout.hidden_out, result.data_ptr(), _name(dtype), self.stream
-        )
-        return result
+    def table(self, experts: int) -> CudaTable:
+        return CudaTable(self, experts)
 
 
 class Emulated(Device):
@@ -270,71 +233,8 @@ class Emulated(Device):
     ) -> EmulatedCall:
         return EmulatedCall(self, layout, slab, hidden, index, weights)
 
-
-class EmulatedCall:
-    """As `CudaCall`; tensors are copied to emulated device memory and back."""
-
-    def __init__(
-        self, device: Device, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        if hidden.device.type != "cpu":
-            raise UnsupportedModelError(
-                f"device='emulated' takes tensors on the CPU; hidden states are on {hidden.device}"
-            )
-        self.device, self.layout, self.slab = device, layout, slab
-        self.T, self.K = index.shape
-        self._memory: list[int] = []
-        self._dtypes = _name(hidden.dtype), _name(weights.dtype)
-        self._pairs = torch.zeros((self.T, self.K, layout.hidden_out), dtype=torch.float32)
-        self._inputs = [self._put(tensor) for tensor in (hidden, _ids(index), weights)]
-        self._out = self._put(self._pairs)
-
-    def __enter__(self) -> EmulatedCall:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for address in self._memory:
-            self.device.native.free(address)
-
-    def gather(self, slot_of: _Slots) -> None:
-        hidden, index, weights = self._inputs
-        self.device.native.gather_mlp(
-            self.layout, self.slab, slot_of, hidden, self._dtypes[0], self.T, index, weights, self._dtypes[1], self.K,
-            self._out, 0,
-        )  # fmt: skip
-
-    def add_pairs(self, pairs: torch.Tensor) -> None:
-        self._get(self._out, self._pairs)
-        self._pairs += pairs
-        self._out = self._put(self._pairs)
-
-    def combine(self, dtype: torch.dtype) -> torch.Tensor:
-        result = torch.zeros((self.T, self.layout.hidden_out), dtype=dtype)
-        target = self._put(result)
-        self.device.native.combine(self._out, self.T, self.K, self.layout.hidden_out, target, _name(dtype), 0)
-        self._get(target, result)
-        return result
-
-    def _put(self, tensor: torch.Tensor) -> int:
-        tensor = tensor.contiguous()
-        address = int(self.device.native.allocate(max(1, tensor.nbytes)))
-        self._memory.append(address)
-        self.device.native.upload(address, tensor.data_ptr(), tensor.nbytes, 0)
-        return address
-
-    def _get(self, address: int, tensor: torch.Tensor) -> None:
-        self.device.native.download(tensor.data_ptr(), address, tensor.nbytes, 0)
-
-
-def _ids(index: torch.Tensor) -> torch.Tensor:
-    # The native side reads an address and cannot see another width.
-    if index.dtype != torch.int64:
-        raise ConfigError(f"index is {index.dtype}; expert ids are torch.int64")
-    return index
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    def table(self, experts: int) -> EmulatedTable:
+        return EmulatedTable(self, experts)
 
 
 def check_layouts(device: Device, layers: Sequence[StoreLayer], layouts: Sequence[SlotLayout], kernels: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from emoe import misses, ops
 from emoe.device import Device, DeviceQueue
 from emoe.loader import Loader
 from emoe.misses import MissRates
+
+if TYPE_CHECKING:
+    from emoe.slot_tables import Settled
 
 # [T, K, Ho] of float32 is made at most this large at once; more tokens go in parts.
 PAIR_BYTES = 256 << 20
@@ -95,6 +98,25 @@ class DeviceExperts:
                 call.add_pairs(self._compute_here(hidden, index, weights, on_cpu))
             result: torch.Tensor = call.combine(hidden.dtype)
             return result
+
+    def forward_settled(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, settled: Settled
+    ) -> torch.Tensor:
+        """As `forward` where all picks are in the layer's slot table: no value is asked of the device.
+
+        Args:
+            hidden, index, weights: [T, H], [T, K], [T, K].
+            settled: the table and the slots it names, which nobody fills until this returns.
+        """
+        T, K = index.shape
+        part = max(1, self._pair_bytes // (4 * K * self._mlp.hidden_out))
+        parts = []
+        for t in range(0, T, part):
+            rows = slice(t, t + part)
+            with self._device.call(self._mlp, self._slab, hidden[rows], index[rows], weights[rows]) as call:
+                call.gather_settled(settled)
+                parts.append(call.combine(hidden.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decide(
         self, layer: int, loader: Loader, index: torch.Tensor, wanted: list[int]

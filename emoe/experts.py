@@ -24,6 +24,7 @@ from emoe.store import ParamSpec
 
 if TYPE_CHECKING:
     from emoe.device_experts import DeviceExperts
+    from emoe.slot_tables import SlotTables
     from emoe.trace import TraceRecorder
 
 IMPLEMENTATION = "emoe"
@@ -117,6 +118,7 @@ class ExpertLayer:
         layout: where each parameter lies in a slot, and the native layout where there is one.
         kernels: "native" or "stock".
         on_device: computes on a GPU; the slots are then in its memory and `kernels` is "native".
+        tables: slot tables of the GPU, where routing may choose by them.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class ExpertLayer:
         lock: RLock,
         pair_bytes: int = PAIR_BYTES,
         on_device: DeviceExperts | None = None,
+        tables: SlotTables | None = None,
     ) -> None:
         self.index = index
         self.module = module
@@ -141,6 +144,7 @@ class ExpertLayer:
         self.layout = layout
         self.pool = None if on_device else SlotPool(slab, layout, params)
         self._on_device = on_device
+        self._tables = tables
         self.lock = lock
         self.pair_bytes = pair_bytes
         self.recorder: TraceRecorder | None = None
@@ -187,17 +191,18 @@ class ExpertLayer:
         with self.lock, torch.no_grad():
             if self.recorder is not None:
                 self.recorder.record(self.index, index.cpu().numpy(), weights.float().cpu().numpy())
-            wanted = sorted({e for e in index.flatten().tolist() if 0 <= e < self.num_experts})
             if self.watcher is None:
-                return self._forward(hidden, index, weights, wanted)
+                return self._forward(hidden, index, weights)
             self.watcher.before(self.index, hidden, index)
-            result = self._forward(hidden, index, weights, wanted)
+            result = self._forward(hidden, index, weights)
             self.watcher.after(self.index)
             return result
 
-    def _forward(
-        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, wanted: list[int]
-    ) -> torch.Tensor:
+    def _forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        settled = None if self._tables is None else self._tables.take(self.index)
+        if self._on_device is not None and settled is not None:
+            return self._on_device.forward_settled(hidden, index, weights, settled)
+        wanted = sorted({e for e in index.flatten().tolist() if 0 <= e < self.num_experts})
         if self._on_device is not None:
             return self._on_device.forward(self.index, self.loader, hidden, index, weights, wanted)
         if self._mlp is None:
@@ -207,7 +212,7 @@ class ExpertLayer:
     def close(self) -> None:
         """Lets go of the slots; a later forward raises ClosedError. The module itself is not touched."""
         self.closed = True
-        self._on_device = None
+        self._on_device = self._tables = None
         del self.pool, self.slab
 
     def _forward_native(

@@ -206,6 +206,10 @@ class Loader:
         for expert in list(prefetching):
             self._end_prefetch(layer, expert, prefetching[expert])
 
+    def prefetching(self, layer: int) -> bool:
+        """Whether a prefetch of the layer is under way, or done and not noted in the cache."""
+        return bool(self._prefetching[layer])
+
     def snapshot(self) -> dict[str, Any]:
         """Counters since the start (docs/cache.md), summed, and per layer in the list `layers`."""
         layers = [asdict(counters) for counters in self._counters]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -20,7 +20,7 @@ from emoe.cache import CacheManager
 from emoe.config import format_bytes
 from emoe.device import Device, check_layouts, open_device, pinned_slots
 from emoe.device_experts import DeviceExperts
-from emoe.errors import BudgetError, ClosedError, ConfigError
+from emoe.errors import BudgetError, ClosedError, ConfigError, EmoeError
 from emoe.loader import Loader
 from emoe.memory import available_memory
 from emoe.misses import MISS_MODES
@@ -29,6 +29,7 @@ from emoe.prediction import PERIOD, SLACK, parse_prediction
 from emoe.residency import BaseSet
 from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
 from emoe.routing.options import Bias
+from emoe.slot_tables import SlotTables
 from emoe.store import ExpertStore, Piece
 from emoe.store.writer import write_store
 from emoe.trace import TraceRecorder
@@ -262,6 +263,10 @@ class Runtime:
             self._queue = device.queue(self._slab, self._table, self._C.make_reader(reader), pinned)
         on_device = self._on_device(layouts, records, miss)
         self.loader = Loader(self.cache, self._queue, records)
+        self._tables: SlotTables | None = None
+        if device is not None and routing.mode == "resident" and routing.bound is None:
+            self._tables = SlotTables(device, self.loader, experts_per_layer, self._lock)
+            self.routing.use(self._tables)
         self.base = BaseSet(
             self.loader,
             residency,
@@ -283,6 +288,7 @@ class Runtime:
                 kernels=kernels,
                 lock=self._lock,
                 on_device=on_device[number],
+                tables=self._tables,
             )
             for number, layer in enumerate(store.layers)
         ]
@@ -470,6 +476,61 @@ class Runtime:
                 if not self._named:
                     self.base.end()
 
+    def settle(self) -> None:
+        """Fills free slots and writes the slot tables: until experts in memory change, steps do not need the host.
+
+        For a CUDA graph of `routing="resident"` (docs/cuda.md): settle, run a step, capture one, and `replaying` it.
+        Free slots get the experts with the lowest ids; a prompt that ran before has filled them with its own.
+
+        Raises:
+            ConfigError: the model is not on a device, or may load experts in any step.
+            ReadError: the bytes of an expert could not be read; the others are loaded.
+        """
+        tables = self._settling()
+        for layer, each in enumerate(self.layers):
+            with self._lock:
+                absent = [e for e in range(each.num_experts) if self.cache.lookup(layer, e) is None]
+                with closing(self.loader.rounds(layer, absent[: self.cache.free(layer)])) as rounds:
+                    for _ in rounds:
+                        pass
+                self.loader.finish_prefetch(layer)
+                tables.settled(layer, self.plan.top_k)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """In the block, graphs captured of this model are replayed on the current stream.
+
+        Their slot tables are those of the experts in memory now, and no slot is filled before the replays have read it.
+
+        Raises:
+            ConfigError: as `settle`; EmoeError: a layer has a free slot or a prefetch under way (`settle` ends both).
+        """
+        tables = self._settling()
+        assert self._device is not None
+        with self._lock:
+            for layer in range(len(self.layers)):
+                if tables.settled(layer, self.plan.top_k) is None:
+                    raise EmoeError(f"layer {layer} is not settled; call settle() before replays")
+            slots, stream = tables.slots(), self._device.stream()
+            self._device.native.begin_read(self._slab, slots, stream)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._device.native.end_read(self._slab, slots, stream)
+
+    def _settling(self) -> SlotTables:
+        if self._closed:
+            raise ClosedError("the runtime is closed")
+        if self._tables is None:
+            where = "cpu" if self._device is None else self._device.name
+            contract = "" if self.routing.options.bound is None else " with max_substituted_mass"
+            raise ConfigError(
+                f"device='{where}' with routing='{self.routing.options.mode}'{contract} may need the host in any step; "
+                "steps without it need a GPU and routing='resident' without a contract"
+            )
+        return self._tables
+
     @contextmanager
     def record(self, path: str | Path) -> Iterator[TraceRecorder]:
         """Records routing decisions while the block runs and writes them to `path` (.npz; see docs/traces.md).
@@ -528,6 +589,8 @@ class Runtime:
             for layer in self.layers:
                 layer.close()
             self.layers.clear()
+            if self._tables is not None:
+                self._tables.close()
             del self._slab
             if fits if restore is None else restore:
                 modeling.attach_experts(self._model, self.store)

@@ -22,11 +22,10 @@ from emoe.routing.recognise import Site, find_routers
 from emoe.routing.residency import Residency
 from emoe.routing.rules import Rule
 from emoe.routing.select import Choice, choose, to_fill
+from emoe.routing.settled import SettledRouting, Span, Tables
 from emoe.routing.single import exchange
 
 KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
-
-Span = tuple[Request, slice]
 
 
 class Routing:
@@ -52,6 +51,7 @@ class Routing:
         self._finished: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self._contract = None if options.bound is None else Contract(options.bound, adapt=options.mode == "biased")
         self._handles: list[RemovableHandle] = []
+        self._settled: SettledRouting | None = None
         self.observer: Callable[[int, torch.Tensor], None] | None = None  # told layer and the router's own picks [T, K]
         if options.mode == "exact":
             return
@@ -60,6 +60,15 @@ class Routing:
         self._residency = residency
         self.sites = find_routers(model)
         self._layers = [Tally() for _ in self.sites]
+
+    def use(self, tables: Tables) -> None:
+        """Routes by these slot tables of a device where a layer is settled: the host then reads no value.
+
+        Only mode `resident` without a contract can: in the others the host has to know what is missing.
+        """
+        assert self.options.mode == "resident" and self.options.bound is None
+        self._settled = SettledRouting(tables, len(self.sites), self._take)
+        self._settled.current(self._current)
 
     def start(self) -> None:
         """Puts the hooks on the routers."""
@@ -72,6 +81,8 @@ class Routing:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._settled is not None:
+            self._settled.read()
 
     def __enter__(self) -> Routing:
         return self
@@ -84,12 +95,18 @@ class Routing:
     @contextmanager
     def request(self, task: str | None = None, name: str | None = None) -> Iterator[Request]:
         """What runs in the block belongs to one request of this task: its bias, its contract, its counts."""
-        before, self._current = self._current, Request(task, name)
+        before, request = self._current, Request(task, name)
+        self._make_current(request)
         try:
-            yield self._current
+            yield request
         finally:
-            self._finished.append(self._current)
-            self._current = before
+            self._make_current(before)
+            self._finished.append(request)
+
+    def _make_current(self, request: Request) -> None:
+        self._current = request
+        if self._settled is not None:
+            self._settled.current(request)
 
     @contextmanager
     def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
@@ -102,6 +119,8 @@ class Routing:
 
     def finish(self, request: Request) -> None:
         """A request made by hand for `rows` is over: `stats()` lists it from now on."""
+        if self._settled is not None:
+            self._settled.read(request)
         self._finished.append(request)
 
     def _spans(self, rows: int) -> list[Span]:
@@ -125,6 +144,13 @@ class Routing:
         Args:
             logits, weights, index: [T, E], [T, K], [T, K] as the router module gave them.
         """
+        if self._settled is not None:
+            routed = self._settled.route(site, rule, logits, weights, index)
+            if routed is not None:
+                choice, weights, index = routed
+                spans = self._spans(len(index))
+                self._settled.count(site.layer, choice, spans, batch=self._rows is not None)
+                return weights, index
         resident = self._residency.mask(site.layer)
         if len(index) == 1 and index.device.type == "cpu":
             return self._route_one(site, rule, logits, weights, index, resident)
@@ -298,13 +324,26 @@ class Routing:
         wanted: float,
     ) -> None:
         """Counts one call for one request; `wanted` is the mass it would have substituted without the contract."""
+        self._take(request, site.layer, rows, picks, absent, substituted, mass, misses)
+        if self._contract is not None:
+            self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
+
+    def _take(
+        self,
+        request: Request,
+        layer: int,
+        rows: int,
+        picks: int,
+        absent: int,
+        substituted: int,
+        mass: float,
+        misses: int = 0,
+    ) -> None:
         task = self._tasks.get(request.task)
         if task is None:
             task = self._tasks[request.task] = Tally()
-        for tally in (request.tally, task, self._layers[site.layer]):
+        for tally in (request.tally, task, self._layers[layer]):
             tally.add(rows, picks, absent, substituted, misses, mass)
-        if self._contract is not None:
-            self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
 
     def stats(self, *, per_layer: bool = False) -> dict[str, Any]:
         """Counts since the start; docs/routing.md says what each means.
@@ -317,6 +356,8 @@ class Routing:
             substituted, misses, substituted_mass, `tasks` (the same by task, with the bias in force; those without a
             name under ""), and `requests` (the same for the last finished ones).
         """
+        if self._settled is not None:
+            self._settled.read()
         total = Tally()
         for tally in self._tasks.values():
             total.add(tally.rows, tally.picks, tally.absent, tally.substituted, tally.misses, tally.mass)

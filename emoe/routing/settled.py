@@ -1,0 +1,139 @@
+"""Mode `resident` where slots and tensors are a device's: picks are exchanged and counted without asking the host.
+
+Nothing here depends on a value of a tensor, so a step can be captured in a CUDA graph. docs/cuda.md tells the story.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from emoe.errors import EmoeError
+from emoe.routing.account import Request
+from emoe.routing.recognise import Site
+from emoe.routing.rules import Rule
+from emoe.routing.select import Choice, choose
+
+Span = tuple[Request, slice]
+# Told request, layer, rows, picks, absent, substituted, mass.
+Take = Callable[[Request, int, int, int, int, int, float], None]
+COUNTS = 5  # rows, picks, absent, substituted, mass
+
+
+class Tables(Protocol):
+    """What is asked of `emoe.slot_tables.SlotTables`."""
+
+    def settled(self, layer: int, top_k: int) -> Any:
+        """Its `table.slot_of` is [E] int32, -1 for absent experts; None where the host has to route."""
+        ...
+
+    def routed(self, layer: int, settled: Any) -> None:
+        """Picks of this layer now name experts of this table only."""
+        ...
+
+    def capturing(self) -> bool:
+        """Whether a graph is being captured."""
+        ...
+
+
+class SettledRouting:
+    """Routes layers that are settled; of others it says so.
+
+    Args:
+        tables: slot tables of the layers.
+        layers: how many.
+        take: where counts go when the host reads them.
+    """
+
+    def __init__(self, tables: Tables, layers: int, take: Take) -> None:
+        self._tables = tables
+        self._counts = _DeviceCounts(tables, layers, take)
+
+    def route(
+        self, site: Site, rule: Rule, logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
+    ) -> tuple[Choice, torch.Tensor, torch.Tensor] | None:
+        """What was chosen, the mode's weights and its picks; None where the host has to route.
+
+        Args:
+            logits, weights, index: [T, E], [T, K], [T, K] as the router module gave them.
+        """
+        settled = self._tables.settled(site.layer, index.shape[1])
+        if settled is None:
+            return None
+        resident = settled.table.slot_of >= 0
+        logits = rule.logits(logits)
+        choice = choose(rule, logits, index, resident, resident[index], math.inf)
+        changed = choice.replaced.any(-1, keepdim=True)
+        final = torch.where(changed, choice.index, index)
+        own = rule.weights(logits, final).to(weights.dtype)
+        self._tables.routed(site.layer, settled)
+        return choice, torch.where(changed, own, weights), final
+
+    def count(self, layer: int, choice: Choice, spans: Sequence[Span], *, batch: bool) -> None:
+        """Counts what was chosen for each request; `batch`: they are those of `Routing.rows`."""
+        for place, (request, span) in enumerate(spans, start=int(batch)):
+            self._counts.add(place, request, layer, choice.replaced[span], choice.share[span])
+
+    def current(self, request: Request) -> None:
+        """From now on what runs belongs to this request."""
+        self._counts.own(0, request)
+
+    def read(self, request: Request | None = None) -> None:
+        """Hands on what was counted, of this request or of all; waits for the device."""
+        self._counts.read(request)
+
+
+class _DeviceCounts:
+    """Sums [L, COUNTS] in the device's memory, for each place of a batch; place 0 is what runs outside batches.
+
+    A graph that was captured adds to them at each replay, so they are kept while the mode is on the model.
+    """
+
+    def __init__(self, tables: Tables, layers: int, take: Take) -> None:
+        self._tables, self._layers, self._take = tables, layers, take
+        self._sums: list[torch.Tensor | None] = []
+        self._owners: list[Request | None] = []
+
+    def own(self, place: int, request: Request) -> None:
+        while len(self._owners) <= place:
+            self._owners.append(None)
+            self._sums.append(None)
+        if self._owners[place] is not request:
+            self._read(place)
+            self._owners[place] = request
+
+    def add(self, place: int, request: Request, layer: int, replaced: torch.Tensor, share: torch.Tensor) -> None:
+        """Adds one layer's call for `replaced` and `share`, [rows, K]."""
+        self.own(place, request)
+        sums = self._sums[place]
+        if sums is None:
+            if self._tables.capturing():
+                raise EmoeError("nothing was routed before this capture; run one step first")
+            sums = torch.zeros((self._layers, COUNTS), dtype=torch.float64, device=share.device)
+            self._sums[place] = sums
+        row = sums[layer]
+        row[0] += replaced.shape[0]
+        row[1] += replaced.numel()
+        # Every absent pick was replaced, and no other.
+        row[2:4] += replaced.sum()
+        row[4] += (share * replaced).sum(dtype=torch.float64)
+
+    def read(self, request: Request | None) -> None:
+        for place, owner in enumerate(self._owners):
+            if request is None or owner is request:
+                self._read(place)
+
+    def _read(self, place: int) -> None:
+        sums, owner = self._sums[place], self._owners[place]
+        if sums is None or owner is None:
+            return
+        if self._tables.capturing():
+            raise EmoeError("counts cannot be read while a graph is captured; begin the request before the capture")
+        values = sums.tolist()
+        sums.zero_()
+        for layer, (rows, picks, absent, substituted, mass) in enumerate(values):
+            if rows:
+                self._take(owner, layer, int(rows), int(picks), int(absent), int(substituted), mass)
