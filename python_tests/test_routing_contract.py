@@ -6,14 +6,25 @@ import functools
 import math
 
 import families
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from emoe.cache import CacheManager
 from emoe.errors import ConfigError
-from emoe.routing import CacheResidency, FixedResidency, Request, attach, parse_options, random_residency
-from emoe.routing.contract import WINDOW, Contract
+from emoe.routing import (
+    CacheResidency,
+    FixedResidency,
+    Request,
+    Routing,
+    attach,
+    parse_options,
+    random_residency,
+)
+from emoe.routing.contract import WINDOW, Contract, avoidable
 from emoe.routing.rules import Groups, Rule, Vector
 from emoe.routing.select import choose
 from emoe.routing.single import exchange
@@ -164,6 +175,11 @@ def test_running_requests_lower_their_tasks_bias():
         for seed in range(8):
             with routing.request(task="code"):
                 _prefill(model, 64, seed)
+        assert routing.stats()["tasks"]["code"]["bias"] == 1.0, "a prompt's exchanges are ranked, not biased"
+        for seed in range(8):
+            with routing.request(task="code"):
+                for _ in _decode(model, 64, seed):
+                    pass
         tasks = routing.stats()["tasks"]
     assert tasks["code"]["bias"] < 0.5
     assert tasks["code"]["substituted_mass"] <= 0.02 + 1e-12
@@ -195,11 +211,10 @@ def test_a_task_that_a_mapping_does_not_name_is_exact_unless_a_default_is_given(
     assert (options.bias_of("code"), options.bias_of("chat"), options.bias_of(None)) == (0.5, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("bound", [None, 0.1])
-def test_rows_of_one_forward_may_belong_to_several_requests(bound):
+def test_rows_of_one_forward_may_belong_to_several_requests():
     model = _model()
     bias = {"code": math.inf, "chat": 0.0, "math": 0.4}
-    layer = {"routing": "biased", "bias": bias, "max_substituted_mass": bound}
+    layer = {"routing": "biased", "bias": bias}
 
     def alone(task, hidden):
         with attach(model, _residency(), **layer) as routing, routing.request(task=task) as request:
@@ -228,6 +243,67 @@ def test_rows_of_one_forward_may_belong_to_several_requests(bound):
             routing.rows([(Request(), 3)]),
         ):
             model.model.layers[0].mlp.gate(torch.zeros(4, families.HIDDEN))
+
+
+@pytest.mark.parametrize("mode", ["resident", "biased"])
+@pytest.mark.parametrize("bound", [0.15, 0.3])
+def test_an_expert_that_a_prompt_reads_keeps_all_its_picks(mode, bound):
+    model = _model()
+    residency = _residency()
+    hidden = torch.randn(24, families.HIDDEN, generator=torch.Generator().manual_seed(4))
+    gate = model.model.layers[1].mlp.gate
+    with torch.no_grad():
+        _, _, routed = gate(hidden)
+        requests = [Request("code"), Request("chat")]
+        with (
+            attach(model, residency, routing=mode, max_substituted_mass=bound) as routing,
+            routing.rows([(requests[0], 10), (requests[1], 14)]),
+        ):
+            _, _, used = gate(hidden)
+    absent = set(range(E)) - set(residency.mask(1).nonzero().flatten().tolist())
+    read = absent & set(used.flatten().tolist())
+    avoided = absent & set(routed.flatten().tolist()) - read
+    for before, after in zip(routed.tolist(), used.tolist(), strict=True):
+        assert set(before) - set(after) == set(before) & avoided
+    assert avoided
+    for request in requests:
+        assert 0 < request.tally.substituted_mass <= bound + 1e-12
+
+
+def test_what_a_prompt_reads_for_one_row_is_a_substitute_for_the_others():
+    rule = Rule("softmax", True)
+    # 0 and 1 are resident. Row 0 needs 2 much; row 1 would rather have 2 than 0 in the place of 3.
+    logits = torch.tensor([[0.5, 0.0, 9.0, *[-9.0] * 5], [0.0, 3.0, 2.9, 3.1, *[-9.0] * 4]])
+    picks = logits.topk(2).indices
+    routing = Routing(_model(), FixedResidency([E] * 3, [[0, 1]] * 3), parse_options("resident", None, 0.3))
+    weights, index = routing.route(routing.sites[0], rule, logits, rule.weights(logits, picks), picks)
+    assert set(index[0].tolist()) == {2, 0}
+    assert set(index[1].tolist()) == {1, 2}
+    assert routing.stats()["substituted_mass"] <= 0.3
+    torch.testing.assert_close(weights, rule.weights(logits, index))
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda requests: st.tuples(
+            st.lists(st.lists(st.floats(0, 1), min_size=7, max_size=7), min_size=requests, max_size=requests),
+            st.lists(st.floats(0, 2), min_size=requests, max_size=requests),
+        )
+    ),
+    st.lists(st.floats(0, 1), min_size=7, max_size=7),
+    st.sets(st.integers(0, 6)),
+)
+def test_avoided_experts_are_the_least_harmful_that_every_request_can_pay_for(mass_and_allowances, harm, candidates):
+    masses, allowances = np.array(mass_and_allowances[0]), mass_and_allowances[1]
+    avoided = avoidable(masses, np.array(harm), candidates, allowances)
+    assert set(avoided) <= candidates
+    for row, allowance in zip(masses, allowances, strict=True):
+        assert row[avoided].sum() <= allowance + 1e-12
+    for expert in candidates - set(avoided):
+        before = [other for other in avoided if (harm[other], other) < (harm[expert], expert)]
+        assert any(
+            row[[*before, expert]].sum() > allowance - 1e-12 for row, allowance in zip(masses, allowances, strict=True)
+        )
 
 
 class _Filling:

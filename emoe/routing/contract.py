@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from emoe.routing.account import Tally
 from emoe.routing.select import DECISIVE
@@ -54,15 +57,27 @@ class Contract:
         self._windows[task] = (seen_rows, seen_mass)
 
 
-def affordable(shares: torch.Tensor, allowance: float) -> torch.Tensor:
-    """Which of these substitutions are made: the cheapest, as many as the allowance pays for.
+def avoidable(
+    mass: NDArray[np.float64], harm: NDArray[np.float64], candidates: Iterable[int], allowances: Sequence[float]
+) -> list[int]:
+    """Which experts need not be read: those whose picks all find substitutes, the least harmful first.
+
+    An expert is read once however many picks it has, so a substitution pays only where it is the last of its expert.
 
     Args:
-        shares: [N] mass of each.
+        mass: [R, E] router mass of the picks of each expert, by request.
+        harm: [E] what the substitutions of an expert are ranked by.
+        candidates: experts all of whose picks could be substituted.
+        allowances: mass that each request may substitute in this call.
 
     Returns:
-        [N] bool.
+        Ids; for every request the sum of their masses is within its allowance.
     """
-    ordered, order = shares.double().sort()  # float32 sums over a long prefill would overdraw by rounding
-    paid = ordered.cumsum(0) <= allowance
-    return torch.zeros_like(paid).scatter_(0, order, paid)
+    left = np.asarray(allowances, dtype=np.float64)
+    avoided = []
+    for expert in sorted(candidates, key=lambda expert: (harm[expert], expert)):
+        after = left - mass[:, expert]
+        if (after >= 0).all():
+            left = after
+            avoided.append(expert)
+    return avoided

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from emoe.errors import ConfigError, UnsupportedModelError
 from emoe.routing.account import Request, Tally
-from emoe.routing.contract import Contract, affordable
+from emoe.routing.contract import Contract, avoidable
 from emoe.routing.options import Bias, RoutingOptions, parse_options
 from emoe.routing.recognise import Site, find_routers
 from emoe.routing.residency import Residency
 from emoe.routing.rules import Rule
-from emoe.routing.select import Choice, choose, to_fill
+from emoe.routing.select import Choice, choose, gaps, to_fill
 from emoe.routing.settled import SettledRouting, Span, Tables
 from emoe.routing.single import exchange
 
@@ -235,7 +236,11 @@ class Routing:
         choice = choose(rule, logits, index, usable, stay, bias)
         wanted = [0.0] * len(spans)
         if self._contract is not None:
-            choice, wanted = self._within_contract(rule, logits, index, usable, stay, bias, choice, spans)
+            read, wanted = self._to_read(rule, logits, index, usable, choice, spans)
+            if read:
+                # What is read for some rows is there for all.
+                usable = usable.index_fill(0, torch.tensor(read, device=usable.device), True)
+                choice = choose(rule, logits, index, usable, stay | usable[index], bias)
         changed = choice.replaced.any(-1, keepdim=True)  # [T, 1]
         final = torch.where(changed, choice.index, index)
         self._count(site, spans, present, choice, None if usable is resident else resident[final], wanted)
@@ -246,42 +251,48 @@ class Routing:
         return torch.where(changed, own, weights), final
 
     def _bias(self, spans: list[Span], index: torch.Tensor) -> float | torch.Tensor:
-        values = [self._bias_of(request.task) for request, _ in spans]
+        rows = [span.stop - span.start for _, span in spans]
+        # A prompt's whole allowance is at hand, and the contract ranks its exchanges; in decode the bias does.
+        values = [
+            self._bias_of(request.task) if count == 1 else self.options.bias_of(request.task)
+            for (request, _), count in zip(spans, rows, strict=True)
+        ]
         if all(value == values[0] for value in values):
             return values[0]
-        rows = torch.tensor([span.stop - span.start for _, span in spans])
-        return torch.tensor(values).repeat_interleave(rows).unsqueeze(1).to(index.device)
+        return torch.tensor(values).repeat_interleave(torch.tensor(rows)).unsqueeze(1).to(index.device)
 
     def _bias_of(self, task: str | None) -> float:
         asked = self.options.bias_of(task)
         return asked if self._contract is None else self._contract.bias(task, asked)
 
-    def _within_contract(
+    def _to_read(
         self,
         rule: Rule,
         logits: torch.Tensor,
         index: torch.Tensor,
         usable: torch.Tensor,
-        stay: torch.Tensor,
-        bias: float | torch.Tensor,
         choice: Choice,
         spans: list[Span],
-    ) -> tuple[Choice, list[float]]:
-        """The choice that every request's allowance pays for, and the mass that each wanted."""
+    ) -> tuple[list[int], list[float]]:
+        """Experts whose absence some request's allowance does not pay for, and the mass that each request wanted."""
         assert self._contract is not None
-        kept, wanted = None, []
-        for request, span in spans:
-            replaced = choice.replaced[span]
-            shares = choice.share[span][replaced]
-            wanted.append(shares.sum(dtype=torch.float64).item())
-            allowance = self._contract.allowance(request.tally, span.stop - span.start)
-            if wanted[-1] <= allowance:
-                continue
-            if kept is None:
-                kept = ~choice.replaced
-            paid = affordable(shares, allowance)
-            kept[span] |= torch.zeros_like(replaced).masked_scatter_(replaced, ~paid)
-        return (choice if kept is None else choose(rule, logits, index, usable, stay | kept, bias)), wanted
+        R, E = len(spans), len(usable)
+        rows = [span.stop - span.start for _, span in spans]
+        ids, absent = index.cpu().numpy(), (~usable[index]).cpu().numpy()
+        shares = (choice.share.double() * choice.replaced).cpu().numpy()
+        cells = np.repeat(np.arange(R), rows)[:, None] * E + ids
+        mass = np.bincount(cells.ravel(), shares.ravel(), minlength=R * E).astype(np.float64).reshape(R, E)
+        harm = mass.sum(0)
+        if self.options.mode == "biased":
+            near = gaps(rule, logits, index, usable).cpu().numpy()
+            harm = np.bincount(ids.ravel(), (shares * near).ravel(), minlength=E).astype(np.float64)
+        unavoidable = ids[absent & ~choice.replaced.cpu().numpy()]
+        candidates = set(np.flatnonzero(mass.any(0)).tolist()).difference(unavoidable.tolist())
+        allowances = [
+            self._contract.allowance(request.tally, count) for (request, _), count in zip(spans, rows, strict=True)
+        ]
+        avoided = avoidable(mass, harm, candidates, allowances)
+        return sorted(set(ids[absent].tolist()).difference(avoided)), mass.sum(1).tolist()
 
     # Counting
 
@@ -325,7 +336,7 @@ class Routing:
     ) -> None:
         """Counts one call for one request; `wanted` is the mass it would have substituted without the contract."""
         self._take(request, site.layer, rows, picks, absent, substituted, mass, misses)
-        if self._contract is not None:
+        if self._contract is not None and rows == 1:
             self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
 
     def _take(

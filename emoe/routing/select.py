@@ -62,6 +62,18 @@ def choose(
     return Choice(chosen, replaced, rule.share(logits, index))
 
 
+def gaps(rule: Rule, logits: torch.Tensor, index: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    """How far each pick is above its row's best substitute: [T, K] float32, in ranges of the selection key, from 0.
+
+    Args:
+        rule, logits, index: as for `choose`.
+        usable: [E] bool, experts that can be substitutes. A row without one has gaps of DECISIVE.
+    """
+    key, spread = rule.key(logits)
+    best = key.masked_fill(~usable, float("-inf")).scatter(1, index, float("-inf")).amax(-1, keepdim=True)
+    return ((key.gather(1, index) - best) / spread.clamp_min(torch.finfo(key.dtype).tiny)).clamp(0, DECISIVE)
+
+
 def to_fill(share: torch.Tensor, index: torch.Tensor, present: torch.Tensor, experts: int, room: int) -> torch.Tensor:
     """The absent experts that free slots go to: those with most routed mass in this call.
 
