@@ -48,6 +48,10 @@ def generate(model, prompt, n=4):
     return model.generate(prompt.to(model.device), max_new_tokens=n, do_sample=False, pad_token_id=0)[0].tolist()
 
 
+def small_layout(module):
+    return module.MlpLayout(8, 8, 8, "float32", True, False, False, "silu", gate_up_offset=0, down_offset=1024)
+
+
 @pytest.mark.parametrize("budget", [0.25, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_decode_on_the_device_gives_the_tokens_of_the_cpu(device, checkpoint, prompt, family, budget):
@@ -181,7 +185,7 @@ def test_a_family_without_native_kernels_is_refused_by_layer_and_reason(device, 
 
 def test_a_slot_table_that_names_a_slot_too_many_is_refused(emulated):
     device = open_device("emulated")
-    layout = emulated.MlpLayout(8, 8, 8, "float32", True, False, False, "silu", gate_up_offset=0, down_offset=1024)
+    layout = small_layout(emulated)
     slab = device.native.slab(2, 4096)
     memory = device.native.allocate(4096)
     with pytest.raises(ConfigError, match="slot 2 is not one of"):
@@ -193,7 +197,7 @@ def test_a_slot_table_that_names_a_slot_too_many_is_refused(emulated):
 
 def test_expert_ids_of_another_width_are_refused_before_their_address_is_passed_on(emulated):
     device = open_device("emulated")
-    layout = emulated.MlpLayout(8, 8, 8, "float32", True, False, False, "silu", gate_up_offset=0, down_offset=1024)
+    layout = small_layout(emulated)
     hidden, weights = torch.zeros(1, 8), torch.ones(1, 1)
     with pytest.raises(ConfigError, match="expert ids are"):
         device.call(layout, device.native.slab(2, 4096), hidden, torch.zeros(1, 1, dtype=torch.int32), weights)
@@ -210,3 +214,88 @@ def test_an_unknown_device_is_refused_with_the_choices():
 def test_a_gpu_that_is_not_there_is_named_by_what_is_missing(checkpoint):
     with pytest.raises(BackendUnavailable, match=r"no CUDA|built without CUDA"):
         open_device("cuda:0")
+
+
+class Resident:
+    """A layer of 4 experts on the emulation, 3 slots for them, and a call of it with the slot table on the device."""
+
+    experts, top_k = 4, 2
+
+    def __init__(self, module, tokens):
+        self.tokens, self.device = tokens, open_device("emulated").native
+        self.layout = small_layout(module)
+        self.slab = self.device.slab(3, 4096)
+        for slot in range(3):  # slot s holds (s + 1) times the same matrices
+            self.put(self.slab.address + slot * 4096, torch.linspace(-1, 1, 448) * (slot + 1))
+        self.hidden, self.weights = torch.randn(tokens, 8), torch.rand(tokens, self.top_k)
+        self.index = torch.arange(tokens * self.top_k).view(tokens, self.top_k) % self.experts
+        self.inputs = [self.copy(tensor) for tensor in (self.hidden, self.index, self.weights)]
+        self.table = self.copy(torch.full((self.experts,), -1, dtype=torch.int32))
+        sizes = self.layout, self.slab, self.experts, "float32", tokens, "float32", self.top_k
+        self.workspace_bytes = self.device.workspace_bytes(*sizes)
+        self.workspace = self.device.allocate(self.workspace_bytes)
+
+    def put(self, address, tensor):
+        self.device.upload(address, tensor.data_ptr(), tensor.nbytes, 0)
+
+    def copy(self, tensor):
+        address = self.device.allocate(tensor.nbytes)
+        self.put(address, tensor)
+        return address
+
+    def __call__(self, slots, table, **changed):
+        self.put(self.table, torch.tensor(table, dtype=torch.int32))
+        pairs = torch.zeros(self.tokens, self.top_k, 8)
+        hidden, index, weights = self.inputs
+        sizes = {"experts": self.experts, "tokens": self.tokens, "top_k": self.top_k}
+        dtypes = {"hidden_dtype": "float32", "weights_dtype": "float32"}
+        addresses = {"table_ptr": self.table, "hidden_ptr": hidden, "index_ptr": index, "weights_ptr": weights}
+        out = {"out_ptr": self.copy(pairs), "workspace_ptr": self.workspace, "workspace_bytes": self.workspace_bytes}
+        arguments = {**sizes, **dtypes, **addresses, **out, **changed}
+        self.device.gather_mlp_resident(self.layout, self.slab, slots, stream=0, **arguments)
+        self.device.download(pairs.data_ptr(), arguments["out_ptr"], pairs.nbytes, 0)
+        return pairs
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_a_slot_table_on_the_device_gives_the_pairs_of_one_on_the_host(emulated, tokens, dtype):
+    call = Resident(emulated, tokens)
+    hidden, index, weights = call.inputs
+    for table in ([2, -1, 0, 1], [1, 1, -1, 0], [-1] * 4):  # an expert without a slot leaves its pairs at zero
+        expected = torch.zeros(tokens, call.top_k, 8)
+        out = call.copy(expected)
+        call.device.gather_mlp(
+            call.layout, call.slab, np.array(table, dtype=np.int32), hidden, "float32", tokens, index, weights,
+            "float32", call.top_k, out, 0,
+        )  # fmt: skip
+        call.device.download(expected.data_ptr(), out, expected.nbytes, 0)
+        slots = np.array(sorted({slot for slot in table if slot >= 0}), dtype=dtype)
+        assert torch.equal(call(slots, table), expected)
+        assert bool(expected.any()) == any(slot >= 0 for slot in table)
+
+
+def test_a_resident_call_that_contradicts_itself_is_refused_with_the_value(emulated):
+    call = Resident(emulated, 2)
+    table = [0, 1, 2, -1]
+    with pytest.raises(ConfigError, match="slot 3 is not one of"):
+        call(np.array([0, 3]), table)
+    with pytest.raises(ConfigError, match="array of integers"):
+        call(np.array([0.5]), table)
+    with pytest.raises(ConfigError, match=f"a workspace of 1 bytes .* needs {call.workspace_bytes}"):
+        call(np.arange(3), table, workspace_bytes=1)
+    with pytest.raises(ConfigError, match="slot_of is at address 0"):
+        call(np.arange(3), table, table_ptr=0)
+    with pytest.raises(ConfigError, match="experts=9000"):
+        call(np.arange(3), table, experts=9000)
+    assert not call.device.capturing(0)
+    assert call(np.arange(3), table).any()
+
+
+def test_reads_of_many_slots_take_an_array_of_their_numbers(emulated):
+    call = Resident(emulated, 2)
+    for slots in (np.arange(3), np.array([2], dtype=np.int32), np.array([])):
+        call.device.begin_read(call.slab, slots, 0)
+        call.device.end_read(call.slab, slots, 0)
+    with pytest.raises(ConfigError, match="slot -1 is not one of"):
+        call.device.begin_read(call.slab, np.array([-1]), 0)

@@ -6,7 +6,8 @@ from cuda_mutants import Mutant
 
 BACKEND = ("test_cuda_backend",)
 BOTH = ("test_cuda_backend", "test_cuda_queue")
-HAZARDS, DEVICE, RUNTIME = "csrc/cuda/hazards.cpp", "csrc/cuda/cuda_backend.cpp", "csrc/cuda/runtime.cpp"
+HAZARDS, RUNTIME = "csrc/cuda/hazards.cpp", "csrc/cuda/runtime.cpp"
+DEVICE, COMPUTE = "csrc/cuda/cuda_backend.cpp", "csrc/cuda/cuda_compute.cpp"
 STORE, QUEUE = "csrc/cuda/host_store.cpp", "csrc/cuda/device_queue.cpp"
 
 MUTANTS = [
@@ -68,14 +69,14 @@ MUTANTS = [
     ),
     Mutant(
         "a reader is not remembered",
-        DEVICE,
+        COMPUTE,
         "    for (const Range range : ranges) hazards_.read(range, stream, finished);\n",
         "    (void)ranges;\n",
         BACKEND,
     ),
     Mutant(
         "the event of a reader is recorded before the kernel",
-        DEVICE,
+        COMPUTE,
         "    begin_read(ranges, stream);\n",
         "    begin_read(ranges, stream);\n    end_read(ranges, stream);\n    if (!ranges.empty()) {\n"
         "        std::byte* const early = staging_.next();\n"
@@ -124,7 +125,7 @@ MUTANTS = [
     ),
     Mutant(
         "scratch is replaced while kernels use it",
-        DEVICE,
+        COMPUTE,
         '    check(cudaStreamSynchronize(stream), "waiting for a compute stream of device ", device_);\n',
         "    (void)stream;\n",
         BACKEND,
@@ -132,8 +133,8 @@ MUTANTS = [
     Mutant(
         "device memory is freed while kernels use it",
         DEVICE,
-        "        cudaDeviceSynchronize();\n        const std::lock_guard<std::mutex> lock(mutex_);\n",
-        "        const std::lock_guard<std::mutex> lock(mutex_);\n",
+        '        check(cudaDeviceSynchronize(), "waiting for device ", device_);\n',
+        "",
         BACKEND,
     ),
     Mutant(
@@ -145,7 +146,7 @@ MUTANTS = [
     ),
     Mutant(
         "what a failed call has enqueued is not waited for",
-        DEVICE,
+        "csrc/cuda/runtime.hpp",
         "        cudaStreamSynchronize(stream);\n        throw;\n",
         "        (void)stream;\n        throw;\n",
         BACKEND,

@@ -1,11 +1,13 @@
-// The CUDA side of emoe._C: one device, its slots, the pinned store and the queue between them. Streams are integers
-// (cudaStream_t; 0 is the default stream). A build without CUDA has cuda_status() only, which says so.
+// The CUDA side of emoe._C: one device, its memory and its kernels; bind_cuda_queue.cpp has what fills its slots.
+// Streams are integers (cudaStream_t; 0 is the default stream). A build without CUDA has cuda_status() only, which says
+// so.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -13,10 +15,9 @@
 #include "core/gather_mlp.hpp"
 
 #ifdef EMOE_HAS_CUDA
+#include "bindings/bind_cuda_queue.hpp"
 #include "core/slab.hpp"
 #include "cuda/cuda_backend.hpp"
-#include "cuda/device_queue.hpp"
-#include "cuda/host_store.hpp"
 #include "cuda/kernels.hpp"
 #endif
 
@@ -43,10 +44,6 @@ void bind_cuda(py::module_& module) {
 namespace {
 
 using cuda::CudaBackend;
-using cuda::DeviceQueue;
-using cuda::HostStore;
-
-cudaStream_t stream_of(std::uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 template <typename T>
 T* pointer(std::uintptr_t address) {
@@ -100,32 +97,42 @@ GatherMlp make_op(const MlpLayout& layout, const Slab& slab, const py::array& sl
     return op;
 }
 
-std::vector<cuda::Range> ranges_of(const Slab& slab, const std::vector<std::int64_t>& slots) {
+std::vector<cuda::Range> ranges_of(const Slab& slab, const py::array& slots) {
+    if (slots.size() == 0) return {};
+    if (slots.dtype().kind() != 'i' || slots.ndim() != 1) {
+        throw Error(ErrorKind::kConfig, "slots must be an array of integers, of one dimension");
+    }
+    const auto numbers = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>::ensure(slots);
     std::vector<cuda::Range> ranges;
-    for (const std::int64_t slot : slots) {
+    ranges.reserve(static_cast<std::size_t>(numbers.size()));
+    for (const std::int64_t slot : std::span(numbers.data(), static_cast<std::size_t>(numbers.size()))) {
         const Memory memory = slab.slot(slot);
         ranges.push_back(cuda::range_of(memory.data, memory.bytes));
     }
     return ranges;
 }
 
-py::dict stats(const DeviceQueue& queue) {
-    const cuda::DeviceQueueStats s = queue.stats();
-    py::dict result;
-    result["demand_bytes"] = s.transfer.bytes[0];
-    result["prefetch_bytes"] = s.transfer.bytes[1];
-    result["demand_jobs"] = s.transfer.jobs[0];
-    result["prefetch_jobs"] = s.transfer.jobs[1];
-    result["cancelled"] = s.transfer.cancelled;
-    result["failed"] = s.transfer.failed;
-    result["read_seconds"] = s.transfer.read_seconds;
-    result["wait_seconds"] = s.transfer.wait_seconds;
-    result["reader"] = s.transfer.reader;
-    result["queued"] = s.transfer.queued;
-    result["file_bytes"] = s.file_bytes;
-    result["host_hits"] = s.host_hits;
-    result["host_misses"] = s.host_misses;
-    return result;
+// What the kernels' workspace is a function of.
+cuda::Mlp sized_op(const MlpLayout& layout, const Slab& slab, std::int64_t experts, const std::string& hidden_dtype,
+                   std::int64_t tokens, const std::string& weights_dtype, std::int64_t top_k) {
+    cuda::Mlp op;
+    op.layout = layout;
+    op.slab = slab.memory().data;
+    op.slot_bytes = slab.slot_bytes();
+    op.experts = experts;
+    op.hidden_dtype = parse_dtype(hidden_dtype);
+    op.tokens = tokens;
+    op.weights_dtype = parse_dtype(weights_dtype);
+    op.top_k = top_k;
+    return op;
+}
+
+std::size_t workspace_bytes(const MlpLayout& layout, const Slab& slab, std::int64_t experts,
+                            const std::string& hidden_dtype, std::int64_t tokens, const std::string& weights_dtype,
+                            std::int64_t top_k) {
+    cuda::Mlp op = sized_op(layout, slab, experts, hidden_dtype, tokens, weights_dtype, top_k);
+    op.hidden = pointer<const void>(1);  // unaligned hidden states take the most
+    return cuda::workspace_bytes(op);
 }
 
 }  // namespace
@@ -193,6 +200,41 @@ void bind_cuda(py::module_& module) {
             "emoe._C.gather_mlp in mode \"pairs\" on `stream`; every address but slot_of's is the device's. Returns "
             "when the kernels are enqueued, ordered after the copies into their slots and before later ones.")
         .def(
+            "gather_mlp_resident",
+            [](CudaBackend& self, const MlpLayout& layout, const Slab& slab, const py::array& slots,
+               std::uintptr_t table, std::int64_t experts, std::uintptr_t hidden, const std::string& hidden_dtype,
+               std::int64_t tokens, std::uintptr_t index, std::uintptr_t weights, const std::string& weights_dtype,
+               std::int64_t top_k, std::uintptr_t out, std::uintptr_t workspace, std::size_t bytes,
+               std::uintptr_t stream) {
+                cuda::Mlp op = sized_op(layout, slab, experts, hidden_dtype, tokens, weights_dtype, top_k);
+                op.slot_of = pointer<const std::int32_t>(table);
+                op.hidden = pointer<const void>(hidden);
+                op.index = pointer<const std::int64_t>(index);
+                op.weights = pointer<const void>(weights);
+                op.out = pointer<float>(out);
+                const std::vector<cuda::Range> ranges = ranges_of(slab, slots);
+                const py::gil_scoped_release release;
+                self.gather_mlp_resident(op, ranges, {pointer<std::byte>(workspace), bytes, false}, stream_of(stream));
+            },
+            arg("layout"), arg("slab"), arg("slots"), arg("table_ptr"), arg("experts"), arg("hidden_ptr"),
+            arg("hidden_dtype"), arg("tokens"), arg("index_ptr"), arg("weights_ptr"), arg("weights_dtype"),
+            arg("top_k"), arg("out_ptr"), arg("workspace_ptr"), arg("workspace_bytes"), arg("stream"),
+            "gather_mlp with the slot table [experts] int32 in device memory and scratch of the caller's. `slots`: "
+            "every "
+            "slot that the table may name, checked here; what the table holds is not. A stream that captures a graph "
+            "only gets the kernels: begin_read and end_read go around each replay.")
+        .def_static(
+            "workspace_bytes", &workspace_bytes, arg("layout"), arg("slab"), arg("experts"), arg("hidden_dtype"),
+            arg("tokens"), arg("weights_dtype"), arg("top_k"),
+            "Bytes of scratch that gather_mlp_resident needs, 256-byte aligned; calls that may overlap need one each.")
+        .def(
+            "capturing",
+            [](const CudaBackend& self, std::uintptr_t stream) {
+                const cuda::DeviceScope scope(self.device());
+                return cuda::capturing(stream_of(stream));
+            },
+            arg("stream"), "`stream` captures a graph; TransferError where that was invalidated.")
+        .def(
             "combine",
             [](CudaBackend& self, std::uintptr_t pairs, std::int64_t tokens, std::int64_t top_k,
                std::int64_t hidden_out, std::uintptr_t out, const std::string& out_dtype, std::uintptr_t stream) {
@@ -206,13 +248,13 @@ void bind_cuda(py::module_& module) {
             arg("stream"))
         .def(
             "begin_read",
-            [](CudaBackend& self, const Slab& slab, const std::vector<std::int64_t>& slots, std::uintptr_t stream) {
+            [](CudaBackend& self, const Slab& slab, const py::array& slots, std::uintptr_t stream) {
                 self.begin_read(ranges_of(slab, slots), stream_of(stream));
             },
             arg("slab"), arg("slots"), arg("stream"), "What `stream` gets next runs after the copies into these slots.")
         .def(
             "end_read",
-            [](CudaBackend& self, const Slab& slab, const std::vector<std::int64_t>& slots, std::uintptr_t stream) {
+            [](CudaBackend& self, const Slab& slab, const py::array& slots, std::uintptr_t stream) {
                 self.end_read(ranges_of(slab, slots), stream_of(stream));
             },
             arg("slab"), arg("slots"), arg("stream"),
@@ -220,59 +262,7 @@ void bind_cuda(py::module_& module) {
         .def("copy_rate", &CudaBackend::copy_rate, arg("nbytes"), arg("copies") = 8, release_gil(),
              "Bytes a second of pinned host-to-device copies of this size, measured now.")
         .def("finish_copies", &CudaBackend::finish_copies, release_gil());
-
-    py::class_<HostStore, std::shared_ptr<HostStore> >(module, "HostStore", "Records in slots of pinned host memory.")
-        .def(py::init<std::int64_t, std::int64_t, int>(), arg("slots"), arg("slot_bytes"), arg("device") = 0)
-        .def_property_readonly("address", [address](const HostStore& store) { return address(store.data()); })
-        .def_property_readonly("slots", &HostStore::slots)
-        .def_property_readonly("slot_bytes", &HostStore::slot_bytes)
-        .def_property_readonly("used", &HostStore::used, "Slots that somebody uses now.")
-        .def("holds", &HostStore::holds, arg("record"));
-
-    py::class_<DeviceQueue, std::shared_ptr<DeviceQueue> >(module, "DeviceQueue",
-                                                           "Fills slots of a device: file, pinned memory, device.")
-        .def(py::init([](std::shared_ptr<CudaBackend> device, std::shared_ptr<Slab> slab,
-                         std::shared_ptr<RecordTable> table, std::shared_ptr<Reader> reader,
-                         std::shared_ptr<HostStore> store, int workers, std::int64_t prefetch_bytes) {
-                 return std::make_shared<DeviceQueue>(std::move(device), std::move(slab), std::move(table),
-                                                      std::move(reader), std::move(store), workers, prefetch_bytes);
-             }),
-             arg("device"), arg("slab"), arg("table"), arg("reader"), arg("store"), py::kw_only(), arg("workers") = 2,
-             arg("prefetch_bytes") = std::int64_t{64} << 20)
-        .def(
-            "submit",
-            [](DeviceQueue& queue, std::int64_t record, std::int64_t slot, bool prefetch) {
-                return queue.submit(record, slot, prefetch ? Lane::kPrefetch : Lane::kDemand).id;
-            },
-            arg("record"), arg("slot"), arg("prefetch") = false)
-        .def(
-            "submit_host",
-            [](DeviceQueue& queue, std::int64_t record, bool prefetch) {
-                return queue.submit_host(record, prefetch ? Lane::kPrefetch : Lane::kDemand).id;
-            },
-            arg("record"), arg("prefetch") = false, "Only into pinned memory; wait() gives the host slot.")
-        .def(
-            "promote", [](DeviceQueue& queue, std::uint64_t ticket) { queue.promote({ticket}); }, arg("ticket"))
-        .def(
-            "cancel", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.cancel({ticket}); }, arg("ticket"))
-        .def(
-            "done", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); }, arg("ticket"))
-        .def(
-            "issued", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.issued({ticket}); },
-            arg("ticket"), "order_after() would not block.")
-        .def(
-            "wait", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.wait({ticket}); }, arg("ticket"),
-            release_gil(), "Blocks until the bytes are there; the host slot of submit_host(), or -1.")
-        .def(
-            "order_after",
-            [](DeviceQueue& queue, std::uint64_t ticket, std::uintptr_t stream) {
-                queue.order_after({ticket}, stream_of(stream));
-            },
-            arg("ticket"), arg("stream"), release_gil(),
-            "Blocks until the copy is in its stream; what `stream` gets next runs after it.")
-        .def("release_host", &DeviceQueue::release_host, arg("host_slot"))
-        .def("stats", &stats)
-        .def("close", &DeviceQueue::close, release_gil());
+    bind_cuda_queue(module);
 }
 
 #endif

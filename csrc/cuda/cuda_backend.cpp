@@ -16,44 +16,6 @@ int checked(int device) {
     return device;
 }
 
-Mlp on_device(const GatherMlp& op, const std::byte* table) {
-    Mlp call;
-    call.layout = op.layout;
-    call.slab = op.slab;
-    call.slot_bytes = op.slot_bytes;
-    call.slot_of = reinterpret_cast<const std::int32_t*>(table);
-    call.experts = static_cast<std::int64_t>(op.slot_of.size());
-    call.hidden = op.hidden;
-    call.hidden_dtype = op.hidden_dtype;
-    call.tokens = op.tokens;
-    call.index = op.index;
-    call.weights = op.weights;
-    call.weights_dtype = op.weights_dtype;
-    call.top_k = op.top_k;
-    call.out = op.out;
-    return call;
-}
-
-// `work` enqueues on the stream. Where it throws, what it has enqueued so far has no event that anybody could wait for,
-// so that is over before the error goes on.
-template <typename Work>
-void all_or_over(cudaStream_t stream, Work&& work) {
-    try {
-        work();
-    } catch (...) {
-        cudaStreamSynchronize(stream);
-        throw;
-    }
-}
-
-void refuse_capture(cudaStream_t stream) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(stream, &status), "asking whether a stream captures a graph");
-    if (status == cudaStreamCaptureStatusNone) return;
-    throw Error(ErrorKind::kTransfer,
-                "the stream captures a graph; a call whose slot table is the host's cannot be in it");
-}
-
 }  // namespace
 
 Staging::Staging(std::size_t chunks, std::size_t chunk_bytes, int device)
@@ -137,11 +99,12 @@ void CudaBackend::free(Memory memory) noexcept {
     if (memory.data == nullptr) return;
     try {
         const DeviceScope scope(device_);
-        cudaDeviceSynchronize();
+        check(cudaDeviceSynchronize(), "waiting for device ", device_);
         const std::lock_guard<std::mutex> lock(mutex_);
         if (allocated_.erase(reinterpret_cast<std::uintptr_t>(memory.data)) != 0) cudaFree(memory.data);
     } catch (const Error&) {
-        // The device is lost, and its memory with it.
+        // The device is lost, and its memory with it; or a stream captures, and the memory stays until the backend
+        // goes.
     }
 }
 
@@ -245,78 +208,6 @@ void CudaBackend::order_after(Ticket ticket, cudaStream_t stream) {
     event_of(ticket).before(stream);
 }
 
-void CudaBackend::begin_read(std::span<const Range> ranges, cudaStream_t stream) {
-    const DeviceScope scope(device_);
-    for (const Range range : ranges) hazards_.before_read(range, stream);
-}
-
-void CudaBackend::end_read(std::span<const Range> ranges, cudaStream_t stream) {
-    const DeviceScope scope(device_);
-    const Event finished = events_->record(stream);
-    for (const Range range : ranges) hazards_.read(range, stream, finished);
-}
-
-std::vector<Range> CudaBackend::slots_of(const GatherMlp& op) const {
-    std::vector<Range> ranges;
-    for (const std::int32_t slot : op.slot_of) {
-        if (slot < 0) continue;
-        ranges.push_back(range_of(op.slab + slot * op.slot_bytes, static_cast<std::size_t>(op.slot_bytes)));
-    }
-    return ranges;
-}
-
-// Memory of at least `bytes`; an old, smaller one is freed once the stream that used it is done with it.
-Memory CudaBackend::grown(Memory memory, std::size_t bytes, cudaStream_t stream) {
-    if (memory.bytes >= bytes) return memory;
-    check(cudaStreamSynchronize(stream), "waiting for a compute stream of device ", device_);
-    cudaFree(memory.data);
-    void* data = nullptr;
-    check(cudaMalloc(&data, bytes), "allocating ", bytes, " bytes of scratch on device ", device_);
-    return {static_cast<std::byte*>(data), bytes, false};
-}
-
-void CudaBackend::gather_mlp(const GatherMlp& op) {
-    cudaStream_t stream = nullptr;
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        stream = compute_;
-    }
-    gather_mlp(op, stream);
-}
-
-void CudaBackend::gather_mlp(const GatherMlp& op, cudaStream_t stream) {
-    validate(op);
-    if (op.mode != OutMode::kPairs) {
-        throw Error(ErrorKind::kConfig, "mode 'accumulate' is not computed on a CUDA device; use 'pairs' and combine");
-    }
-    const std::vector<Range> ranges = slots_of(op);
-    if (ranges.empty() || op.tokens == 0 || op.top_k == 0) return;
-    const std::size_t table_bytes = op.slot_of.size_bytes();
-    if (table_bytes > staging_.chunk_bytes()) {
-        throw Error(ErrorKind::kConfig, std::to_string(op.slot_of.size()) + " experts in one layer are more than the " +
-                                            std::to_string(staging_.chunk_bytes() / sizeof(std::int32_t)) +
-                                            " that fit into a staging chunk");
-    }
-    const std::lock_guard<std::mutex> lock(staging_mutex_);
-    const DeviceScope scope(device_);
-    refuse_capture(stream);
-    Scratch& scratch = scratch_[stream];
-    scratch.table = grown(std::exchange(scratch.table, {}), table_bytes, stream);
-    Mlp call = on_device(op, scratch.table.data);
-    scratch.workspace = grown(std::exchange(scratch.workspace, {}), workspace_bytes(call), stream);
-    begin_read(ranges, stream);
-    std::byte* const chunk = staging_.next();
-    std::memcpy(chunk, op.slot_of.data(), table_bytes);
-    all_or_over(stream, [&] {
-        check(cudaMemcpyAsync(scratch.table.data, chunk, table_bytes, cudaMemcpyHostToDevice, stream),
-              "copying a slot table of ", table_bytes, " bytes to device ", device_);
-        staging_.sent(events_->record(stream));
-        route(call, scratch.workspace.data, stream);
-        cuda::gather_mlp(call, scratch.workspace.data, stream);
-        end_read(ranges, stream);
-    });
-}
-
 void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream) {
     if (src.size() > dst.bytes) {
         throw Error(ErrorKind::kConfig, "an upload of " + std::to_string(src.size()) + " bytes does not fit into " +
@@ -324,6 +215,7 @@ void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_
     }
     const std::lock_guard<std::mutex> lock(staging_mutex_);
     const DeviceScope scope(device_);
+    refuse_capture(stream, "a replay would copy what the host's memory then holds");
     for (std::size_t at = 0; at < src.size(); at += staging_.chunk_bytes()) {
         const std::size_t bytes = std::min(staging_.chunk_bytes(), src.size() - at);
         std::byte* const chunk = staging_.next();
@@ -339,6 +231,7 @@ void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_
 void CudaBackend::download(std::span<std::byte> dst, const std::byte* src, cudaStream_t stream) {
     const std::lock_guard<std::mutex> lock(staging_mutex_);
     const DeviceScope scope(device_);
+    refuse_capture(stream, "the host cannot wait for a copy that only a replay makes");
     for (std::size_t at = 0; at < dst.size(); at += staging_.chunk_bytes()) {
         const std::size_t bytes = std::min(staging_.chunk_bytes(), dst.size() - at);
         std::byte* const chunk = staging_.next();

@@ -16,6 +16,7 @@
 #include "core/backend.hpp"
 #include "core/transfer.hpp"
 #include "cuda/hazards.hpp"
+#include "cuda/kernels.hpp"
 #include "cuda/runtime.hpp"
 
 namespace emoe::cuda {
@@ -46,7 +47,8 @@ struct CudaOptions {
 };
 
 // Every member function may be called from any thread. A stream is a cudaStream_t of the same device; nullptr is the
-// default stream.
+// default stream. Of those that take a stream, gather_mlp_resident alone may be given one that captures a graph; the
+// others refuse it with TransferError. While a thread captures, allocate() fails and free() keeps the memory.
 class CudaBackend final : public Backend {
   public:
     explicit CudaBackend(int device, CudaOptions options = {});  // BackendUnavailable, ConfigError, BudgetError
@@ -66,8 +68,7 @@ class CudaBackend final : public Backend {
     bool done(Ticket ticket) const override;
     void wait(Ticket ticket) override;
     void order_after(Ticket ticket) override;
-    // Device addresses in `op`, except slot_of. Returns when the kernels are enqueued. TransferError on a stream that
-    // captures a graph: the slot table is the host's (kernels.hpp can be captured).
+    // Device addresses in `op`, except slot_of. Returns when the kernels are enqueued.
     void gather_mlp(const GatherMlp& op) override;
 
     // Copies pinned memory into device memory on the lane's stream, after every kernel that was said to read `dst`.
@@ -75,6 +76,11 @@ class CudaBackend final : public Backend {
     Event copy(Memory dst, std::span<const std::byte> src, Lane lane);
     void order_after(Ticket ticket, cudaStream_t stream);
     void gather_mlp(const GatherMlp& op, cudaStream_t stream);
+    // As gather_mlp, but the slot table too is device memory, and scratch is the caller's: nothing is copied, allocated
+    // or waited for. `slots` are the ranges that the table may name. On a stream that captures a graph it only
+    // launches, and each replay goes between begin_read and end_read of the slots that the table names by then.
+    // ConfigError where the workspace is smaller than workspace_bytes(op).
+    void gather_mlp_resident(const Mlp& op, std::span<const Range> slots, Memory workspace, cudaStream_t stream);
     // For kernels of others, and for replays of a captured graph: between the two calls, what is given to `stream` may
     // read these ranges. begin_read waits on the device for copies into them, end_read holds back later ones.
     void begin_read(std::span<const Range> ranges, cudaStream_t stream);

@@ -100,6 +100,20 @@ DeviceScope::~DeviceScope() {
     if (changed_) cudaSetDevice(before_);
 }
 
+bool capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "asking whether a stream captures a graph");
+    if (status == cudaStreamCaptureStatusInvalidated) {
+        throw Error(ErrorKind::kTransfer,
+                    "the stream captures a graph that an earlier error has invalidated; the capture has to be ended");
+    }
+    return status == cudaStreamCaptureStatusActive;
+}
+
+void refuse_capture(cudaStream_t stream, const char* why) {
+    if (capturing(stream)) throw Error(ErrorKind::kTransfer, std::string("the stream captures a graph; ") + why);
+}
+
 bool Event::done() const {
     if (!handle_) return true;
     const cudaError_t code = cudaEventQuery(handle_.get());

@@ -60,6 +60,23 @@ class DeviceScope {
     bool changed_ = false;
 };
 
+// Does the stream capture a graph? TransferError where an error has invalidated the capture, until somebody ends it.
+bool capturing(cudaStream_t stream);
+// TransferError where it does; `why` says what cannot be in a graph.
+void refuse_capture(cudaStream_t stream, const char* why);
+
+// `work` enqueues on the stream. Where it throws, what it has enqueued so far has no event that anybody could wait for,
+// so that is over before the error goes on.
+template <typename Work>
+void all_or_over(cudaStream_t stream, Work&& work) {
+    try {
+        work();
+    } catch (...) {
+        cudaStreamSynchronize(stream);
+        throw;
+    }
+}
+
 class EventPool;
 
 // A point in a stream. Copies share it; the handle goes back to its pool with the last copy. An empty one is over.

@@ -1,0 +1,103 @@
+// The pinned store and the queue that fills a device's slots; nothing in a build without CUDA.
+#ifdef EMOE_HAS_CUDA
+#include "bindings/bind_cuda_queue.hpp"
+
+#include <memory>
+
+#include "core/slab.hpp"
+#include "cuda/cuda_backend.hpp"
+#include "cuda/device_queue.hpp"
+#include "cuda/host_store.hpp"
+
+namespace py = pybind11;
+
+namespace emoe {
+namespace {
+
+using cuda::CudaBackend;
+using cuda::DeviceQueue;
+using cuda::HostStore;
+
+py::dict stats(const DeviceQueue& queue) {
+    const cuda::DeviceQueueStats s = queue.stats();
+    py::dict result;
+    result["demand_bytes"] = s.transfer.bytes[0];
+    result["prefetch_bytes"] = s.transfer.bytes[1];
+    result["demand_jobs"] = s.transfer.jobs[0];
+    result["prefetch_jobs"] = s.transfer.jobs[1];
+    result["cancelled"] = s.transfer.cancelled;
+    result["failed"] = s.transfer.failed;
+    result["read_seconds"] = s.transfer.read_seconds;
+    result["wait_seconds"] = s.transfer.wait_seconds;
+    result["reader"] = s.transfer.reader;
+    result["queued"] = s.transfer.queued;
+    result["file_bytes"] = s.file_bytes;
+    result["host_hits"] = s.host_hits;
+    result["host_misses"] = s.host_misses;
+    return result;
+}
+
+}  // namespace
+
+void bind_cuda_queue(py::module_& module) {
+    using py::arg;
+    using release_gil = py::call_guard<py::gil_scoped_release>;
+
+    py::class_<HostStore, std::shared_ptr<HostStore> >(module, "HostStore", "Records in slots of pinned host memory.")
+        .def(py::init<std::int64_t, std::int64_t, int>(), arg("slots"), arg("slot_bytes"), arg("device") = 0)
+        .def_property_readonly("address",
+                               [](const HostStore& store) { return reinterpret_cast<std::uintptr_t>(store.data()); })
+        .def_property_readonly("slots", &HostStore::slots)
+        .def_property_readonly("slot_bytes", &HostStore::slot_bytes)
+        .def_property_readonly("used", &HostStore::used, "Slots that somebody uses now.")
+        .def("holds", &HostStore::holds, arg("record"));
+
+    py::class_<DeviceQueue, std::shared_ptr<DeviceQueue> >(module, "DeviceQueue",
+                                                           "Fills slots of a device: file, pinned memory, device.")
+        .def(py::init([](std::shared_ptr<CudaBackend> device, std::shared_ptr<Slab> slab,
+                         std::shared_ptr<RecordTable> table, std::shared_ptr<Reader> reader,
+                         std::shared_ptr<HostStore> store, int workers, std::int64_t prefetch_bytes) {
+                 return std::make_shared<DeviceQueue>(std::move(device), std::move(slab), std::move(table),
+                                                      std::move(reader), std::move(store), workers, prefetch_bytes);
+             }),
+             arg("device"), arg("slab"), arg("table"), arg("reader"), arg("store"), py::kw_only(), arg("workers") = 2,
+             arg("prefetch_bytes") = std::int64_t{64} << 20)
+        .def(
+            "submit",
+            [](DeviceQueue& queue, std::int64_t record, std::int64_t slot, bool prefetch) {
+                return queue.submit(record, slot, prefetch ? Lane::kPrefetch : Lane::kDemand).id;
+            },
+            arg("record"), arg("slot"), arg("prefetch") = false)
+        .def(
+            "submit_host",
+            [](DeviceQueue& queue, std::int64_t record, bool prefetch) {
+                return queue.submit_host(record, prefetch ? Lane::kPrefetch : Lane::kDemand).id;
+            },
+            arg("record"), arg("prefetch") = false, "Only into pinned memory; wait() gives the host slot.")
+        .def(
+            "promote", [](DeviceQueue& queue, std::uint64_t ticket) { queue.promote({ticket}); }, arg("ticket"))
+        .def(
+            "cancel", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.cancel({ticket}); }, arg("ticket"))
+        .def(
+            "done", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); }, arg("ticket"))
+        .def(
+            "issued", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.issued({ticket}); },
+            arg("ticket"), "order_after() would not block.")
+        .def(
+            "wait", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.wait({ticket}); }, arg("ticket"),
+            release_gil(), "Blocks until the bytes are there; the host slot of submit_host(), or -1.")
+        .def(
+            "order_after",
+            [](DeviceQueue& queue, std::uint64_t ticket, std::uintptr_t stream) {
+                queue.order_after({ticket}, stream_of(stream));
+            },
+            arg("ticket"), arg("stream"), release_gil(),
+            "Blocks until the copy is in its stream; what `stream` gets next runs after it.")
+        .def("release_host", &DeviceQueue::release_host, arg("host_slot"))
+        .def("stats", &stats)
+        .def("close", &DeviceQueue::close, release_gil());
+}
+
+}  // namespace emoe
+
+#endif
