@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,8 @@ class Row:
     loads_per_prompt: float = 0.0
     moves_per_task: float = 0.0
     same_token: float | None = None
+    decode_ratio: float | None = None
+    decode_error: float | None = None
     rouge: float | None = None
     cosine: float | None = None
     decode_loads: float | None = None
@@ -100,8 +102,16 @@ def profile(model: Any, texts: Texts) -> TaskTable:
         return TaskTable.profile(recorder.trace())
 
 
+class Followed(NamedTuple):
+    """Decode along a given answer: likeliest token at each place [S], loss summed over its tokens, experts loaded."""
+
+    chosen: torch.Tensor
+    loss: float
+    loads: int
+
+
 class Bench:
-    """One model at one budget; `full` is what the full model did: losses, answers and their embeddings."""
+    """One model at one budget; `full` is what the full model did: losses, answers, and decode along its answers."""
 
     def __init__(self, path: str, share: float, table: TaskTable | None, new_tokens: int) -> None:
         self.model = emoe.from_pretrained(path, memory_budget=share, context=LONGEST + new_tokens)
@@ -125,10 +135,9 @@ class Bench:
         started = time.perf_counter()
         loss: dict[str, list[float]] = {}
         answers: dict[str, list[list[int]]] = {}
-        choices: dict[str, list[torch.Tensor]] = {}
+        followed: dict[str, list[Followed]] = {}
         tokens = {task: [ids.shape[1] - 1 for ids in scored] for task, scored in texts.scored.items()}
-        prompts = decoded = decode_loads = 0
-        same = total = 0
+        prompts = 0
         runtime = self.model.emoe
         routing = "resident" if mode == "random" else mode
         residency = CacheResidency(runtime.cache, self.experts)
@@ -151,18 +160,12 @@ class Bench:
                     place(self.model, self.base(task, random=mode == "random"))
                 answers[task] = []
                 for number, ids in enumerate(asked):
-                    if full is not None:
-                        with attached.request(task):
-                            chosen = self._choices(ids, full["answers"][task][number])
-                        same += int((chosen == full["choices"][task][number]).sum())
-                        total += len(chosen)
                     with attached.request(task):
-                        mine, loads = self._answer(ids)
-                    decode_loads += loads
-                    decoded += len(mine) - 1
+                        mine = self._answer(ids)
                     answers[task].append(mine)
-                    if full is None:
-                        choices.setdefault(task, []).append(self._choices(ids, mine))
+                    with attached.request(task):
+                        step = self._follow(ids, mine if full is None else full["answers"][task][number])
+                    followed.setdefault(task, []).append(step)
         row.perplexity = math.exp(sum(map(sum, loss.values())) / sum(map(sum, tokens.values())))
         row.loads_per_prompt /= prompts
         if full is not None:
@@ -171,14 +174,18 @@ class Bench:
             row.ratio, row.ratio_error = _ratio(
                 np.concatenate(list(gaps.values())), [count for each in tokens.values() for count in each]
             )
-        if full is not None and total:
+        if full is not None and followed:
             pairs = [pair for task in answers for pair in zip(answers[task], full["answers"][task], strict=True)]
-            row.same_token = same / total
+            steps = [pair for task in answers for pair in zip(followed[task], full["followed"][task], strict=True)]
+            row.same_token = float(np.mean([(mine.chosen == theirs.chosen).float().mean() for mine, theirs in steps]))
+            row.decode_ratio, row.decode_error = _ratio(
+                np.array([mine.loss - theirs.loss for mine, theirs in steps]), [len(mine.chosen) for mine, _ in steps]
+            )
             row.rouge = float(np.mean([rouge_l(mine, theirs) for mine, theirs in pairs]))
             row.cosine = float(np.mean([self._cosine(mine, theirs) for mine, theirs in pairs]))
-            row.decode_loads = decode_loads / max(1, decoded)
+            row.decode_loads = sum(mine.loads for mine, _ in steps) / sum(len(mine.chosen) - 1 for mine, _ in steps)
         row.seconds = time.perf_counter() - started
-        self.last = {"perplexity": row.perplexity, "loss": loss, "answers": answers, "choices": choices}
+        self.last = {"perplexity": row.perplexity, "loss": loss, "answers": answers, "followed": followed}
         return row
 
     def close(self) -> None:
@@ -188,14 +195,20 @@ class Bench:
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids).logits.float()
 
-    def _choices(self, ids: torch.Tensor, answer: list[int]) -> torch.Tensor:
-        """Likeliest token at each place of an answer, given what is before it, in one forward."""
-        return self._logits(torch.cat([ids, torch.tensor([answer])], 1))[0, ids.shape[1] - 1 : -1].argmax(-1)
+    @torch.no_grad()
+    def _follow(self, ids: torch.Tensor, answer: list[int]) -> Followed:
+        """Decodes along an answer, token by token, whatever the mode would have said."""
+        out = self.model(ids, use_cache=True)
+        logits, before = [out.logits[0, -1].float()], self.model.emoe.stats()["loads"]
+        for token in answer[:-1]:
+            out = self.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits[0, -1].float())
+        rows, loads = torch.stack(logits), self.model.emoe.stats()["loads"] - before
+        loss = torch.nn.functional.cross_entropy(rows, torch.tensor(answer), reduction="sum")
+        return Followed(rows.argmax(-1), float(loss), loads)
 
-    def _answer(self, ids: torch.Tensor) -> tuple[list[int], int]:
-        """Greedy answer, and the experts loaded for it after its first token."""
-        loads: list[int] = []
-        count = self.model.register_forward_hook(lambda *_: loads.append(self.model.emoe.stats()["loads"]))
+    def _answer(self, ids: torch.Tensor) -> list[int]:
+        """Greedy answer."""
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -203,8 +216,7 @@ class Bench:
             do_sample=False,
             pad_token_id=0,
         )
-        count.remove()
-        return out[0, ids.shape[1] :].tolist(), loads[-1] - loads[0]
+        return out[0, ids.shape[1] :].tolist()
 
     def _cosine(self, first: list[int], second: list[int]) -> float:
         table = self.model.get_input_embeddings().weight.float()

@@ -51,6 +51,7 @@ class DeviceExperts:
     ) -> None:
         self.name = device.name
         self.on_cpu = 0  # experts computed by the CPU so far
+        self.settled = 0  # forwards that asked the device for no value
         self._device, self._queue, self._slab = device, queue, slab
         self._records = records
         self._miss, self._rates = miss, rates
@@ -109,6 +110,7 @@ class DeviceExperts:
             settled: the table and the slots it names, which nobody fills until this returns.
         """
         T, K = index.shape
+        self.settled += 1
         part = max(1, self._pair_bytes // (4 * K * self._mlp.hidden_out))
         parts = []
         for t in range(0, T, part):

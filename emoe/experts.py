@@ -167,6 +167,11 @@ class ExpertLayer:
         """Missing experts that the CPU computed in place of the device, so far."""
         return self._on_device.on_cpu if self._on_device is not None else 0
 
+    @property
+    def settled(self) -> int:
+        """Forwards on a device that needed nothing of the host, so far."""
+        return self._on_device.settled if self._on_device is not None else 0
+
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Routed experts' weighted output.
 

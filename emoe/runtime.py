@@ -392,7 +392,8 @@ class Runtime:
             `prefetch_bytes`, reader, kernels (layers served by "native", "stock" or a device), slots, resident_share,
             budget_bytes, `routing`: what the routing mode changed (`emoe.routing.Routing.stats`), and `prediction`:
             what the predictor did (docs/residency.md). With a device also: device, host_hits and host_misses (records
-            found in pinned memory or not), on_cpu (missing experts that the CPU computed).
+            found in pinned memory or not), on_cpu (missing experts that the CPU computed), settled (forwards of layers
+            that asked the device for no value; what they used is not in hits).
         """
         with self._lock:
             counters = self.loader.snapshot()
@@ -424,6 +425,7 @@ class Runtime:
             result["bytes_read"] = transfer["file_bytes"]
             result.update({name: transfer[name] for name in ("host_hits", "host_misses")})
             result["on_cpu"] = sum(layer.on_cpu for layer in self.layers)
+            result["settled"] = sum(layer.settled for layer in self.layers)
         if per_layer:
             result["layers"] = [
                 {"path": layer.path, "kernels": each.kernels, **count}

@@ -11,7 +11,15 @@ import torch
 import emoe
 from emoe import native
 from emoe.device import open_device
-from emoe.errors import BackendUnavailable, BudgetError, ConfigError, ReadError, UnsupportedModelError
+from emoe.errors import (
+    BackendUnavailable,
+    BudgetError,
+    ClosedError,
+    ConfigError,
+    EmoeError,
+    ReadError,
+    UnsupportedModelError,
+)
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 
@@ -69,14 +77,123 @@ def test_exact_decode_on_the_device_gives_the_tokens_of_the_cpu(device, checkpoi
     model.emoe.close(restore=False)
 
 
-def test_resident_routing_on_the_device_gives_the_tokens_of_the_cpu(device, checkpoint, prompt):
-    results = []
+def resident(folder, where, **options):
+    return emoe.from_pretrained(folder, memory_budget=0.5, routing="resident", device=where, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resident_routing_on_the_device_gives_the_tokens_and_counts_of_the_cpu(device, checkpoint, prompt, family):
+    tokens, counts = [], []
     for where in ("cpu", device):
-        model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, routing="resident", device=where)
-        results.append(generate(model, prompt))
-        assert model.emoe.stats()["evictions"] == 0
+        model = resident(checkpoint(family), where)
+        generate(model, prompt)  # its experts fill the slots
+        with model.emoe.request("chat", "counted") as request:
+            tokens.append(generate(model, prompt))
+        counts.append(request.to_dict())
+        stats = model.emoe.stats()
+        assert stats["evictions"] == 0
         model.emoe.close(restore=False)
-    assert results[0] == results[1]
+    assert tokens[0] == tokens[1]
+    assert counts[0] == pytest.approx(counts[1], abs=1e-5)
+    assert counts[0]["substituted"] > 0
+    assert stats["settled"] > 0
+
+
+def test_full_slots_take_the_host_out_of_every_step_and_a_change_of_experts_is_seen(device, checkpoint, prompt):
+    model = resident(checkpoint("qwen3_moe"), device)
+    with torch.no_grad():
+        model.emoe.settle()
+        for _ in range(2):
+            before = model.emoe.stats()["settled"]
+            model(prompt.to(model.device))
+            assert model.emoe.stats()["settled"] == before + len(model.emoe.layers)
+        logits = model(prompt.to(model.device)).logits.cpu()
+        for layer in range(len(model.emoe.layers)):
+            absent = [e for e in range(8) if model.emoe.cache.lookup(layer, e) is None]
+            for _ in model.emoe.loader.rounds(layer, absent):
+                pass
+        changed = model(prompt.to(model.device)).logits.cpu()
+    assert not torch.allclose(changed, logits)
+    resident_now = [model.emoe.cache.resident(layer) for layer in range(len(model.emoe.layers))]
+    stats = model.emoe.stats()
+    assert stats["settled"] == 4 * len(model.emoe.layers)
+    model.emoe.close(restore=False)
+    with torch.no_grad():
+        on_cpu = resident(checkpoint("qwen3_moe"), "cpu")
+        for layer, experts in enumerate(resident_now):
+            for _ in on_cpu.emoe.loader.rounds(layer, experts):
+                pass
+        torch.testing.assert_close(on_cpu(prompt).logits, changed, rtol=1e-4, atol=1e-5)
+    on_cpu.emoe.close(restore=False)
+
+
+def test_a_prefetch_under_way_brings_the_host_back_until_it_is_over(device, checkpoint, prompt):
+    model = resident(checkpoint("qwen3_moe"), device)
+    with torch.no_grad():
+        model.emoe.settle()
+        absent = next(e for e in range(8) if model.emoe.cache.lookup(1, e) is None)
+        assert model.emoe.loader.prefetch(1, [absent]) == 1
+        before = model.emoe.stats()["settled"]
+        model(prompt.to(model.device))
+        assert model.emoe.stats()["settled"] == before + len(model.emoe.layers) - 1
+        model.emoe.settle()
+        before = model.emoe.stats()["settled"]
+        model(prompt.to(model.device))
+        assert model.emoe.stats()["settled"] == before + len(model.emoe.layers)
+    model.emoe.check_integrity()
+    model.emoe.close(restore=False)
+
+
+def test_replays_are_refused_before_layers_are_settled_and_where_a_step_may_load(device, checkpoint, prompt):
+    model = resident(checkpoint("qwen3_moe"), device)
+    with pytest.raises(EmoeError, match=r"layer 0 is not settled; call settle\(\)"), model.emoe.replaying():
+        pass
+    model.emoe.settle()
+    with model.emoe.replaying():
+        pass
+    model.emoe.close(restore=False)
+    with pytest.raises(ClosedError):
+        model.emoe.settle()
+    for where, options in (("cpu", {}), (device, {"max_substituted_mass": 0.1})):
+        model = resident(checkpoint("qwen3_moe"), where, **options)
+        with pytest.raises(ConfigError, match="may need the host in any step"):
+            model.emoe.settle()
+        model.emoe.close(restore=False)
+
+
+@pytest.mark.gpu
+def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(device, checkpoint, prompt):
+    if device == "emulated":
+        pytest.skip("torch captures graphs on a GPU only; csrc/tests/test_cuda_graph.cpp captures what emoe launches")
+    model = resident(checkpoint("qwen3_moe"), device)
+    moe = model.model.layers[0].mlp
+    hidden = torch.randn(1, 5, model.config.hidden_size, device=device)
+    with torch.no_grad():
+        model(prompt.to(device))
+        model.emoe.settle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            moe(hidden)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                moe(hidden)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = moe(hidden)
+        for change in (False, True):
+            if change:
+                absent = [e for e in range(8) if model.emoe.cache.lookup(0, e) is None]
+                for _ in model.emoe.loader.rounds(0, absent):
+                    pass
+            hidden.normal_()
+            with model.emoe.replaying():
+                graph.replay()
+            torch.testing.assert_close(captured, moe(hidden))
+    model.emoe.close(restore=False)
 
 
 def test_decode_on_the_device_is_bit_identical_between_budgets(device, checkpoint, prompt):
