@@ -36,7 +36,7 @@ from emoe.tasks import Prompt, load_prompts
 TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased may cost, by share
 # max_substituted_mass that reaches them, found by --tune on the dev split.
 CONTRACTS = {0.8: 0.05, 0.6: 0.15, 0.4: 0.25, 0.2: 0.35}
-GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+GRID = (0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3)
 FEW = 3  # texts a task that exact is run on at each budget
 LONGEST = 160  # tokens of a text
 
@@ -129,8 +129,19 @@ class Bench:
         assert self.table is not None
         return top(self.table.of(self.table.names.index(task)), self.sizes[0])
 
-    def run(self, mode: str, texts: Texts, full: dict[str, Any] | None, bound: float | None = None) -> Row:
-        """Scores and answers; `mode` may be "random": resident with random sets."""
+    def run(
+        self,
+        mode: str,
+        texts: Texts,
+        full: dict[str, Any] | None,
+        bound: float | None = None,
+        *,
+        own_answers: bool = True,
+    ) -> Row:
+        """Scores and answers; `mode` may be "random": resident with random sets.
+
+        Without `own_answers` it only decodes along the full model's.
+        """
         row = Row(mode, self.share, bound)
         started = time.perf_counter()
         loss: dict[str, list[float]] = {}
@@ -160,32 +171,36 @@ class Bench:
                     place(self.model, self.base(task, random=mode == "random"))
                 answers[task] = []
                 for number, ids in enumerate(asked):
+                    if own_answers:
+                        with attached.request(task):
+                            answers[task].append(self._answer(ids))
                     with attached.request(task):
-                        mine = self._answer(ids)
-                    answers[task].append(mine)
-                    with attached.request(task):
-                        step = self._follow(ids, mine if full is None else full["answers"][task][number])
+                        step = self._follow(ids, (answers if full is None else full["answers"])[task][number])
                     followed.setdefault(task, []).append(step)
         row.perplexity = math.exp(sum(map(sum, loss.values())) / sum(map(sum, tokens.values())))
         row.loads_per_prompt /= prompts
+        gaps: dict[str, np.ndarray] = {}
         if full is not None:
             gaps = {task: np.subtract(loss[task], full["loss"][task]) for task in loss}
             row.task_ratio = {task: math.exp(gap.sum() / sum(tokens[task])) for task, gap in gaps.items()}
-            row.ratio, row.ratio_error = _ratio(
+            row.ratio, row.ratio_error = ratio_of(
                 np.concatenate(list(gaps.values())), [count for each in tokens.values() for count in each]
             )
         if full is not None and followed:
-            pairs = [pair for task in answers for pair in zip(answers[task], full["answers"][task], strict=True)]
-            steps = [pair for task in answers for pair in zip(followed[task], full["followed"][task], strict=True)]
+            steps = [pair for task in followed for pair in zip(followed[task], full["followed"][task], strict=True)]
             row.same_token = float(np.mean([(mine.chosen == theirs.chosen).float().mean() for mine, theirs in steps]))
-            row.decode_ratio, row.decode_error = _ratio(
+            row.decode_ratio, row.decode_error = ratio_of(
                 np.array([mine.loss - theirs.loss for mine, theirs in steps]), [len(mine.chosen) for mine, _ in steps]
             )
+            row.decode_loads = sum(mine.loads for mine, _ in steps) / sum(len(mine.chosen) - 1 for mine, _ in steps)
+        if full is not None and own_answers and answers:
+            pairs = [pair for task in answers for pair in zip(answers[task], full["answers"][task], strict=True)]
             row.rouge = float(np.mean([rouge_l(mine, theirs) for mine, theirs in pairs]))
             row.cosine = float(np.mean([self._cosine(mine, theirs) for mine, theirs in pairs]))
-            row.decode_loads = sum(mine.loads for mine, _ in steps) / sum(len(mine.chosen) - 1 for mine, _ in steps)
         row.seconds = time.perf_counter() - started
-        self.last = {"perplexity": row.perplexity, "loss": loss, "answers": answers, "followed": followed}
+        self.last = {
+            "perplexity": row.perplexity, "loss": loss, "answers": answers, "followed": followed, "gaps": gaps,
+        }  # fmt: skip
         return row
 
     def close(self) -> None:
@@ -242,7 +257,7 @@ def _loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
 
 
-def _ratio(gaps: np.ndarray, tokens: Sequence[int], draws: int = 500) -> tuple[float, float]:
+def ratio_of(gaps: np.ndarray, tokens: Sequence[int], draws: int = 500) -> tuple[float, float]:
     """Perplexity over the full model's on the same texts, and its standard error by drawing texts again."""
     counts = np.asarray(tokens)
     chosen = np.random.default_rng(0).integers(0, len(gaps), (draws, len(gaps)))
@@ -252,7 +267,7 @@ def _ratio(gaps: np.ndarray, tokens: Sequence[int], draws: int = 500) -> tuple[f
 
 def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """All rows of the table, the full model's first."""
-    tokenizer = _tokenizer(path)
+    tokenizer = tokenizer_of(path)
     texts = read(args.prompts, args.split, tokenizer, args.per_task, args.answers)
     whole = Bench(path, 1.0, None, args.new_tokens)
     table = profile(whole.model, read(args.prompts, "train", tokenizer, args.profile, 0))
@@ -291,7 +306,7 @@ def _first(loss: dict[str, list[float]]) -> dict[str, list[float]]:
 def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Perplexity ratio of biased for every contract of GRID, on the dev split, and the largest within four fifths
     of its share's target."""
-    tokenizer = _tokenizer(path)
+    tokenizer = tokenizer_of(path)
     texts = read(args.prompts, "dev", tokenizer, args.per_task, 0)
     whole = Bench(path, 1.0, None, args.new_tokens)
     table = profile(whole.model, read(args.prompts, "train", tokenizer, args.profile, 0))
@@ -317,15 +332,15 @@ def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
     return {"model": path, "tuned": found}
 
 
-def _tokenizer(path: str) -> Any:
+def tokenizer_of(path: str) -> Any:
     from emoe.cli.generate import load_tokenizer
 
     return load_tokenizer(path)
 
 
 COLUMNS = (
-    "resident", "mode", "contract", "perplexity ratio", "mass", "loads a prompt", "loads a token", "same token",
-    "ROUGE-L", "cosine", "experts saved",
+    "resident", "mode", "contract", "perplexity ratio", "mass", "loads a prompt", "decode ratio", "loads a token",
+    "same token", "ROUGE-L", "cosine", "experts saved",
 )  # fmt: skip
 
 
@@ -342,6 +357,7 @@ def cells(row: dict[str, Any], expert_bytes: int) -> list[str]:
         f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}",
         percent(row["mass"]),
         f"{row['loads_per_prompt']:.0f}",
+        "-" if row["decode_ratio"] is None else f"{row['decode_ratio']:.3f} ± {row['decode_error']:.3f}",
         "-" if row["decode_loads"] is None else f"{row['decode_loads']:.1f}",
         *(percent(row[name]) for name in ("same_token", "rouge", "cosine")),
         f"{(1 - row['share']) * expert_bytes / 2**20:.0f} MiB",
