@@ -342,8 +342,7 @@ class Resident:
         self.tokens, self.device = tokens, open_device("emulated").native
         self.layout = small_layout(module)
         self.slab = self.device.slab(3, 4096)
-        for slot in range(3):  # slot s holds (s + 1) times the same matrices
-            self.put(self.slab.address + slot * 4096, torch.linspace(-1, 1, 448) * (slot + 1))
+        self.fill([0, 1, 2])
         self.hidden, self.weights = torch.randn(tokens, 8), torch.rand(tokens, self.top_k)
         self.index = torch.arange(tokens * self.top_k).view(tokens, self.top_k) % self.experts
         self.inputs = [self.copy(tensor) for tensor in (self.hidden, self.index, self.weights)]
@@ -351,6 +350,15 @@ class Resident:
         sizes = self.layout, self.slab, self.experts, "float32", tokens, "float32", self.top_k
         self.workspace_bytes = self.device.workspace_bytes(*sizes)
         self.workspace = self.device.allocate(self.workspace_bytes)
+
+    def fill(self, records):
+        for slot, record in enumerate(records):
+            self.put(self.slab.address + slot * 4096, self.record(record))
+
+    @staticmethod
+    def record(number):
+        """The matrices of an expert; 4096 bytes."""
+        return torch.linspace(-1, 1, 1024) * (number + 1)
 
     def put(self, address, tensor):
         self.device.upload(address, tensor.data_ptr(), tensor.nbytes, 0)
@@ -360,18 +368,26 @@ class Resident:
         self.put(address, tensor)
         return address
 
-    def __call__(self, slots, table, **changed):
+    def enqueue(self, slots, table, **changed):
+        """Returns the address of the pairs."""
         self.put(self.table, torch.tensor(table, dtype=torch.int32))
-        pairs = torch.zeros(self.tokens, self.top_k, 8)
         hidden, index, weights = self.inputs
         sizes = {"experts": self.experts, "tokens": self.tokens, "top_k": self.top_k}
         dtypes = {"hidden_dtype": "float32", "weights_dtype": "float32"}
         addresses = {"table_ptr": self.table, "hidden_ptr": hidden, "index_ptr": index, "weights_ptr": weights}
-        out = {"out_ptr": self.copy(pairs), "workspace_ptr": self.workspace, "workspace_bytes": self.workspace_bytes}
-        arguments = {**sizes, **dtypes, **addresses, **out, **changed}
-        self.device.gather_mlp_resident(self.layout, self.slab, slots, stream=0, **arguments)
-        self.device.download(pairs.data_ptr(), arguments["out_ptr"], pairs.nbytes, 0)
+        scratch = {"workspace_ptr": self.workspace, "workspace_bytes": self.workspace_bytes}
+        out = self.copy(torch.zeros(self.tokens, self.top_k, 8))
+        arguments = {**sizes, **dtypes, **addresses, **scratch, "out_ptr": out, "stream": 0, **changed}
+        self.device.gather_mlp_resident(self.layout, self.slab, slots, **arguments)
+        return out
+
+    def pairs(self, address):
+        pairs = torch.empty(self.tokens, self.top_k, 8)
+        self.device.download(pairs.data_ptr(), address, pairs.nbytes, 0)
         return pairs
+
+    def __call__(self, slots, table, **changed):
+        return self.pairs(self.enqueue(slots, table, **changed))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -380,16 +396,39 @@ def test_a_slot_table_on_the_device_gives_the_pairs_of_one_on_the_host(emulated,
     call = Resident(emulated, tokens)
     hidden, index, weights = call.inputs
     for table in ([2, -1, 0, 1], [1, 1, -1, 0], [-1] * 4):  # an expert without a slot leaves its pairs at zero
-        expected = torch.zeros(tokens, call.top_k, 8)
-        out = call.copy(expected)
+        out = call.copy(torch.zeros(tokens, call.top_k, 8))
         call.device.gather_mlp(
             call.layout, call.slab, np.array(table, dtype=np.int32), hidden, "float32", tokens, index, weights,
             "float32", call.top_k, out, 0,
         )  # fmt: skip
-        call.device.download(expected.data_ptr(), out, expected.nbytes, 0)
+        expected = call.pairs(out)
         slots = np.array(sorted({slot for slot in table if slot >= 0}), dtype=dtype)
         assert torch.equal(call(slots, table), expected)
         assert bool(expected.any()) == any(slot >= 0 for slot in table)
+
+
+def test_resident_calls_run_between_the_copies_into_their_slots(emulated, tmp_path):
+    call = Resident(emulated, 3)
+    path = tmp_path / "records"
+    path.write_bytes(b"".join(call.record(number).numpy().tobytes() for number in range(8)))
+    table = emulated.RecordTable()
+    file = table.add_file(str(path))
+    piece = ("record", "float32", 0, "float32", 32, 32, 32, 1)
+    records = [table.add_record([(file, 4096 * number, 4096, *piece)]) for number in range(8)]
+    queue = emulated.DeviceQueue(
+        call.device, call.slab, table, emulated.make_reader("pread"), emulated.HostStore(8, 4096)
+    )
+    held, steps = [0, 1, 2], []
+    for step in range(16):
+        slot, record = step % 3, (step * 5 + 3) % 8
+        queue.order_after(queue.submit(records[record], slot), 0)
+        held[slot] = record
+        steps.append((list(held), call.enqueue(np.arange(3), [0, 1, 2, -1])))
+    results = [call.pairs(out) for _, out in steps]
+    queue.close()
+    for (held, _), result in zip(steps, results, strict=True):
+        call.fill(held)
+        assert torch.equal(call(np.arange(3), [0, 1, 2, -1]), result)
 
 
 def test_a_resident_call_that_contradicts_itself_is_refused_with_the_value(emulated):

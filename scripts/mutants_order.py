@@ -6,6 +6,7 @@ from cuda_mutants import Mutant
 
 BACKEND = ("test_cuda_backend",)
 BOTH = ("test_cuda_backend", "test_cuda_queue")
+GRAPH = ("test_cuda_graph",)
 HAZARDS, RUNTIME = "csrc/cuda/hazards.cpp", "csrc/cuda/runtime.cpp"
 DEVICE, COMPUTE = "csrc/cuda/cuda_backend.cpp", "csrc/cuda/cuda_compute.cpp"
 STORE, QUEUE = "csrc/cuda/host_store.cpp", "csrc/cuda/device_queue.cpp"
@@ -14,32 +15,32 @@ MUTANTS = [
     Mutant(
         "a copy does not wait for the readers of its slot",
         HAZARDS,
-        "    order(writes_, longest_, range, stream);\n    order(reads_, longest_, range, stream);\n",
-        "    order(writes_, longest_, range, stream);\n",
+        "    order(writes_, range, stream);\n    order(reads_, range, stream);\n",
+        "    order(writes_, range, stream);\n",
         BACKEND,
         quick=True,
     ),
     Mutant(
         "a copy does not wait for the copy of the other lane",
         HAZARDS,
-        "    order(writes_, longest_, range, stream);\n    order(reads_, longest_, range, stream);\n",
-        "    order(reads_, longest_, range, stream);\n",
+        "    order(writes_, range, stream);\n    order(reads_, range, stream);\n",
+        "    order(reads_, range, stream);\n",
         BACKEND,
     ),
     Mutant(
         "a kernel does not wait for the copy into its slot",
         HAZARDS,
         "cudaStream_t stream) {\n    const std::lock_guard<std::mutex> lock(mutex_);\n"
-        "    order(writes_, longest_, range, stream);\n}",
+        "    order(writes_, range, stream);\n}",
         "cudaStream_t) {\n    const std::lock_guard<std::mutex> lock(mutex_);\n    (void)range;\n}",
         BACKEND,
         quick=True,
     ),
     Mutant(
-        "only the first of two readers is remembered",
+        "only the last of two readers is remembered",
         HAZARDS,
-        "        if (each->second.end == range.end && each->second.stream == stream) {",
-        "        if (each->second.end == range.end) {",
+        "    drop_covered(reads_, range, [&](const Use& use) { return use.stream == stream; });\n",
+        "    drop_covered(reads_, range, [](const Use&) { return true; });\n",
         BACKEND,
     ),
     Mutant(
@@ -245,5 +246,114 @@ MUTANTS = [
         "    if (backend_) backend_->finish_copies();\n",
         "",
         ("test_cuda_queue",),
+    ),
+    Mutant(
+        "the queue's workers take part in a capture",
+        QUEUE,
+        "    cudaThreadExchangeStreamCaptureMode(&mode);\n",
+        "    (void)mode;\n",
+        ("test_cuda_queue",),
+    ),
+    Mutant(
+        "a long range that is read is not found from its middle",
+        HAZARDS,
+        "    uses.longest = std::max(uses.longest, range.end - range.begin);\n",
+        "",
+        GRAPH,
+    ),
+    Mutant(
+        "a resident call does not wait for the copies into its slots",
+        COMPUTE,
+        "    begin_read(slots, stream);\n",
+        "",
+        GRAPH,
+        quick=True,
+    ),
+    Mutant(
+        "a resident call is not remembered as a reader",
+        COMPUTE,
+        "        launch();\n        end_read(slots, stream);\n",
+        "        launch();\n",
+        GRAPH,
+        quick=True,
+    ),
+    Mutant(
+        "the event of a resident call is recorded before its kernels",
+        COMPUTE,
+        "        launch();\n        end_read(slots, stream);\n",
+        "        end_read(slots, stream);\n        launch();\n",
+        GRAPH,
+    ),
+    Mutant(
+        "what a failed resident call has enqueued is not waited for",
+        COMPUTE,
+        "    all_or_over(stream, [&] {\n        launch();\n        end_read(slots, stream);\n    });\n",
+        "    launch();\n    end_read(slots, stream);\n",
+        GRAPH,
+    ),
+    Mutant(
+        "a captured call is ordered as if it ran at once",
+        COMPUTE,
+        "    if (capturing(stream)) {\n        launch();",
+        "    if (capturing(stream)) {\n        for (const Range slot : slots) hazards_.before_read(slot, stream);\n"
+        "        launch();\n        const Event finished = events_->record(stream);\n"
+        "        for (const Range slot : slots) hazards_.read(slot, stream, finished);",
+        GRAPH,
+    ),
+    Mutant(
+        "a workspace that is too small is used",
+        COMPUTE,
+        "    if (workspace.bytes < needed) {",
+        "    if (workspace.bytes + 1 < needed) {",
+        GRAPH,
+    ),
+    Mutant(
+        "a slot table of the host's gets into a graph",
+        COMPUTE,
+        """    refuse_capture(stream, "a call whose slot table is the host's cannot be in it");\n""",
+        "",
+        GRAPH,
+    ),
+    Mutant(
+        "an upload gets into a graph",
+        DEVICE,
+        """    refuse_capture(stream, "a replay would copy what the host's memory then holds");\n""",
+        "",
+        GRAPH,
+    ),
+    Mutant(
+        "a download gets into a graph",
+        DEVICE,
+        '    refuse_capture(stream, "the host cannot wait for a copy that only a replay makes");\n',
+        "",
+        GRAPH,
+    ),
+    Mutant(
+        "begin_read gets into a graph",
+        COMPUTE,
+        "    refuse_capture(stream, kAroundReplays);\n    for (const Range range : ranges) hazards_.before_read",
+        "    for (const Range range : ranges) hazards_.before_read",
+        GRAPH,
+    ),
+    Mutant(
+        "end_read gets into a graph",
+        COMPUTE,
+        "    refuse_capture(stream, kAroundReplays);\n    const Event finished",
+        "    const Event finished",
+        GRAPH,
+    ),
+    Mutant(
+        "an invalidated capture is taken for none",
+        RUNTIME,
+        "    if (status == cudaStreamCaptureStatusInvalidated) {",
+        "    if (status == cudaStreamCaptureStatusInvalidated && stream == nullptr) {",
+        GRAPH,
+    ),
+    Mutant(
+        "memory that cannot be waited for is forgotten",
+        DEVICE,
+        '        check(cudaDeviceSynchronize(), "waiting for device ", device_);\n',
+        "        cudaDeviceSynchronize();\n",
+        GRAPH,
     ),
 ]

@@ -97,6 +97,7 @@ GatherMlp make_op(const MlpLayout& layout, const Slab& slab, const py::array& sl
     return op;
 }
 
+// Neighbours that follow each other are one range, so that thousands of slots in ascending order are a few.
 std::vector<cuda::Range> ranges_of(const Slab& slab, const py::array& slots) {
     if (slots.size() == 0) return {};
     if (slots.dtype().kind() != 'i' || slots.ndim() != 1) {
@@ -104,10 +105,14 @@ std::vector<cuda::Range> ranges_of(const Slab& slab, const py::array& slots) {
     }
     const auto numbers = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>::ensure(slots);
     std::vector<cuda::Range> ranges;
-    ranges.reserve(static_cast<std::size_t>(numbers.size()));
     for (const std::int64_t slot : std::span(numbers.data(), static_cast<std::size_t>(numbers.size()))) {
         const Memory memory = slab.slot(slot);
-        ranges.push_back(cuda::range_of(memory.data, memory.bytes));
+        const cuda::Range range = cuda::range_of(memory.data, memory.bytes);
+        if (!ranges.empty() && ranges.back().end == range.begin) {
+            ranges.back().end = range.end;
+        } else {
+            ranges.push_back(range);
+        }
     }
     return ranges;
 }

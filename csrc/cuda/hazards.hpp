@@ -41,14 +41,18 @@ class Hazards {
         cudaStream_t stream;
         Event event;
     };
-    using Uses = std::multimap<std::uintptr_t, Use>;  // by begin
+    struct Uses {
+        std::multimap<std::uintptr_t, Use> by_begin;
+        std::uintptr_t longest = 0;  // of any range, to bound the search for overlaps
+    };
 
-    static void order(Uses& uses, std::uintptr_t longest, Range range, cudaStream_t stream);
-    static void drop_covered(Uses& uses, Range range);
+    static void order(Uses& uses, Range range, cudaStream_t stream);
+    template <typename Of>
+    static void drop_covered(Uses& uses, Range range, Of&& of);
+    static void add(Uses& uses, Range range, cudaStream_t stream, Event event);
 
     mutable std::mutex mutex_;
     Uses writes_, reads_;
-    std::uintptr_t longest_ = 0;  // of any range, to bound the search for overlaps
 };
 
 }  // namespace emoe::cuda

@@ -430,17 +430,6 @@ TEST("a call that fails half-way leaves nothing behind that reads a slot or a st
     }
 }
 
-TEST("a stream that captures a graph is refused, since the slot table is the host's") {
-    Fixture f(1);
-    const ComputeStream compute;
-    emu::pretend_capture(true);
-    const Error error = ERROR_OF(f.backend->gather_mlp(f.op({0}, 0), compute));
-    emu::pretend_capture(false);
-    CHECK_EQ(static_cast<int>(error.kind), static_cast<int>(ErrorKind::kTransfer));
-    CHECK(error.message.find("captures a graph") != std::string::npos);
-    f.backend->gather_mlp(f.op({0}, 0), compute);
-}
-
 TEST("without a driver or a device the error says which is missing, and an index out of range names the choices") {
     emu::pretend_device_error(cudaErrorInsufficientDriver);
     const Error driver = ERROR_OF(CudaBackend(0));

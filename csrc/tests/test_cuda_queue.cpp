@@ -192,6 +192,22 @@ TEST("prefetches are bounded in bytes and demands are not") {
     CHECK_ERROR(ErrorKind::kConfig, queue.submit(0, 99, Lane::kDemand));
 }
 
+TEST("copies go on while another thread captures a graph") {
+    Fixture f;
+    DeviceQueue& queue = f.start();
+    check(cudaStreamBeginCapture(f.compute, cudaStreamCaptureModeGlobal), "test");
+    std::vector<Ticket> tickets;
+    for (std::int64_t r = 0; r < 4; ++r) tickets.push_back(queue.submit(r, r, Lane::kDemand));
+    for (const Ticket ticket : tickets) {
+        while (!queue.issued(ticket)) std::this_thread::yield();
+    }
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(f.compute, &graph), "a capture beside copies");
+    check(cudaGraphDestroy(graph), "test");
+    for (std::int64_t r = 0; r < 4; ++r) f.look(r, r, r, f.compute);
+    CHECK(f.all_right(4));
+}
+
 TEST("a failed read is thrown once with file and bytes, leaves no pinned slot filled, and the next attempt works") {
     Fixture f(12, 4, 2);
     std::atomic<bool> broken = true;

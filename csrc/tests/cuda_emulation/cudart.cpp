@@ -1,4 +1,4 @@
-// Fake CUDA runtime, first half: devices, streams and events. Links in place of libcudart, with NVIDIA's own
+// Fake CUDA runtime, first part: devices, streams and events. Links in place of libcudart, with NVIDIA's own
 // prototypes. A stream is a worker thread with random delays; see cudart.hpp for what it does not model.
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -75,7 +75,6 @@ struct State {  // never destroyed: workers may outlive static destructors
     std::map<int, Stream*> defaults;
     std::map<std::string, std::vector<std::pair<int, cudaError_t>>> faults;
     cudaError_t device_error = cudaSuccess;
-    std::atomic<bool> capturing{false};
     std::atomic<unsigned> seeds{0};
     std::atomic<Recording*> recordings{nullptr};
     std::atomic<std::uint64_t> copies{0}, waits{0}, in_flight{0}, most{0};
@@ -87,6 +86,7 @@ State& state() {
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int device_of_thread = 0;
+thread_local Stream* running = nullptr;
 
 }  // namespace
 
@@ -118,12 +118,14 @@ void Stream::push(std::function<void()> work) {
 void Stream::stop() { push(nullptr); }
 
 void Stream::delay() {
-    if (longest_us_ == 0) return;
-    const auto drawn = static_cast<unsigned>(random_());
-    if (drawn % 3 != 0) std::this_thread::sleep_for(std::chrono::microseconds(drawn / 3 % longest_us_));
+    const unsigned longest_us = running->longest_us_;
+    if (longest_us == 0) return;
+    const auto drawn = static_cast<unsigned>(running->random_());
+    if (drawn % 3 != 0) std::this_thread::sleep_for(std::chrono::microseconds(drawn / 3 % longest_us));
 }
 
 void Stream::run() {
+    running = this;
     for (;;) {
         Node* next;
         for (;;) {
@@ -191,7 +193,6 @@ void fail(const char* function, int nth, cudaError_t code) {
 }
 
 void pretend_device_error(cudaError_t code) { state().device_error = code; }
-void pretend_capture(bool capturing) { state().capturing = capturing; }
 
 void count_copy_begin() {
     State& all = state();
@@ -232,7 +233,15 @@ Stream* live_stream(cudaStream_t stream) {
 void enqueue(cudaStream_t stream, std::function<void()> work) {
     Stream* const found = live_stream(stream);
     if (found == nullptr) die("work enqueued on a stream that does not exist");
-    found->push(std::move(work));
+    const cudaError_t code = give(found, std::move(work));
+    if (code != cudaSuccess) note_error(code);
+}
+
+Recording* new_recording() {
+    const Quiet quiet;
+    auto* const recording = new Recording;
+    recording->previous = state().recordings.exchange(recording, std::memory_order_relaxed);
+    return recording;
 }
 
 }  // namespace emu
@@ -247,13 +256,6 @@ emu::Event* live_event(cudaEvent_t event) {
     emu::State& all = emu::state();
     const std::lock_guard<std::mutex> guard(all.mutex);
     return all.events.count(event) != 0 ? reinterpret_cast<emu::Event*>(event) : nullptr;
-}
-
-emu::Recording* new_recording() {
-    const Quiet quiet;
-    auto* const recording = new emu::Recording;
-    recording->previous = emu::state().recordings.exchange(recording, std::memory_order_relaxed);
-    return recording;
 }
 
 }  // namespace
@@ -314,10 +316,6 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     std::snprintf(properties->name, sizeof properties->name, "emulated device %d", device);
     return cudaSuccess;
 }
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-    *mode = cudaStreamCaptureModeGlobal;
-    return cudaSuccess;
-}
 
 cudaError_t cudaGetLastError() {
     const cudaError_t code = emu::last_error;
@@ -326,32 +324,30 @@ cudaError_t cudaGetLastError() {
 }
 cudaError_t cudaPeekAtLastError() { return emu::last_error; }
 const char* cudaGetErrorName(cudaError_t code) {
+#define EMU_NAMED(name) \
+    case name:          \
+        return #name
     switch (code) {
-        case cudaSuccess:
-            return "cudaSuccess";
-        case cudaErrorInvalidValue:
-            return "cudaErrorInvalidValue";
-        case cudaErrorMemoryAllocation:
-            return "cudaErrorMemoryAllocation";
-        case cudaErrorInsufficientDriver:
-            return "cudaErrorInsufficientDriver";
-        case cudaErrorNoDevice:
-            return "cudaErrorNoDevice";
-        case cudaErrorInvalidDevice:
-            return "cudaErrorInvalidDevice";
-        case cudaErrorInvalidResourceHandle:
-            return "cudaErrorInvalidResourceHandle";
-        case cudaErrorNotReady:
-            return "cudaErrorNotReady";
-        case cudaErrorIllegalAddress:
-            return "cudaErrorIllegalAddress";
-        case cudaErrorLaunchFailure:
-            return "cudaErrorLaunchFailure";
-        case cudaErrorNoKernelImageForDevice:
-            return "cudaErrorNoKernelImageForDevice";
+        EMU_NAMED(cudaSuccess);
+        EMU_NAMED(cudaErrorInvalidValue);
+        EMU_NAMED(cudaErrorMemoryAllocation);
+        EMU_NAMED(cudaErrorInsufficientDriver);
+        EMU_NAMED(cudaErrorNoDevice);
+        EMU_NAMED(cudaErrorInvalidDevice);
+        EMU_NAMED(cudaErrorInvalidResourceHandle);
+        EMU_NAMED(cudaErrorIllegalState);
+        EMU_NAMED(cudaErrorNotReady);
+        EMU_NAMED(cudaErrorIllegalAddress);
+        EMU_NAMED(cudaErrorLaunchFailure);
+        EMU_NAMED(cudaErrorNoKernelImageForDevice);
+        EMU_NAMED(cudaErrorStreamCaptureUnsupported);
+        EMU_NAMED(cudaErrorStreamCaptureInvalidated);
+        EMU_NAMED(cudaErrorStreamCaptureIsolation);
+        EMU_NAMED(cudaErrorCapturedEvent);
         default:
             return "cudaErrorUnknown";
     }
+#undef EMU_NAMED
 }
 const char* cudaGetErrorString(cudaError_t code) { return code == cudaSuccess ? "no error" : "emulated error"; }
 
@@ -390,13 +386,15 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     EMU_ENTER(cudaStreamSynchronize);
     emu::Stream* const found = emu::live_stream(stream);
     if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
-    emu::Recording* const recording = new_recording();
+    EMU_CHECK(emu::may_wait(found));
+    emu::Recording* const recording = emu::new_recording();
     found->push([recording] { recording->finish(); });
     recording->wait();
     return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
     EMU_ENTER(cudaDeviceSynchronize);
+    EMU_CHECK(emu::may_wait_for_device(emu::current_device()));
     std::vector<emu::Stream*> mine;
     {
         const Quiet quiet;
@@ -409,10 +407,6 @@ cudaError_t cudaDeviceSynchronize() {
     }
     for (emu::Stream* const stream : mine) cudaStreamSynchronize(reinterpret_cast<cudaStream_t>(stream));
     return cudaStreamSynchronize(nullptr);
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    *status = emu::state().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-    return cudaSuccess;
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -442,9 +436,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     if (found == nullptr || on == nullptr || found->device != on->device) {
         return returned(cudaErrorInvalidResourceHandle);
     }
-    emu::Recording* const recording = new_recording();
+    emu::Recording* const recording = emu::new_recording();
+    EMU_CHECK(emu::capture_record(on, recording));
     found->recording.store(recording, std::memory_order_relaxed);
-    on->push([recording] { recording->finish(); });
+    if (recording->inside == nullptr) on->push([recording] { recording->finish(); });
     return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
@@ -454,7 +449,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     if (found == nullptr || on == nullptr) return returned(cudaErrorInvalidResourceHandle);
     emu::state().waits.fetch_add(1, std::memory_order_relaxed);
     emu::Recording* const recording = found->recording.load(std::memory_order_relaxed);
-    if (recording != nullptr) on->push([recording] { recording->wait(); });
+    EMU_CHECK(emu::capture_wait(on, recording));
+    if (recording != nullptr && recording->inside == nullptr) on->push([recording] { recording->wait(); });
     return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
@@ -462,6 +458,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     emu::Event* const found = live_event(event);
     if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
     emu::Recording* const recording = found->recording.load(std::memory_order_relaxed);
+    EMU_CHECK(emu::may_wait(recording));
     if (recording != nullptr) recording->wait();
     return cudaSuccess;
 }
@@ -470,6 +467,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
     emu::Event* const found = live_event(event);
     if (found == nullptr) return returned(cudaErrorInvalidResourceHandle);
     emu::Recording* const recording = found->recording.load(std::memory_order_relaxed);
+    EMU_CHECK(emu::may_wait(recording));
     return recording == nullptr || recording->done.load(std::memory_order_acquire) != 0 ? cudaSuccess
                                                                                         : cudaErrorNotReady;
 }

@@ -1,5 +1,5 @@
-// What the fake CUDA runtime (cudart.cpp, cudart_memory.cpp) offers to tests and to the kernel emulation beyond
-// NVIDIA's own prototypes. Tests only: it models ordering and ranges, not speed.
+// What the fake CUDA runtime (cudart.cpp, cudart_memory.cpp, cudart_graph.cpp) offers to tests and to the kernel
+// emulation beyond NVIDIA's own prototypes. Tests only: it models ordering and ranges, not speed.
 //
 // Environment: EMU_SEED (delays and orders), EMU_DELAY_US (largest delay before an operation, 0: none), EMU_DEVICES.
 #pragma once
@@ -28,7 +28,6 @@ bool is_pinned(const void* p, std::size_t bytes);
 void fail(const char* function, int nth, cudaError_t code);
 // cudaGetDeviceCount answers this (35: no driver, 100: no device); cudaSuccess: normal.
 void pretend_device_error(cudaError_t code);
-void pretend_capture(bool capturing);  // of every stream
 
 // Device and pinned memory that was allocated while this device was current.
 std::uint64_t bytes_of_device(int device);

@@ -1,4 +1,4 @@
-// Shared by the two halves of the fake runtime: streams, events, allocations, injected faults. Not for tests to
+// Shared by the three parts of the fake runtime: streams, events, allocations, injected faults. Not for tests to
 // include.
 #pragma once
 
@@ -33,8 +33,8 @@ class Stream {
   public:
     explicit Stream(int device);
     void push(std::function<void()> work);
-    void stop();   // the worker ends after what was appended; nobody waits for it
-    void delay();  // on the worker: nothing, or a random while
+    void stop();          // the worker ends after what was appended; nobody waits for it
+    static void delay();  // on the worker of any stream: nothing, or a random while
 
     const int device;
 
@@ -48,13 +48,19 @@ class Stream {
     const unsigned longest_us_;
 };
 
+struct Capture;
+
 // One recording of an event. Never freed: counting references would order threads that the program did not.
 struct Recording {
     std::atomic<std::uint32_t> done{0};
     Recording* previous = nullptr;
+    Capture* inside = nullptr;  // made while its stream captured: no point in time, but a place in a graph
+    const Stream* on = nullptr;
+    std::uint64_t calls = 0;
     void wait();
     void finish();
 };
+Recording* new_recording();
 
 struct Event {
     int device;
@@ -71,6 +77,19 @@ void count_copy_end();
 std::uint64_t pinned_bytes();
 std::uint64_t device_bytes();
 
+bool in_capture(const Stream* on);
+// Appends the work to the stream, or to the graph that it captures.
+cudaError_t give(Stream* on, std::function<void()> work);
+// What captures have to say to an event's recording or a wait for it (null: never recorded). A stream that captures and
+// one that waits for a captured event have nothing to run.
+cudaError_t capture_record(Stream* on, Recording* recording);
+cudaError_t capture_wait(Stream* on, const Recording* recording);
+// An error, and the captures that forbid it invalidated, where this thread may not wait now, allocate or free.
+cudaError_t may_wait(const Recording* recording);
+cudaError_t may_wait(const Stream* stream);
+cudaError_t may_wait_for_device(int device);
+cudaError_t may_allocate();
+
 }  // namespace emu
 
 // First line of every runtime function: an injected fault is returned in its place.
@@ -78,4 +97,10 @@ std::uint64_t device_bytes();
     do {                                                                         \
         cudaError_t emu_code = cudaSuccess;                                      \
         if (::emu::injected(#name, &emu_code)) return ::emu::returned(emu_code); \
+    } while (false)
+// Returns the error where there is one.
+#define EMU_CHECK(check)                                               \
+    do {                                                               \
+        const cudaError_t emu_code = (check);                          \
+        if (emu_code != cudaSuccess) return ::emu::returned(emu_code); \
     } while (false)

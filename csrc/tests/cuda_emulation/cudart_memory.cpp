@@ -1,4 +1,4 @@
-// Fake CUDA runtime, second half: memory and copies. Every pointer is checked against the live allocations; fresh,
+// Fake CUDA runtime, second part: memory and copies. Every pointer is checked against the live allocations; fresh,
 // freed and arriving memory is poisoned with 0xFF (a NaN in every float type), and a copy arrives in two parts.
 #include <cstdint>
 #include <cstdio>
@@ -140,16 +140,24 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 }
 cudaError_t cudaMalloc(void** p, std::size_t bytes) {
     EMU_ENTER(cudaMalloc);
+    EMU_CHECK(emu::may_allocate());
     return emu::allocate(p, bytes, &emu::Memory::device, &emu::Memory::device_bytes, 256,
                          emu::limit_of("EMU_DEVICE_MIB"));
 }
-cudaError_t cudaFree(void* p) { return emu::release(p, &emu::Memory::device, &emu::Memory::device_bytes); }
+cudaError_t cudaFree(void* p) {
+    EMU_CHECK(emu::may_allocate());
+    return emu::release(p, &emu::Memory::device, &emu::Memory::device_bytes);
+}
 cudaError_t cudaHostAlloc(void** p, std::size_t bytes, unsigned) {
     EMU_ENTER(cudaHostAlloc);
+    EMU_CHECK(emu::may_allocate());
     return emu::allocate(p, bytes, &emu::Memory::pinned, &emu::Memory::pinned_bytes, 4096,
                          emu::limit_of("EMU_PINNED_MIB"));
 }
-cudaError_t cudaFreeHost(void* p) { return emu::release(p, &emu::Memory::pinned, &emu::Memory::pinned_bytes); }
+cudaError_t cudaFreeHost(void* p) {
+    EMU_CHECK(emu::may_allocate());
+    return emu::release(p, &emu::Memory::pinned, &emu::Memory::pinned_bytes);
+}
 
 cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
@@ -173,27 +181,27 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes,
     // On a GPU an asynchronous copy from pageable memory is legal, and blocks; here it is taken for the mistake it is.
     if (up && !emu::is_pinned(source, bytes)) return emu::refuse("copy source is not pinned", source, bytes);
     if (down && !emu::is_pinned(target, bytes)) return emu::refuse("copy target is not pinned", target, bytes);
-    if (up) emu::count_copy_begin();
-    on->push([=] {
+    const bool counted = up && !emu::in_capture(on);
+    if (counted) emu::count_copy_begin();
+    const auto copy = [=] {
         const std::size_t half = bytes / 2;
         auto* const to = static_cast<unsigned char*>(target);
         const auto* const from = static_cast<const unsigned char*>(source);
         std::memset(to, emu::kPoison, bytes);
-        on->delay();
+        emu::Stream::delay();
         std::memcpy(to, from, half);
-        on->delay();
+        emu::Stream::delay();
         std::memcpy(to + half, from + half, bytes - half);
-        if (up) emu::count_copy_end();
-    });
-    return cudaSuccess;
+        if (counted) emu::count_copy_end();
+    };
+    return returned(emu::give(on, copy));
 }
 cudaError_t cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream_t stream) {
     EMU_ENTER(cudaMemsetAsync);
     emu::Stream* const on = emu::live_stream(stream);
     if (on == nullptr) return returned(cudaErrorInvalidResourceHandle);
     if (emu::device_of(target, bytes) != on->device) return emu::refuse("memset outside device memory", target, bytes);
-    on->push([=] { std::memset(target, value, bytes); });
-    return cudaSuccess;
+    return returned(emu::give(on, [=] { std::memset(target, value, bytes); }));
 }
 
 }  // extern "C"
