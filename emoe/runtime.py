@@ -509,16 +509,16 @@ class Runtime:
         """
         tables = self._settling()
         assert self._device is not None
+        # Held throughout: a load that another thread began between the two calls would not wait for the replays.
         with self._lock:
             for layer in range(len(self.layers)):
                 if tables.settled(layer, self.plan.top_k) is None:
                     raise EmoeError(f"layer {layer} is not settled; call settle() before replays")
             slots, stream = tables.slots(), self._device.stream()
             self._device.native.begin_read(self._slab, slots, stream)
-        try:
-            yield
-        finally:
-            with self._lock:
+            try:
+                yield
+            finally:
                 self._device.native.end_read(self._slab, slots, stream)
 
     def _settling(self) -> SlotTables:
