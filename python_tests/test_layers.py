@@ -25,6 +25,7 @@ FORBIDDEN_IMPORTS = {
     "experts": {"emoe.runtime", "emoe.planning"},
     "misses": {"torch", "numpy", "emoe.device", "emoe.loader", "emoe.runtime"},
     "device_experts": {"emoe.runtime", "emoe.experts", "emoe.planning"},
+    "slot_tables": {"emoe.runtime", "emoe.experts", "emoe.routing", "emoe.device"},
     "modeling": {"emoe.runtime", "emoe.experts", "emoe.planning"},
     "tasks": {"emoe.runtime", "emoe.loader", "emoe.routing", "emoe.predictor", "emoe.cache"},
     "sensitivity": {"emoe.runtime", "emoe.loader", "emoe.tasks", "emoe.predictor", "emoe.experts"},
