@@ -53,10 +53,12 @@ emulated: build
 # The CUDA part under host emulation: native tests and models, plain and under sanitizers, some minutes; a few mutants.
 cuda-test: emulated
 	PATH="$(CURDIR)/$(BIN):$$PATH" EMOE_TEST_CUDA=only bash scripts/native_tests.sh
-	$(BIN)/python -m pytest -n auto python_tests/test_device.py
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh address -q python_tests/test_device.py -k "$(SANITIZED)"
+	$(BIN)/python -m pytest -n auto $(EMULATED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh address -n auto $(EMULATED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh thread -n auto $(EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --quick
-SANITIZED := exact_decode or resident_routing or left_to_the_cpu or fails
+EMULATED := python_tests/test_device.py python_tests/test_ops.py python_tests/test_cuda_scripts.py \
+  -k "test_device or emulated or transfer_benchmark"
 
 # Every kernel for every published architecture: registers, shared memory, spills, tensor-core instructions. Needs nvcc.
 cuda-matrix: build

@@ -275,11 +275,15 @@ def table_of(rows: list[dict[str, Any]], readers: list[str], workers: int) -> Ta
     return table
 
 
-def copies_to(device: str, quick: bool) -> int:
+def copies_to(name: str, quick: bool) -> int:
     import transfer_cuda
 
+    from emoe.device import open_device
+
+    device = open_device(name)
+    assert device is not None
     rows = transfer_cuda.measure(device, quick)
-    Console().print(transfer_cuda.table_of(rows, device))
+    Console().print(transfer_cuda.table_of(rows, name))
     return 0 if all(row["right"] for row in rows) else 1
 
 

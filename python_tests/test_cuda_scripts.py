@@ -1,18 +1,23 @@
-"""What the scripts around the CUDA part rely on; no compiler is run."""
+"""What the scripts and benchmarks around the CUDA part rely on; no compiler is run."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 
 import cuda_matrix  # noqa: E402
 import cuda_mutants  # noqa: E402
+import transfer_cuda  # noqa: E402
+
+from emoe.device import open_device  # noqa: E402
 
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN4emoe4cuda11sort_kernelENS0_7SortingE' for 'sm_80'
@@ -72,3 +77,27 @@ def test_the_quick_mutants_are_of_both_kinds():
     quick = [mutant for mutant in cuda_mutants.mutants() if mutant.quick]
     suites = {suite for mutant in quick for suite in mutant.suites}
     assert {"test_cuda_kernels", "test_cuda_backend"} <= suites
+
+
+@pytest.fixture
+def emulated(found_device):
+    return open_device(found_device("emulated"))
+
+
+def test_every_copy_of_the_transfer_benchmark_arrives(emulated):
+    rows = transfer_cuda.measure(emulated, quick=True)
+    assert [row for row in rows if not row["right"]] == []
+    assert all(row["bytes_per_second"] > 0 for row in rows)
+
+
+def test_no_row_of_the_transfer_benchmark_is_right_when_the_last_byte_of_the_device_is_another(emulated):
+    class Wrong(emulated.module.CudaDevice):
+        def download(self, dst, src, nbytes, stream):
+            super().download(dst, src, nbytes, stream)
+            ctypes.c_uint8.from_address(dst + nbytes - 1).value ^= 1
+
+    emulated.native = Wrong(0)
+    emulated.module = SimpleNamespace(**{**vars(emulated.module), "CudaDevice": Wrong})
+    rows = transfer_cuda.measure(emulated, quick=True)
+    assert [row for row in rows if row["right"]] == []
+    assert len(rows) == 13

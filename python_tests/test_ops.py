@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from emoe import native, ops
+from emoe.device import Device, open_device
 from emoe.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,11 @@ class Slots:
 
     memory: torch.Tensor
     slot_bytes: int
-    layout: Any
+    arguments: dict[str, Any]  # of an MlpLayout
+
+    @property
+    def layout(self) -> Any:
+        return C.MlpLayout(**self.arguments)
 
     @property
     def address(self) -> int:
@@ -99,18 +104,12 @@ def place(experts: Any, flags: dict[str, Any]) -> Slots:
             memory[start : start + param[e].numel() * dtype.itemsize] = param[e].flatten().view(torch.uint8)
     up = "gate_up_proj" if "gate_up_proj" in params else "up_proj"
     arguments: dict[str, Any] = {"has_gate": True, "interleaved": False, "transposed": False, "activation": "silu"}
-    layout = C.MlpLayout(
-        hidden=H,
-        intermediate=I,
-        hidden_out=H,
-        dtype=str(dtype).removeprefix("torch."),
-        **(arguments | flags),
-        gate_up_offset=offsets[up],
-        down_offset=offsets["down_proj"],
-        gate_up_bias_offset=offsets.get(f"{up}_bias", -1),
-        down_bias_offset=offsets.get("down_proj_bias", -1),
-    )
-    return Slots(memory, end, layout)
+    arguments |= flags
+    arguments |= {"hidden": H, "intermediate": I, "hidden_out": H, "dtype": str(dtype).removeprefix("torch.")}
+    arguments |= {"gate_up_offset": offsets[up], "down_offset": offsets["down_proj"]}
+    arguments["gate_up_bias_offset"] = offsets.get(f"{up}_bias", -1)
+    arguments["down_bias_offset"] = offsets.get("down_proj_bias", -1)
+    return Slots(memory, end, arguments)
 
 
 def experts_of(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Slots]:
@@ -130,15 +129,48 @@ def routing(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tens
     return hidden, index, torch.rand((tokens, K), generator=generator).to(dtype)
 
 
-def run(
+Run = Callable[..., torch.Tensor]  # slots, hidden, index, weights, groups of experts: one call each
+
+
+def slots_of(groups: Any) -> list[np.ndarray]:
+    tables = []
+    for group in groups or [range(E)]:
+        tables.append(np.full(E, -1, dtype=np.int32))
+        tables[-1][list(group)] = SLOT_OF[list(group)]
+    return tables
+
+
+def on_cpu(
     slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, groups: Any = None
 ) -> torch.Tensor:
     pairs = torch.zeros((*index.shape, H))
-    for group in groups or [range(E)]:
-        slot_of = np.full(E, -1, dtype=np.int32)
-        slot_of[list(group)] = SLOT_OF[list(group)]
+    for slot_of in slots_of(groups):
         ops.gather_mlp(slots.layout, slots, slot_of, hidden, index, weights, pairs, "pairs")
     return ops.combine(pairs, hidden.dtype)
+
+
+def on(device: Device) -> Run:
+    def run(
+        slots: Slots, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, groups: Any = None
+    ) -> torch.Tensor:
+        slab = device.native.slab(E, slots.slot_bytes)
+        for slot in range(E):
+            source, target = slots.address + slot * slots.slot_bytes, slab.address + slot * slab.slot_bytes
+            device.native.upload(target, source, slots.slot_bytes, device.stream())
+        place = "cpu" if device.name == "emulated" else device.name
+        arguments = [tensor.to(place) for tensor in (hidden, index, weights)]
+        with device.call(device.module.MlpLayout(**slots.arguments), slab, *arguments) as call:
+            for slot_of in slots_of(groups):
+                call.gather(slot_of)
+            return call.combine(hidden.dtype).cpu()
+
+    return run
+
+
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest, found_device: Callable[[str], str]) -> Run:
+    """The kernels of the CPU and of every device."""
+    return on_cpu if request.param == "cpu" else on(open_device(found_device(request.param)))
 
 
 def eager(experts: Any, *arguments: torch.Tensor) -> torch.Tensor:
@@ -147,7 +179,7 @@ def eager(experts: Any, *arguments: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_layout_flags_mean_what_transformers_computes(family: str, tokens: int) -> None:
+def test_the_layout_flags_mean_what_transformers_computes(run: Run, family: str, tokens: int) -> None:
     experts, slots = experts_of(family)
     arguments = routing(tokens)
     torch.testing.assert_close(run(slots, *arguments), eager(experts, *arguments), rtol=1e-5, atol=1e-5)
@@ -155,7 +187,7 @@ def test_the_layout_flags_mean_what_transformers_computes(family: str, tokens: i
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_is_as_close_to_float32_as_transformers_is(family: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_as_close_to_float32_as_transformers_is(run: Run, family: str, dtype: torch.dtype) -> None:
     experts, slots = experts_of(family, dtype)
     hidden, index, weights = routing(40, dtype)
     exact = eager(experts.float(), hidden.float(), index, weights.float())
@@ -170,13 +202,13 @@ def test_accumulating_gives_the_sum_over_pairs(family: str) -> None:
     hidden, index, weights = routing(20)
     out = torch.zeros((20, H))
     ops.gather_mlp(slots.layout, slots, SLOT_OF, hidden, index, weights, out, "accumulate")
-    torch.testing.assert_close(out, run(slots, hidden, index, weights), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, on_cpu(slots, hidden, index, weights), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_decodes_to_the_same_bits_alone_in_a_batch_of_8_and_in_any_grouping(
-    family: str, dtype: torch.dtype
+    run: Run, family: str, dtype: torch.dtype
 ) -> None:
     _, slots = experts_of(family, dtype)
     hidden, index, weights = routing(8, dtype)
@@ -188,13 +220,13 @@ def test_a_token_decodes_to_the_same_bits_alone_in_a_batch_of_8_and_in_any_group
         assert torch.equal(alone, batch[t : t + 1])
 
 
-def test_a_prefill_gives_the_same_bits_in_any_grouping() -> None:
+def test_a_prefill_gives_the_same_bits_in_any_grouping(run: Run) -> None:
     _, slots = experts_of("mixtral", torch.bfloat16)
     arguments = routing(60, torch.bfloat16)
     assert torch.equal(run(slots, *arguments, [[e] for e in range(E)]), run(slots, *arguments))
 
 
-def test_ids_outside_the_experts_add_nothing() -> None:
+def test_ids_outside_the_experts_add_nothing(run: Run) -> None:
     experts, slots = experts_of("mixtral")
     hidden, index, weights = routing(6)
     index[:, 0] = torch.tensor([-1, E, E + 7, -(2**40), 2**40, E])
@@ -202,7 +234,7 @@ def test_ids_outside_the_experts_add_nothing() -> None:
     torch.testing.assert_close(run(slots, hidden, index, weights), want, rtol=1e-5, atol=1e-5)
 
 
-def test_no_tokens_are_no_error() -> None:
+def test_no_tokens_are_no_error(run: Run) -> None:
     _, slots = experts_of("mixtral")
     assert run(slots, *routing(0)).shape == (0, H)
 
@@ -251,7 +283,7 @@ def test_a_slot_smaller_than_its_layout_is_refused_with_both_sizes() -> None:
     _, slots = experts_of("mixtral")
     slots.slot_bytes = 100
     with pytest.raises(ConfigError, match=rf"reaches to byte {3 * H * I * 4}, but slots have 100 bytes"):
-        run(slots, *routing(1))
+        on_cpu(slots, *routing(1))
 
 
 @pytest.mark.parametrize(

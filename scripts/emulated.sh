@@ -18,7 +18,11 @@ cmake --build "$folder" --target _C_emulated -- --quiet
 [[ $kind == plain ]] && exit
 shift
 # Python and torch are not instrumented: the sanitizer has to be there before them, and what only they do is not its matter.
-# libstdc++ stands beside it so that their exceptions are found.
-exec env LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 EMOE_EMULATED_FROM="$target" \
-  setarch "$(uname -m)" -R python -m pytest "$@"
+# libstdc++ stands beside it so that their exceptions are found. pytest captures standard error, so reports go to files.
+# The limit of a test is for plain builds; ThreadSanitizer is several times slower.
+rm -f "$folder"/report.*
+options=halt_on_error=1:log_path=$folder/report
+env LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)" EMOE_EMULATED_FROM="$target" \
+  ASAN_OPTIONS=detect_leaks=0:$options UBSAN_OPTIONS=print_stacktrace=1:$options \
+  TSAN_OPTIONS=ignore_noninstrumented_modules=1:$options \
+  setarch "$(uname -m)" -R python -m pytest --timeout 1200 "$@" || { status=$?; cat "$folder"/report.* >&2 || true; exit $status; }

@@ -190,6 +190,14 @@ void bind_cuda(py::module_& module) {
             },
             arg("dst"), arg("src"), arg("nbytes"), arg("stream"), release_gil(), "Device to host; blocks.")
         .def(
+            "copy",
+            [](CudaBackend& self, std::uintptr_t dst, std::uintptr_t src, std::size_t bytes, bool prefetch) {
+                self.copy({pointer<std::byte>(dst), bytes, false}, {pointer<const std::byte>(src), bytes},
+                          prefetch ? Lane::kPrefetch : Lane::kDemand);
+            },
+            arg("dst"), arg("src"), arg("nbytes"), arg("prefetch") = false, release_gil(),
+            "Pinned memory to device, on a lane's stream; blocks while the lane is full. finish_copies() waits for it.")
+        .def(
             "gather_mlp",
             [](CudaBackend& self, const MlpLayout& layout, const Slab& slab, const py::array& slot_of,
                std::uintptr_t hidden, const std::string& hidden_dtype, std::int64_t tokens, std::uintptr_t index,
