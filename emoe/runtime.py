@@ -26,6 +26,7 @@ from emoe.memory import available_memory
 from emoe.misses import MISS_MODES
 from emoe.planning import Plan, make_plan, plan_for_model
 from emoe.prediction import PERIOD, SLACK, parse_prediction
+from emoe.request_start import RequestStart
 from emoe.residency import BaseSet
 from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
 from emoe.routing.options import Bias
@@ -240,6 +241,7 @@ class Runtime:
         self._lock = RLock()
         self._closed = False
         self._named = 0  # blocks of `request` that are open
+        self._starts = RequestStart()
         modules = dict(model.named_modules())
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         if device is not None:
@@ -347,14 +349,11 @@ class Runtime:
         self.routing.start()
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Outside `request`, a forward with nothing in its KV cache begins one."""
+        """Outside `request`, a forward may begin one; one that goes on with what ran in `request` does as well."""
         if self._named or self._closed or self.base.is_paused:
             return
-        length = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        # Caches of models that mix in layers without attention may say 0 for ever.
-        if not length and (ids is None or ids.shape[-1] > 1 or not self.base.running):
-            with self._lock:
+        with self._lock:
+            if self._starts(args, kwargs) or not self.base.running:
                 self.base.begin()
 
     def _log_start(self, kernels: str) -> None:
@@ -438,7 +437,8 @@ class Runtime:
 
         The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
         With a predictor it is also what the base set is chosen for; requests within it, or beside it in other threads,
-        are then part of it. Without this, a forward with an empty KV cache begins a request of no task.
+        are then part of it. Without this, a forward that begins a text is the start of a request of no task
+        (`emoe.request_start`).
 
         Args:
             task: name of its task.
