@@ -18,6 +18,7 @@ from emoe.errors import ConfigError
 from emoe.loader import Loader
 from emoe.prediction import PredictionOptions
 from emoe.predictor import UNKNOWN_TASK
+from emoe.predictor.across import AcrossLayers
 from emoe.predictor.load_score import Expected, load_score
 from emoe.predictor.table import TaskTable
 from emoe.residency import BaseSet
@@ -470,6 +471,17 @@ def test_wrong_options_name_the_value_and_the_choices(model, options, words):
     assert getattr(model, "emoe", None) is None
     with torch.no_grad():
         model(_ids(0))
+
+
+def test_a_file_that_predicts_no_next_layer_is_named_with_its_kind_and_the_kinds_that_do(model, tmp_path):
+    path = tmp_path / "table.safetensors"
+    TaskTable(np.ones((1, 2, 4), dtype=np.float32), ("code",)).save(path)
+    with pytest.raises(ConfigError, match=r"table\.safetensors'.* 'task-table'.*: across-layers; 'look-ahead'"):
+        emoe.wrap(model, memory_budget=0.5, prefetch=str(path))
+    path = tmp_path / "across.safetensors"
+    AcrossLayers(np.ones((1, 4, 4), dtype=np.float32), np.ones((2, 4), dtype=np.float32)).save(path)
+    with pytest.raises(ConfigError, match=r"across\.safetensors' scores \[2, 4\].*this model has \[2, 8\]"):
+        emoe.wrap(model, memory_budget=0.5, prefetch=path)
 
 
 def test_a_predictor_of_another_shape_is_refused(model):
