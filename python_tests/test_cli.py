@@ -173,6 +173,36 @@ def test_a_mistake_gives_one_line_that_names_it_and_status_2(words, said, capsys
     assert len(err.strip().splitlines()) == 1
 
 
+OUTPUTS = [
+    (["analyze", "--out"], "analyze"),
+    (["profile", "tasks", "--prompts", "p", "--out"], ""),
+    (["profile", "sensitivity", "--prompts", "p", "--model", "a/b", "--out"], ""),
+    (["train-predictor", "--traces", "t", "--kind", "linear", "--out"], ""),
+    (["run", "--model", "a/b", "--prompt", "x", "--trace"], ""),
+]
+
+
+@pytest.mark.parametrize(("words", "makes_folders"), OUTPUTS, ids=[" ".join(words[:2]) for words, _ in OUTPUTS])
+def test_a_place_that_cannot_be_written_is_named_before_anything_runs(words, makes_folders, tmp_path, capsys):
+    file = tmp_path / "file.npz"
+    file.write_bytes(b"")
+    places = {
+        file / "in.npz": "file.npz' is",  # a file where a folder is wanted
+        "/proc/new.npz": "cannot be written: ",
+        **({file: "is a file; give a folder"} if makes_folders else {
+            tmp_path: "does not end in .npz" if words[0] == "run" else "is a folder; give a file",
+            tmp_path / "no" / "in.npz": "/no' is not there",
+        }),
+    }  # fmt: skip
+    for place, said in places.items():
+        status, out, err = run(capsys, *words, place)
+        assert (status, out) == (2, "")
+        assert said in err
+        assert words[-1] in err
+        assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_missing_tokenizer_is_named(checkpoint, capsys):
     status, _, err = run(capsys, "run", "--model", checkpoint("mixtral"), "--prompt", "hi")
     assert status == 2

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         child.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="labelled prompts, JSON lines")
-        child.add_argument("--out", required=True, type=Path, metavar="FILE", help="what was learned is written there")
+        child.add_argument(
+            "--out", required=True, type=common.output_file, metavar="FILE", help="what was learned is written there"
+        )
         add(child)
         common.add_shared_arguments(child)
         for action in child._actions:  # `emoe profile --json tasks` holds, too
@@ -129,8 +131,6 @@ def _names(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.out.expanduser().parent.is_dir():
-        raise ConfigError(f"the folder of --out {str(args.out)!r} is not there")
     return _run_tasks(args) if args.what == "tasks" else _run_sensitivity(args)
 
 

@@ -154,12 +154,9 @@ def _mass(text: str) -> float:
 
 
 def _trace_path(text: str) -> Path:
-    path = Path(text).expanduser()
-    if path.suffix != ".npz":
+    if not text.endswith(".npz"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .npz")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder of {text!r} is not there")
-    return path
+    return common.output_file(text)
 
 
 def run(args: argparse.Namespace) -> int:
