@@ -136,11 +136,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_tasks(args: argparse.Namespace) -> int:
     from emoe import tasks
+    from emoe.tasks.prompts import choose
 
     if (args.kind == "embeddings") != (args.model is not None):
         raise ConfigError("--model goes with --kind embeddings, which needs it")
     prompts = tasks.load_prompts(args.prompts)
-    train = [prompt for prompt in prompts if prompt.split == "train"]
+    train = choose(prompts, args.prompts, "train")
     held = [prompt for prompt in prompts if prompt.split == "dev"]
     with common.stage("fitting; nothing was written"), common.console(stderr=True).status("fitting"):
         model, tokenizer = _embeddings(args.model) if args.model else (None, None)
