@@ -23,17 +23,18 @@ class RequestStart:
         cache = kwargs.get("past_key_values")
         if cache is not None:
             self._text = None
-            return is_empty(cache)
+            return not cached_tokens(cache)
         text = kwargs.get("input_ids", args[0] if args else None)
         before, self._text = self._text, text
         return before is None or text is None or not continues(text, before)
 
 
-def is_empty(cache: Any) -> bool:
-    """Whether no layer of a KV cache has seen a token."""
-    # Every layer is asked: the first may be one that keeps no tokens, and says 0 for ever.
+def cached_tokens(cache: Any) -> int:
+    """How many tokens a KV cache has seen."""
+    # The first layer may be one that keeps no tokens, and says 0 for ever.
     layers = getattr(cache, "layers", None) or [cache]
-    return not any(getattr(layer, "get_seq_length", int)() for layer in layers)
+    counts = (int(getattr(layer, "get_seq_length", int)()) for layer in layers)
+    return next((count for count in counts if count), 0)
 
 
 def continues(text: torch.Tensor, before: torch.Tensor) -> bool:

@@ -87,6 +87,23 @@ def test_run_writes_a_trace_that_replay_scores(model_folder, capsys, tmp_path):
     assert result["bytes_moved"] == result["loads"] * report["stats"]["slot_bytes"]
 
 
+@pytest.mark.parametrize("routing", ["resident", "exact"])
+def test_run_says_how_far_substitution_moves_the_answer_and_counts_only_the_answer(model_folder, capsys, routing):
+    words = ["run", "--model", model_folder, "--memory-budget", "50%", "--prompt", "w5 w6 w7", "--max-new-tokens", 6]
+    words += ["--routing", routing]
+    plain = run_json(capsys, *words)[1]
+    assert plain["probe"] is None
+    status, report = run_json(capsys, *words, "--probe", "--task", "code")
+    assert status == 0
+    assert report["token_ids"] == plain["token_ids"]
+    assert report["stats"]["misses"] == plain["stats"]["misses"]
+    probe = report["probe"]
+    assert (probe["task"], probe["tokens"]) == ("code", len(report["token_ids"]))
+    assert 0 < probe["substituted_mass"] < 1
+    assert 0 < probe["logit_change"] < 1
+    assert "of router mass moves next tokens by" in run(capsys, *words, "--probe")[2]
+
+
 def test_run_keeps_the_experts_that_a_predictor_names_for_the_task(model_folder, capsys, tmp_path):
     from emoe.predictor.table import TaskTable
 

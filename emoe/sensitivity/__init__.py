@@ -4,15 +4,18 @@ Knows models, routers and texts; nothing of budgets, residency policies or reque
 """
 
 from emoe.sensitivity.online import Estimate, OnlineSensitivity
-from emoe.sensitivity.probe import Probe, Prober, probe
+from emoe.sensitivity.probe import ANSWER_TOKENS, Probe, Prober, probe
 from emoe.sensitivity.profile import SensitivityProfile, suggest_bias
 from emoe.sensitivity.progressive import Sample, measure
+from emoe.sensitivity.serving import RequestProbes
 
 __all__ = [
+    "ANSWER_TOKENS",
     "Estimate",
     "OnlineSensitivity",
     "Probe",
     "Prober",
+    "RequestProbes",
     "Sample",
     "SensitivityProfile",
     "measure",
