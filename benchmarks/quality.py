@@ -26,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import emoe
-from emoe.analysis.recording import Chat, encode
+from emoe.analysis.recording import encode
 from emoe.analysis.workload import place
 from emoe.predictor import top
 from emoe.predictor.table import TaskTable
@@ -82,10 +82,9 @@ def read(path: Path, split: str, tokenizer: Any, per_task: int, asked: int, seed
         order = np.random.default_rng(seed).permutation(len(mine))
         chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number in order:
-            asking = encode(tokenizer, Chat(task, mine[number].prompt, ""))
+            asking = encode(tokenizer, mine[number], answered=False)
             if asking.shape[1] <= 0.8 * LONGEST and len(chosen) < per_task:
-                chat = Chat(task, mine[number].prompt, mine[number].reference)
-                chosen.append((encode(tokenizer, chat)[:, :LONGEST], asking))
+                chosen.append((encode(tokenizer, mine[number])[:, :LONGEST], asking))
         scored[task] = [text for text, _ in chosen]
         questions[task] = [asking for _, asking in chosen[:asked]]
     return Texts(scored, questions)

@@ -1,11 +1,13 @@
 """Files that emoe writes for itself: whole or not at all; arrays as safetensors with settings as JSON in the metadata.
 
-Nothing in such a file is executed. What is in it is for the callers to say.
+Nothing in such a file is executed, and a digest tells whether it still is what was written. What is in it is for the
+callers to say.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from emoe.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2  # 2: with a digest
 
 
 @contextlib.contextmanager
@@ -55,8 +57,10 @@ def write(
     from safetensors.numpy import save
 
     path = Path(path).expanduser()
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     metadata = {"format": format, "version": str(VERSION), "kind": kind, "settings": json.dumps(dict(settings))}
-    data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata=metadata)
+    metadata["digest"] = _digest(metadata, arrays)
+    data = save(arrays, metadata=metadata)
     with whole(path) as file:
         file.write(data)
     return path
@@ -72,7 +76,7 @@ def read(
         arrays: False leaves the arrays unread.
 
     Raises:
-        CheckpointError: the file is something else, of a later version, or cannot be read.
+        CheckpointError: the file is something else, of another version, damaged, or cannot be read.
         FileNotFoundError: there is no such file.
     """
     from safetensors import SafetensorError, safe_open
@@ -85,16 +89,39 @@ def read(
             metadata = file.metadata() or {}
             if metadata.get("format") != format:
                 raise CheckpointError(f"{path}: not the file of a {what}", file=str(path))
-            if int(metadata["version"]) > VERSION:
+            if int(metadata["version"]) != VERSION:
                 version = metadata["version"]
                 raise CheckpointError(
-                    f"{path}: format version {version}; this emoe reads up to {VERSION}", file=str(path)
+                    f"{path}: format version {version}; this emoe reads version {VERSION}", file=str(path)
                 )
-            settings = json.loads(metadata["settings"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if arrays else {}  # noqa: SIM118
             kind = metadata["kind"]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if arrays else {}  # noqa: SIM118
+            if arrays and metadata["digest"] != _digest(metadata, tensors):
+                raise CheckpointError(f"{path}: damaged: its digest is not that of its content", file=str(path))
+            settings = json.loads(metadata["settings"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the file of a {what}: {error}", file=str(path)) from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path}: settings are {type(settings).__name__}, expected a JSON object", file=str(path))
     return kind, tensors, settings
+
+
+def _digest(metadata: Mapping[str, str], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of kind, settings and arrays."""
+    found = hashlib.sha256(json.dumps([metadata["kind"], metadata["settings"]]).encode())
+    for name, array in sorted(arrays.items()):
+        found.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def texts(settings: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A list of texts in a file's settings.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = settings.get(name)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"{name!r} is {value!r}, expected a list of texts")
+    return tuple(value)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.errors import ConfigError
-from emoe.predictor import MADE, ExpertPredictor, load, make
+from emoe.predictor import KINDS, MADE, ExpertPredictor, class_of, files, load, make
 
 PERIOD = 40  # requests; arXiv 2503.06823
 SLACK = 0.5  # of a layer's slots; docs/tasks.md: what misnamed tasks cost
@@ -102,7 +102,7 @@ def parse_prediction(
 
             prefetch = LookAhead.of(model)
         elif Path(prefetch).is_file():
-            prefetch = load(prefetch)
+            prefetch = _load_next_layer(prefetch, layers, experts)
         else:
             raise ConfigError(f"prefetch={str(prefetch)!r} is neither a file nor '{LOOK_AHEAD}'")
     if isinstance(sensitivity, (str, Path)):
@@ -112,3 +112,20 @@ def parse_prediction(
             raise ConfigError(f"sensitivity={str(sensitivity)!r} is not a file; 'emoe profile sensitivity' makes one")
         sensitivity = SensitivityProfile.load(sensitivity)
     return PredictionOptions(predictor, period, slack, prefetch, sensitivity)
+
+
+def _load_next_layer(path: str | Path, layers: int, experts: int) -> ExpertPredictor:
+    """A predictor of the next layer of this model, from its file."""
+    predictor = load(path)
+    if not hasattr(predictor, "next_layer"):
+        able = [kind for kind in KINDS if hasattr(class_of(kind), "next_layer")]
+        raise ConfigError(
+            f"prefetch={str(path)!r} holds a predictor of kind {files.kind(path)!r}, which does not predict the next "
+            f"layer; kinds that do: {', '.join(able)}; '{LOOK_AHEAD}' needs no file"
+        )
+    shape = list(np.shape(predictor.rank()))
+    if shape != [layers, experts]:
+        raise ConfigError(
+            f"prefetch={str(path)!r} scores {shape} (layers, experts); this model has {[layers, experts]}"
+        )
+    return predictor

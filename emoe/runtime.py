@@ -26,9 +26,12 @@ from emoe.memory import available_memory
 from emoe.misses import MISS_MODES
 from emoe.planning import Plan, make_plan, plan_for_model
 from emoe.prediction import PERIOD, SLACK, parse_prediction
+from emoe.request_start import RequestStart
 from emoe.residency import BaseSet
 from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
 from emoe.routing.options import Bias
+from emoe.sensitivity.online import SHARE, OnlineSensitivity
+from emoe.sensitivity.serving import RequestProbes, probing
 from emoe.slot_tables import SlotTables
 from emoe.store import ExpertStore, Piece
 from emoe.store.writer import write_store
@@ -241,6 +244,8 @@ class Runtime:
         self._lock = RLock()
         self._closed = False
         self._named = 0  # blocks of `request` that are open
+        self._starts = RequestStart()
+        self._probes: RequestProbes | None = None
         modules = dict(model.named_modules())
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         if device is not None:
@@ -353,14 +358,11 @@ class Runtime:
         self.routing.start()
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Outside `request`, a forward with nothing in its KV cache begins one."""
+        """Outside `request`, a forward may begin one; one that goes on with what ran in `request` does as well."""
         if self._named or self._closed or self.base.is_paused:
             return
-        length = getattr(kwargs.get("past_key_values"), "get_seq_length", int)()
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        # Caches of models that mix in layers without attention may say 0 for ever.
-        if not length and (ids is None or ids.shape[-1] > 1 or not self.base.running):
-            with self._lock:
+        with self._lock:
+            if self._starts(args, kwargs) or not self.base.running:
                 self.base.begin()
 
     def _log_start(self, kernels: str) -> None:
@@ -390,6 +392,7 @@ class Runtime:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
             stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
             `prefetch_bytes`, reader, kernels (layers served by "native", "stock" or a device), slots, resident_share,
+            `sensitivity`: what `probe` found, or None,
             budget_bytes, `routing`: what the routing mode changed (`emoe.routing.Routing.stats`), and `prediction`:
             what the predictor did (docs/residency.md). With a device also: device, host_hits and host_misses (records
             found in pinned memory or not), on_cpu (missing experts that the CPU computed), settled (forwards of layers
@@ -418,6 +421,7 @@ class Runtime:
             "store": self.store.description,
             "routing": self.routing.stats(per_layer=per_layer),
             "prediction": self.base.stats(),
+            "sensitivity": self._probes.stats() if self._probes is not None else None,
         }
         result.pop("stall_seconds", None)
         if self._device is not None:
@@ -433,6 +437,30 @@ class Runtime:
             ]
         return result
 
+    def probe(self, share: float = SHARE) -> OnlineSensitivity:
+        """From now on a share of each task's requests is probed as it ends: how far substitution moves its answer.
+
+        A probe reads the request's text twice, with substitution and without (docs/sensitivity.md says what stands for
+        substitution in each mode, and what it costs). Only blocks of `request` with a text of their own are probed.
+
+        Args:
+            share: of each task's requests, over 0 and up to 1; the first of each is probed.
+
+        Returns:
+            The estimate, which grows; `stats()["sensitivity"]` has it too. Calling this again begins another.
+
+        Raises:
+            ConfigError: a share out of its range.
+            UnsupportedModelError: a router whose rule is not known.
+        """
+        if self._closed:
+            raise ClosedError("the runtime is closed")
+        probes = RequestProbes(self._model, self._lock, share)
+        if self._probes is not None:
+            self._probes.close()
+        self._probes = probes
+        return probes.online
+
     @contextmanager
     def request(
         self,
@@ -446,7 +474,8 @@ class Runtime:
 
         The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
         With a predictor it is also what the base set is chosen for; requests within it, or beside it in other threads,
-        are then part of it. Without this, a forward with an empty KV cache begins a request of no task.
+        are then part of it. Without this, a forward that begins a text is the start of a request of no task
+        (`emoe.request_start`).
 
         Args:
             task: name of its task.
@@ -470,7 +499,8 @@ class Runtime:
                     self._named -= 1
                     raise
         try:
-            with self.routing.request(task, name) as request:
+            probes = self._probes if self._named == 1 else None  # a request within one is part of it
+            with probing(probes, task), self.routing.request(task, name) as request:
                 yield request
         finally:
             with self._lock:
@@ -585,6 +615,8 @@ class Runtime:
             for hook in (self._packing, self._prompts):
                 if hook is not None:
                     hook.remove()
+            if self._probes is not None:
+                self._probes.close()
             self.routing.close()
             self.loader.close()
             self._queue.close()

@@ -13,7 +13,8 @@ import torch
 
 import emoe
 from emoe.analysis import correlation, figures, recording, report, run, sets, workload
-from emoe.errors import ConfigError, TraceError
+from emoe.errors import TraceError
+from emoe.tasks import load_prompts
 from emoe.trace import DECODE, Trace, save_trace
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -217,24 +218,7 @@ def test_a_report_of_a_trace_stands_alone_and_its_figures_are_beside_it(tmp_path
 
 
 def test_prompts_that_ship_are_of_seven_tasks_with_answers():
-    chats = recording.load_prompts()
-    assert len({chat.task for chat in chats}) == 7
-    assert all(chat.reference for chat in chats)
-    assert len({chat.prompt for chat in chats}) == len(chats) == 28
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"task": "a", "prompt": "b"}\n{"task"', "line 2: not JSON"),
-        ("[1]", "line 1: expected"),
-        ('{"task": "", "prompt": "x"}', "line 1: expected"),
-        ('{"task": "a", "prompt": 3}', "line 1: expected"),
-        ("\n\n", "has no prompts"),
-    ],
-)
-def test_prompts_that_cannot_be_read_are_refused_by_line(text, message, tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        recording.load_prompts(file)
+    prompts = load_prompts(recording.PROMPTS)
+    assert len({prompt.task for prompt in prompts}) == 7
+    assert all(prompt.reference for prompt in prompts)
+    assert len({prompt.prompt for prompt in prompts}) == len(prompts) == 28

@@ -87,6 +87,23 @@ def test_run_writes_a_trace_that_replay_scores(model_folder, capsys, tmp_path):
     assert result["bytes_moved"] == result["loads"] * report["stats"]["slot_bytes"]
 
 
+@pytest.mark.parametrize("routing", ["resident", "exact"])
+def test_run_says_how_far_substitution_moves_the_answer_and_counts_only_the_answer(model_folder, capsys, routing):
+    words = ["run", "--model", model_folder, "--memory-budget", "50%", "--prompt", "w5 w6 w7", "--max-new-tokens", 6]
+    words += ["--routing", routing]
+    plain = run_json(capsys, *words)[1]
+    assert plain["probe"] is None
+    status, report = run_json(capsys, *words, "--probe", "--task", "code")
+    assert status == 0
+    assert report["token_ids"] == plain["token_ids"]
+    assert report["stats"]["misses"] == plain["stats"]["misses"]
+    probe = report["probe"]
+    assert (probe["task"], probe["tokens"]) == ("code", len(report["token_ids"]))
+    assert 0 < probe["substituted_mass"] < 1
+    assert 0 < probe["logit_change"] < 1
+    assert "of router mass moves next tokens by" in run(capsys, *words, "--probe")[2]
+
+
 def test_run_keeps_the_experts_that_a_predictor_names_for_the_task(model_folder, capsys, tmp_path):
     from emoe.predictor.table import TaskTable
 
@@ -171,6 +188,36 @@ def test_a_mistake_gives_one_line_that_names_it_and_status_2(words, said, capsys
     assert said in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+OUTPUTS = [
+    (["analyze", "--out"], "analyze"),
+    (["profile", "tasks", "--prompts", "p", "--out"], ""),
+    (["profile", "sensitivity", "--prompts", "p", "--model", "a/b", "--out"], ""),
+    (["train-predictor", "--traces", "t", "--kind", "linear", "--out"], ""),
+    (["run", "--model", "a/b", "--prompt", "x", "--trace"], ""),
+]
+
+
+@pytest.mark.parametrize(("words", "makes_folders"), OUTPUTS, ids=[" ".join(words[:2]) for words, _ in OUTPUTS])
+def test_a_place_that_cannot_be_written_is_named_before_anything_runs(words, makes_folders, tmp_path, capsys):
+    file = tmp_path / "file.npz"
+    file.write_bytes(b"")
+    places = {
+        file / "in.npz": "file.npz' is",  # a file where a folder is wanted
+        "/proc/new.npz": "cannot be written: ",
+        **({file: "is a file; give a folder"} if makes_folders else {
+            tmp_path: "does not end in .npz" if words[0] == "run" else "is a folder; give a file",
+            tmp_path / "no" / "in.npz": "/no' is not there",
+        }),
+    }  # fmt: skip
+    for place, said in places.items():
+        status, out, err = run(capsys, *words, place)
+        assert (status, out) == (2, "")
+        assert said in err
+        assert words[-1] in err
+        assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_missing_tokenizer_is_named(checkpoint, capsys):

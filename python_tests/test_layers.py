@@ -33,6 +33,7 @@ FORBIDDEN_IMPORTS = {
     "analysis": {"emoe.cli", "emoe.demo"},
     "routing": {"emoe.runtime", "emoe.loader", "emoe.experts", "emoe.residency", "emoe.predictor"},
     "residency": {"emoe.runtime", "emoe.experts", "emoe.planning", "emoe.replay", "emoe.cli"},
+    "request_start": {"emoe"},
     "next_layer": {"emoe.runtime", "emoe.experts", "emoe.residency"},
     "prediction": {"emoe.runtime", "emoe.experts", "emoe.residency"},
     "trace": {"torch", "emoe.predictor", "emoe.replay", "emoe.runtime"},

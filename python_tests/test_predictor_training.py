@@ -118,6 +118,19 @@ def test_the_command_writes_a_file_that_replay_takes(kind, tmp_path, capsys):
         assert 15 < result["refreshes"] < 30 if load(out).names else result["refreshes"] == 15
 
 
+def test_the_path_of_a_predictor_that_replay_takes_may_have_commas(tmp_path, capsys):
+    folder = tmp_path / "runs,1, lru x"
+    folder.mkdir()
+    trace, first, second = save_trace(task_trace(27), tmp_path / "trace.npz"), folder / "p", folder / "p,b"
+    for path in (first, second):
+        TaskTable.profile(task_trace(30)).save(path)
+    common = ["replay", "--trace", str(trace), "--resident", "0.5", "--json", "--policy"]
+    for policies in (["lru", f"predictor:{first}"], [f"predictor:{first}", f"predictor:{second}", "recent"]):
+        assert main([*common, ",".join(policies)]) == 0
+        results = json.loads(capsys.readouterr().out)["results"]
+        assert [result["policy"] for result in results] == policies
+
+
 def test_the_command_holds_tasks_out_and_prints_a_table(tmp_path, capsys):
     path, out = save_trace(task_trace(28, prompts=60), tmp_path / "trace.npz"), tmp_path / "p.safetensors"
     common = ["train-predictor", "--traces", str(path), "--out", str(out)]
@@ -131,7 +144,7 @@ def test_the_command_holds_tasks_out_and_prints_a_table(tmp_path, capsys):
     assert "are for xlnet" in capsys.readouterr().err
     assert main([*common, "--kind", "linear", "--profile", "100%"]) == 0
     assert main([*common[:-1], str(tmp_path / "no" / "p"), "--kind", "linear"]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "/no' is not there" in capsys.readouterr().err
 
 
 def test_the_command_and_the_library_name_the_same_sizes():

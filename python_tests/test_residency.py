@@ -18,6 +18,7 @@ from emoe.errors import ConfigError
 from emoe.loader import Loader
 from emoe.prediction import PredictionOptions
 from emoe.predictor import UNKNOWN_TASK
+from emoe.predictor.across import AcrossLayers
 from emoe.predictor.load_score import Expected, load_score
 from emoe.predictor.table import TaskTable
 from emoe.residency import BaseSet
@@ -175,12 +176,11 @@ def test_a_base_set_for_several_requests_is_for_all_their_tasks(model):
 def test_what_the_queue_refuses_is_tried_again_after_the_next_forward(model, monkeypatch):
     emoe.wrap(model, memory_budget=0.75, predictor=Favourites(_scores(model, [1, 4, 5])))
     loader = model.emoe.loader
-    with monkeypatch.context() as full:
-        full.setattr(loader, "prefetch", lambda layer, experts: 0)
-        model.emoe.base.begin()
-    assert model.emoe.stats()["prediction"]["loads"] == 0
-    with torch.no_grad():
-        model(_ids(0)[:, :1])  # one token of the request that runs
+    monkeypatch.setattr(loader, "prefetch", lambda layer, experts: 0)
+    with torch.no_grad(), model.emoe.request():
+        assert model.emoe.stats()["prediction"]["loads"] == 0
+        monkeypatch.undo()
+        model(_ids(0)[:, :1])
     for layer in range(model.emoe.cache.layers):
         loader.finish_prefetch(layer)
         assert {1, 4, 5} <= set(model.emoe.cache.resident(layer))
@@ -269,14 +269,50 @@ def test_generate_without_request_is_one_request_per_prompt(model):
     assert predictor.blocks[0].shape[1] == 15
 
 
-@pytest.mark.parametrize("family", ["jamba", "nemotron_h", "lfm2_moe", "gpt_oss", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("family", ["minimax", "jamba", "nemotron_h", "lfm2_moe", "gpt_oss", "deepseek_v3", "mixtral"])
 def test_a_prompt_is_one_request_in_families_with_caches_of_their_own(family):
     model = families.build(family)
     emoe.wrap(model, memory_budget=0.5, predictor="recent")
-    for seed in range(2):
-        model.generate(_ids(seed), max_new_tokens=4, do_sample=False)
-    assert model.emoe.stats()["prediction"]["requests"] == 2
+    for prompts, length in enumerate((12, 1, 1), start=1):
+        model.generate(_ids(prompts, length), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert model.emoe.stats()["prediction"]["requests"] == prompts
     model.emoe.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_cache": False}, {"use_cache": False, "num_beams": 3}, {"num_beams": 3}, {"prefill_chunk_size": 4}]
+)
+def test_a_prompt_is_one_request_however_it_is_generated(model, options):
+    emoe.wrap(model, memory_budget=0.5, predictor="recent")
+    for prompts, length in enumerate((12, 1, 1), start=1):
+        model.generate(_ids(prompts, length), max_new_tokens=4, min_new_tokens=4, do_sample=False, **options)
+        assert model.emoe.stats()["prediction"]["requests"] == prompts
+
+
+def test_a_text_that_is_decoded_by_hand_is_one_request_until_another_begins(model):
+    emoe.wrap(model, memory_budget=0.5, predictor="recent")
+    with torch.no_grad():
+        for requests in (1, 2):
+            cache = model(_ids(0)).past_key_values
+            for _ in range(3):
+                model(_ids(1, 1), past_key_values=cache)
+            assert model.emoe.stats()["prediction"]["requests"] == requests
+        model(_ids(1, 9))  # one token less than the next text, and no part of it
+        model(_ids(2, 10))
+    assert model.emoe.stats()["prediction"]["requests"] == 4
+
+
+def test_a_text_that_goes_on_after_its_request_ended_is_a_request_of_its_own(model):
+    predictor = Favourites(_scores(model, [1]))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor)
+    with torch.no_grad():
+        with model.emoe.request():
+            cache = model(_ids(0)).past_key_values
+        for _ in range(3):
+            model(_ids(1, 1), past_key_values=cache)
+    assert model.emoe.stats()["prediction"]["requests"] == 2
+    _run(model, 2)
+    assert [block.shape[1] for block in predictor.blocks] == [12, 3, 12]
 
 
 def test_a_base_set_that_cannot_be_read_leaves_the_slots_free_and_the_request_says_so(model, caplog):
@@ -435,6 +471,17 @@ def test_wrong_options_name_the_value_and_the_choices(model, options, words):
     assert getattr(model, "emoe", None) is None
     with torch.no_grad():
         model(_ids(0))
+
+
+def test_a_file_that_predicts_no_next_layer_is_named_with_its_kind_and_the_kinds_that_do(model, tmp_path):
+    path = tmp_path / "table.safetensors"
+    TaskTable(np.ones((1, 2, 4), dtype=np.float32), ("code",)).save(path)
+    with pytest.raises(ConfigError, match=r"table\.safetensors'.* 'task-table'.*: across-layers; 'look-ahead'"):
+        emoe.wrap(model, memory_budget=0.5, prefetch=str(path))
+    path = tmp_path / "across.safetensors"
+    AcrossLayers(np.ones((1, 4, 4), dtype=np.float32), np.ones((2, 4), dtype=np.float32)).save(path)
+    with pytest.raises(ConfigError, match=r"across\.safetensors' scores \[2, 4\].*this model has \[2, 8\]"):
+        emoe.wrap(model, memory_budget=0.5, prefetch=path)
 
 
 def test_a_predictor_of_another_shape_is_refused(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,9 @@ def test_mistakes_of_options_and_files_are_named(words_as_embeddings, tmp_path):
     ("text", "said"),
     [
         ('{"task": "x"}', ":1: expected an object"),
+        ('{"task": "", "prompt": "y"}', ":1: expected an object"),
+        ('{"task": "x", "prompt": " "}', ":1: expected an object"),
+        ('{"task": "x", "prompt": "y", "reference": 3}', ":1: expected an object"),
         ('{"task": "x", "prompt": "y"}\n[]', ":2: expected an object"),
         ('{"task": "x", "prompt": "y"}\n{', ":2: not a JSON object"),
         ('{"task": "x", "prompt": "y", "split": "exam"}', "train, dev, test"),
@@ -220,6 +224,19 @@ def test_an_unknown_task_of_a_prompts_file_is_refused_with_those_there():
     with pytest.raises(ConfigError, match="code, math, summarization, translation"):
         tasks.load_prompts(PROMPTS, tasks=["cooking"])
     assert {prompt.task for prompt in tasks.load_prompts(PROMPTS, "dev", ["code"])} == {"code"}
+
+
+def test_a_split_that_a_prompts_file_lacks_is_refused_with_those_there(tmp_path, capsys):
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    rows = [("dev", "x"), ("dev", "y"), ("test", "x")]
+    path.write_text("\n".join(f'{{"task": "{task}", "prompt": "a", "split": "{split}"}}' for split, task in rows))
+    said = r"prompts\.jsonl: no prompts of split 'train'; its splits are: dev \(2\), test \(1\)"
+    with pytest.raises(ConfigError, match=said):
+        tasks.load_prompts(path, "train")
+    with pytest.raises(ConfigError, match=r"no prompts of split 'test'; its splits are: dev \(1\)"):
+        tasks.load_prompts(path, "test", ["y"])
+    assert cli.main(["profile", "tasks", "--prompts", str(path), "--out", str(out)]) == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_confusion_matrix_counts_unknown_tasks_as_right_when_they_stay_unknown():

@@ -18,6 +18,7 @@ from emoe.errors import ConfigError, TraceError
 from emoe.replay import slots_of
 from emoe.replay.mix import PROMPT_TOKENS, into_prompts
 from emoe.sensitivity import SensitivityProfile
+from emoe.tasks import Prompt, load_prompts
 from emoe.timeline import Timeline
 from emoe.trace import Trace, join, load_trace
 
@@ -81,7 +82,7 @@ def of_traces(
 def of_model(
     path: str,
     tokenizer: Any,
-    prompts: Path,
+    prompts_file: Path,
     folder: Path,
     *,
     resident: float = 0.3,
@@ -93,7 +94,7 @@ def of_model(
     Args:
         path: a checkpoint, as for `emoe.from_pretrained`.
         tokenizer: its own.
-        prompts: JSON lines (`recording.load_prompts`).
+        prompts_file: JSON lines (`emoe.tasks.load_prompts`).
         folder: exists.
         resident: share of the experts in memory.
         quick: two tasks, fewer budgets, requests and tokens.
@@ -103,20 +104,21 @@ def of_model(
     """
     import emoe
 
-    chats = recording.load_prompts(prompts)
-    if not _of_each_task(chats, LEAST_PROMPTS - 1):
+    prompts = load_prompts(prompts_file)
+    if not _of_each_task(prompts, LEAST_PROMPTS - 1):
         raise ConfigError(
-            f"{prompts} has no task with at least {LEAST_PROMPTS} prompts; policies learn from half of them"
+            f"{prompts_file} has no task with at least {LEAST_PROMPTS} prompts; policies learn from half of them"
         )
     if quick:
-        first = list(dict.fromkeys(chat.task for chat in chats))[:2]
-        chats = [chat for number in range(LEAST_PROMPTS) for chat in _of_each_task(chats, number) if chat.task in first]
-    longest = max(recording.encode(tokenizer, chat).shape[1] for chat in chats)
+        first = list(dict.fromkeys(prompt.task for prompt in prompts))[:2]
+        some = [prompt for number in range(LEAST_PROMPTS) for prompt in _of_each_task(prompts, number)]
+        prompts = [prompt for prompt in some if prompt.task in first]
+    longest = max(recording.encode(tokenizer, prompt).shape[1] for prompt in prompts)
     model = emoe.from_pretrained(path, memory_budget=resident, dtype=dtype, context=longest + NEW_TOKENS)
     try:
-        with _bar("recording routing", len(chats)) as step:
-            recorded = recording.record(model, tokenizer, chats, folder / "trace.npz", step)
-        some = _of_each_task(chats, 0)[: 1 if quick else ANSWERS]
+        with _bar("recording routing", len(prompts)) as step:
+            recorded = recording.record(model, tokenizer, prompts, folder / "trace.npz", step)
+        some = _of_each_task(prompts, 0)[: 1 if quick else ANSWERS]
         with _bar("timeline of answers", len(some)) as step:
             timeline = recording.answer(model, tokenizer, some, 4 if quick else NEW_TOKENS, step)
         timeline.save(folder / "timeline.json")
@@ -132,14 +134,14 @@ def of_model(
                     workload.serve(model, recorded.texts, picks, order, period, recorded.losses, seconds, step)
                 )
         found = [replace(each, forward_ms=workload.mean_ms(seconds, order)) for each in found]
-        few = [chat for each in range(1 if quick else PROFILED) for chat in _of_each_task(chats, each)]
+        few = [prompt for each in range(1 if quick else PROFILED) for prompt in _of_each_task(prompts, each)]
         with _bar("sensitivity", 1) as step:
             profile = recording.profile_sensitivity(model, tokenizer, few, 100 if quick else STRIDE)
             step()
         tokens = sum(text.shape[1] - 1 for text in recorded.texts)
         facts = {
             "model": path,
-            "prompts_file": str(prompts),
+            "prompts_file": str(prompts_file),
             "kind": type(model).__name__,
             "perplexity": math.exp(sum(recorded.losses) / tokens),
             "isa": model.emoe.stats()["isa"],
@@ -194,11 +196,11 @@ def _order(trace: Trace, quick: bool) -> list[int]:
     return workload.draw(trace.task[first].tolist(), REQUESTS_QUICK if quick else REQUESTS)
 
 
-def _of_each_task(chats: Sequence[recording.Chat], number: int) -> list[recording.Chat]:
-    """The chat of this number of each task that has so many."""
-    by_task: dict[str, list[recording.Chat]] = {}
-    for chat in chats:
-        by_task.setdefault(chat.task, []).append(chat)
+def _of_each_task(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
+    """The prompt of this number of each task that has so many."""
+    by_task: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(prompt.task, []).append(prompt)
     return [each[number] for each in by_task.values() if number < len(each)]
 
 

@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the routed experts in memory, such as 0.3 or 30%% (default: 0.3)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("emoe-report"), metavar="FOLDER", help="made if missing (default: emoe-report)"
+        "--out",
+        type=common.output_folder,
+        default="emoe-report",
+        metavar="FOLDER",
+        help="made if missing (default: emoe-report)",
     )
     parser.add_argument(
         "--dtype", default="auto", choices=common.DTYPES, help="of the weights (choices: %(choices)s)", metavar="TYPE"

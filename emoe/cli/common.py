@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,37 @@ def model_path(text: str) -> str:
     if not _HUB_ID.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no folder here, and no hub id such as Qwen/Qwen3-30B-A3B")
     return text
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: where a file can be written, in a folder that is there."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
+    if not path.parent.is_dir():
+        what = "is no folder" if path.parent.exists() else "is not there"
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {str(path.parent)!r} {what}")
+    _try_writing(text, path.parent)
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: a folder that files can be written to, or that can be made."""
+    path = Path(text).expanduser()
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        what = "is a file; give a folder" if there == path else f"cannot be made: {str(there)!r} is a file"
+        raise argparse.ArgumentTypeError(f"{text!r} {what}")
+    _try_writing(text, there)
+    return path
+
+
+def _try_writing(text: str, folder: Path) -> None:
+    """Permissions alone do not say it: the file system may be read-only, or the user root."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from None
 
 
 def set_up_output(args: argparse.Namespace) -> None:

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         child.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="labelled prompts, JSON lines")
-        child.add_argument("--out", required=True, type=Path, metavar="FILE", help="what was learned is written there")
+        child.add_argument(
+            "--out", required=True, type=common.output_file, metavar="FILE", help="what was learned is written there"
+        )
         add(child)
         common.add_shared_arguments(child)
         for action in child._actions:  # `emoe profile --json tasks` holds, too
@@ -129,18 +131,17 @@ def _names(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.out.expanduser().parent.is_dir():
-        raise ConfigError(f"the folder of --out {str(args.out)!r} is not there")
     return _run_tasks(args) if args.what == "tasks" else _run_sensitivity(args)
 
 
 def _run_tasks(args: argparse.Namespace) -> int:
     from emoe import tasks
+    from emoe.tasks.prompts import choose
 
     if (args.kind == "embeddings") != (args.model is not None):
         raise ConfigError("--model goes with --kind embeddings, which needs it")
     prompts = tasks.load_prompts(args.prompts)
-    train = [prompt for prompt in prompts if prompt.split == "train"]
+    train = choose(prompts, args.prompts, "train")
     held = [prompt for prompt in prompts if prompt.split == "dev"]
     with common.stage("fitting; nothing was written"), common.console(stderr=True).status("fitting"):
         model, tokenizer = _embeddings(args.model) if args.model else (None, None)

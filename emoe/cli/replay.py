@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="lru,lfu,belady",
         metavar="NAME[,NAME...]",
         help="lru, lfu, belady; predicting: task-table, recent, base+slack, next-use, oracle, predictor:FILE "
-        "(default: lru,lfu,belady)",
+        "(default: lru,lfu,belady); a comma in FILE is part of it unless another policy follows",
     )
     parser.add_argument(
         "--resident",
@@ -115,9 +115,16 @@ def _period(text: str) -> int | str:
 
 def _policies(text: str) -> list[str]:
     from emoe.errors import ConfigError
-    from emoe.replay import check_policy
+    from emoe.replay import POLICIES, check_policy
+    from emoe.replay.predicted import FROM_FILE
 
-    names = [name.strip() for name in text.split(",")]
+    names: list[str] = []
+    for part in text.split(","):
+        name = part.strip()
+        if names and names[-1].startswith(FROM_FILE) and name not in POLICIES and not name.startswith(FROM_FILE):
+            names[-1] += f",{part}"  # a comma in the file's path
+        else:
+            names.append(name)
     try:
         for name in names:
             check_policy(name)

@@ -126,6 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     report = parser.add_argument_group("figures")
     report.add_argument("--trace", metavar="FILE.npz", type=_trace_path, help="record which experts were routed to")
+    report.add_argument(
+        "--probe",
+        action="store_true",
+        help="read the answer twice more, with substitution and without, and say how far substitution moves the next "
+        "tokens; in exact mode with half of the experts drawn at random",
+    )
     report.add_argument("--per-layer", action="store_true", help="hits and misses of every layer, too")
 
 
@@ -154,12 +160,9 @@ def _mass(text: str) -> float:
 
 
 def _trace_path(text: str) -> Path:
-    path = Path(text).expanduser()
-    if path.suffix != ".npz":
+    if not text.endswith(".npz"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .npz")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder of {text!r} is not there")
-    return path
+    return common.output_file(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -195,16 +198,19 @@ def run(args: argparse.Namespace) -> int:
             )
         task = _task(args, prompt, model, tokenizer)
     tokens = input_ids.shape[1] + args.max_new_tokens
-    with common.closing(model), _recording(model, args.trace, prompt, task), model.emoe.request(task, tokens=tokens):
-        answer = generate.answer(
-            model,
-            tokenizer,
-            input_ids,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            write=_writer(to_stderr=args.json),
-        )
-        report = _report(args, prompt, task, answer, model)
+    with common.closing(model):
+        with _recording(model, args.trace, prompt, task), model.emoe.request(task, tokens=tokens):
+            answer = generate.answer(
+                model,
+                tokenizer,
+                input_ids,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                write=_writer(to_stderr=args.json),
+            )
+            report = _report(args, prompt, task, answer, model)
+        # The other figures are the answer's alone: a probe reads experts, too.
+        report["probe"] = _probe(model, input_ids, answer, task) if args.probe and not answer.interrupted else None
     if args.json:
         common.print_json(report)
     else:
@@ -260,6 +266,18 @@ def _recording(model: Any, path: Path | None, prompt: str, task: str | None) -> 
         yield
 
 
+def _probe(model: Any, input_ids: Any, answer: Answer, task: str | None) -> dict[str, Any] | None:
+    """What substitution does to the answer; None where it has no token that another follows."""
+    from dataclasses import asdict
+
+    from emoe.sensitivity import ANSWER_TOKENS, Prober
+
+    new = answer.token_ids[:ANSWER_TOKENS]
+    if not new:
+        return None
+    return asdict(Prober(model)([*input_ids[0].tolist(), *new], task, prompt_tokens=input_ids.shape[1]))
+
+
 def _report(args: argparse.Namespace, prompt: str, task: str | None, answer: Answer, model: Any) -> dict[str, Any]:
     from emoe.stats import process_memory
 
@@ -297,6 +315,7 @@ def _stats_line(report: dict[str, Any]) -> str:
         f"stalled {stats['stall_ms']:.0f} ms",
         *_routing_part(stats["routing"]),
         *_prediction_part(report["task"], stats["prediction"]),
+        *_probe_part(report["probe"]),
         f"peak memory {format_bytes(report['peak_memory_bytes'])}",
     ]
     if report["trace"]:
@@ -315,6 +334,13 @@ def _prediction_part(task: str | None, prediction: dict[str, Any]) -> list[str]:
     if prediction["predictor"]:
         parts.append(f"{prediction['base']} slots by {prediction['predictor']}, {prediction['loads']} experts moved")
     return parts
+
+
+def _probe_part(probe: dict[str, Any] | None) -> list[str]:
+    if probe is None:
+        return []
+    mass, moved = (common.percent(probe[name]) for name in ("substituted_mass", "logit_change"))
+    return [f"probe of {probe['seconds']:.1f} s: substituting {mass} of router mass moves next tokens by {moved}"]
 
 
 def _print_layers(layers: list[dict[str, Any]]) -> None:

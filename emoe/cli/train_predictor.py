@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", required=True, choices=KINDS, help="of predictor (choices: %(choices)s)", metavar="KIND"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the predictor, .safetensors")
+    parser.add_argument(
+        "--out", required=True, type=common.output_file, metavar="FILE", help="the predictor, .safetensors"
+    )
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--profile",
@@ -93,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
     from emoe.predictor.across import AcrossLayers
     from emoe.predictor.report import evaluate, evaluate_next_layer
 
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {str(args.out)!r}: there is no folder {str(args.out.absolute().parent)!r}")
     with common.stage("training; nothing was written"):
         profile, rest = _prompts(args)
         shown = fitting.without_tasks(profile, args.held_out_task) if args.held_out_task else profile

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import CheckpointError, ConfigError, TraceError
+from emoe.errors import ConfigError, TraceError
 from emoe.predictor import files
 from emoe.predictor.prompts import prompts
 from emoe.predictor.table import count
@@ -101,7 +101,7 @@ class AcrossLayers:
         try:
             return cls(tensors["transitions"], tensors["rates"])
         except TraceError as error:
-            raise CheckpointError(f"{path}: {error}", file=str(path)) from error
+            raise files.fail(path, error) from error
 
     @classmethod
     def fit(cls, trace: Trace) -> AcrossLayers:
@@ -186,10 +186,13 @@ class AcrossRequests:
             CheckpointError: the file is something else.
         """
         tensors, settings = files.read(path, "across-requests", {"mean": 2, "basis": 2, "mixing": 2})
+        share = settings.get("share")
         try:
-            return cls(tensors["mean"], float(settings["share"]), tensors["basis"], tensors["mixing"])
-        except (TraceError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a predictor across requests: {error}", file=str(path)) from error
+            if not isinstance(share, float) or not abs(share) < 1e30:
+                raise ValueError(f"'share' is {share!r}, expected a number that float32 holds")
+            return cls(tensors["mean"], share, tensors["basis"], tensors["mixing"])
+        except (TraceError, ValueError) as error:
+            raise files.fail(path, error) from error
 
     @classmethod
     def fit(cls, trace: Trace, *, rank: int = RANK) -> AcrossRequests:

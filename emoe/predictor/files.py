@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from emoe import files
@@ -40,7 +41,8 @@ def read(path: str | Path, kind: str, shapes: Mapping[str, int]) -> tuple[dict[s
         shapes: names of the tensors that must be there, each with its number of dimensions.
 
     Raises:
-        CheckpointError: another kind, a tensor is missing or has other dimensions, or the file cannot be read.
+        CheckpointError: another kind, the file cannot be read, or a tensor is missing, has other dimensions, is empty
+            or holds what is no number.
         FileNotFoundError: there is no such file.
     """
     found, tensors, settings = files.read(path, FORMAT, "predictor")
@@ -54,4 +56,13 @@ def read(path: str | Path, kind: str, shapes: Mapping[str, int]) -> tuple[dict[s
             raise CheckpointError(
                 f"{path}: {name!r} has shape {shape}, expected {dimensions} dimensions", file=str(path), tensor=name
             )
+    for name, tensor in tensors.items():
+        if tensor.dtype != np.float32 or not tensor.size or not np.isfinite(tensor).all():
+            what = f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(f"{path}: {name!r} is not finite float32: {what}", file=str(path), tensor=name)
     return tensors, settings
+
+
+def fail(path: str | Path, error: Exception) -> CheckpointError:
+    """What to raise where a file's content does not fit together."""
+    return CheckpointError(f"{path}: {error}", file=str(path))

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import CheckpointError, TraceError
+from emoe.errors import TraceError
+from emoe.files import texts
 from emoe.predictor import UNKNOWN_TASK, files
 from emoe.predictor.prompts import prompts
 from emoe.predictor.table import TaskTable, count
@@ -136,23 +137,19 @@ class LowRankLinear:
             CheckpointError: the file is something else.
         """
         tensors, settings = files.read(path, "linear", {"frequency": 3, **_SHAPES})
-        frequency = tensors["frequency"]
-        names = tuple(settings.get("names", ()))
-        S, r, D = len(tensors["stages"]), len(tensors["basis"]), frequency[0].size
-        shapes = {
-            "shares": (2, S, _VECTORS),
-            "mean": (D,),
-            "basis": (r, D),
-            "mixing": (S, r, _VECTORS * r + 1),
-            "frequency": (len(names), *frequency.shape[1:]),
-        }
-        for name, shape in shapes.items():
-            if tensors[name].shape != shape:
-                have = list(tensors[name].shape)
-                raise CheckpointError(
-                    f"{path}: {name!r} has shape {have}, expected {list(shape)}", file=str(path), tensor=name
-                )
-        return cls(TaskTable(frequency, names), Weights(**{name: tensors[name] for name in _SHAPES}))
+        frequency, stages = tensors["frequency"], tensors["stages"]
+        S, r, D = len(stages), len(tensors["basis"]), frequency[0].size
+        shapes = {"shares": (2, S, _VECTORS), "mean": (D,), "basis": (r, D), "mixing": (S, r, _VECTORS * r + 1)}
+        try:
+            for name, shape in shapes.items():
+                if tensors[name].shape != shape:
+                    raise ValueError(f"{name!r} has shape {list(tensors[name].shape)}, expected {list(shape)}")
+            if stages[0] != 0 or (np.diff(stages) <= 0).any():
+                raise ValueError(f"'stages' are {stages.tolist()}, expected numbers that rise from 0")
+            table = TaskTable(frequency, texts(settings, "names"))
+        except (ValueError, TraceError) as error:
+            raise files.fail(path, error) from error
+        return cls(table, Weights(**{name: tensors[name] for name in _SHAPES}))
 
     @classmethod
     def fit(cls, trace: Trace, *, rank: int = RANK) -> LowRankLinear:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import CheckpointError, TraceError
+from emoe.errors import TraceError
+from emoe.files import texts
 from emoe.predictor import files
 from emoe.predictor.table import TaskTable
 from emoe.trace import Trace
@@ -114,12 +115,14 @@ class NextUse:
         """
         tensors, settings = files.read(path, "next-use", {"frequency": 3, "follow": 3, "weights": 1})
         frequency, follow, weights = tensors["frequency"], tensors["follow"], tensors["weights"]
-        names = tuple(settings.get("names", ()))
-        N, L, E = frequency.shape
-        if follow.shape != (L, E, E) or weights.shape != (_FEATURES,) or len(names) != N:
-            shapes = f"frequency {list(frequency.shape)}, follow {list(follow.shape)}, weights {list(weights.shape)}"
-            raise CheckpointError(f"{path}: {shapes} and {len(names)} task names do not fit together", file=str(path))
-        return cls(TaskTable(frequency, names), follow, weights)
+        _, L, E = frequency.shape
+        try:
+            if follow.shape != (L, E, E) or weights.shape != (_FEATURES,):
+                shapes = [list(each.shape) for each in (frequency, follow, weights)]
+                raise ValueError("frequency {}, follow {} and weights {} do not fit together".format(*shapes))
+            return cls(TaskTable(frequency, texts(settings, "names")), follow, weights)
+        except (ValueError, TraceError) as error:
+            raise files.fail(path, error) from error
 
     @classmethod
     def fit(cls, trace: Trace, *, horizon: float = HORIZON, seed: int = 0) -> NextUse:

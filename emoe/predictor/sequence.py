@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from emoe.errors import CheckpointError, ConfigError
+from emoe.errors import ConfigError
+from emoe.files import texts
 from emoe.predictor import UNKNOWN_TASK, files
 from emoe.predictor.table import count
 
@@ -71,12 +72,11 @@ class Network(nn.Module):
         self.model = XLNetModel(XLNetConfig(**words, **asdict(shape.size), dropout=0.1, mem_len=None))
         self.head = nn.Parameter(torch.zeros(L, d, E))
         self.bias = nn.Parameter(torch.zeros(L, E))
-        self.register_buffer("_order", torch.arange(2 * L), persistent=False)
 
     def forward(self, tasks: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Logits [B, L, E] from tasks [B], ids [B, 2 L, M] and weights [B, 2 L, M]."""
         bags = torch.einsum("bsmd,bsm->bsd", self.ids(ids), weights)
-        elements = torch.cat([self.tasks(tasks)[:, None], bags + self.places(self._order)], dim=1)  # [B, 1 + 2 L, d]
+        elements = torch.cat([self.tasks(tasks)[:, None], bags + self.places.weight], dim=1)  # [B, 1 + 2 L, d]
         states = self.model(inputs_embeds=elements, use_mems=False).last_hidden_state
         L = self.bias.shape[0]
         return torch.einsum("bld,lde->ble", states[:, -L:], self.head) + self.bias
@@ -171,7 +171,7 @@ class SequenceModel:
     def save(self, path: str | Path) -> None:
         """Writes a .safetensors file."""
         tensors = {name: tensor.detach().cpu().numpy() for name, tensor in self._network.state_dict().items()}
-        files.write(path, "xlnet", tensors, {"names": self.names, "shape": asdict(self._shape)})
+        files.write(path, "xlnet", tensors, {"names": self.names, "width": self._shape.width})
 
     @classmethod
     def load(cls, path: str | Path) -> SequenceModel:
@@ -180,21 +180,38 @@ class SequenceModel:
         Raises:
             CheckpointError: the file is something else.
         """
-        tensors, settings = files.read(path, "xlnet", {"head": 3, "bias": 2})
+        tensors, settings = files.read(path, "xlnet", {"head": 3, "tasks.weight": 2})
+        width = settings.get("width")
         try:
-            given = dict(settings["shape"])
-            size = Size(**{name: int(value) for name, value in dict(given.pop("size")).items()})
-            shape = Shape(size=size, **{name: int(value) for name, value in given.items()})
-            expected = {"head": (shape.layers, size.d_model, shape.experts), "bias": (shape.layers, shape.experts)}
-            for name, wanted in expected.items():  # before a network of the size that the settings claim is built
-                if tensors[name].shape != wanted:
-                    raise ValueError(f"{name!r} has shape {list(tensors[name].shape)}, the settings say {list(wanted)}")
-            with torch.random.fork_rng(devices=[]):
+            if type(width) is not int or width < 1:
+                raise ValueError(f"'width' is {width!r}, expected a number of ids of at least 1")
+            shape = _shape(tensors, width)
+            with torch.device("meta"):  # takes no memory until it is known to be as large as the file
                 network = Network(shape)
-            network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
-            return cls(network, shape, tuple(settings["names"]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: not a sequence model: {error}", file=str(path)) from error
+            network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, assign=True)
+            return cls(network, shape, texts(settings, "names"))
+        except (ValueError, RuntimeError) as error:
+            raise files.fail(path, error) from error
+
+
+def _shape(tensors: dict[str, NDArray[Any]], width: int) -> Shape:
+    """What a network was built for, read off its tensors, so that a file cannot ask for more than it holds.
+
+    Raises:
+        ValueError: they do not belong to one network.
+    """
+    L, d_model, E = tensors["head"].shape
+    n_layer = sum(name.endswith(".rel_attn.q") for name in tensors)
+    sizes = {"model.layer.0.rel_attn.q": (1, 3), "model.layer.0.ff.layer_1.weight": (0, 2)}
+    found = []
+    for name, (axis, dimensions) in sizes.items():
+        if name not in tensors or tensors[name].ndim != dimensions:
+            raise ValueError(f"no tensor {name!r} of {dimensions} dimensions")
+        found.append(tensors[name].shape[axis])
+    n_head, d_inner = found
+    if d_model % n_head:
+        raise ValueError(f"{n_head} heads do not divide a width of {d_model}")
+    return Shape(len(tensors["tasks.weight"]) - 1, L, E, width, Size(d_model, n_layer, n_head, d_inner))
 
 
 def parse_size(size: str | Size) -> Size:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import CheckpointError, TraceError
+from emoe.errors import TraceError
+from emoe.files import texts
 from emoe.predictor import UNKNOWN_TASK, files
 from emoe.trace import Trace
 
@@ -77,9 +78,9 @@ class TaskTable:
         """
         tensors, settings = files.read(path, "task-table", {"frequency": 3})
         try:
-            return cls(tensors["frequency"], tuple(settings["names"]))
-        except (KeyError, TypeError, TraceError) as error:
-            raise CheckpointError(f"{path}: not a task table: {error}", file=str(path)) from error
+            return cls(tensors["frequency"], texts(settings, "names"))
+        except (ValueError, TraceError) as error:
+            raise files.fail(path, error) from error
 
 
 class GlobalTable:

@@ -44,6 +44,9 @@ class _Sums:
         return max(0.0, self.change2 - 2 * ratio * self.both + ratio * ratio * self.mass2)
 
 
+SHARE = 0.05  # of a task's requests
+
+
 class OnlineSensitivity:
     """Collects observations and ranks tasks.
 
@@ -55,7 +58,7 @@ class OnlineSensitivity:
         ConfigError: the share is out of its range.
     """
 
-    def __init__(self, share: float = 0.05) -> None:
+    def __init__(self, share: float = SHARE) -> None:
         if not 0 < share <= 1:
             raise ConfigError(f"share={share} is not over 0 and up to 1")
         self.share = share
@@ -127,11 +130,18 @@ class OnlineSensitivity:
         return suggest_bias({name: self.sensitivity(name).value for name in self.tasks}, task, most)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the estimate of each task."""
-        return {
-            task: {"sensitivity": round(each.value, 5), "error": round(each.error, 5), "observed": each.observed}
-            for task, each in ((task, self.sensitivity(task)) for task in self.tasks)
-        }
+        """For JSON: of each task the estimate, and the mean mass and change that it is from."""
+        found = {}
+        for task, sums in self._sums.items():
+            value, error, observed = self.sensitivity(task)
+            found[task] = {
+                "sensitivity": round(value, 5),
+                "error": round(error, 5),
+                "observed": observed,
+                "substituted_mass": round(sums.mass / sums.n, 5),
+                "logit_change": round(sums.change / sums.n, 5),
+            }
+        return dict(sorted(found.items()))
 
     def _estimates(self) -> dict[str, tuple[float, float]]:
         """(ratio, variance) of each task, before shrinking.

@@ -142,7 +142,7 @@ class SensitivityProfile:
                 counts if all(counts) else (),
                 dict(values["meta"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # ConfigError is a ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # ConfigError is a ValueError
             raise CheckpointError(f"{path}: not a sensitivity profile: {error}", file=str(path)) from error
 
     def _row(self, task: str) -> int:

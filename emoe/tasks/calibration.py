@@ -90,9 +90,14 @@ class Confidence:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Confidence:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; KeyError, TypeError or ValueError where the values are something else."""
         mean, scale, weights = (np.array(values[name], dtype=np.float64) for name in ("mean", "scale", "weights"))
-        return cls(mean, scale, weights, float(values["offset"]))
+        if not mean.shape == scale.shape == weights.shape == (2,):
+            raise ValueError(f"confidence of shapes {mean.shape}, {scale.shape} and {weights.shape}, expected (2,)")
+        offset = float(values["offset"])
+        if not np.isfinite([*mean, *scale, *weights, offset]).all() or not (scale > 0).all():
+            raise ValueError(f"confidence of {values}, expected numbers, and scales over 0")
+        return cls(mean, scale, weights, offset)
 
 
 def _newton(x: Floats, right: NDArray[np.bool_], weight: Floats) -> tuple[Floats, float]:

@@ -5,6 +5,7 @@ A subclass turns texts into features and features into evidence for each task; t
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ class TaskClassifier(ABC):
     def _restore(
         cls, tensors: dict[str, NDArray[Any]], settings: dict[str, Any], model: Any, tokenizer: Any
     ) -> TaskClassifier:
-        """The inverse of `_state`; KeyError, TypeError or IndexError where they do not fit."""
+        """The inverse of `_state`; KeyError, TypeError or ValueError where they do not fit."""
 
     # What they share
 
@@ -214,12 +215,17 @@ class TaskClassifier(ABC):
                 f"{path}: classifier of kind {kind!r}, not one of: {', '.join(KINDS)}", file=str(path)
             )
         try:
+            for name, tensor in tensors.items():
+                if not np.isfinite(tensor).all():
+                    raise ValueError(f"{name!r} holds what is no number")
             loaded: TaskClassifier = _class(kind)._restore(tensors, settings, model, tokenizer)
-            loaded.names = tuple(settings["names"])
-            loaded.threshold = float(settings["threshold"])
-            loaded._temperature = float(settings["temperature"])
+            loaded.names = files.texts(settings, "names")
+            loaded.threshold = _number(settings, "threshold", 0, 1)
+            loaded._temperature = _number(settings, "temperature", 1e-9, math.inf)
             loaded._confidence = Confidence.from_dict(settings["confidence"])
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except ConfigError:  # which is a ValueError: not the file is wrong, but what it is to be used with
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: not a whole classifier: {error!r}", file=str(path)) from error
         return loaded
 
@@ -251,6 +257,13 @@ class TaskClassifier(ABC):
         inputs = [signals(part[0], part[1]) for part in known] + unknown
         answers = np.concatenate([right, np.zeros(sum(map(len, unknown)), dtype=bool)])
         self._confidence = Confidence.fit(np.concatenate(inputs), answers)
+
+
+def _number(settings: dict[str, Any], name: str, low: float, high: float) -> float:
+    value = float(settings[name])
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name!r} is {value}, expected {low} to {high}")
+    return value
 
 
 def _rows(features: list[Any], numbers: NDArray[np.intp]) -> list[Any]:

@@ -150,6 +150,11 @@ class EmbeddingClassifier(TaskClassifier):
         shape, wanted = list(restored._embedding.weight.shape), list(settings["embeddings"])
         if shape != wanted:
             raise ConfigError(f"the classifier was made for embeddings of shape {wanted}, this model's are {shape}")
+        (V, D), N, R = shape, len(settings["names"]), len(tensors["whiten"])
+        shapes = {"rarity": (V,), "center": (2 * D,), "axes": (2 * D, R), "means": (N, R), "whiten": (R, R)}
+        for name, expected in shapes.items():
+            if tensors[name].shape != expected:
+                raise ValueError(f"{name!r} has shape {list(tensors[name].shape)}, expected {list(expected)}")
         restored._rarity, restored._center, restored._axes = (tensors[name] for name in ("rarity", "center", "axes"))
         restored._head = DiscriminantHead(*(tensors[name] for name in ("means", "whiten")))
         return restored

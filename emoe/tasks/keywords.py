@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from emoe import files
 from emoe.tasks.classifier import TaskClassifier
 
 MOST_WORDS = 30_000  # of the vocabulary, the most frequent ones
@@ -129,10 +130,10 @@ class KeywordClassifier(TaskClassifier):
         cls, tensors: dict[str, NDArray[Any]], settings: dict[str, Any], model: Any, tokenizer: Any
     ) -> KeywordClassifier:
         restored = cls()
-        restored._numbers = {word: number for number, word in enumerate(settings["words"])}
+        restored._numbers = {word: number for number, word in enumerate(files.texts(settings, "words"))}
         weights = tensors["weights"]
         if weights.shape != (len(settings["names"]), len(restored._numbers)):
-            raise IndexError(f"weights of shape {weights.shape}")
+            raise ValueError(f"'weights' has shape {list(weights.shape)}")
         restored._head = KeywordHead(weights.astype(np.float32))
         return restored
 

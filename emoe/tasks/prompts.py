@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +46,32 @@ def load_prompts(path: str | Path, split: str | None = None, tasks: Sequence[str
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the prompts {str(path)!r} cannot be read: {error}") from error
     found = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    known = sorted({prompt.task for prompt in found})
+    return choose(found, path, split, tasks)
+
+
+def choose(
+    prompts: Sequence[Prompt], path: str | Path, split: str | None = None, tasks: Sequence[str] | None = None
+) -> list[Prompt]:
+    """Those of one split and of some tasks.
+
+    Args:
+        path: where they are from, for errors.
+
+    Raises:
+        ConfigError: a task is not among them, or no prompt is left; says what there is.
+    """
+    known = sorted({prompt.task for prompt in prompts})
     for task in tasks or ():
         if task not in known:
             raise ConfigError(f"{path}: no prompts of task {task!r}; its tasks are: {', '.join(known)}")
-    chosen = [
-        prompt for prompt in found if (split is None or prompt.split == split) and (not tasks or prompt.task in tasks)
-    ]
+    mine = [prompt for prompt in prompts if not tasks or prompt.task in tasks]
+    chosen = [prompt for prompt in mine if split is None or prompt.split == split]
+    if mine and not chosen:
+        counts = Counter(prompt.split for prompt in mine)
+        there = ", ".join(f"{name} ({counts[name]})" for name in SPLITS if counts[name])
+        raise ConfigError(f"{path}: no prompts of split {split!r}; its splits are: {there}")
     if not chosen:
-        raise ConfigError(f"{path}: no prompts" + (f" of split {split!r}" if split else ""))
+        raise ConfigError(f"{path}: no prompts")
     return chosen
 
 
@@ -62,9 +80,13 @@ def _prompt(line: str, where: str) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not a JSON object: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("task"), str) or not isinstance(row.get("prompt"), str):
-        raise ConfigError(f"{where}: expected an object with the texts 'task' and 'prompt'")
+    row = row if isinstance(row, dict) else {}
+    task, prompt, reference = (row.get(name) or "" for name in ("task", "prompt", "reference"))
+    if not all(isinstance(each, str) for each in (task, prompt, reference)) or not task or not prompt.strip():
+        raise ConfigError(
+            f"{where}: expected an object with the texts 'task' and 'prompt', neither empty, and maybe 'reference'"
+        )
     split = row.get("split", "train")
     if split not in SPLITS:
         raise ConfigError(f"{where}: split {split!r} is not one of: {', '.join(SPLITS)}")
-    return Prompt(row["task"], row["prompt"], str(row.get("reference") or ""), split)
+    return Prompt(task, prompt, reference, split)

@@ -1,0 +1,124 @@
+"""Probes of requests while they are served: their texts as the model is given them, and an estimate from some of them.
+
+Looks on through a hook on the model. What a request is and when it ends is told to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from emoe.request_start import RequestStart, cached_tokens
+from emoe.sensitivity.online import OnlineSensitivity
+from emoe.sensitivity.probe import ANSWER_TOKENS, Prober
+
+
+class RequestProbes:
+    """Probes a share of each task's requests as they end (docs/sensitivity.md).
+
+    Args:
+        model: as `Prober` takes it.
+        lock: held while a probe runs.
+        share: of each task's requests, over 0 and up to 1.
+
+    Attributes:
+        online: the estimate.
+
+    Raises:
+        ConfigError: a share out of its range.
+        UnsupportedModelError: a router whose rule is not known.
+    """
+
+    def __init__(self, model: nn.Module, lock: AbstractContextManager[Any], share: float) -> None:
+        self.online = OnlineSensitivity(share)
+        self._prober, self._lock = Prober(model), lock
+        self._text: _Text | None = None
+        self._probes = self._unusable = 0
+        self._seconds = 0.0
+        self._hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+
+    def close(self) -> None:
+        """Removes the hook; the estimate stays."""
+        self._hook.remove()
+
+    @contextmanager
+    def request(self, task: str | None) -> Iterator[None]:
+        """What runs in the block is one request; the last text in it may be probed when the block ends."""
+        self._text = _Text()
+        try:
+            yield
+            text = self._text
+        finally:
+            self._text = None
+        found = text.found()
+        if found is None:
+            self._unusable += 1
+        elif self.online.due(task or ""):
+            ids, prompt_tokens = found
+            with self._lock:
+                seen = self._prober(ids[: prompt_tokens + ANSWER_TOKENS], task, prompt_tokens=prompt_tokens)
+            self._probes += 1
+            self._seconds += seen.seconds
+            self.online.observe(task or "", seen.substituted_mass, seen.logit_change)
+
+    def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._text is not None:
+            self._text.add(args, kwargs)
+
+    def stats(self) -> dict[str, Any]:
+        """probes, seconds they took, unusable (requests without one text and an answer), and the estimate by task."""
+        return {
+            "probes": self._probes,
+            "seconds": self._seconds,
+            "unusable": self._unusable,
+            "tasks": self.online.to_dict(),
+        }
+
+
+@contextmanager
+def probing(probes: RequestProbes | None, task: str | None) -> Iterator[None]:
+    """`probes.request(task)` where there are probes."""
+    if probes is None:
+        yield
+        return
+    with probes.request(task):
+        yield
+
+
+class _Text:
+    """The token ids of one text, put together from the forwards that it is given in."""
+
+    def __init__(self) -> None:
+        self._starts = RequestStart()
+        self._pieces: list[torch.Tensor] = []  # [1, T] each
+        self._prompt_tokens = 0
+        self._lost = False  # several sequences at once, or tokens that were taken back
+
+    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """One forward's arguments."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        starts = self._starts(args, kwargs)
+        if starts:
+            self._pieces, self._prompt_tokens, self._lost = [], 0, False
+        if ids is None or len(ids) != 1:
+            self._lost = True
+            return
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            self._pieces = [ids]
+        else:
+            self._lost |= cached_tokens(cache) != sum(piece.shape[1] for piece in self._pieces)
+            self._pieces.append(ids)
+        if starts or (cache is not None and ids.shape[1] > 1):  # a prompt may come in parts
+            self._prompt_tokens = sum(piece.shape[1] for piece in self._pieces)
+
+    def found(self) -> tuple[torch.Tensor, int] | None:
+        """[T] ids and how many of them are the prompt; None where they are not known, or nothing follows the prompt."""
+        if self._lost or not self._pieces:
+            return None
+        ids = torch.cat(self._pieces, dim=1)[0]
+        return (ids, self._prompt_tokens) if self._prompt_tokens < len(ids) else None
