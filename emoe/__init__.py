@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from emoe.cache import CacheManager
+    from emoe.entry import from_pretrained, wrap
     from emoe.planning import Plan, plan
     from emoe.predictor import ExpertPredictor
-    from emoe.runtime import Runtime, from_pretrained, wrap
+    from emoe.runtime import Runtime
     from emoe.sensitivity import OnlineSensitivity, SensitivityProfile
     from emoe.tasks import TaskClassifier
     from emoe.trace import TraceRecorder, load_trace
@@ -30,10 +31,10 @@ _LAZY = {
     "SensitivityProfile": "emoe.sensitivity",
     "TaskClassifier": "emoe.tasks",
     "TraceRecorder": "emoe.trace",
-    "from_pretrained": "emoe.runtime",
+    "from_pretrained": "emoe.entry",
     "load_trace": "emoe.trace",
     "plan": "emoe.planning",
-    "wrap": "emoe.runtime",
+    "wrap": "emoe.entry",
 }
 
 __all__ = [

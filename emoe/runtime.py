@@ -1,4 +1,4 @@
-"""The public entry points and the object behind `model.emoe`: it owns slab, cache, transfer queue and loader.
+"""The object behind `model.emoe`: it owns slab, cache, transfer queue and loader.
 
 It wires the parts together and takes them down again; decisions are in cache.py and loader.py, bytes in `emoe._C`.
 """
@@ -18,195 +18,29 @@ from torch import nn
 from emoe import experts, layout, modeling, native
 from emoe.cache import CacheManager
 from emoe.config import format_bytes
-from emoe.device import Device, check_layouts, open_device, pinned_slots
+from emoe.device import Device, check_layouts, pinned_slots
 from emoe.device_experts import DeviceExperts
 from emoe.errors import BudgetError, ClosedError, ConfigError, EmoeError
 from emoe.loader import Loader
 from emoe.memory import available_memory
-from emoe.misses import MISS_MODES
-from emoe.planning import Plan, make_plan, plan_for_model
-from emoe.prediction import PERIOD, SLACK, parse_prediction
+from emoe.planning import Plan
+from emoe.prediction import parse_prediction
+from emoe.records import register_records
 from emoe.request_start import RequestStart
 from emoe.residency import BaseSet
-from emoe.routing import CacheResidency, Request, Routing, RoutingOptions, parse_options
-from emoe.routing.options import Bias
+from emoe.routing import CacheResidency, Request, Routing, RoutingOptions
 from emoe.sensitivity.online import SHARE, OnlineSensitivity
 from emoe.sensitivity.serving import RequestProbes, probing
 from emoe.slot_tables import SlotTables
-from emoe.store import ExpertStore, Piece
-from emoe.store.writer import write_store
+from emoe.store import ExpertStore
 from emoe.trace import TraceRecorder
 
 logger = logging.getLogger(__name__)
-
-KERNELS = ("native", "stock")
-
-
-def _choose(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not one of: {', '.join(choices)}")
-    return value
-
-
-def from_pretrained(
-    path_or_id: str | Path,
-    *,
-    memory_budget: int | str | float = "auto",
-    routing: str = "exact",
-    bias: Bias | None = None,
-    max_substituted_mass: float | None = None,
-    kernels: str = "native",
-    dtype: Any = "auto",
-    context: int = 2048,
-    batch: int = 1,
-    policy: str = "lru",
-    predictor: Any = None,
-    period: int | str = PERIOD,
-    slack: float = SLACK,
-    prefetch: Any = None,
-    sensitivity: Any = None,
-    reader: str = "auto",
-    device: str = "cpu",
-    pinned_memory: int | str | None = None,
-    miss: str = "load",
-    **kwargs: Any,
-) -> Any:
-    """Loads a Transformers MoE model inside a byte budget; experts stay on disk and are read into slots when routed to.
-
-    Args:
-        path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
-        memory_budget: bytes ("8GiB", an int) for everything the model keeps in memory: other weights, expert slots,
-            staging and the KV cache of `context` tokens times `batch`; a float in (0, 1] is a share of the routed
-            experts; "auto" takes what is free now less a reserve, and logs what it took.
-        routing: what happens to a routed expert that is not in memory. "exact": it is read first. "resident": the
-            router's next choice among those in memory takes its place. "biased": those in memory have a bonus of
-            `bias`, what is routed to all the same is read (docs/routing.md).
-        bias: for "biased", in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one per
-            task ({"code": 0.2, "default": 0.5}).
-        max_substituted_mass: for "resident" and "biased": the largest mean share of router mass, in [0, 1], that may be
-            substituted in a request; beyond it experts are read.
-        kernels: "native", or "stock" for Transformers' own eager loop on the slots (the parity reference).
-        dtype: as in Transformers.
-        context: tokens of KV cache the plan leaves room for, per sequence.
-        batch: sequences that run at once.
-        policy: eviction policy of the slots; see `emoe.policy`.
-        predictor: what chooses the experts to keep (docs/residency.md): "recent", a file of `emoe train-predictor`, an
-            `emoe.ExpertPredictor`, or None: the policy alone.
-        period: requests between two choices, or "adaptive": when observed routing drifts.
-        slack: share of a layer's slots that stays with the policy; not used in `resident`.
-        prefetch: what names experts of the next layer while one computes: "look-ahead", a predictor or a file of one
-            that has `next_layer`, or None.
-        sensitivity: layers in which a task does not count: a file of `emoe profile sensitivity`, a
-            `SensitivityProfile`, or None.
-        reader: "auto", "uring" or "pread".
-        device: "cpu", or "cuda" / "cuda:1": the model and the slots are in that GPU's memory, which `memory_budget`
-            then counts; experts come through pinned memory of the host (docs/cuda.md).
-        pinned_memory: bytes of pinned host memory in front of the disk, with a device only. None: room for every
-            expert, or half of the host memory that is free where that is less.
-        miss: with a device, a routed expert without a slot: "load" moves it; "cpu" computes it on the CPU, from pinned
-            memory; "auto" does what is sooner done. "cpu" and "auto" give results that depend on the budget.
-        kwargs: handed to Transformers' `from_pretrained`.
-
-    Returns:
-        The Transformers model, in evaluation mode and with gradients off; `model.emoe` is its `Runtime`.
-
-    Raises:
-        BudgetError: the budget is too small; names the smallest that works.
-        UnsupportedModelError: the model has no experts that emoe can manage.
-        CheckpointError: a file is missing, truncated or corrupt.
-        ConfigError: an option is not one of its choices.
-    """
-    options = parse_options(routing, bias, max_substituted_mass)
-    _choose("kernels", kernels, KERNELS)
-    _choose("miss", miss, MISS_MODES)
-    gpu = open_device(device)
-    if gpu is not None and memory_budget == "auto":
-        memory_budget = gpu.free_bytes()
-    plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
-    model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
-    return _start(
-        model, store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=False,
-        device=gpu, pinned_memory=pinned_memory, miss=miss,
-        predictor=predictor, period=period, slack=slack, prefetch=prefetch, sensitivity=sensitivity,
-    )  # fmt: skip
-
-
-def _plan_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    known = ("config", "trust_remote_code", "revision", "cache_dir", "subfolder", "token", "local_files_only")
-    return {name: kwargs[name] for name in known if name in kwargs}
-
-
-def wrap(
-    model: Any,
-    *,
-    memory_budget: int | str | float = "auto",
-    routing: str = "exact",
-    bias: Bias | None = None,
-    max_substituted_mass: float | None = None,
-    kernels: str = "native",
-    store: str | Path | None = None,
-    context: int = 2048,
-    batch: int = 1,
-    policy: str = "lru",
-    predictor: Any = None,
-    period: int | str = PERIOD,
-    slack: float = SLACK,
-    prefetch: Any = None,
-    sensitivity: Any = None,
-    reader: str = "auto",
-    device: str = "cpu",
-    pinned_memory: int | str | None = None,
-    miss: str = "load",
-) -> Any:
-    """Puts a model that is in memory already inside a byte budget: its experts move to a store, their memory is freed.
-
-    Args:
-        model: a Transformers model whose family goes through the experts interface; it is changed in place.
-        memory_budget, routing, bias, max_substituted_mass, kernels, context, batch, policy, predictor, period, slack,
-            prefetch, sensitivity, reader, device, pinned_memory, miss: as in `from_pretrained`.
-        store: a folder for the experts (kept by you), None for a temporary folder, or "ram" for anonymous memory.
-
-    Returns:
-        The same model; `model.emoe.close()` restores it.
-
-    Raises:
-        StoreError: the experts could not be written; the model is left as it was.
-        BudgetError, UnsupportedModelError, ConfigError: as in `from_pretrained`.
-    """
-    options = parse_options(routing, bias, max_substituted_mass)
-    _choose("kernels", kernels, KERNELS)
-    _choose("miss", miss, MISS_MODES)
-    gpu = open_device(device)
-    if gpu is not None and memory_budget == "auto":
-        memory_budget = gpu.free_bytes()
-    if getattr(model, "emoe", None) is not None:
-        raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
-    plan = plan_for_model(model, memory_budget, context=context, batch=batch)
-    in_ram = store == "ram"
-    expert_store = write_store(model, folder=None if store is None or in_ram else Path(store), ram=in_ram)
-    modeling.detach_experts(model, expert_store.layers)
-    return _start(
-        model, expert_store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=True,
-        device=gpu, pinned_memory=pinned_memory, miss=miss,
-        predictor=predictor, period=period, slack=slack, prefetch=prefetch, sensitivity=sensitivity,
-    )  # fmt: skip
 
 
 def make_reader(kind: str) -> Any:
     """The native reader of that name; fault injection in tests puts its own in this place."""
     return native.load().make_reader(kind)
-
-
-def _start(model: Any, store: ExpertStore, plan: Plan, *, wrapped: bool, **options: Any) -> Any:
-    """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
-    try:
-        model.emoe = Runtime(model, store, plan, wrapped=wrapped, **options)
-    except BaseException:
-        if wrapped:
-            modeling.attach_experts(model, store)
-        store.close()
-        raise
-    return model
 
 
 class Runtime:
@@ -259,7 +93,7 @@ class Runtime:
         predicting = parse_prediction(model, len(experts_per_layer), max(experts_per_layer), **prediction)
         slots = sum(plan.slots_per_layer)
         self._slab = self._C.Slab(slots, slot_bytes) if device is None else device.native.slab(slots, slot_bytes)
-        self._table, records = self._register(layouts)
+        self._table, records = register_records(self._C, store, layouts)
         self._queue: Any
         if device is None:
             self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
@@ -312,29 +146,6 @@ class Runtime:
             DeviceExperts(device, self._queue, self._slab, where.native or {}, ids, miss=miss, rates=rates)
             for where, ids in zip(layouts, records, strict=True)
         ]
-
-    def _register(self, layouts: list[layout.SlotLayout]) -> tuple[Any, list[list[int]]]:
-        """Tells the native table where every expert lies; returns record ids [layer][expert]."""
-        table = self._C.RecordTable()
-        files: dict[str, int] = {}
-
-        def native_piece(piece: Piece, where: layout.SlotLayout, dtypes: dict[str, str]) -> tuple[Any, ...]:
-            if piece.file not in files:
-                files[piece.file] = table.add_file(piece.file)
-            dtype = dtypes[piece.param]
-            start = where.offsets[piece.param] + piece.dst_offset * layout.itemsize(dtype)
-            return (
-                files[piece.file], piece.offset, piece.nbytes, piece.tensor, piece.src_dtype,
-                start, dtype, piece.rows, piece.cols, piece.dst_row_stride, piece.dst_col_stride,
-            )  # fmt: skip
-
-        records = []
-        for layer, where in zip(self.store.layers, layouts, strict=True):
-            dtypes = {param.name: param.dtype for param in layer.params}
-            records.append(
-                [table.add_record([native_piece(piece, where, dtypes) for piece in pieces]) for pieces in layer.pieces]
-            )
-        return table, records
 
     def _attach(self) -> None:
         model = self._model

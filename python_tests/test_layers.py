@@ -22,6 +22,8 @@ FORBIDDEN_IMPORTS = {
     "cache": {"torch", "numpy", "emoe.loader", "emoe.runtime", "emoe.experts"},
     "loader": {"torch", "emoe.runtime", "emoe.experts", "emoe.modeling"},
     "store": {"emoe.runtime", "emoe.experts", "emoe.loader", "emoe.cache"},
+    "runtime": {"emoe.entry", "emoe.cli", "emoe.demo"},
+    "records": {"emoe.runtime", "emoe.loader", "emoe.cache"},
     "experts": {"emoe.runtime", "emoe.planning"},
     "misses": {"torch", "numpy", "emoe.device", "emoe.loader", "emoe.runtime"},
     "device_experts": {"emoe.runtime", "emoe.experts", "emoe.planning"},
