@@ -90,7 +90,7 @@ class CudaBackend final : public Backend {
     double copy_rate(std::size_t bytes, int copies);
     void finish_copies();  // blocks until no copy of either lane is in flight
 
-    // Small copies for tests and for emulated tensors; on `stream`, through staging. download blocks until it is over.
+    // Small copies: slot tables, emulated tensors. On `stream`, through staging; download blocks until it is over.
     void upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream);
     void download(std::span<std::byte> dst, const std::byte* src, cudaStream_t stream);
 
