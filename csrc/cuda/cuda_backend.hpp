@@ -79,7 +79,7 @@ class CudaBackend final : public Backend {
     // As gather_mlp, but the slot table too is device memory, and scratch is the caller's: nothing is copied, allocated
     // or waited for. `slots` are the ranges that the table may name. On a stream that captures a graph it only
     // launches, and each replay goes between begin_read and end_read of the slots that the table names by then.
-    // ConfigError where the workspace is smaller than workspace_bytes(op).
+    // ConfigError where the workspace is smaller than workspace_bytes(op), or not aligned.
     void gather_mlp_resident(const Mlp& op, std::span<const Range> slots, Memory workspace, cudaStream_t stream);
     // For kernels of others, and for replays of a captured graph: between the two calls, what is given to `stream` may
     // read these ranges. begin_read waits on the device for copies into them, end_read holds back later ones.
@@ -90,7 +90,7 @@ class CudaBackend final : public Backend {
     double copy_rate(std::size_t bytes, int copies);
     void finish_copies();  // blocks until no copy of either lane is in flight
 
-    // Small copies for tests and for emulated tensors; on `stream`, through staging. download blocks until it is over.
+    // Small copies: slot tables, emulated tensors. On `stream`, through staging; download blocks until it is over.
     void upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream);
     void download(std::span<std::byte> dst, const std::byte* src, cudaStream_t stream);
 

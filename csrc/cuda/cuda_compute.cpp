@@ -11,6 +11,7 @@
 namespace emoe::cuda {
 namespace {
 
+constexpr std::uintptr_t kWorkspaceAlignment = 256;  // kernels.hpp
 constexpr const char* kAroundReplays = "begin_read and end_read belong around its replays";
 
 Mlp on_device(const GatherMlp& op, const std::byte* table) {
@@ -113,6 +114,11 @@ void CudaBackend::gather_mlp_resident(const Mlp& op, std::span<const Range> slot
     if (workspace.bytes < needed) {
         throw Error(ErrorKind::kConfig, "a workspace of " + std::to_string(workspace.bytes) +
                                             " bytes is too small for this call, which needs " + std::to_string(needed));
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(workspace.data);
+    if (address % kWorkspaceAlignment != 0) {
+        throw Error(ErrorKind::kConfig, "the workspace at address " + std::to_string(address) + " is not " +
+                                            std::to_string(kWorkspaceAlignment) + "-byte aligned");
     }
     const DeviceScope scope(device_);
     const auto launch = [&] {
