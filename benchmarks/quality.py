@@ -35,7 +35,7 @@ from emoe.tasks import Prompt, load_prompts
 
 TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased may cost, by share
 # max_substituted_mass that reaches them, found by --tune on the dev split.
-CONTRACTS = {0.8: 0.05, 0.6: 0.15, 0.4: 0.175, 0.2: 0.175}
+CONTRACTS = {0.8: 0.05, 0.6: 0.125, 0.4: 0.15, 0.2: 0.175}
 GRID = (0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3)
 FEW = 3  # texts a task that exact is run on at each budget
 LONGEST = 160  # tokens of a text
