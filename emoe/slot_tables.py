@@ -54,7 +54,7 @@ class Settled(NamedTuple):
 
     Attributes:
         table: its slot table.
-        slots: the slots that the table names.
+        slots: the slots that the table names, ascending.
         version: of the layer's residents, as the cache counts it.
     """
 
@@ -114,7 +114,7 @@ class SlotTables:
         values = np.full(len(self._tables[layer].slot_of), -1, dtype=np.int32)
         values[residents] = slots
         self._tables[layer].write(values)
-        known = Settled(self._tables[layer], np.array(slots, dtype=np.int64), version)
+        known = Settled(self._tables[layer], np.array(sorted(slots), dtype=np.int64), version)
         self._settled[layer] = known
         return known
 
