@@ -1,10 +1,12 @@
 """How good every predictor of experts is on public routing traces: recall at a budget, calibration, time.
 
-python benchmarks/predictors.py [--traces FOLDER] [--kinds linear,xlnet] [--minutes 6] [--model FOLDER] [--json FILE]
+python benchmarks/predictors.py [--traces FOLDER] [--kinds linear,xlnet] [--parts held-out] [--hold-out all]
+    [--minutes 6] [--model FOLDER] [--json FILE]
 
-The first half of each domain's prompts (100 tokens each, all domains mixed) is learned from, the second evaluated. Then
-each domain in turn is held out of learning and is all that is evaluated. With a model, the next layer's router on the
-present hidden states is measured as well. One thread.
+Part mixed: the first half of each domain's prompts (100 tokens each, all domains mixed) is learned from, the second
+evaluated. Part held-out: each domain in turn is held out of learning and is all that is evaluated. Part alone: each
+domain by itself, in order. With a model, the next layer's router on the present hidden states is measured as well. One
+thread.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from emoe.trace import Trace, load_trace
 
 DOMAINS = ("code", "general", "math")
 FOLDER = Path(os.environ.get("EMOE_TRACES", Path(__file__).parent.parent.parent / "shared" / "traces"))
-XLNET_HELD_OUT = "math"  # the one task that is held out of xlnet's training, which takes minutes
+PARTS = ("mixed", "held-out", "alone")
 
 
 def all_kinds(profile: Trace, rest: Trace, kinds: list[str], minutes: float, on: str) -> list[dict[str, Any]]:
@@ -184,25 +186,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, default=FOLDER, metavar="FOLDER", help=f"of {', '.join(DOMAINS)} .npz")
     parser.add_argument("--kinds", default=",".join(["recent", *KINDS, "oracle"]), metavar="KIND[,KIND...]")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="PART[,PART...]", help="(default: all)")
+    parser.add_argument(
+        "--hold-out",
+        default="math",
+        metavar="DOMAIN[,DOMAIN...]",
+        help="of xlnet, which takes minutes for each: held out in turn, or 'all' (default: math)",
+    )
     parser.add_argument("--minutes", type=float, default=6.0, metavar="N", help="of each training of xlnet, at most")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint to look ahead in")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="lines of JSON with a field 'prompt', for --model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = args.kinds.split(",")
+    kinds, parts = args.kinds.split(","), args.parts.split(",")
+    held_out = DOMAINS if args.hold_out == "all" else args.hold_out.split(",")
+    for name, given, known in (("parts", parts, PARTS), ("hold-out", held_out, DOMAINS)):
+        if not set(given) <= set(known):
+            parser.error(f"--{name} {','.join(given)}: choose from {', '.join(known)}")
     traces = [load_trace(args.traces / f"{name}.npz") for name in DOMAINS]
     profile, rest = mix.prepare(traces, profile=0.5, mix=0)
     assert profile is not None
-    rows = all_kinds(profile, rest, kinds, args.minutes, "mixed prompts")
-    layers = next_layers(profile, rest, "mixed prompts")
-    for name in DOMAINS:
-        some = [kind for kind in kinds if kind != TRAINED or name == XLNET_HELD_OUT]
-        held_out = without_tasks(profile, [name]), of_tasks(rest, [name])
-        rows += all_kinds(*held_out, some, args.minutes, f"held-out task {name}")
-        layers += next_layers(*held_out, f"held-out task {name}")
+    rows, layers = [], []
+    if "mixed" in parts:
+        rows += all_kinds(profile, rest, kinds, args.minutes, "mixed prompts")
+        layers += next_layers(profile, rest, "mixed prompts")
+    for name in DOMAINS if "held-out" in parts else ():
+        some = [kind for kind in kinds if kind != TRAINED or name in held_out]
+        halves = without_tasks(profile, [name]), of_tasks(rest, [name])
+        rows += all_kinds(*halves, some, args.minutes, f"held-out task {name}")
+        layers += next_layers(*halves, f"held-out task {name}")
     # Consecutive prompts of one domain: what request-to-request prediction is for.
-    for name, trace in zip(DOMAINS, traces, strict=True):
+    for name, trace in zip(DOMAINS, traces, strict=True) if "alone" in parts else ():
         halves = mix.split(mix.into_prompts(trace), 0.5)
         some = [kind for kind in kinds if kind in ("recent", "global-table", "across-requests", "across-layers")]
         rows += all_kinds(*halves, some, args.minutes, f"{name} alone, in order")
