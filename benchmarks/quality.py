@@ -352,7 +352,7 @@ def cells(row: dict[str, Any], expert_bytes: int) -> list[str]:
     return [
         f"{row['share']:.0%}",
         row["mode"],
-        "-" if row["bound"] is None else f"{row['bound']:.2f}",
+        "-" if row["bound"] is None else f"{row['bound']:g}",
         f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}",
         percent(row["mass"]),
         f"{row['loads_per_prompt']:.0f}",
