@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 
 import families
 import numpy as np
@@ -281,6 +282,125 @@ def test_what_a_prompt_reads_for_one_row_is_a_substitute_for_the_others():
     assert set(index[1].tolist()) == {1, 2}
     assert routing.stats()["substituted_mass"] <= 0.3
     torch.testing.assert_close(weights, rule.weights(logits, index))
+
+
+def _routing(mode, resident, bound, room=0, bias=None):
+    residency = FixedResidency([E] * 3, [resident] * 3)
+    residency.room = lambda layer: room
+    return Routing(_model(), residency, parse_options(mode, bias, bound))
+
+
+def _route(routing, rule, logits, requests, picks):
+    with routing.rows(requests):
+        routed = routing.route(routing.sites[0], rule, logits, rule.weights(logits, picks), picks)
+    return (picks if routed is None else routed[1]).tolist()
+
+
+def test_a_request_with_several_places_in_a_batch_has_one_allowance():
+    rule, routing, request = Rule("softmax", True), _routing("resident", [0, 1], 0.3), Request()
+    few = torch.full((2, E), -9.0)
+    few[:, 0], few[:, 1] = 1.0, 0.0
+    _route(routing, rule, few, [(request, 2)], few.topk(2).indices)
+    few[:, 0], few[:, 1] = 0.0, -1.0
+    few[0, 2] = few[1, 3] = math.log(4)  # 0.8 of their rows, where the request may substitute 1.2 in all
+    picks = few.topk(2).indices
+    assert _route(routing, rule, few, [(request, 1), (Request(), 0), (request, 1)], picks) == [[0, 1], [3, 0]]
+    assert request.tally.mass == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("mode", ["resident", "biased"])
+def test_what_is_no_number_is_neither_exchanged_nor_counted(mode):
+    request = Request()
+    rule, routing = Rule("softmax", True), _routing(mode, [0, 1], 0.3)
+    logits = torch.randn(4, E, generator=torch.Generator().manual_seed(0))
+    logits[1] = math.nan
+    picks = logits.topk(2).indices
+    assert _route(routing, rule, logits, [(request, 4)], picks)[1] == picks[1].tolist()
+    assert 0 < request.tally.mass <= 1.2
+    # All scores underflow: shares are 0 / 0.
+    rule, routing, logits = Rule("sigmoid", True), _routing(mode, [0, 1], 0.3), torch.arange(E) - 150.0
+    for rows in (1, 3):
+        picks = logits.repeat(rows, 1).topk(2).indices
+        assert _route(routing, rule, logits.repeat(rows, 1), [(request, rows)], picks) == picks.tolist()
+    assert 0 < request.tally.mass <= 1.2
+
+
+@pytest.mark.parametrize(("mode", "avoided"), [("resident", 2), ("biased", 3)])
+def test_prompts_avoid_the_least_mass_and_biased_weighs_how_far_the_substitutes_are(mode, avoided):
+    logits = torch.full((2, E), -10.0)
+    logits[0, [0, 2, 1]] = torch.tensor([5.4, 5.0, -9.0])  # 2 has 0.4 of its row, and 1 is far below it
+    logits[1, [0, 3, 1]] = torch.tensor([5.0, 4.99, 4.9])  # 3 has 0.5 of its row, and 1 is near
+    picks = logits.topk(2).indices
+    rule, routing = Rule("softmax", True), _routing(mode, [0, 1], 0.25)
+    used = _route(routing, rule, logits, [(Request(), 2)], picks)
+    assert [set(row) for row in used] == [{0, 1 if avoided == 2 else 2}, {0, 1 if avoided == 3 else 3}]
+
+
+def test_an_expert_that_the_bias_leaves_one_row_is_there_for_all_rows():
+    rule, routing = Rule("softmax", True), _routing("biased", [0, 1], 1.0, bias=0.3)
+    logits = torch.full((2, E), -10.0)
+    logits[0, [0, 2, 1]] = torch.tensor([5.0, 4.9, 4.8])  # the bias puts 1 in the place of 2
+    logits[1, [0, 2, 1]] = torch.tensor([5.0, 4.9, -9.0])  # and not here
+    picks = logits.topk(2).indices
+    assert _route(routing, rule, logits[:1], [(Request(), 1)], picks[:1]) == [[0, 1]]
+    assert _route(routing, rule, logits, [(Request(), 2)], picks) == [[0, 2], [0, 2]]
+
+
+def test_decode_rows_of_a_batch_follow_their_tasks_bias_and_move_it():
+    rule, routing = Rule("softmax", True), _routing("biased", [0, 1, 2, 3], 0.02)
+    requests = [(Request("code"), 1) for _ in range(WINDOW // 4)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        logits = torch.randn(len(requests), E, generator=generator)
+        _route(routing, rule, logits, requests, logits.topk(2).indices)
+    # 25 halvings, had the rows not followed it.
+    assert 1e-3 < routing.stats()["tasks"]["code"]["bias"] < 0.5
+
+
+def test_one_row_makes_the_exchanges_with_the_least_mass_also_while_slots_are_free():
+    owner = nn.Module()
+    owner.bias = torch.tensor([0.6, 0.5, 0.9, 0.4, 0.0, 0.0, 0.0, 0.0])
+    rule = Rule("sigmoid", True, correction=Vector(owner, "bias"))
+    # Of the absent, 4 gets the free slot; 2 has less mass than 3 and is further above the residents.
+    logits = torch.tensor([[1e-4, 1e-4, 0.2, 0.3, 0.9, *[1e-4] * 3]]).logit()
+    picks = rule.choice(logits).topk(3).indices
+    assert set(picks[0].tolist()) == {2, 3, 4}
+    routing = _routing("biased", [0, 1], 0.3, room=1)
+    assert set(_route(routing, rule, logits, [(Request(), 1)], picks)[0]) == {0, 3, 4}
+
+
+def test_requests_in_threads_beside_each_other_have_their_own_counts():
+    model, together, tallies = _model(), threading.Barrier(2), {}
+
+    def serve(rows):
+        with routing.request(task=str(rows)) as request:
+            together.wait(30)
+            _prefill(model, rows)
+            together.wait(30)
+        tallies[rows] = request.tally
+
+    with attach(model, _residency(), routing="resident") as routing:
+        threads = [threading.Thread(target=serve, args=(rows,)) for rows in (5, 11)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {rows: tally.rows for rows, tally in tallies.items()} == {5: 15, 11: 33}
+        _prefill(model, 2)  # in no request
+        assert {task: count["rows"] for task, count in routing.stats()["tasks"].items()} == {"5": 15, "11": 33, "": 6}
+
+
+def test_a_thread_without_a_request_works_for_the_one_that_was_opened_last():
+    model = _model()
+    with (
+        attach(model, _residency(), routing="resident") as routing,
+        routing.request("code") as outer,
+        routing.request("chat") as inner,
+    ):
+        thread = threading.Thread(target=_prefill, args=(model, 5))
+        thread.start()
+        thread.join()
+    assert (outer.tally.rows, inner.tally.rows) == (0, 15)
 
 
 @given(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import families
 import pytest
 import torch
@@ -56,6 +58,55 @@ def test_a_text_decoded_by_hand_is_probed_as_well(model):
             model(token.reshape(1, 1), past_key_values=cache)
     expected = Prober(model)(torch.cat([_ids(0, 5), _ids(1, 3)], dim=1), "code", prompt_tokens=5)
     assert online.to_dict()["code"]["logit_change"] == pytest.approx(expected.logit_change, abs=1e-5)
+
+
+def test_tokens_that_come_in_the_same_tensor_are_told_apart(model):
+    emoe.wrap(model, memory_budget=0.5)
+    online = model.emoe.probe(share=1.0)
+    token = torch.zeros((1, 1), dtype=torch.int64)
+    with torch.no_grad(), model.emoe.request("code"):
+        cache = model(_ids(0, 5)).past_key_values
+        for number in (7, 9, 11):
+            model(token.fill_(number), past_key_values=cache)
+    expected = Prober(model)([*_ids(0, 5)[0].tolist(), 7, 9, 11], "code", prompt_tokens=5)
+    assert online.to_dict()["code"]["logit_change"] == pytest.approx(expected.logit_change, abs=1e-5)
+
+
+def test_a_probe_changes_nothing_that_another_thread_computes(model):
+    emoe.wrap(model, memory_budget=0.5)
+    model.emoe.probe(share=1.0)
+    at_router, answered, release, computed = (threading.Event() for _ in range(4))
+    answers = []
+
+    def answer():
+        with torch.no_grad():
+            answers.append(model(_ids(0)).logits)
+
+    def before_router(module, args):
+        if threading.current_thread() is other:
+            at_router.set()
+            assert release.wait(30)
+        elif answered.is_set():  # the answer is there, so this is the probe
+            release.set()
+            assert computed.wait(30)
+
+    def after_router(module, args, output):
+        if threading.current_thread() is other:
+            computed.set()
+
+    answer()
+    other = threading.Thread(target=answer)
+    gate = model.model.layers[1].mlp.gate
+    gate.register_forward_pre_hook(before_router)
+    other.start()
+    assert at_router.wait(30)
+    with model.emoe.request("code"):
+        model.generate(_ids(1), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        answered.set()
+        gate.register_forward_hook(after_router)
+    other.join()
+    assert _found(model)["probes"] == 1
+    assert torch.equal(*answers)
 
 
 def test_the_stated_share_of_each_tasks_requests_is_probed(model):

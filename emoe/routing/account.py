@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from threading import get_ident
 from typing import Any
 
 
@@ -65,3 +66,32 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         return {"task": self.task, "name": self.name, **self.tally.to_dict()}
+
+
+class OpenRequests:
+    """Tells whose a forward is: of the innermost request open in its thread, else of the one that was opened last.
+
+    Args:
+        outside: whose it is where none is open.
+    """
+
+    def __init__(self, outside: Request) -> None:
+        self._outside = outside
+        self._open: dict[int, tuple[int, Request]] = {}  # thread and request by id(request), in the order of opening
+
+    @property
+    def current(self) -> Request:
+        """The request of a forward in this thread."""
+        entries, here = list(self._open.values()), get_ident()
+        for thread, request in reversed(entries):
+            if thread == here:
+                return request
+        return entries[-1][1] if entries else self._outside
+
+    def begin(self, request: Request) -> None:
+        """Opens a request in this thread."""
+        self._open[id(request)] = get_ident(), request
+
+    def end(self, request: Request) -> None:
+        """It is over."""
+        del self._open[id(request)]

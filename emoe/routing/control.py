@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from emoe.errors import ConfigError, UnsupportedModelError
-from emoe.routing.account import Request, Tally
+from emoe.routing.account import OpenRequests, Request, Tally
 from emoe.routing.contract import Contract, avoidable
 from emoe.routing.options import Bias, RoutingOptions, parse_options
 from emoe.routing.recognise import Site, find_routers
@@ -27,6 +28,7 @@ from emoe.routing.settled import SettledRouting, Span, Tables
 from emoe.routing.single import exchange
 
 KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
+_COUNTING = Lock()  # forwards may run in several threads; no mode's own, as modes are copied with their routers
 
 
 class Routing:
@@ -46,8 +48,9 @@ class Routing:
         self.sites: list[Site] = []
         self._layers: list[Tally] = []
         self._tasks: dict[str | None, Tally] = {}
-        self._outside = Request()  # counts what runs in no request
-        self._current = self._outside
+        self._requests = OpenRequests(Request())  # that one counts what runs in no request
+        self._only: int | None = None  # the only thread whose forwards are changed
+        self._aside: int | None = None  # a thread whose forwards are not
         self._rows: list[tuple[Request, int]] | None = None
         self._finished: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self._contract = None if options.bound is None else Contract(options.bound, adapt=options.mode == "biased")
@@ -69,10 +72,15 @@ class Routing:
         """
         assert self.options.mode == "resident" and self.options.bound is None
         self._settled = SettledRouting(tables, len(self.sites), self._take)
-        self._settled.current(self._current)
+        self._settled.current(self._requests.current)
 
-    def start(self) -> None:
-        """Puts the hooks on the routers."""
+    def start(self, *, only: int | None = None) -> None:
+        """Puts the hooks on the routers.
+
+        Args:
+            only: the thread (`threading.get_ident`) whose forwards are changed; None for all.
+        """
+        self._only = only
         for site in self.sites:
             if site.rule is not None:
                 self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
@@ -85,6 +93,20 @@ class Routing:
         if self._settled is not None:
             self._settled.read()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """In the block, forwards of this thread keep the router's picks, and are not counted."""
+        self._aside = get_ident()
+        try:
+            yield
+        finally:
+            self._aside = None
+
+    def concerned(self) -> bool:
+        """Whether forwards of this thread are changed and counted."""
+        here = get_ident()
+        return here != self._aside and self._only in (None, here)
+
     def __enter__(self) -> Routing:
         return self
 
@@ -95,19 +117,23 @@ class Routing:
 
     @contextmanager
     def request(self, task: str | None = None, name: str | None = None) -> Iterator[Request]:
-        """What runs in the block belongs to one request of this task: its bias, its contract, its counts."""
-        before, request = self._current, Request(task, name)
-        self._make_current(request)
+        """What runs in the block belongs to one request of this task: its bias, its contract, its counts.
+
+        That is what its own thread runs, and threads without a request of their own while it was opened last.
+        """
+        request = Request(task, name)
+        self._requests.begin(request)
+        self._tell_settled()
         try:
             yield request
         finally:
-            self._make_current(before)
+            self._requests.end(request)
+            self._tell_settled()
             self._finished.append(request)
 
-    def _make_current(self, request: Request) -> None:
-        self._current = request
+    def _tell_settled(self) -> None:
         if self._settled is not None:
-            self._settled.current(request)
+            self._settled.current(self._requests.current)
 
     @contextmanager
     def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
@@ -126,7 +152,7 @@ class Routing:
 
     def _spans(self, rows: int) -> list[Span]:
         if self._rows is None:
-            return [(self._current, slice(0, rows))]
+            return [(self._requests.current, slice(0, rows))]
         spans, start = [], 0
         for request, count in self._rows:
             spans.append((request, slice(start, start + count)))
@@ -173,7 +199,7 @@ class Routing:
         absent = present.count(False)
         if absent and self._residency.room(site.layer):
             return self._route_many(site, rule, logits, weights, index, resident, torch.from_numpy(picks))
-        request = self._current if self._rows is None else next(r for r, span in self._spans(1) if span.stop)
+        request = self._requests.current if self._rows is None else next(r for r, span in self._spans(1) if span.stop)
         bias = self._bias_of(request.task) if absent else 0.0
         if bias == 0.0:
             self._add(site, request, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
@@ -274,25 +300,31 @@ class Routing:
         choice: Choice,
         spans: list[Span],
     ) -> tuple[list[int], list[float]]:
-        """Experts whose absence some request's allowance does not pay for, and the mass that each request wanted."""
+        """Experts whose absence some request's allowance does not pay for, and the mass that each span wanted."""
         assert self._contract is not None
-        R, E = len(spans), len(usable)
+        S, E = len(spans), len(usable)
         rows = [span.stop - span.start for _, span in spans]
         ids, absent = index.cpu().numpy(), (~usable[index]).cpu().numpy()
-        shares = (choice.share.double() * choice.replaced).cpu().numpy()
-        cells = np.repeat(np.arange(R), rows)[:, None] * E + ids
-        mass = np.bincount(cells.ravel(), shares.ravel(), minlength=R * E).astype(np.float64).reshape(R, E)
+        shares = choice.mass.double().cpu().numpy()
+        cells = np.repeat(np.arange(S), rows)[:, None] * E + ids
+        mass = np.bincount(cells.ravel(), shares.ravel(), minlength=S * E).astype(np.float64).reshape(S, E)
+        wanted = mass.sum(1).tolist()
+        # A request has one allowance, however many of the spans are its own.
+        requests = list({id(request): request for request, _ in spans}.values())
+        own = np.array([[each is request for each, _ in spans] for request in requests], dtype=np.float64)  # [R, S]
+        mass = own @ mass
         harm = mass.sum(0)
-        if self.options.mode == "biased":
+        if self.options.mode == "biased" and len(index) > 1:
             near = gaps(rule, logits, index, usable).cpu().numpy()
             harm = np.bincount(ids.ravel(), (shares * near).ravel(), minlength=E).astype(np.float64)
         unavoidable = ids[absent & ~choice.replaced.cpu().numpy()]
         candidates = set(np.flatnonzero(mass.any(0)).tolist()).difference(unavoidable.tolist())
         allowances = [
-            self._contract.allowance(request.tally, count) for (request, _), count in zip(spans, rows, strict=True)
+            self._contract.allowance(request.tally, int(count))
+            for request, count in zip(requests, own @ rows, strict=True)
         ]
         avoided = avoidable(mass, harm, candidates, allowances)
-        return sorted(set(ids[absent].tolist()).difference(avoided)), mass.sum(1).tolist()
+        return sorted(set(ids[absent].tolist()).difference(avoided)), wanted
 
     # Counting
 
@@ -312,7 +344,7 @@ class Routing:
         wanted: list[float],
     ) -> None:
         """`found` [T, K]: whether the final picks are resident, None where every substitute is."""
-        masses = choice.share * choice.replaced
+        masses = choice.mass
         for (request, span), want in zip(spans, wanted, strict=True):
             rows = span.stop - span.start
             absent = int((~present[span]).sum())
@@ -350,11 +382,12 @@ class Routing:
         mass: float,
         misses: int = 0,
     ) -> None:
-        task = self._tasks.get(request.task)
-        if task is None:
-            task = self._tasks[request.task] = Tally()
-        for tally in (request.tally, task, self._layers[layer]):
-            tally.add(rows, picks, absent, substituted, misses, mass)
+        with _COUNTING:
+            task = self._tasks.get(request.task)
+            if task is None:
+                task = self._tasks[request.task] = Tally()
+            for tally in (request.tally, task, self._layers[layer]):
+                tally.add(rows, picks, absent, substituted, misses, mass)
 
     def stats(self, *, per_layer: bool = False) -> dict[str, Any]:
         """Counts since the start; docs/routing.md says what each means.
@@ -404,6 +437,8 @@ class _Hook:
         self._rule = rule
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self._routing.concerned():
+            return None
         try:
             logits, weights, index = output
         except (TypeError, ValueError) as error:

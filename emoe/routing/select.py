@@ -27,6 +27,11 @@ class Choice:
     replaced: torch.Tensor
     share: torch.Tensor
 
+    @property
+    def mass(self) -> torch.Tensor:
+        """[T, K] shares of the picks that are replaced, 0 for the others."""
+        return self.share.where(self.replaced, 0.0)
+
 
 def choose(
     rule: Rule,
@@ -58,7 +63,7 @@ def choose(
     picked = (key.gather(1, index) - handicap).masked_fill_(stay, float("inf"))
     candidates = key.masked_fill(~resident, float("-inf")).scatter_(1, index, picked)
     chosen = candidates.topk(index.shape[1], dim=-1).indices
-    replaced = (index.unsqueeze(2) != chosen.unsqueeze(1)).all(-1)
+    replaced = (index.unsqueeze(2) != chosen.unsqueeze(1)).all(-1) & ~stay  # a NaN would rank above what stays
     return Choice(chosen, replaced, rule.share(logits, index))
 
 

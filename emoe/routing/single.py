@@ -29,7 +29,7 @@ class Exchange(NamedTuple):
         total, count = 0.0, 0
         for share in self.shares:
             total += share
-            if total > allowance:
+            if not total <= allowance:  # so that NaN is not affordable
                 break
             count += 1
         return Exchange(self.positions[:count], self.substitutes[:count], self.shares[:count])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -111,7 +112,7 @@ class Prober:
     @contextmanager
     def _substituting(self, task: str | None) -> Iterator[Request]:
         if self._own is None:
-            self._routing.start()
+            self._routing.start(only=get_ident())  # other threads' answers are for users
         try:
             with self._routing.request(task, "probe") as request:
                 yield request
@@ -119,16 +120,8 @@ class Prober:
             if self._own is None:
                 self._routing.close()
 
-    @contextmanager
-    def _exact(self) -> Iterator[None]:
-        if self._own is None:
-            yield
-            return
-        self._own.close()
-        try:
-            yield
-        finally:
-            self._own.start()
+    def _exact(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._own is None else self._own.aside()
 
 
 class _Drawn:

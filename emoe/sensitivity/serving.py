@@ -107,6 +107,7 @@ class _Text:
         if ids is None or len(ids) != 1:
             self._lost = True
             return
+        ids = ids.clone()  # the caller may write the next token into the same tensor
         cache = kwargs.get("past_key_values")
         if cache is None:
             self._pieces = [ids]
