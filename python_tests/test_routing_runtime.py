@@ -11,7 +11,7 @@ import emoe
 from emoe import cli
 from emoe.cli import common
 from emoe.errors import ConfigError
-from emoe.routing import MODES
+from emoe.routing import MODES, attach
 
 
 @pytest.fixture
@@ -94,6 +94,13 @@ def test_a_wrapped_model_is_given_back_without_hooks(ids):
     assert not any(module._forward_hooks for module in model.modules())
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_second_mode_on_a_model_that_has_one_is_refused(checkpoint):
+    model = _load(checkpoint, routing="resident")
+    with pytest.raises(ConfigError, match="runs with routing='resident' already"):
+        attach(model, None, routing="biased", bias=0.3)
+    model.emoe.close(restore=False)
 
 
 def test_an_unknown_mode_is_refused_before_anything_is_loaded(tmp_path):

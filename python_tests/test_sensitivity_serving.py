@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emoe
-from emoe.errors import ClosedError, ConfigError
+from emoe.errors import ClosedError, ConfigError, ReadError
 from emoe.sensitivity import Prober, RequestProbes, Sample, measure
 from emoe.sensitivity.online import spearman
 
@@ -187,6 +187,23 @@ def test_a_closed_or_second_estimate_leaves_no_hook_behind(model):
     assert not any(isinstance(getattr(hook, "__self__", None), RequestProbes) for hook in hooks.values())
     with pytest.raises(ClosedError):
         runtime.probe()
+
+
+def test_a_probe_that_fails_is_logged_and_leaves_the_answer(model, monkeypatch, caplog):
+    emoe.wrap(model, memory_budget=0.5)
+    online = model.emoe.probe(share=1.0)
+
+    def fails(*args, **kwargs):
+        raise ReadError("expert (0, 1): EIO")
+
+    monkeypatch.setattr(model.emoe._probes, "_prober", fails)
+    with model.emoe.request("code"):
+        answer = model.generate(_ids(0), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert answer.shape == (1, 16)
+    stats = model.emoe.stats()["sensitivity"]
+    assert (stats["probes"], stats["failed"], online.tasks) == (0, 1, [])
+    assert "a probe failed: expert (0, 1): EIO" in caplog.text
+    model.emoe.close()
 
 
 GROUP = 25  # tokens of a task's own

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from emoe.routing.account import Tally
-from emoe.routing.select import DECISIVE
+from emoe.routing.account import Request, Tally
+from emoe.routing.rules import Rule
+from emoe.routing.select import DECISIVE, Choice, gaps
 
 WINDOW = 256  # rows between two changes of a task's bias
 RISE = 1.1
@@ -55,6 +57,48 @@ class Contract:
                 self._factors[task] = asked if raised >= DECISIVE else raised
             seen_rows, seen_mass = 0, 0.0
         self._windows[task] = (seen_rows, seen_mass)
+
+    def to_read(
+        self,
+        rule: Rule,
+        logits: torch.Tensor,
+        index: torch.Tensor,
+        usable: torch.Tensor,
+        choice: Choice,
+        spans: Sequence[tuple[Request, slice]],
+    ) -> tuple[list[int], list[float]]:
+        """What the allowances of the requests of a call do not pay for.
+
+        Args:
+            rule, logits, index, usable: as `select.choose` took them.
+            choice: what it gave.
+            spans: whose the rows are.
+
+        Returns:
+            The absent experts that have to be read, and the mass that each span would have had substituted.
+        """
+        S, E = len(spans), len(usable)
+        rows = [span.stop - span.start for _, span in spans]
+        ids, absent = index.cpu().numpy(), (~usable[index]).cpu().numpy()
+        shares = choice.mass.double().cpu().numpy()
+        cells = np.repeat(np.arange(S), rows)[:, None] * E + ids
+        mass = np.bincount(cells.ravel(), shares.ravel(), minlength=S * E).astype(np.float64).reshape(S, E)
+        wanted = mass.sum(1).tolist()
+        # A request has one allowance, however many of the spans are its own.
+        requests = list({id(request): request for request, _ in spans}.values())
+        own = np.array([[each is request for each, _ in spans] for request in requests], dtype=np.float64)  # [R, S]
+        mass = own @ mass
+        harm = mass.sum(0)
+        if self.adapt and len(index) > 1:
+            near = gaps(rule, logits, index, usable).cpu().numpy()
+            harm = np.bincount(ids.ravel(), (shares * near).ravel(), minlength=E).astype(np.float64)
+        unavoidable = ids[absent & ~choice.replaced.cpu().numpy()]
+        candidates = set(np.flatnonzero(mass.any(0)).tolist()).difference(unavoidable.tolist())
+        allowances = [
+            self.allowance(request.tally, int(count)) for request, count in zip(requests, own @ rows, strict=True)
+        ]
+        avoided = avoidable(mass, harm, candidates, allowances)
+        return sorted(set(ids[absent].tolist()).difference(avoided)), wanted
 
 
 def avoidable(

@@ -11,19 +11,18 @@ from contextlib import contextmanager
 from threading import Lock, get_ident
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from emoe.errors import ConfigError, UnsupportedModelError
 from emoe.routing.account import OpenRequests, Request, Tally
-from emoe.routing.contract import Contract, avoidable
+from emoe.routing.contract import Contract
 from emoe.routing.options import Bias, RoutingOptions, parse_options
 from emoe.routing.recognise import Site, find_routers
 from emoe.routing.residency import Residency
 from emoe.routing.rules import Rule
-from emoe.routing.select import Choice, choose, gaps, to_fill
+from emoe.routing.select import Choice, choose, to_fill
 from emoe.routing.settled import SettledRouting, Span, Tables
 from emoe.routing.single import exchange
 
@@ -262,7 +261,7 @@ class Routing:
         choice = choose(rule, logits, index, usable, stay, bias)
         wanted = [0.0] * len(spans)
         if self._contract is not None:
-            read, wanted = self._to_read(rule, logits, index, usable, choice, spans)
+            read, wanted = self._contract.to_read(rule, logits, index, usable, choice, spans)
             if read:
                 # What is read for some rows is there for all.
                 usable = usable.index_fill(0, torch.tensor(read, device=usable.device), True)
@@ -290,41 +289,6 @@ class Routing:
     def _bias_of(self, task: str | None) -> float:
         asked = self.options.bias_of(task)
         return asked if self._contract is None else self._contract.bias(task, asked)
-
-    def _to_read(
-        self,
-        rule: Rule,
-        logits: torch.Tensor,
-        index: torch.Tensor,
-        usable: torch.Tensor,
-        choice: Choice,
-        spans: list[Span],
-    ) -> tuple[list[int], list[float]]:
-        """Experts whose absence some request's allowance does not pay for, and the mass that each span wanted."""
-        assert self._contract is not None
-        S, E = len(spans), len(usable)
-        rows = [span.stop - span.start for _, span in spans]
-        ids, absent = index.cpu().numpy(), (~usable[index]).cpu().numpy()
-        shares = choice.mass.double().cpu().numpy()
-        cells = np.repeat(np.arange(S), rows)[:, None] * E + ids
-        mass = np.bincount(cells.ravel(), shares.ravel(), minlength=S * E).astype(np.float64).reshape(S, E)
-        wanted = mass.sum(1).tolist()
-        # A request has one allowance, however many of the spans are its own.
-        requests = list({id(request): request for request, _ in spans}.values())
-        own = np.array([[each is request for each, _ in spans] for request in requests], dtype=np.float64)  # [R, S]
-        mass = own @ mass
-        harm = mass.sum(0)
-        if self.options.mode == "biased" and len(index) > 1:
-            near = gaps(rule, logits, index, usable).cpu().numpy()
-            harm = np.bincount(ids.ravel(), (shares * near).ravel(), minlength=E).astype(np.float64)
-        unavoidable = ids[absent & ~choice.replaced.cpu().numpy()]
-        candidates = set(np.flatnonzero(mass.any(0)).tolist()).difference(unavoidable.tolist())
-        allowances = [
-            self._contract.allowance(request.tally, int(count))
-            for request, count in zip(requests, own @ rows, strict=True)
-        ]
-        avoided = avoidable(mass, harm, candidates, allowances)
-        return sorted(set(ids[absent].tolist()).difference(avoided)), wanted
 
     # Counting
 
@@ -472,9 +436,12 @@ def attach(
         The mode at work; `close()` takes it off.
 
     Raises:
-        ConfigError: an option is not one of its choices.
+        ConfigError: an option is not one of its choices, or the model runs under emoe in another mode than `exact`.
         UnsupportedModelError: a router's rule is not known.
     """
+    own = getattr(getattr(model, "emoe", None), "routing", None)
+    if own is not None and own.options.mode != "exact":
+        raise ConfigError(f"this model runs with routing='{own.options.mode}' already; load it with routing='exact'")
     attached = Routing(model, residency, parse_options(routing, bias, max_substituted_mass))
     attached.start()
     return attached

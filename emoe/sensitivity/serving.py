@@ -5,6 +5,7 @@ Looks on through a hook on the model. What a request is and when it ends is told
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from emoe.errors import EmoeError
 from emoe.request_start import RequestStart, cached_tokens
 from emoe.sensitivity.online import OnlineSensitivity
 from emoe.sensitivity.probe import ANSWER_TOKENS, Prober
+
+logger = logging.getLogger(__name__)
 
 
 class RequestProbes:
@@ -37,7 +41,7 @@ class RequestProbes:
         self.online = OnlineSensitivity(share)
         self._prober, self._lock = Prober(model), lock
         self._text: _Text | None = None
-        self._probes = self._unusable = 0
+        self._probes = self._unusable = self._failed = 0
         self._seconds = 0.0
         self._hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
 
@@ -59,8 +63,13 @@ class RequestProbes:
             self._unusable += 1
         elif self.online.due(task or ""):
             ids, prompt_tokens = found
-            with self._lock:
-                seen = self._prober(ids[: prompt_tokens + ANSWER_TOKENS], task, prompt_tokens=prompt_tokens)
+            try:
+                with self._lock:
+                    seen = self._prober(ids[: prompt_tokens + ANSWER_TOKENS], task, prompt_tokens=prompt_tokens)
+            except EmoeError as error:  # the request itself is answered
+                self._failed += 1
+                logger.warning("emoe: a probe failed: %s", error)
+                return
             self._probes += 1
             self._seconds += seen.seconds
             self.online.observe(task or "", seen.substituted_mass, seen.logit_change)
@@ -70,11 +79,12 @@ class RequestProbes:
             self._text.add(args, kwargs)
 
     def stats(self) -> dict[str, Any]:
-        """probes, seconds they took, unusable (requests without one text and an answer), and the estimate by task."""
+        """probes, their seconds, unusable (requests without one text and an answer), failed, the estimate by task."""
         return {
             "probes": self._probes,
             "seconds": self._seconds,
             "unusable": self._unusable,
+            "failed": self._failed,
             "tasks": self.online.to_dict(),
         }
 
