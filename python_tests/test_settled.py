@@ -51,7 +51,7 @@ class _Fixed:
     def settled(self, layer, top_k):
         return SimpleNamespace(table=self._tables[layer])
 
-    def routed(self, layer, settled):
+    def routed(self, layer, settled, picks):
         self.seen.append(layer)
 
     def capturing(self):
@@ -164,6 +164,36 @@ def test_what_a_replay_adds_belongs_to_the_request_that_runs_then():
         assert served.tally.rows == 4
 
 
+def test_what_is_added_while_counts_are_read_is_read_the_next_time():
+    model = _model()
+    with _by_tables(model, _residency(model)) as routing, torch.no_grad():
+        model(_ids(model))
+        sums, take, added = routing._settled._counts._sums[0], routing._settled._counts._take, []
+
+        def step_of_another_thread(*counts):
+            if not added:
+                added.append(sums.add_(1))
+            take(*counts)
+
+        routing._settled._counts._take = step_of_another_thread
+        rows = [routing.stats()["rows"] for _ in range(3)]
+    assert rows[1:] == [rows[0] + len(routing.sites)] * 2
+
+
+def test_picks_of_a_capture_are_told_to_nobody():
+    model = _model()
+    tables = _Fixed(_residency(model))
+    told = []
+    with _by_tables(model, _residency(model), tables) as routing, torch.no_grad():
+        routing.observer = lambda layer, index: told.append(layer)
+        model(_ids(model))
+        assert told == [site.layer for site in routing.sites]
+        tables.capture = True
+        model(_ids(model))
+        assert len(told) == len(routing.sites)
+        tables.capture = False
+
+
 def test_a_first_step_inside_a_capture_is_refused_and_so_is_reading_counts():
     model = _model()
     residency = _residency(model)
@@ -244,19 +274,31 @@ def test_a_layer_with_fewer_experts_than_picks_is_not_settled():
     _load(loader, 0, 1)
     assert tables.settled(0, 3) is None
     assert tables.settled(0, 2) is not None
+    assert tables.settled(0, 3) is None, "also when the table is written"
 
 
 def test_picks_are_taken_once_and_only_while_the_experts_are_those_they_were_made_from():
     tables, loader, _, _ = _tables()
     _load(loader, 0, 1, 2)
-    tables.routed(0, tables.settled(0, 2))
-    assert tables.take(0) is not None
-    assert tables.take(0) is None
-    tables.routed(0, tables.settled(0, 2))
+    picks = torch.tensor([[0, 1]])
+    tables.routed(0, tables.settled(0, 2), picks)
+    assert tables.take(0, picks) is not None
+    assert tables.take(0, picks) is None
+    tables.routed(0, tables.settled(0, 2), picks)
     _load(loader, 5)
-    assert tables.take(0) is None, "an expert left after the router had looked"
-    tables.routed(0, tables.settled(0, 2))
-    assert 5 in tables.take(0).table.slot_of.ge(0).nonzero().flatten().tolist()
+    assert tables.take(0, picks) is None, "an expert left after the router had looked"
+    tables.routed(0, tables.settled(0, 2), picks)
+    assert 5 in tables.take(0, picks).table.slot_of.ge(0).nonzero().flatten().tolist()
+
+
+def test_picks_that_were_not_made_from_the_table_are_looked_at_by_the_host():
+    """Those of another thread that the host routed, or of a router whose step broke off before its experts ran."""
+    tables, loader, _, _ = _tables()
+    _load(loader, 0, 1, 2)
+    picks = torch.tensor([[0, 1]])
+    tables.routed(0, tables.settled(0, 2), picks)
+    assert tables.take(0, torch.tensor([[0, 5]])) is None
+    assert tables.take(0, picks) is not None, "picks of others do not use it up"
 
 
 def test_a_table_is_not_written_in_a_capture():

@@ -137,6 +137,12 @@ class Routing:
 
     # The hook
 
+    def observe(self, layer: int, index: torch.Tensor) -> None:
+        """Tells the observer of the router's own picks [T, K]."""
+        # Nothing runs in a capture: its tensors have no values that anybody could look at later.
+        if self.observer is not None and not (self._settled is not None and self._settled.capturing()):
+            self.observer(layer, index)
+
     def route(
         self, site: Site, rule: Rule, logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -410,8 +416,7 @@ class _Hook:
             raise UnsupportedModelError(
                 f"router {self._site.path} did not return (logits, weights, indices) as it did on probes"
             ) from error
-        if self._routing.observer is not None:
-            self._routing.observer(self._site.layer, index)
+        self._routing.observe(self._site.layer, index)
         routed = self._routing.route(self._site, self._rule, logits, weights, index)
         return None if routed is None else (logits, *routed)
 
