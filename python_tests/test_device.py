@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import threading
 
 import numpy as np
@@ -157,6 +159,15 @@ def test_replays_are_refused_before_layers_are_settled_and_where_a_step_may_load
         model.emoe.close(restore=False)
 
 
+def test_a_layer_with_fewer_slots_than_picks_is_said_to_need_the_host(device, checkpoint):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.25, routing="resident", device=device)
+    slots = len(model.emoe.cache.slots(0))
+    model.emoe.plan = dataclasses.replace(model.emoe.plan, top_k=slots + 1)
+    with pytest.raises(ConfigError, match=f"layer 0 has {slots} slots, fewer than the {slots + 1} experts"):
+        model.emoe.settle()
+    model.emoe.close(restore=False)
+
+
 def test_replays_run_between_the_reads_of_every_slot_and_nobody_loads_meanwhile(device, checkpoint):
     model = resident(checkpoint("qwen3_moe"), device)
     model.emoe.settle()
@@ -166,8 +177,12 @@ def test_replays_run_between_the_reads_of_every_slot_and_nobody_loads_meanwhile(
         def __getattr__(self, name):
             if name.endswith("_read"):
                 calls.append(name)
-                return lambda slab, slots, stream: (calls.append(slots.tolist()), getattr(native, name)(slab, slots, stream))
+                return functools.partial(self.noted, getattr(native, name))
             return getattr(native, name)
+
+        def noted(self, call, slab, slots, stream):
+            calls.append(slots.tolist())
+            call(slab, slots, stream)
 
     model.emoe._device.native = Watched()
     slots = list(range(model.emoe.stats()["slots"]))

@@ -126,6 +126,28 @@ def test_a_step_reads_no_value_of_any_tensor(name):
         routing._settled._counts._owners.clear()
 
 
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "phimoe", "gpt_oss"])
+def test_every_pick_is_in_the_table_whatever_the_router_gives(name):
+    model = _model(name)
+    residency = _residency(model, count=TOP_K)
+    with _by_tables(model, residency) as routing:
+        site = next(site for site in routing.sites if site.rule is not None)
+        resident = residency.mask(site.layer)
+        rows = torch.randn(6, E, generator=torch.Generator().manual_seed(3))
+        rows[1, resident] = float("-inf")
+        rows[2, ~resident] = float("inf")
+        rows[3] = float("nan")
+        rows[4] = 3e8
+        rows[5, 0] = float("nan")
+        index = rows.masked_fill(resident, float("-inf")).topk(TOP_K).indices
+        weights, picks = routing.route(site, site.rule, rows, torch.ones(6, TOP_K), index)
+        assert resident[picks].all()
+        assert weights[0].isfinite().all()
+        stats = routing.stats()
+        assert 0 < stats["substituted_mass"] <= 1
+        assert stats["substituted"] == stats["absent"] == stats["picks"] == 6 * TOP_K
+
+
 def test_the_host_path_reads_values_so_that_the_test_above_can_fail():
     model = copy.deepcopy(_model())
     residency = _residency(model)
@@ -147,9 +169,9 @@ def test_rows_of_a_batch_are_counted_for_their_requests():
                 with routing.rows([(one, rows[0]), (two, rows[1])]):
                     model(_ids(model, sum(rows)))
             routing.finish(one)
+            assert one.tally.rows == 6 * len(routing.sites), "counts are there when a request is finished"
             routing.finish(two)
         tallies.append([one.tally.to_dict(), two.tally.to_dict()])
-        assert one.tally.rows == 6 * len(routing.sites)
     for expected, found in zip(*tallies, strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
 
@@ -178,6 +200,30 @@ def test_what_is_added_while_counts_are_read_is_read_the_next_time():
         routing._settled._counts._take = step_of_another_thread
         rows = [routing.stats()["rows"] for _ in range(3)]
     assert rows[1:] == [rows[0] + len(routing.sites)] * 2
+
+
+def test_what_a_replay_adds_to_a_batch_belongs_to_the_requests_of_its_rows():
+    model = _model()
+    one, two, three = Request("code"), Request("chat"), Request("code")
+    with _by_tables(model, _residency(model)) as routing, torch.no_grad():
+        with routing.rows([(one, 2), (two, 1)]):
+            model(_ids(model, 3))
+        assert routing._settled._counts._owners == [routing._outside, one, two]
+        with routing.rows([(three, 2), (two, 1)]):
+            routing._settled._counts._sums[1][0, 0] += 7  # as a graph does, without a call of ours
+        for request in (one, two, three):
+            routing.finish(request)
+    layers = len(routing.sites)
+    assert [one.tally.rows, two.tally.rows, three.tally.rows] == [2 * layers, layers, 7]
+
+
+def test_steps_in_inference_mode_and_outside_it_take_turns():
+    model = _model()
+    with _by_tables(model, _residency(model)) as routing:
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+            with mode():
+                model(_ids(model, 2))
+        assert routing.stats()["rows"] == 6 * len(routing.sites)
 
 
 def test_picks_of_a_capture_are_told_to_nobody():

@@ -69,7 +69,7 @@ class Routing:
         """
         assert self.options.mode == "resident" and self.options.bound is None
         self._settled = SettledRouting(tables, len(self.sites), self._take)
-        self._settled.current(self._current)
+        self._settled.current([self._current], batch=False)
 
     def start(self) -> None:
         """Puts the hooks on the routers."""
@@ -107,12 +107,14 @@ class Routing:
     def _make_current(self, request: Request) -> None:
         self._current = request
         if self._settled is not None:
-            self._settled.current(request)
+            self._settled.current([request], batch=False)
 
     @contextmanager
     def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
         before, self._rows = self._rows, list(requests)
+        if self._settled is not None:
+            self._settled.current([request for request, _ in requests], batch=True)
         try:
             yield
         finally:

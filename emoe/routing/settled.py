@@ -5,7 +5,6 @@ Nothing here depends on a value of a tensor, so a step can be captured in a CUDA
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from emoe.errors import EmoeError
 from emoe.routing.account import Request
 from emoe.routing.recognise import Site
 from emoe.routing.rules import Rule
-from emoe.routing.select import Choice, choose
+from emoe.routing.select import Choice, choose_resident
 
 Span = tuple[Request, slice]
 # Told request, layer, rows, picks, absent, substituted, mass.
@@ -66,7 +65,7 @@ class SettledRouting:
             return None
         resident = settled.table.slot_of >= 0
         logits = rule.logits(logits)
-        choice = choose(rule, logits, index, resident, resident[index], math.inf)
+        choice = choose_resident(rule, logits, index, resident)
         changed = choice.replaced.any(-1, keepdim=True)
         final = torch.where(changed, choice.index, index)
         own = rule.weights(logits, final).to(weights.dtype)
@@ -78,9 +77,10 @@ class SettledRouting:
         for place, (request, span) in enumerate(spans, start=int(batch)):
             self._counts.add(place, request, layer, choice.replaced[span], choice.share[span])
 
-    def current(self, request: Request) -> None:
-        """From now on what runs belongs to this request."""
-        self._counts.own(0, request)
+    def current(self, requests: Sequence[Request], *, batch: bool) -> None:
+        """From now on what runs belongs to these requests, replays too; `batch`: they are those of `Routing.rows`."""
+        for place, request in enumerate(requests, start=int(batch)):
+            self._counts.own(place, request)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured."""
@@ -121,14 +121,16 @@ class _DeviceCounts:
         if sums is None:
             if self._tables.capturing():
                 raise EmoeError("nothing was routed before this capture; run one step first")
-            sums = torch.zeros((self._layers, COUNTS), dtype=torch.float64, device=share.device)
+            with torch.inference_mode(False):  # steps outside that mode add to it too
+                sums = torch.zeros((self._layers, COUNTS), dtype=torch.float64, device=share.device)
             self._sums[place] = sums
         row = sums[layer]
         row[0] += replaced.shape[0]
         row[1] += replaced.numel()
         # Every absent pick was replaced, and no other.
         row[2:4] += replaced.sum()
-        row[4] += (share * replaced).sum(dtype=torch.float64)
+        # Sums stay numbers where a router gave NaN.
+        row[4] += (share * replaced).nan_to_num().sum(dtype=torch.float64)
 
     def read(self, request: Request | None) -> None:
         for place, owner in enumerate(self._owners):
