@@ -92,6 +92,9 @@ class Device:
         """Whether the current stream captures a CUDA graph."""
         return bool(self.native.capturing(self.stream()))
 
+    def follow(self) -> None:
+        """What the current stream gets from now on runs after what the stream of the call before has got."""
+
     def queue(self, slab: Any, table: Any, reader: Any, host_slots: int) -> DeviceQueue:
         """A queue that fills the slab through `host_slots` slots of pinned memory."""
         store = self.module.HostStore(host_slots, slab.slot_bytes, self.native.index)
@@ -194,6 +197,7 @@ class Cuda(Device):
     def __init__(self, module: Any, index: int) -> None:
         super().__init__(module, index)
         self.name = f"cuda:{index}"
+        self._followed: torch.cuda.Stream | None = None
 
     def stream(self) -> int:
         return int(torch.cuda.current_stream(self.name).cuda_stream)
@@ -211,6 +215,15 @@ class Cuda(Device):
 
     def table(self, experts: int) -> CudaTable:
         return CudaTable(self, experts)
+
+    def follow(self) -> None:
+        stream = torch.cuda.current_stream(self.name)
+        # A capture starts on a stream that is in order already, and no wait may cross its border.
+        if stream == self._followed or self.capturing():
+            return
+        if self._followed is not None:
+            stream.wait_stream(self._followed)
+        self._followed = stream
 
 
 class Emulated(Device):

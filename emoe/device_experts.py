@@ -113,7 +113,7 @@ class DeviceExperts:
         self.settled += 1
         part = max(1, self._pair_bytes // (4 * K * self._mlp.hidden_out))
         parts = []
-        for t in range(0, T, part):
+        for t in range(0, max(1, T), part):
             rows = slice(t, t + part)
             with self._device.call(self._mlp, self._slab, hidden[rows], index[rows], weights[rows]) as call:
                 call.gather_settled(settled)

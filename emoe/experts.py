@@ -204,7 +204,7 @@ class ExpertLayer:
             return result
 
     def _forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        settled = None if self._tables is None else self._tables.take(self.index)
+        settled = None if self._tables is None else self._tables.take(self.index, index)
         if self._on_device is not None and settled is not None:
             return self._on_device.forward_settled(hidden, index, weights, settled)
         wanted = sorted({e for e in index.flatten().tolist() if 0 <= e < self.num_experts})

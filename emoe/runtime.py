@@ -323,10 +323,12 @@ class Runtime:
         """Fills free slots and writes the slot tables: until experts in memory change, steps do not need the host.
 
         For a CUDA graph of `routing="resident"` (docs/cuda.md): settle, run a step, capture one, and `replaying` it.
-        Free slots get the experts with the lowest ids; a prompt that ran before has filled them with its own.
+        Free slots get the experts with the lowest ids; a prompt that ran before has filled them with its own. Layers
+        whose router is a token table (`stats()["routing"]["exact_layers"]`) need the host in each step all the same.
 
         Raises:
-            ConfigError: the model is not on a device, or may load experts in any step.
+            ConfigError: the model is not on a device, or may load experts in any step; a layer has fewer slots than
+                a token has experts.
             ReadError: the bytes of an expert could not be read; the others are loaded.
         """
         tables = self._settling()
@@ -337,13 +339,19 @@ class Runtime:
                     for _ in rounds:
                         pass
                 self.loader.finish_prefetch(layer)
-                tables.settled(layer, self.plan.top_k)
+                slots = len(self.cache.slots(layer))
+                if tables.settled(layer, self.plan.top_k) is None and slots < self.plan.top_k:
+                    raise ConfigError(
+                        f"layer {layer} has {slots} slots, fewer than the {self.plan.top_k} experts of a token: each "
+                        "step needs the host"
+                    )
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """In the block, graphs captured of this model are replayed on the current stream.
 
         Their slot tables are those of the experts in memory now, and no slot is filled before the replays have read it.
+        Only replays belong in it: a load that the block itself begins does not wait for those before it.
 
         Raises:
             ConfigError: as `settle`; EmoeError: a layer has a free slot or a prefetch under way (`settle` ends both).

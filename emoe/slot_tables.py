@@ -48,6 +48,10 @@ class TableDevice(Protocol):
         """Whether the current stream captures a graph."""
         ...
 
+    def follow(self) -> None:
+        """What the current stream gets from now on runs after what the streams before it got."""
+        ...
+
 
 class Settled(NamedTuple):
     """A layer whose picks the device can choose and compute by itself.
@@ -86,22 +90,26 @@ class SlotTables:
         self._device, self._loader, self._cache, self._lock = device, loader, loader.cache, lock
         self._tables = [device.table(count) for count in experts_per_layer]
         self._settled: list[Settled | None] = [None] * len(self._tables)
-        self._routed: list[int | None] = [None] * len(self._tables)
+        # Of each layer, the picks that were made last and the version they were made from.
+        self._routed: list[tuple[torch.Tensor, int] | None] = [None] * len(self._tables)
 
     def settled(self, layer: int, top_k: int) -> Settled | None:
         """The layer as it is now, None where a step may need the host.
+
+        Tables are read and written in one order: the current stream goes on after the one that was here before it.
 
         Raises:
             EmoeError: its residents changed and a graph is being captured, which a table cannot be written in.
         """
         with self._lock:
+            self._device.follow()
             return self._look(layer, top_k)
 
     def _look(self, layer: int, top_k: int) -> Settled | None:
         version = self._cache.version(layer)
         known = self._settled[layer]
         if known is not None and known.version == version:
-            return known if self._may_settle(layer) else None
+            return known if len(known.slots) >= top_k and self._may_settle(layer) else None
         self._settled[layer] = None
         residents = self._cache.resident(layer)
         slots = [slot for expert in residents if (slot := self._cache.lookup(layer, expert)) is not None]
@@ -121,20 +129,21 @@ class SlotTables:
     def _may_settle(self, layer: int) -> bool:
         return not self._cache.free(layer) and not self._loader.prefetching(layer)
 
-    def routed(self, layer: int, settled: Settled) -> None:
-        """The router's picks of this layer name only experts of this table, until `take`."""
-        self._routed[layer] = settled.version
+    def routed(self, layer: int, settled: Settled, picks: torch.Tensor) -> None:
+        """These picks of this layer name only experts of this table, until `take`."""
+        self._routed[layer] = picks, settled.version
 
-    def take(self, layer: int) -> Settled | None:
-        """The table that the layer's picks were made from; None where the host has to look at them.
+    def take(self, layer: int, picks: torch.Tensor) -> Settled | None:
+        """The table that these picks were made from; None where the host has to look at them.
 
-        Callers hold the lock until the kernels that read the slots are enqueued.
+        Picks are known by their object: those of another thread, of a router without its hook or of a hook after it
+        may name any expert. Callers hold the lock until the kernels that read the slots are enqueued.
         """
-        routed, self._routed[layer] = self._routed[layer], None
-        known = self._settled[layer]
-        if known is None or routed is None or routed != self._cache.version(layer):
+        known, routed = self._settled[layer], self._routed[layer]
+        if routed is None or routed[0] is not picks:
             return None
-        return known
+        self._routed[layer] = None
+        return known if known is not None and routed[1] == self._cache.version(layer) else None
 
     def capturing(self) -> bool:
         """Whether the current stream captures a graph."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +45,13 @@ def prompt():
 
 def generate(model, prompt, n=4):
     return model.generate(prompt.to(model.device), max_new_tokens=n, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+def moe_block(model):
+    """The block of `model.emoe.layers[0]`; the family's first layer is dense."""
+    block = model.model.layers[1].mlp
+    assert block.experts._emoe is model.emoe.layers[0]
+    return block
 
 
 def small_layout(module):
@@ -148,16 +159,88 @@ def test_replays_are_refused_before_layers_are_settled_and_where_a_step_may_load
         model.emoe.close(restore=False)
 
 
+def test_a_layer_with_fewer_slots_than_picks_is_said_to_need_the_host(device, checkpoint):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.25, routing="resident", device=device)
+    slots = len(model.emoe.cache.slots(0))
+    model.emoe.plan = dataclasses.replace(model.emoe.plan, top_k=slots + 1)
+    with pytest.raises(ConfigError, match=f"layer 0 has {slots} slots, fewer than the {slots + 1} experts"):
+        model.emoe.settle()
+    model.emoe.close(restore=False)
+
+
+def test_replays_run_between_the_reads_of_every_slot_and_nobody_loads_meanwhile(device, checkpoint):
+    model = resident(checkpoint("qwen3_moe"), device)
+    model.emoe.settle()
+    native, calls, taken = model.emoe._device.native, [], []
+
+    class Watched:
+        def __getattr__(self, name):
+            if name.endswith("_read"):
+                calls.append(name)
+                return functools.partial(self.noted, getattr(native, name))
+            return getattr(native, name)
+
+        def noted(self, call, slab, slots, stream):
+            calls.append(slots.tolist())
+            call(slab, slots, stream)
+
+    model.emoe._device.native = Watched()
+    slots = list(range(model.emoe.stats()["slots"]))
+    with pytest.raises(KeyError), model.emoe.replaying():
+        calls.append("replay")
+        other = threading.Thread(target=lambda: taken.append(model.emoe._lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        raise KeyError("in the block")
+    assert calls == ["begin_read", slots, "replay", "end_read", slots]
+    assert taken == [False], "a load of another thread would not know of the replays"
+    model.emoe._device.native = native
+    model.emoe.close(restore=False)
+
+
+def test_a_settled_call_in_parts_or_without_rows_is_the_one_of_the_host(device, checkpoint):
+    model = resident(checkpoint("qwen3_moe"), device)
+    model.emoe.settle()
+    block = moe_block(model)
+    hidden = torch.randn(1, 9, model.config.hidden_size, device=model.device)
+    with torch.no_grad():
+        whole, before = block(hidden), model.emoe.stats()["settled"]
+        model.emoe.layers[0]._on_device._pair_bytes = 1
+        torch.testing.assert_close(block(hidden), whole, rtol=1e-4, atol=1e-5)
+        assert block(hidden[:, :0]).shape == (1, 0, model.config.hidden_size)
+        assert model.emoe.stats()["settled"] == before + 2
+    model.emoe.close(restore=False)
+
+
+def test_picks_that_a_later_hook_puts_in_the_place_of_the_routers_are_loaded_and_not_left_out(device, checkpoint):
+    model = resident(checkpoint("qwen3_moe"), device)
+    model.emoe.settle()
+    block = moe_block(model)
+    absent = [e for e in range(8) if model.emoe.cache.lookup(0, e) is None]
+    picks = torch.tensor(absent, device=model.device).repeat(3, 1)[:, : model.config.num_experts_per_tok]
+    weights = torch.full(picks.shape, 0.5, device=model.device)
+    hidden = torch.randn(1, 3, model.config.hidden_size, device=model.device)
+    hook = block.gate.register_forward_hook(lambda module, args, output: (output[0], weights, picks))
+    with torch.no_grad():
+        found = block(hidden).cpu()
+    hook.remove()
+    expected = block.experts._emoe.forward(hidden[0], picks, weights).cpu()
+    torch.testing.assert_close(found[0], expected)
+    assert bool(expected.any())
+    model.emoe.close(restore=False)
+
+
 @pytest.mark.gpu
 def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(device, checkpoint, prompt):
     if device == "emulated":
         pytest.skip("torch captures graphs on a GPU only; csrc/tests/test_cuda_graph.cpp captures what emoe launches")
     model = resident(checkpoint("qwen3_moe"), device)
-    moe = model.model.layers[0].mlp
+    moe = moe_block(model)
     hidden = torch.randn(1, 5, model.config.hidden_size, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device(device):
         model(prompt.to(device))
         model.emoe.settle()
+        before = model.emoe.stats()["settled"]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -180,6 +263,7 @@ def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(dev
             with model.emoe.replaying():
                 graph.replay()
             torch.testing.assert_close(captured, moe(hidden))
+        assert model.emoe.stats()["settled"] == before + 5, "the capture is one of them"
     model.emoe.close(restore=False)
 
 

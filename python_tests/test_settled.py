@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from emoe import experts
 from emoe.cache import CacheManager
+from emoe.device import Cuda
 from emoe.errors import EmoeError
 from emoe.loader import Loader
 from emoe.routing import Request, Routing, attach, parse_options, random_residency
@@ -51,7 +52,7 @@ class _Fixed:
     def settled(self, layer, top_k):
         return SimpleNamespace(table=self._tables[layer])
 
-    def routed(self, layer, settled):
+    def routed(self, layer, settled, picks):
         self.seen.append(layer)
 
     def capturing(self):
@@ -126,6 +127,28 @@ def test_a_step_reads_no_value_of_any_tensor(name):
         routing._settled._counts._owners.clear()
 
 
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "phimoe", "gpt_oss"])
+def test_every_pick_is_in_the_table_whatever_the_router_gives(name):
+    model = _model(name)
+    residency = _residency(model, count=TOP_K)
+    with _by_tables(model, residency) as routing:
+        site = next(site for site in routing.sites if site.rule is not None)
+        resident = residency.mask(site.layer)
+        rows = torch.randn(6, E, generator=torch.Generator().manual_seed(3))
+        rows[1, resident] = float("-inf")
+        rows[2, ~resident] = float("inf")
+        rows[3] = float("nan")
+        rows[4] = 3e8
+        rows[5, 0] = float("nan")
+        index = rows.masked_fill(resident, float("-inf")).topk(TOP_K).indices
+        weights, picks = routing.route(site, site.rule, rows, torch.ones(6, TOP_K), index)
+        assert resident[picks].all()
+        assert weights[0].isfinite().all()
+        stats = routing.stats()
+        assert 0 < stats["substituted_mass"] <= 1
+        assert stats["substituted"] == stats["absent"] == stats["picks"] == 6 * TOP_K
+
+
 def test_the_host_path_reads_values_so_that_the_test_above_can_fail():
     model = copy.deepcopy(_model())
     residency = _residency(model)
@@ -147,9 +170,9 @@ def test_rows_of_a_batch_are_counted_for_their_requests():
                 with routing.rows([(one, rows[0]), (two, rows[1])]):
                     model(_ids(model, sum(rows)))
             routing.finish(one)
+            assert one.tally.rows == 6 * len(routing.sites), "counts are there when a request is finished"
             routing.finish(two)
         tallies.append([one.tally.to_dict(), two.tally.to_dict()])
-        assert one.tally.rows == 6 * len(routing.sites)
     for expected, found in zip(*tallies, strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
 
@@ -162,6 +185,60 @@ def test_what_a_replay_adds_belongs_to_the_request_that_runs_then():
         with routing.request("served") as served:
             routing._settled._counts._sums[0][1, 0] += 4  # as a graph does, without a call of ours
         assert served.tally.rows == 4
+
+
+def test_what_is_added_while_counts_are_read_is_read_the_next_time():
+    model = _model()
+    with _by_tables(model, _residency(model)) as routing, torch.no_grad():
+        model(_ids(model))
+        sums, take, added = routing._settled._counts._sums[0], routing._settled._counts._take, []
+
+        def step_of_another_thread(*counts):
+            if not added:
+                added.append(sums.add_(1))
+            take(*counts)
+
+        routing._settled._counts._take = step_of_another_thread
+        rows = [routing.stats()["rows"] for _ in range(3)]
+    assert rows[1:] == [rows[0] + len(routing.sites)] * 2
+
+
+def test_what_a_replay_adds_to_a_batch_belongs_to_the_requests_of_its_rows():
+    model = _model()
+    one, two, three = Request("code"), Request("chat"), Request("code")
+    with _by_tables(model, _residency(model)) as routing, torch.no_grad():
+        with routing.rows([(one, 2), (two, 1)]):
+            model(_ids(model, 3))
+        assert routing._settled._counts._owners == [routing._requests.current, one, two]
+        with routing.rows([(three, 2), (two, 1)]):
+            routing._settled._counts._sums[1][0, 0] += 7  # as a graph does, without a call of ours
+        for request in (one, two, three):
+            routing.finish(request)
+    layers = len(routing.sites)
+    assert [one.tally.rows, two.tally.rows, three.tally.rows] == [2 * layers, layers, 7]
+
+
+def test_steps_in_inference_mode_and_outside_it_take_turns():
+    model = _model()
+    with _by_tables(model, _residency(model)) as routing:
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+            with mode():
+                model(_ids(model, 2))
+        assert routing.stats()["rows"] == 6 * len(routing.sites)
+
+
+def test_picks_of_a_capture_are_told_to_nobody():
+    model = _model()
+    tables = _Fixed(_residency(model))
+    told = []
+    with _by_tables(model, _residency(model), tables) as routing, torch.no_grad():
+        routing.observer = lambda layer, index: told.append(layer)
+        model(_ids(model))
+        assert told == [site.layer for site in routing.sites]
+        tables.capture = True
+        model(_ids(model))
+        assert len(told) == len(routing.sites)
+        tables.capture = False
 
 
 def test_a_first_step_inside_a_capture_is_refused_and_so_is_reading_counts():
@@ -185,7 +262,7 @@ class _Device:
     """Makes tables in the memory of the host."""
 
     def __init__(self):
-        self.writes, self.capture = 0, False
+        self.writes, self.followed, self.capture = 0, 0, False
 
     def table(self, count):
         device = self
@@ -206,6 +283,9 @@ class _Device:
 
     def capturing(self):
         return self.capture
+
+    def follow(self):
+        self.followed += 1
 
 
 def _tables(slots=3, count=6, layers=1, **queue):
@@ -239,24 +319,62 @@ def test_a_layer_is_settled_when_no_slot_is_free_or_loading():
     assert device.writes == 1, "an unchanged table is not written again"
 
 
+def test_a_stream_that_looks_at_tables_runs_after_the_one_before_it(monkeypatch):
+    class Stream:
+        def __init__(self, name):
+            self.name, self.after = name, []
+
+        def wait_stream(self, other):
+            self.after.append(other.name)
+
+    one, two = Stream("one"), Stream("two")
+    device = object.__new__(Cuda)
+    device.name, device._followed = "cuda:0", None
+    captures = False
+    monkeypatch.setattr(device, "capturing", lambda: captures, raising=False)
+    for current in (one, one, two, one):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda name, current=current: current)
+        device.follow()
+    assert (one.after, two.after) == (["two"], ["one"])
+    captures = True
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda name: two)
+    device.follow()
+    assert two.after == ["one"], "no wait may cross the border of a capture"
+    tables, _, seen, _ = _tables()
+    tables.settled(0, 2)
+    assert seen.followed == 1
+
+
 def test_a_layer_with_fewer_experts_than_picks_is_not_settled():
     tables, loader, _, _ = _tables(slots=2)
     _load(loader, 0, 1)
     assert tables.settled(0, 3) is None
     assert tables.settled(0, 2) is not None
+    assert tables.settled(0, 3) is None, "also when the table is written"
 
 
 def test_picks_are_taken_once_and_only_while_the_experts_are_those_they_were_made_from():
     tables, loader, _, _ = _tables()
     _load(loader, 0, 1, 2)
-    tables.routed(0, tables.settled(0, 2))
-    assert tables.take(0) is not None
-    assert tables.take(0) is None
-    tables.routed(0, tables.settled(0, 2))
+    picks = torch.tensor([[0, 1]])
+    tables.routed(0, tables.settled(0, 2), picks)
+    assert tables.take(0, picks) is not None
+    assert tables.take(0, picks) is None
+    tables.routed(0, tables.settled(0, 2), picks)
     _load(loader, 5)
-    assert tables.take(0) is None, "an expert left after the router had looked"
-    tables.routed(0, tables.settled(0, 2))
-    assert 5 in tables.take(0).table.slot_of.ge(0).nonzero().flatten().tolist()
+    assert tables.take(0, picks) is None, "an expert left after the router had looked"
+    tables.routed(0, tables.settled(0, 2), picks)
+    assert 5 in tables.take(0, picks).table.slot_of.ge(0).nonzero().flatten().tolist()
+
+
+def test_picks_that_were_not_made_from_the_table_are_looked_at_by_the_host():
+    """Those of another thread that the host routed, or of a router whose step broke off before its experts ran."""
+    tables, loader, _, _ = _tables()
+    _load(loader, 0, 1, 2)
+    picks = torch.tensor([[0, 1]])
+    tables.routed(0, tables.settled(0, 2), picks)
+    assert tables.take(0, torch.tensor([[0, 5]])) is None
+    assert tables.take(0, picks) is not None, "picks of others do not use it up"
 
 
 def test_a_table_is_not_written_in_a_capture():

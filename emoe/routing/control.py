@@ -71,7 +71,7 @@ class Routing:
         """
         assert self.options.mode == "resident" and self.options.bound is None
         self._settled = SettledRouting(tables, len(self.sites), self._take)
-        self._settled.current(self._requests.current)
+        self._settled.current([self._requests.current], batch=False)
 
     def start(self, *, only: int | None = None) -> None:
         """Puts the hooks on the routers.
@@ -89,8 +89,6 @@ class Routing:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._settled is not None:
-            self._settled.read()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -132,12 +130,14 @@ class Routing:
 
     def _tell_settled(self) -> None:
         if self._settled is not None:
-            self._settled.current(self._requests.current)
+            self._settled.current([self._requests.current], batch=False)
 
     @contextmanager
     def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
         before, self._rows = self._rows, list(requests)
+        if self._settled is not None:
+            self._settled.current([request for request, _ in requests], batch=True)
         try:
             yield
         finally:
@@ -161,6 +161,12 @@ class Routing:
         return spans
 
     # The hook
+
+    def observe(self, layer: int, index: torch.Tensor) -> None:
+        """Tells the observer of the router's own picks [T, K]."""
+        # Nothing runs in a capture: its tensors have no values that anybody could look at later.
+        if self.observer is not None and not (self._settled is not None and self._settled.capturing()):
+            self.observer(layer, index)
 
     def route(
         self, site: Site, rule: Rule, logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
@@ -409,8 +415,7 @@ class _Hook:
             raise UnsupportedModelError(
                 f"router {self._site.path} did not return (logits, weights, indices) as it did on probes"
             ) from error
-        if self._routing.observer is not None:
-            self._routing.observer(self._site.layer, index)
+        self._routing.observe(self._site.layer, index)
         routed = self._routing.route(self._site, self._rule, logits, weights, index)
         return None if routed is None else (logits, *routed)
 

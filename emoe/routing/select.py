@@ -61,8 +61,32 @@ def choose(
     # Picks are lowered rather than residents raised, and only by name: the order among residents keeps every bit, and a
     # router that selects in lower precision than this never sees two absent experts exchanged.
     picked = (key.gather(1, index) - handicap).masked_fill_(stay, float("inf"))
-    candidates = key.masked_fill(~resident, float("-inf")).scatter_(1, index, picked)
-    chosen = candidates.topk(index.shape[1], dim=-1).indices
+    return _best(rule, logits, index, key.masked_fill(~resident, float("-inf")), picked, stay)
+
+
+def choose_resident(rule: Rule, logits: torch.Tensor, index: torch.Tensor, resident: torch.Tensor) -> Choice:
+    """`choose` with an infinite bias where residents are at least K: whatever the logits, every pick is resident.
+
+    Args:
+        rule, logits, index, resident: as for `choose`.
+    """
+    # Finite, so that what is not resident is below it also where a router gave infinities or NaN.
+    key = rule.key(logits)[0].nan_to_num()
+    absent, stay = float("-inf"), resident[index]
+    picked = key.new_full(index.shape, absent).masked_fill_(stay, float("inf"))
+    return _best(rule, logits, index, key.masked_fill(~resident, absent), picked, stay)
+
+
+def _best(
+    rule: Rule,
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    candidates: torch.Tensor,
+    picked: torch.Tensor,
+    stay: torch.Tensor,
+) -> Choice:
+    """Top-k of candidates [T, E], where the router's picks have the keys `picked` [T, K]."""
+    chosen = candidates.scatter_(1, index, picked).topk(index.shape[1], dim=-1).indices
     replaced = (index.unsqueeze(2) != chosen.unsqueeze(1)).all(-1) & ~stay  # a NaN would rank above what stays
     return Choice(chosen, replaced, rule.share(logits, index))
 

@@ -5,8 +5,8 @@ Nothing here depends on a value of a tensor, so a step can be captured in a CUDA
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from emoe.errors import EmoeError
 from emoe.routing.account import Request
 from emoe.routing.recognise import Site
 from emoe.routing.rules import Rule
-from emoe.routing.select import Choice, choose
+from emoe.routing.select import Choice, choose_resident
 
 Span = tuple[Request, slice]
 # Told request, layer, rows, picks, absent, substituted, mass.
@@ -30,8 +30,8 @@ class Tables(Protocol):
         """Its `table.slot_of` is [E] int32, -1 for absent experts; None where the host has to route."""
         ...
 
-    def routed(self, layer: int, settled: Any) -> None:
-        """Picks of this layer now name experts of this table only."""
+    def routed(self, layer: int, settled: Any, picks: torch.Tensor) -> None:
+        """These picks of this layer name experts of this table only."""
         ...
 
     def capturing(self) -> bool:
@@ -65,11 +65,11 @@ class SettledRouting:
             return None
         resident = settled.table.slot_of >= 0
         logits = rule.logits(logits)
-        choice = choose(rule, logits, index, resident, resident[index], math.inf)
+        choice = choose_resident(rule, logits, index, resident)
         changed = choice.replaced.any(-1, keepdim=True)
         final = torch.where(changed, choice.index, index)
         own = rule.weights(logits, final).to(weights.dtype)
-        self._tables.routed(site.layer, settled)
+        self._tables.routed(site.layer, settled, final)
         return choice, torch.where(changed, own, weights), final
 
     def count(self, layer: int, choice: Choice, spans: Sequence[Span], *, batch: bool) -> None:
@@ -77,9 +77,14 @@ class SettledRouting:
         for place, (request, span) in enumerate(spans, start=int(batch)):
             self._counts.add(place, request, layer, choice.replaced[span], choice.share[span])
 
-    def current(self, request: Request) -> None:
-        """From now on what runs belongs to this request."""
-        self._counts.own(0, request)
+    def current(self, requests: Sequence[Request], *, batch: bool) -> None:
+        """From now on what runs belongs to these requests, replays too; `batch`: they are those of `Routing.rows`."""
+        for place, request in enumerate(requests, start=int(batch)):
+            self._counts.own(place, request)
+
+    def capturing(self) -> bool:
+        """Whether a graph is being captured."""
+        return self._tables.capturing()
 
     def read(self, request: Request | None = None) -> None:
         """Hands on what was counted, of this request or of all; waits for the device."""
@@ -89,18 +94,22 @@ class SettledRouting:
 class _DeviceCounts:
     """Sums [L, COUNTS] in the device's memory, for each place of a batch; place 0 is what runs outside batches.
 
-    A graph that was captured adds to them at each replay, so they are kept while the mode is on the model.
+    A graph that was captured adds to them at each replay, so they are kept while the mode is on the model. They only
+    grow: what another thread or stream adds while they are read is not lost, but read the next time.
     """
 
     def __init__(self, tables: Tables, layers: int, take: Take) -> None:
         self._tables, self._layers, self._take = tables, layers, take
         self._sums: list[torch.Tensor | None] = []
         self._owners: list[Request | None] = []
+        self._taken: list[list[list[float]]] = []  # of each place, sums that were handed on
+        self._reading = Lock()
 
     def own(self, place: int, request: Request) -> None:
         while len(self._owners) <= place:
             self._owners.append(None)
             self._sums.append(None)
+            self._taken.append([[0.0] * COUNTS for _ in range(self._layers)])
         if self._owners[place] is not request:
             self._read(place)
             self._owners[place] = request
@@ -112,14 +121,16 @@ class _DeviceCounts:
         if sums is None:
             if self._tables.capturing():
                 raise EmoeError("nothing was routed before this capture; run one step first")
-            sums = torch.zeros((self._layers, COUNTS), dtype=torch.float64, device=share.device)
+            with torch.inference_mode(False):  # steps outside that mode add to it too
+                sums = torch.zeros((self._layers, COUNTS), dtype=torch.float64, device=share.device)
             self._sums[place] = sums
         row = sums[layer]
         row[0] += replaced.shape[0]
         row[1] += replaced.numel()
         # Every absent pick was replaced, and no other.
         row[2:4] += replaced.sum()
-        row[4] += (share * replaced).sum(dtype=torch.float64)
+        # Sums stay numbers where a router gave NaN.
+        row[4] += (share * replaced).nan_to_num().sum(dtype=torch.float64)
 
     def read(self, request: Request | None) -> None:
         for place, owner in enumerate(self._owners):
@@ -132,8 +143,10 @@ class _DeviceCounts:
             return
         if self._tables.capturing():
             raise EmoeError("counts cannot be read while a graph is captured; begin the request before the capture")
-        values = sums.tolist()
-        sums.zero_()
-        for layer, (rows, picks, absent, substituted, mass) in enumerate(values):
-            if rows:
-                self._take(owner, layer, int(rows), int(picks), int(absent), int(substituted), mass)
+        with self._reading:
+            values = sums.tolist()
+            before, self._taken[place] = self._taken[place], values
+            for layer, (now, then) in enumerate(zip(values, before, strict=True)):
+                rows, picks, absent, substituted, mass = (a - b for a, b in zip(now, then, strict=True))
+                if now != then:
+                    self._take(owner, layer, int(rows), int(picks), int(absent), int(substituted), mass)
