@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import write_result
-from quality import Bench, profile, ratio_of, read, tokenizer_of
+from quality import Bench, arguments, numbers, ratio_of, whole
 from rich.console import Console
 from rich.table import Table
 
-SHARES = [0.2, 0.4, 0.6]
+from emoe import demo
+
 BOUNDS = [0.03, 0.06, 0.1, 0.15, 0.2, 0.3]
 
 
@@ -43,13 +43,7 @@ class Run:
 
 def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Every run of both modes, compared."""
-    tokenizer = tokenizer_of(path)
-    texts = read(args.prompts, args.split, tokenizer, args.per_task, args.answers)
-    whole = Bench(path, 1.0, None, args.new_tokens)
-    table = profile(whole.model, read(args.prompts, "train", tokenizer, args.profile, 0))
-    whole.run("exact", texts, None)
-    full = whole.last
-    whole.close()
+    texts, table, _, full, _ = whole(args, path, args.split, args.answers)
     counts = {
         "prompt": [ids.shape[1] - 1 for scored in texts.scored.values() for ids in scored],
         "decode": [len(each.chosen) for followed in full["followed"].values() for each in followed],
@@ -111,24 +105,10 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    numbers = lambda text: [float(each) for each in text.split(",")]  # noqa: E731
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, default=Path("../shared/prompts/prompts.jsonl"))
-    parser.add_argument("--model", help="checkpoint folder (default: the demo model)")
-    parser.add_argument("--shares", type=numbers, default=SHARES)
+    parser = arguments(__doc__, shares=[0.2, 0.4, 0.6], answers=3)
     parser.add_argument("--bounds", type=numbers, default=BOUNDS, help="contracts")
-    parser.add_argument("--split", default="test", choices=("dev", "test"))
-    parser.add_argument("--per-task", type=int, default=6, help="texts scored")
-    parser.add_argument("--profile", type=int, default=10, help="texts profiled, of the train split")
-    parser.add_argument("--answers", type=int, default=3, help="answers decoded")
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    path = args.model
-    if path is None:
-        from emoe import demo
-
-        path = str(demo.build())
+    path = args.model or str(demo.build())
     result = measure(args, path)
     table = Table(*COLUMNS, title=f"{result['texts']} texts, {result['split']} split")
     for row in result["rows"]:

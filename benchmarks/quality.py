@@ -26,8 +26,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 import emoe
+from emoe import demo
 from emoe.analysis.recording import encode
 from emoe.analysis.workload import place
+from emoe.cli.generate import load_tokenizer
 from emoe.predictor import top
 from emoe.predictor.table import TaskTable
 from emoe.routing import CacheResidency, attach, random_residency
@@ -264,17 +266,40 @@ def ratio_of(gaps: np.ndarray, tokens: Sequence[int], draws: int = 500) -> tuple
     return math.exp(gaps.sum() / counts.sum()), float(drawn.std())
 
 
+class Whole(NamedTuple):
+    """What runs of a part of the experts are held against: the texts, and the full model on them.
+
+    Attributes:
+        table: uses by task, profiled on the train split.
+        row: its figures.
+        last: losses, answers, and decode along them, as `Bench.run` takes them.
+        plan: as `Plan.to_dict` gives it.
+    """
+
+    texts: Texts
+    table: TaskTable
+    row: Row
+    last: dict[str, Any]
+    plan: dict[str, Any]
+
+
+def whole(args: argparse.Namespace, path: str, split: str, answers: int) -> Whole:
+    """Runs the full model on a split; `answers` prompts of each task are answered."""
+    tokenizer = load_tokenizer(path)
+    texts = read(args.prompts, split, tokenizer, args.per_task, answers)
+    bench = Bench(path, 1.0, None, args.new_tokens)
+    table = profile(bench.model, read(args.prompts, "train", tokenizer, args.profile, 0))
+    row = bench.run("exact", texts, None)
+    plan = bench.model.emoe.plan.to_dict()
+    bench.close()
+    return Whole(texts, table, row, bench.last, plan)
+
+
 def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """All rows of the table, the full model's first."""
-    tokenizer = tokenizer_of(path)
-    texts = read(args.prompts, args.split, tokenizer, args.per_task, args.answers)
-    whole = Bench(path, 1.0, None, args.new_tokens)
-    table = profile(whole.model, read(args.prompts, "train", tokenizer, args.profile, 0))
-    rows = [whole.run("exact", texts, None)]
-    full = whole.last
-    rows[0].ratio, rows[0].same_token, rows[0].rouge, rows[0].cosine = 1.0, 1.0, 1.0, 1.0
-    plan = whole.model.emoe.plan.to_dict()
-    whole.close()
+    texts, table, first, full, plan = whole(args, path, args.split, args.answers)
+    first.ratio, first.same_token, first.rouge, first.cosine = 1.0, 1.0, 1.0, 1.0
+    rows = [first]
     for share in args.shares:
         bench = Bench(path, share, table, args.new_tokens)
         bound = args.contract if args.contract is not None else CONTRACTS[min(CONTRACTS, key=lambda s: abs(s - share))]
@@ -305,13 +330,7 @@ def _first(loss: dict[str, list[float]]) -> dict[str, list[float]]:
 def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Perplexity ratio of biased for every contract of GRID, on the dev split, and the largest that costs, with its
     standard error, half of its share's target: few texts do not show everything."""
-    tokenizer = tokenizer_of(path)
-    texts = read(args.prompts, "dev", tokenizer, args.per_task, 0)
-    whole = Bench(path, 1.0, None, args.new_tokens)
-    table = profile(whole.model, read(args.prompts, "train", tokenizer, args.profile, 0))
-    whole.run("exact", texts, None)
-    full = whole.last
-    whole.close()
+    texts, table, _, full, _ = whole(args, path, "dev", 0)
     found: dict[str, Any] = {}
     for share in args.shares:
         bench = Bench(path, share, table, args.new_tokens)
@@ -329,12 +348,6 @@ def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
         found[f"{share:g}"] = {"target": target, "best": best, "rows": rows}
         bench.close()
     return {"model": path, "tuned": found}
-
-
-def tokenizer_of(path: str) -> Any:
-    from emoe.cli.generate import load_tokenizer
-
-    return load_tokenizer(path)
 
 
 COLUMNS = (
@@ -382,28 +395,33 @@ def _title(result: dict[str, Any]) -> str:
     return f"{texts}, {result['answers']} answers, {result['split']} split"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, *, shares: list[float], answers: int) -> argparse.ArgumentParser:
+    """What texts and which model; for this and `equal_loads.py`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, default=Path("../shared/prompts/prompts.jsonl"))
     parser.add_argument("--model", help="checkpoint folder (default: the demo model)")
-    parser.add_argument(
-        "--shares", type=lambda text: [float(each) for each in text.split(",")], default=[0.2, 0.4, 0.6, 0.8]
-    )
+    parser.add_argument("--shares", type=numbers, default=shares)
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--per-task", type=int, default=6, help="texts scored")
     parser.add_argument("--profile", type=int, default=10, help="texts profiled, of the train split")
-    parser.add_argument("--answers", type=int, default=2, help="prompts answered")
+    parser.add_argument("--answers", type=int, default=answers, help="prompts answered")
     parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def numbers(text: str) -> list[float]:
+    """Of an option: numbers with commas between."""
+    return [float(each) for each in text.split(",")]
+
+
+def main() -> None:
+    parser = arguments(__doc__, shares=[0.2, 0.4, 0.6, 0.8], answers=2)
     parser.add_argument("--contract", type=float, help="max_substituted_mass in place of each share's own")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--markdown", action="store_true", help="the table as docs/quality.md has it")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    path = args.model
-    if path is None:
-        from emoe import demo
-
-        path = str(demo.build())
+    path = args.model or str(demo.build())
     result = tune(args, path) if args.tune else measure(args, path)
     if not args.tune:
         if args.markdown:

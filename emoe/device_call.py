@@ -150,9 +150,7 @@ class EmulatedCall:
     def gather_settled(self, settled: Settled) -> None:
         hidden, index, weights = self._inputs
         native, E = self.device.native, len(settled.table.slot_of)
-        nbytes = native.workspace_bytes(
-            self.layout, self.slab, E, self._dtypes[0], self.T, self._dtypes[1], self.K
-        )  # fmt: skip
+        nbytes = native.workspace_bytes(self.layout, self.slab, E, self._dtypes[0], self.T, self._dtypes[1], self.K)
         workspace = self._allocate(nbytes)
         native.gather_mlp_resident(
             self.layout, self.slab, settled.slots, settled.table.address, E, hidden, self._dtypes[0], self.T, index,

