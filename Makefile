@@ -46,7 +46,7 @@ format: build
 native-test: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/native_tests.sh
 
-# The CUDA part on the fake runtime, so that python_tests/test_device.py runs; needs CUDA's headers, no GPU.
+# The CUDA part on the fake runtime, so that python_tests/compute/test_device.py runs; needs CUDA's headers, no GPU.
 emulated: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh
 
@@ -57,7 +57,7 @@ cuda-test: emulated
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh address -n auto $(EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh thread -n auto $(EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --quick
-EMULATED := python_tests/test_device.py python_tests/test_ops.py python_tests/test_cuda_scripts.py \
+EMULATED := python_tests/compute/test_device.py python_tests/compute/test_ops.py python_tests/csrc/test_cuda_scripts.py \
   -k "test_device or emulated or transfer_benchmark"
 
 # Every kernel for every published architecture: registers, shared memory, spills, tensor-core instructions. Needs nvcc.

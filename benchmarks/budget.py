@@ -32,7 +32,7 @@ def child(args: argparse.Namespace) -> None:
     import torch
 
     import emoe
-    from emoe.stats import process_memory
+    from emoe.memory import process_memory
 
     started = time.perf_counter()
     model = emoe.from_pretrained(args.checkpoint, memory_budget=args.budget)
@@ -75,7 +75,8 @@ def main() -> int:
         child(args)
         return 0
 
-    from emoe.config import format_bytes, parse_budget
+    from emoe.memory import format_bytes
+    from emoe.options import parse_budget
 
     bare = int(subprocess.run([sys.executable, "-c", BARE_IMPORT], stdout=subprocess.PIPE, check=True).stdout)
     with common.scratch_folder(args.checkpoint) as folder:

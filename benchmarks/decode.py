@@ -133,7 +133,7 @@ def load_accelerate(args: argparse.Namespace) -> Callable[[], Any]:
 
 
 def capped(args: argparse.Namespace) -> dict[str, Any]:
-    from emoe.config import parse_budget
+    from emoe.options import parse_budget
 
     limit = parse_budget(args.limit).nbytes
     sides: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def show_resident(console: Console, what: str, result: dict[str, Any]) -> tuple[
 
 
 def show_capped(console: Console, result: dict[str, Any]) -> float:
-    from emoe.config import format_bytes
+    from emoe.memory import format_bytes
 
     table = Table(title=f"inside a cgroup of {format_bytes(result['limit_bytes'])}, page cache cold")
     for column in ("", "setting", "decode tok/s", "load s", "remark"):

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from emoe import native, ops
+from emoe import native
+from emoe.compute import ops
 
 LONG = 0.3  # seconds; a side that takes longer runs once a round
 AVX2 = {"EMOE_FORCE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}

@@ -24,11 +24,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 import emoe
-from emoe.cli import generate
+from emoe import generate
 from emoe.predictor.linear import LowRankLinear
 from emoe.predictor.table import TaskTable
 from emoe.tasks import load_prompts
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 Chats = list[tuple[str, str]]  # (task, prompt)
 

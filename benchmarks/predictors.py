@@ -31,7 +31,7 @@ from emoe.predictor.oracle import Oracle
 from emoe.predictor.report import BUDGETS, Report, evaluate, evaluate_next_layer
 from emoe.predictor.training import train_sequence
 from emoe.replay import mix
-from emoe.trace import Trace, load_trace
+from emoe.trace.trace import Trace, load_trace
 
 DOMAINS = ("code", "general", "math")
 FOLDER = Path(os.environ.get("EMOE_TRACES", Path(__file__).parent.parent.parent / "shared" / "traces"))
@@ -78,8 +78,8 @@ def look_ahead(folder: Path, texts: list[str], tokens: int) -> list[dict[str, An
     """Look-ahead and eMoE-L on the routing of a model, each token by itself; eMoE-L learns from the first half."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from emoe.predictor.look_ahead import LookAhead
     from emoe.routing import find_routers
+    from emoe.routing.look_ahead import LookAhead
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

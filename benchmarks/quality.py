@@ -29,10 +29,11 @@ import emoe
 from emoe import demo
 from emoe.analysis.recording import encode
 from emoe.analysis.workload import place
-from emoe.cli.generate import load_tokenizer
+from emoe.generate import load_tokenizer
 from emoe.predictor import top
 from emoe.predictor.table import TaskTable
-from emoe.routing import CacheResidency, attach, random_residency
+from emoe.routing import attach, random_residency
+from emoe.slots.resident import CacheResidency
 from emoe.tasks import Prompt, load_prompts
 
 TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased may cost, by share

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import emoe
 import emoe.demo
-from emoe import sensitivity
-from emoe.cli import common, generate
+from emoe import generate, sensitivity
+from emoe.cli import common
 from emoe.sensitivity.online import spearman
 from emoe.tasks import load_prompts
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import emoe
 from emoe import tasks
 from emoe.replay import Options, mix, replay
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 SHARES = (0.1, 0.2, 0.4)
 LIMIT = 3.0  # points of coverage that a fifth of wrong tasks may cost
@@ -42,8 +42,9 @@ RUNS = {  # policy and options of the replay
 def embeddings(model: str | None) -> tuple[Any, Any]:
     """Input embeddings and tokenizer of a checkpoint."""
     import emoe.demo
-    from emoe.cli import common, generate
-    from emoe.modeling import load_without_experts
+    from emoe import generate
+    from emoe.cli import common
+    from emoe.seam.load import load_without_experts
 
     common.quiet_transformers()
     folder = model or str(emoe.demo.build())

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from emoe.device import Device
+from emoe.compute.device import Device
 
 EXPERT = 12 << 20  # Qwen3-30B's experts have 9.4 MB, OLMoE's 12.6 MB in bfloat16
 PARTS = 3

@@ -13,27 +13,27 @@ from emoe import errors
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from emoe.cache import CacheManager
     from emoe.entry import from_pretrained, wrap
-    from emoe.planning import Plan, plan
+    from emoe.planning.plan import Plan, plan
     from emoe.predictor import ExpertPredictor
     from emoe.runtime import Runtime
     from emoe.sensitivity import OnlineSensitivity, SensitivityProfile
+    from emoe.slots.cache import CacheManager
     from emoe.tasks import TaskClassifier
-    from emoe.trace import TraceRecorder, load_trace
+    from emoe.trace.trace import TraceRecorder, load_trace
 
 _LAZY = {
-    "CacheManager": "emoe.cache",
+    "CacheManager": "emoe.slots.cache",
     "ExpertPredictor": "emoe.predictor",
     "OnlineSensitivity": "emoe.sensitivity",
-    "Plan": "emoe.planning",
+    "Plan": "emoe.planning.plan",
     "Runtime": "emoe.runtime",
     "SensitivityProfile": "emoe.sensitivity",
     "TaskClassifier": "emoe.tasks",
-    "TraceRecorder": "emoe.trace",
+    "TraceRecorder": "emoe.trace.trace",
     "from_pretrained": "emoe.entry",
-    "load_trace": "emoe.trace",
-    "plan": "emoe.planning",
+    "load_trace": "emoe.trace.trace",
+    "plan": "emoe.planning.plan",
     "wrap": "emoe.entry",
 }
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emoe import modeling
-from emoe.device import Device, open_device
+from emoe.compute.device import Device, open_device
+from emoe.compute.misses import MISS_MODES
 from emoe.errors import ConfigError
-from emoe.misses import MISS_MODES
-from emoe.planning import Plan, make_plan, plan_for_model
-from emoe.prediction import PERIOD, SLACK
+from emoe.planning.plan import Plan, plan_for_model
+from emoe.planning.plan import plan as plan_of
 from emoe.routing import parse_options
 from emoe.routing.options import Bias
 from emoe.runtime import Runtime
+from emoe.seam import load
+from emoe.slots.options import PERIOD, SLACK
 from emoe.store import ExpertStore
 from emoe.store.writer import write_store
 
@@ -67,7 +68,7 @@ def from_pretrained(
         dtype: as in Transformers.
         context: tokens of KV cache the plan leaves room for, per sequence.
         batch: sequences that run at once.
-        policy: eviction policy of the slots; see `emoe.policy`.
+        policy: eviction policy of the slots; see `emoe.slots.policy`.
         predictor: what chooses the experts to keep (docs/residency.md): "recent", a file of `emoe train-predictor`, an
             `emoe.ExpertPredictor`, or None: the policy alone.
         period: requests between two choices, or "adaptive": when observed routing drifts.
@@ -96,8 +97,10 @@ def from_pretrained(
     """
     options = parse_options(routing, bias, max_substituted_mass)
     gpu, memory_budget = _open(device, memory_budget, kernels=kernels, miss=miss)
-    plan = make_plan(path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, **_plan_options(kwargs))
-    model, store = modeling.load_without_experts(path_or_id, dtype=dtype, **kwargs)
+    plan = plan_of(
+        path_or_id, memory_budget, dtype=dtype, context=context, batch=batch, calibrate=False, **_plan_options(kwargs)
+    )
+    model, store = load.load_without_experts(path_or_id, dtype=dtype, **kwargs)
     return _start(
         model, store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=False,
         device=gpu, pinned_memory=pinned_memory, miss=miss,
@@ -154,7 +157,7 @@ def wrap(
     plan = plan_for_model(model, memory_budget, context=context, batch=batch)
     in_ram = store == "ram"
     expert_store = write_store(model, folder=None if store is None or in_ram else Path(store), ram=in_ram)
-    modeling.detach_experts(model, expert_store.layers)
+    load.detach_experts(model, expert_store.layers)
     return _start(
         model, expert_store, plan, kernels=kernels, routing=options, policy=policy, reader=reader, wrapped=True,
         device=gpu, pinned_memory=pinned_memory, miss=miss,
@@ -178,7 +181,7 @@ def _start(model: Any, store: ExpertStore, plan: Plan, *, wrapped: bool, **optio
         model.emoe = Runtime(model, store, plan, wrapped=wrapped, **options)
     except BaseException:
         if wrapped:
-            modeling.attach_experts(model, store)
+            load.attach_experts(model, store)
         store.close()
         raise
     return model

@@ -93,3 +93,8 @@ class BackendUnavailable(EmoeError):
 
 class DemoBuildError(EmoeError):
     """The demo model could not be built; nothing half-built is left behind."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks; the class name where there is none."""
+    return " ".join(str(error).split()) or type(error).__name__

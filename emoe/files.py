@@ -18,9 +18,28 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import CheckpointError
+from emoe.errors import CheckpointError, ConfigError
 
 VERSION = 2  # 2: with a digest
+
+
+def cache_folder() -> Path:
+    """The folder for measurements and built models: EMOE_CACHE, else `emoe` in XDG_CACHE_HOME or ~/.cache.
+
+    It is created where it is missing.
+
+    Raises:
+        ConfigError: the folder cannot be created; names it and the variable that moves it.
+    """
+    own = os.environ.get("EMOE_CACHE")
+    folder = (
+        Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emoe"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cache folder {folder} cannot be created ({error}); EMOE_CACHE names another") from error
+    return folder
 
 
 @contextlib.contextmanager

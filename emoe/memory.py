@@ -1,4 +1,4 @@
-"""How much memory this process may still take, as the system and its control groups say."""
+"""What memory this process has and may still take, as the system and its control groups say."""
 
 from __future__ import annotations
 
@@ -23,6 +23,40 @@ def available_memory() -> int:
         except (OSError, ValueError):
             continue
     return free
+
+
+def process_memory() -> dict[str, int]:
+    """Resident memory of this process as the operating system counts it, in bytes.
+
+    `peak` is VmHWM of /proc/self/status: the largest resident set since the process began, files mapped included.
+    """
+    fields = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in ("VmRSS", "VmHWM"):
+            fields[name] = int(value.split()[0]) * 1024
+    return {"resident": fields["VmRSS"], "peak": fields["VmHWM"]}
+
+
+def reset_peak_memory() -> bool:
+    """Starts the operating system's peak count anew for this process; False where the kernel refuses."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def format_bytes(nbytes: int) -> str:
+    """A size for reading: "512 bytes", "1.5 GiB"; one decimal from KiB on."""
+    size = float(nbytes)
+    if abs(size) < 1024:
+        return f"{nbytes} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if abs(size) < 1023.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TiB"
 
 
 def _bounds() -> list[tuple[Path, Path, Path, str]]:

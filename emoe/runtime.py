@@ -15,25 +15,28 @@ from typing import Any
 
 from torch import nn
 
-from emoe import experts, layout, modeling, native
-from emoe.cache import CacheManager
-from emoe.config import format_bytes
-from emoe.device import Device, check_layouts, pinned_slots
-from emoe.device_experts import DeviceExperts
+from emoe import native
+from emoe.compute import experts
+from emoe.compute.device import Device, check_layouts, pinned_slots
+from emoe.compute.gpu_experts import DeviceExperts
+from emoe.compute.records import register_records
+from emoe.compute.slot_tables import SlotTables
 from emoe.errors import BudgetError, ClosedError, ConfigError, EmoeError
-from emoe.loader import Loader
-from emoe.memory import available_memory
-from emoe.planning import Plan
-from emoe.prediction import parse_prediction
-from emoe.records import register_records
-from emoe.request_start import RequestStart
-from emoe.residency import BaseSet
-from emoe.routing import CacheResidency, Request, Routing, RoutingOptions
+from emoe.memory import available_memory, format_bytes
+from emoe.model import layout
+from emoe.planning.plan import Plan
+from emoe.requests import RequestStart
+from emoe.routing import Request, Routing, RoutingOptions
+from emoe.seam import load
 from emoe.sensitivity.online import SHARE, OnlineSensitivity
 from emoe.sensitivity.serving import RequestProbes, probing
-from emoe.slot_tables import SlotTables
+from emoe.slots.base_set import BaseSet
+from emoe.slots.cache import CacheManager
+from emoe.slots.loader import Loader
+from emoe.slots.options import parse_prediction
+from emoe.slots.resident import CacheResidency
 from emoe.store import ExpertStore
-from emoe.trace import TraceRecorder
+from emoe.trace.trace import TraceRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class Runtime:
         plan: the `Plan` it was built from.
         cache: the `CacheManager` that says which expert is in which slot.
         routing: the `emoe.routing.Routing` that exchanges picks; in mode `exact` it does nothing.
-        base: the `emoe.residency.BaseSet` that keeps the experts a predictor names.
+        base: the `emoe.slots.base_set.BaseSet` that keeps the experts a predictor names.
     """
 
     def __init__(
@@ -157,8 +160,8 @@ class Runtime:
         model.eval()
         for layer in self.layers:
             vars(layer.module)["_emoe"] = layer
-        self._guard = modeling.guard_saving(model, self.store)
-        self._packing = modeling.pack_last_rows(model)
+        self._guard = load.guard_saving(model, self.store)
+        self._packing = load.pack_last_rows(model)
         model.set_experts_implementation(experts.IMPLEMENTATION)
         self._prompts = None
         if self.base.watches:
@@ -286,7 +289,7 @@ class Runtime:
         The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
         With a predictor it is also what the base set is chosen for; requests within it, or beside it in other threads,
         are then part of it. Without this, a forward that begins a text is the start of a request of no task
-        (`emoe.request_start`).
+        (`emoe.requests`).
 
         Args:
             task: name of its task.
@@ -446,7 +449,7 @@ class Runtime:
                 self._tables.close()
             del self._slab
             if fits if restore is None else restore:
-                modeling.attach_experts(self._model, self.store)
+                load.attach_experts(self._model, self.store)
                 if self._device is not None:
                     self._model.to("cpu")  # where its experts are now
                 self._guard.remove()  # else it stays, and refuses to save a model without experts

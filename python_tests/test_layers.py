@@ -16,31 +16,53 @@ ALLOWED_INCLUDES = {
     "cuda": {"cuda", "core", "tests"},  # tests: port.cuh, in the emulated build
     "bindings": {"bindings", "io", "cpu", "cuda", "core"},
 }
-# What each decision module must not import, directly or not.
-FORBIDDEN_IMPORTS = {
-    "policy": {"torch", "numpy", "emoe.cache", "emoe.loader", "emoe.runtime"},
-    "cache": {"torch", "numpy", "emoe.loader", "emoe.runtime", "emoe.experts"},
-    "loader": {"torch", "emoe.runtime", "emoe.experts", "emoe.modeling"},
-    "store": {"emoe.runtime", "emoe.experts", "emoe.loader", "emoe.cache"},
-    "runtime": {"emoe.entry", "emoe.cli", "emoe.demo"},
-    "records": {"emoe.runtime", "emoe.loader", "emoe.cache"},
-    "experts": {"emoe.runtime", "emoe.planning"},
-    "misses": {"torch", "numpy", "emoe.device", "emoe.loader", "emoe.runtime"},
-    "device_experts": {"emoe.runtime", "emoe.experts", "emoe.planning"},
-    "slot_tables": {"emoe.runtime", "emoe.experts", "emoe.routing", "emoe.device"},
-    "modeling": {"emoe.runtime", "emoe.experts", "emoe.planning"},
-    "tasks": {"emoe.runtime", "emoe.loader", "emoe.routing", "emoe.predictor", "emoe.cache"},
-    "sensitivity": {"emoe.runtime", "emoe.loader", "emoe.tasks", "emoe.predictor", "emoe.experts"},
-    "timeline": {"emoe.analysis", "emoe.cli"},
-    "analysis": {"emoe.cli", "emoe.demo"},
-    "routing": {"emoe.runtime", "emoe.loader", "emoe.experts", "emoe.residency", "emoe.predictor"},
-    "residency": {"emoe.runtime", "emoe.experts", "emoe.planning", "emoe.replay", "emoe.cli"},
-    "request_start": {"emoe"},
-    "next_layer": {"emoe.runtime", "emoe.experts", "emoe.residency"},
-    "prediction": {"emoe.runtime", "emoe.experts", "emoe.residency"},
-    "trace": {"torch", "emoe.predictor", "emoe.replay", "emoe.runtime"},
-    "predictor": {"emoe.replay", "emoe.residency", "emoe.loader", "emoe.runtime", "emoe.cli"},
-    "replay": {"emoe.analysis", "emoe.residency", "emoe.loader", "emoe.runtime", "emoe.cli"},
+# Which rooms of emoe/ a room may import, by the name of its file or folder. Rows go from the ground up: a room imports
+# only what stands above its own row, so there is no circle. `errors` is open to all.
+ALLOWED_IMPORTS = {
+    "errors": set(),
+    "files": set(),
+    "memory": set(),
+    "native": set(),
+    "requests": set(),
+    "model": set(),
+    "options": set(),
+    "store": {"model", "files", "memory"},
+    "trace": {"files"},
+    "tasks": {"files"},
+    "predictor": {"trace", "files"},
+    "routing": {"model"},
+    "sensitivity": {"routing", "model", "requests", "files"},
+    "slots": {"routing", "sensitivity", "predictor"},
+    "planning": {"store", "model", "options", "memory", "files"},
+    "seam": {"store", "model", "memory"},
+    "compute": {"slots", "store", "trace", "model", "options", "native", "memory"},
+    "replay": {"slots", "predictor", "trace"},
+    "runtime": {
+        "compute", "planning", "slots", "seam", "routing", "store", "sensitivity", "trace", "model", "requests",
+        "native", "memory",
+    },
+    "entry": {"runtime", "compute", "planning", "slots", "seam", "routing", "store"},
+    "__init__": {"entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
+    "generate": set(),
+    "analysis": {
+        "__init__", "runtime", "routing", "slots", "replay", "sensitivity", "predictor", "tasks", "trace", "memory",
+    },
+    "demo": {"__init__", "generate", "files", "memory"},
+    "cli": {
+        "__init__", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity", "predictor", "tasks",
+        "trace", "options", "native", "memory", "files",
+    },
+    "__main__": {"cli"},
+}  # fmt: skip
+# What rooms that decide about ids do not load, through whatever they import.
+WITHOUT = {
+    "slots/policy.py": {"torch", "numpy"},
+    "slots/cache.py": {"torch", "numpy"},
+    "slots/loader.py": {"torch", "numpy"},
+    "compute/misses.py": {"torch", "numpy"},
+    "trace/trace.py": {"torch"},
+    "cli/__init__.py": {"torch", "transformers"},
+    "__init__.py": {"torch", "numpy", "transformers"},
 }
 
 
@@ -59,39 +81,92 @@ def test_only_bindings_know_python_and_nothing_knows_torch():
             assert "pybind11" not in text, source
 
 
-def _imports(name: str, seen: set[str]) -> set[str]:
-    """Modules that `emoe.<name>` imports at run time, through emoe's own modules as well."""
-    folder = ROOT / "emoe" / name
-    files = sorted(folder.glob("*.py")) if folder.is_dir() else [ROOT / "emoe" / f"{name}.py"]
+def _room(module: str) -> str:
+    """ "emoe.slots.cache" -> "slots"; the package itself is "__init__"."""
+    name = [*module.split("."), "__init__"][1]
+    return name if name in ROOMS else "__init__"  # a name that the package hands on, such as emoe.__version__
+
+
+ROOMS = {path.name.removesuffix(".py") for path in (ROOT / "emoe").iterdir() if path.suffix == ".py" or path.is_dir()}
+
+
+def _imported(source: Path, *, at_run_time: bool = False) -> set[str]:
+    """Modules that a file names in imports, wherever in it; `from emoe.x import y` gives emoe.x and emoe.x.y."""
     found: set[str] = set()
-    for file in files:
-        if not file.exists():  # the native module
-            continue
-        for node in _runtime_nodes(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                found.add(node.module)
-                if node.module == "emoe":
-                    found |= {f"emoe.{alias.name}" for alias in node.names}
-    for module in list(found):
-        own = module.removeprefix("emoe.").split(".")[0]
-        if module.startswith("emoe.") and own not in seen:
-            seen.add(own)  # shared, so that no module is read twice
-            found |= _imports(own, seen)
+    for node in _nodes(ast.parse(source.read_text()), at_run_time):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} if node.module != "emoe" else set()
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("emoe")}
     return found
 
 
-def _runtime_nodes(tree: ast.AST):
+def _nodes(tree: ast.AST, at_run_time: bool):
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if at_run_time and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         yield node
-        yield from _runtime_nodes(node)
+        yield from _nodes(node, at_run_time)
 
 
-@pytest.mark.parametrize("name", sorted(FORBIDDEN_IMPORTS))
-def test_imports_of_emoe_never_turn_back(name):
-    found = _imports(name, {name})
-    roots = set(found) | {module.split(".")[0] for module in found}
-    assert not FORBIDDEN_IMPORTS[name] & roots
+def _sources(room: str) -> list[Path]:
+    folder = ROOT / "emoe" / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def _rooms(sources: list[Path]) -> set[str]:
+    """Rooms that files import."""
+    modules = {module for source in sources for module in _imported(source) if module.split(".")[0] == "emoe"}
+    return {_room(module) for module in modules - {"emoe._C", "emoe._C_emulated"}}
+
+
+def test_every_room_has_a_row():
+    assert {room for room in ROOMS if room not in ("__pycache__", "py.typed")} == set(ALLOWED_IMPORTS)
+
+
+def test_rows_go_from_the_ground_up():
+    seen: set[str] = set()
+    for room, allowed in ALLOWED_IMPORTS.items():
+        assert allowed <= seen, f"{room} may import {allowed - seen}, which stand below it"
+        seen.add(room)
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED_IMPORTS))
+def test_a_room_imports_only_what_its_row_allows(room):
+    for source in _sources(room):
+        unlisted = _rooms([source]) - ALLOWED_IMPORTS[room] - {room, "errors"}
+        assert not unlisted, f"{source.relative_to(ROOT)} imports {unlisted}"
+
+
+def test_no_row_allows_what_nobody_imports():
+    for room, allowed in ALLOWED_IMPORTS.items():
+        assert allowed <= (found := _rooms(_sources(room))), f"{room}: nobody imports {allowed - found}"
+
+
+def _loaded(source: Path, seen: set[Path]) -> set[str]:
+    """What importing a file loads, through emoe's own modules as well."""
+    found: set[str] = set()
+    for module in _imported(source, at_run_time=True):
+        found.add(module.split(".")[0])
+        if module.split(".")[0] != "emoe":
+            continue
+        path = ROOT / Path(*module.split("."))
+        for own in (path.with_suffix(".py"), *(each / "__init__.py" for each in (path, *path.parents))):
+            if own.is_file() and ROOT / "emoe" in own.parents and own not in seen:
+                seen.add(own)
+                found |= _loaded(own, seen)
+    return found
+
+
+@pytest.mark.parametrize("source", sorted(WITHOUT))
+def test_what_decides_about_ids_loads_no_arrays(source):
+    assert not WITHOUT[source] & _loaded(ROOT / "emoe" / source, set())
+
+
+def test_the_package_has_at_most_the_entries_and_runtime_the_imports_that_were_agreed():
+    assert len(ALLOWED_IMPORTS) <= 29
+    runtime = _rooms(_sources("runtime")) - {"runtime"}
+    assert len(runtime) <= 13, runtime

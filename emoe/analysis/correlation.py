@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.errors import TraceError
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 Floats = NDArray[np.float64]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from emoe import timeline
+from emoe.analysis import timeline
 from emoe.analysis.workload import text_loss
 from emoe.errors import ConfigError
 from emoe.runtime import runtime_of
 from emoe.sensitivity import Sample, SensitivityProfile, measure
 from emoe.tasks import Prompt
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 SENSITIVITY_TOKENS = 16
 PROMPTS = Path(__file__).with_name("prompts.jsonl")

@@ -13,7 +13,7 @@ import numpy as np
 from emoe import __version__
 from emoe.analysis.figures import Series, curves, heat_map, lanes
 from emoe.analysis.run import Analysis
-from emoe.config import format_bytes
+from emoe.memory import format_bytes
 
 HTML, JSON = "report.html", "report.json"
 

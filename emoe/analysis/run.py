@@ -14,13 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from emoe.analysis import correlation, recording, sets, workload
+from emoe.analysis.timeline import Timeline
 from emoe.errors import ConfigError, TraceError
 from emoe.replay import slots_of
 from emoe.replay.mix import PROMPT_TOKENS, into_prompts
 from emoe.sensitivity import SensitivityProfile
 from emoe.tasks import Prompt, load_prompts
-from emoe.timeline import Timeline
-from emoe.trace import Trace, join, load_trace
+from emoe.trace.trace import Trace, join, load_trace
 
 LEAST_PROMPTS = 4  # of some task
 REQUESTS = 121  # the first serves to choose the first base set, the others are two periods of 60

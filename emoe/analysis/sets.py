@@ -16,7 +16,7 @@ from emoe import replay
 from emoe.errors import ConfigError, TraceError
 from emoe.predictor import top
 from emoe.replay.mix import mixed, split
-from emoe.trace import Trace, join
+from emoe.trace.trace import Trace, join
 
 Floats = NDArray[np.float64]
 

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from emoe.predictor.table import Recent
-from emoe.routing import CacheResidency, attach
+from emoe.routing import attach
 from emoe.runtime import runtime_of
-from emoe.trace import Trace
+from emoe.slots.resident import CacheResidency
+from emoe.trace.trace import Trace
 
 Mask = NDArray[np.bool_]
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from emoe import __version__
 from emoe.cli import common
-from emoe.errors import EmoeError
+from emoe.errors import EmoeError, one_line
 
 COMMANDS = {
     "run": "answer a prompt with a model held inside a byte budget",
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception, *, json: bool, prefix: str = "emoe: ", hint: str = "") -> int:
-    message = common.one_line(error)
+    message = one_line(error)
     print(f"{prefix}{message}" + (f" ({hint})" if hint else ""), file=sys.stderr)
     if json:
         common.print_json(common.error_fields(error, message))

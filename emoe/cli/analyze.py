@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts and not args.prompts.is_file():
         raise ConfigError(f"--prompts {str(args.prompts)!r} is no file")
     args.out.mkdir(parents=True, exist_ok=True)
-    common.quiet_transformers()
+    from emoe import generate
+
+    generate.quiet_transformers()
     with common.stage("analysing"):
         from emoe.analysis import recording, report
         from emoe.analysis.run import of_model, of_traces
@@ -72,8 +74,6 @@ def run(args: argparse.Namespace) -> int:
         if args.trace:
             analysis = of_traces(args.trace, resident=args.resident, quick=args.quick)
         else:
-            from emoe.cli import generate
-
             model = args.model
             if model is None:
                 from emoe import demo

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emoe.errors import CheckpointError, ConfigError, EmoeError
+from emoe.errors import CheckpointError, ConfigError, EmoeError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +90,7 @@ def share(text: str) -> float:
 
 def memory_budget(text: str) -> int | str | float:
     """An argparse type: what `memory_budget` of the library takes, from text."""
-    from emoe.config import parse_budget
+    from emoe.options import parse_budget
 
     value: int | str | float = text.strip()
     if re.fullmatch(r"[01]?\.\d*", text):
@@ -163,15 +163,6 @@ def set_up_output(args: argparse.Namespace) -> None:
     logger.setLevel(level)
 
 
-def quiet_transformers() -> None:
-    """Silences its warnings, and its bars where nobody watches."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-
-
 def print_json(value: dict[str, Any]) -> None:
     """The one object on stdout."""
     print(json.dumps(value, indent=2, default=str))
@@ -184,11 +175,6 @@ def error_fields(error: Exception, message: str) -> dict[str, Any]:
         if isinstance(error, EmoeError) and hasattr(error, name):
             fields[name] = getattr(error, name)
     return fields
-
-
-def one_line(error: BaseException) -> str:
-    """The message without line breaks; the class name where there is none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def console(*, stderr: bool = False) -> Console:

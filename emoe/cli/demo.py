@@ -102,7 +102,7 @@ def _context(args: argparse.Namespace, prompts: dict[str, str]) -> int:
 def _table(limited: dict[str, Any], whole: dict[str, Any], identical: bool) -> Table:
     from rich.table import Table
 
-    from emoe.config import format_bytes
+    from emoe.memory import format_bytes
 
     table = Table(title="a part of the experts in memory, and all of them", title_justify="left")
     table.add_column("")

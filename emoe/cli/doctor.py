@@ -12,6 +12,7 @@ from typing import Any
 
 from emoe import __version__
 from emoe.cli import common
+from emoe.errors import one_line
 
 _EPILOG = """\
 examples:
@@ -74,7 +75,7 @@ def _native(missing: list[str]) -> dict[str, Any]:
 
         info.update(native.describe())
     except Exception as error:  # a forced instruction set that is not there, or torch itself does not load
-        info["error"] = common.one_line(error)
+        info["error"] = one_line(error)
     if "error" in info:
         missing.append(info["error"])
     readers = info.get("readers", {})
@@ -87,7 +88,7 @@ def _transformers(missing: list[str]) -> dict[str, Any]:
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except Exception as error:
-        why = common.one_line(error)
+        why = one_line(error)
         missing.append(f"this Transformers has no experts interface ({why}): pip install -U transformers")
         return {"experts_interface": False}
     return {"experts_interface": True, "implementations": sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())}
@@ -123,7 +124,7 @@ def _cgroup_limit() -> int | None:
 
 
 def _cache(missing: list[str]) -> dict[str, Any]:
-    from emoe.config import cache_folder
+    from emoe.files import cache_folder
 
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -152,7 +153,7 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    from emoe.config import format_bytes
+    from emoe.memory import format_bytes
 
     rows = [(name, value or "not installed") for name, value in found["versions"].items()]
     native, memory, cache = found["native"], found["memory"], found["cache"]

@@ -10,7 +10,7 @@ from emoe.cli import common
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from emoe.planning import Plan
+    from emoe.planning.plan import Plan
 
 _EPILOG = """\
 examples:
@@ -46,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     with common.stage("planning"):
         import emoe
+        from emoe import generate
 
-        common.quiet_transformers()
+        generate.quiet_transformers()
         with common.checkpoint_errors(args.model):
             plan = emoe.plan(
                 args.model,
@@ -73,7 +74,7 @@ def _table(plan: Plan) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from emoe.config import format_bytes
+    from emoe.memory import format_bytes
 
     table = Table(
         title=Text(f"{plan.model} in {format_bytes(plan.budget_bytes)}"), title_justify="left", show_header=False

@@ -168,10 +168,10 @@ def _run_tasks(args: argparse.Namespace) -> int:
 
 def _embeddings(path: str) -> tuple[Any, Any]:
     """The model without its experts, and its tokenizer."""
-    from emoe.cli import generate
-    from emoe.modeling import load_without_experts
+    from emoe import generate
+    from emoe.seam.load import load_without_experts
 
-    common.quiet_transformers()
+    generate.quiet_transformers()
     tokenizer = generate.load_tokenizer(path)
     with common.checkpoint_errors(path):
         model, store = load_without_experts(path)
@@ -197,10 +197,9 @@ def _run_sensitivity(args: argparse.Namespace) -> int:
     prompts = load_prompts(args.prompts, args.split, args.tasks)
     with common.stage("profiling; nothing was written"):
         import emoe
-        from emoe import sensitivity
-        from emoe.cli import generate
+        from emoe import generate, sensitivity
 
-        common.quiet_transformers()
+        generate.quiet_transformers()
         tokenizer = generate.load_tokenizer(args.model)
         samples = _samples(tokenizer, prompts, args.prompts_per_task, references=args.answers == "reference")
         longest = max(len(sample.input_ids) for sample in samples) + args.new_tokens
@@ -241,7 +240,7 @@ def _run_sensitivity(args: argparse.Namespace) -> int:
 
 def _samples(tokenizer: Any, prompts: list[Prompt], most: int, *, references: bool) -> list[Sample]:
     """The first `most` prompts of each task, as the model is asked them; with references, the first that have one."""
-    from emoe.cli import generate
+    from emoe import generate
     from emoe.sensitivity import Sample
 
     counts: dict[str, int] = {}

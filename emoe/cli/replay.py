@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe.cli import common
+from emoe.errors import one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from emoe.replay import Result
-    from emoe.trace import Trace
+    from emoe.trace.trace import Trace
 
 _EPILOG = """\
 examples:
@@ -129,7 +130,7 @@ def _policies(text: str) -> list[str]:
         for name in names:
             check_policy(name)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(common.one_line(error)) from None
+        raise argparse.ArgumentTypeError(one_line(error)) from None
     return list(dict.fromkeys(names))
 
 
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     from emoe import replay
     from emoe.replay.mix import prepare
     from emoe.replay.predicted import LEARNING, Options
-    from emoe.trace import load_trace
+    from emoe.trace.trace import load_trace
 
     with common.stage("replaying"):
         learns = any(name in LEARNING for name in args.policy)
@@ -182,7 +183,7 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from emoe.config import format_bytes
+    from emoe.memory import format_bytes
 
     scope = "slots of a layer" if results[0].per_layer else "slots for all layers"
     experts = f"top {facts['top_k']} of {facts['num_experts']} experts"

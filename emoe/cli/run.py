@@ -13,7 +13,7 @@ from emoe.cli import common
 from emoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from emoe.cli.generate import Answer
+    from emoe.generate import Answer
 
 POLICIES = ("lru", "lfu")
 
@@ -169,9 +169,9 @@ def run(args: argparse.Namespace) -> int:
     prompt = common.read_prompt(args.prompt, args.prompt_file)
     with common.stage(f"loading {args.model}; nothing was generated"):
         import emoe
-        from emoe.cli import generate
+        from emoe import generate
 
-        common.quiet_transformers()
+        generate.quiet_transformers()
         tokenizer = generate.load_tokenizer(args.model)
         input_ids = generate.encode(tokenizer, prompt, chat=args.chat)
         context = _context(args.context, input_ids.shape[1], args.max_new_tokens)
@@ -279,7 +279,7 @@ def _probe(model: Any, input_ids: Any, answer: Answer, task: str | None) -> dict
 
 
 def _report(args: argparse.Namespace, prompt: str, task: str | None, answer: Answer, model: Any) -> dict[str, Any]:
-    from emoe.stats import process_memory
+    from emoe.memory import process_memory
 
     return {
         "model": args.model,
@@ -300,7 +300,7 @@ def _report(args: argparse.Namespace, prompt: str, task: str | None, answer: Ans
 
 
 def _stats_line(report: dict[str, Any]) -> str:
-    from emoe.config import format_bytes
+    from emoe.memory import format_bytes
 
     stats = report["stats"]
     rate, first = report["tokens_per_second"], report["first_token_seconds"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from emoe.predictor import ExpertPredictor
     from emoe.predictor.report import Report
-    from emoe.trace import Trace
+    from emoe.trace.trace import Trace
 
 KINDS = ("task-table", "global-table", "across-layers", "across-requests", "next-use", "linear", "xlnet")
 SIZES = ("small", "medium", "base")
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 def _prompts(args: argparse.Namespace) -> tuple[Trace, Trace | None]:
     """What to learn from, and what is left to evaluate on."""
     from emoe.replay import mix
-    from emoe.trace import load_trace
+    from emoe.trace.trace import load_trace
 
     traces = [load_trace(path) for path in args.traces]
     options: dict[str, Any] = {"mix": args.mix, "prompt_tokens": args.prompt_tokens}
@@ -160,9 +160,10 @@ def _fit(args: argparse.Namespace, trace: Trace) -> tuple[ExpertPredictor, dict[
         return fitting.fit(args.kind, trace), {"seconds": round(time.monotonic() - started, 2)}
     from tqdm import tqdm
 
+    from emoe import generate
     from emoe.predictor.training import EPOCHS, MINUTES, train_sequence
 
-    common.quiet_transformers()
+    generate.quiet_transformers()
     epochs, minutes = args.epochs or EPOCHS, args.minutes or MINUTES
     with tqdm(total=epochs, desc="training", unit="epoch", disable=None, file=sys.stderr) as bar:
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from emoe import config
+from emoe import files
 from emoe.demo import delta as deltas
 from emoe.demo import source
 from emoe.errors import DemoBuildError
@@ -45,7 +45,7 @@ def build(folder: str | Path | None = None, *, progress: bool = True) -> Path:
         DemoBuildError: the dense model cannot be had, the disk is full, or the folder holds something else. Nothing
             half-built is left; building again starts over.
     """
-    target = Path(folder).expanduser() if folder else config.cache_folder() / f"demo-{VERSION}"
+    target = Path(folder).expanduser() if folder else files.cache_folder() / f"demo-{VERSION}"
     if _is_built(target):
         return target
     try:

@@ -79,10 +79,10 @@ def _rebuilt(value: dict[str, str]) -> errors.EmoeError:
 
 def _answer_all(job: Job, emit: Callable[[str, Any], None]) -> dict[str, Any]:
     import emoe
-    from emoe.cli import common, generate
-    from emoe.stats import process_memory
+    from emoe import generate
+    from emoe.memory import process_memory
 
-    common.quiet_transformers()
+    generate.quiet_transformers()
     tokenizer = generate.load_tokenizer(job.model)
     start_bytes = process_memory()["resident"]
     model = emoe.from_pretrained(job.model, memory_budget=job.memory_budget, context=job.context)

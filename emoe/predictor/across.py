@@ -14,7 +14,7 @@ from emoe.errors import ConfigError, TraceError
 from emoe.predictor import files
 from emoe.predictor.prompts import prompts
 from emoe.predictor.table import count
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 Floats = NDArray[np.float32]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from emoe.errors import ConfigError
 from emoe.predictor import KINDS, ExpertPredictor, class_of
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 TRAINED = "xlnet"  # in epochs; all others are fitted in closed form, in seconds
 

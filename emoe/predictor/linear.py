@@ -18,7 +18,7 @@ from emoe.files import texts
 from emoe.predictor import UNKNOWN_TASK, files
 from emoe.predictor.prompts import prompts
 from emoe.predictor.table import TaskTable, count
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 Floats = NDArray[np.float32]
 

@@ -16,7 +16,7 @@ from emoe.errors import TraceError
 from emoe.files import texts
 from emoe.predictor import files
 from emoe.predictor.table import TaskTable
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 Floats = NDArray[np.float32]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from emoe.errors import TraceError
 from emoe.predictor.prompts import Prompt, prompts
 from emoe.predictor.table import count
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 
 class Oracle:

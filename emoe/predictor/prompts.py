@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.predictor import UNKNOWN_TASK
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 
 @dataclass(frozen=True)

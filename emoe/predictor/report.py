@@ -14,7 +14,7 @@ from emoe.errors import ConfigError, TraceError
 from emoe.predictor import ExpertPredictor, top
 from emoe.predictor.prompts import prompts
 from emoe.predictor.table import count
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 BUDGETS = (0.2, 0.3, 0.4)
 SEEN = 0.25  # of a prompt's tokens; what remains is predicted from them

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from emoe.errors import TraceError
 from emoe.files import texts
 from emoe.predictor import UNKNOWN_TASK, files
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 
 class TaskTable:

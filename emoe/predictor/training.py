@@ -17,7 +17,7 @@ from emoe.predictor import UNKNOWN_TASK
 from emoe.predictor.prompts import prompts
 from emoe.predictor.sequence import WIDTH, Network, Sample, SequenceModel, Shape, Size, build, logits, parse_size
 from emoe.predictor.table import count
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 logger = logging.getLogger(__name__)
 

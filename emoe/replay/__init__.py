@@ -1,8 +1,8 @@
 """Scores eviction and prediction on a recorded routing trace, without a model: `replay(trace, policy, resident)`.
 
-Plain policies are those of `emoe.policy`. `rows` runs them on all layers and budgets at once, `sequence` on one set of
-slots for all layers, `reference` through `emoe.cache` itself; the first two are tested against it. `predicted` has the
-policies that predict, `mix` chooses profile and prompts. docs/replay.md explains all of them.
+Plain policies are those of `emoe.slots.policy`. `rows` runs them on all layers and budgets at once, `sequence` on one
+set of slots for all layers, `reference` through `emoe.slots.cache` itself; the first two are tested against it.
+`predicted` has the policies that predict, `mix` chooses profile and prompts. docs/replay.md explains all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emoe.errors import ConfigError, TraceError
 from emoe.replay import predicted, reference, rows, sequence
 from emoe.replay.counts import Counts
 from emoe.replay.predicted import Options
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 PLAIN = ("lru", "lfu", "belady")
 POLICIES = (*PLAIN, *predicted.POLICIES)
@@ -82,7 +82,7 @@ def replay(
     """Runs the tokens of a trace one by one through slots that start empty.
 
     Args:
-        trace: what to run; `emoe.trace.join` makes one of several.
+        trace: what to run; `emoe.trace.trace.join` makes one of several.
         policy: one of POLICIES, or `predictor:PATH` of a file that `emoe train-predictor` wrote.
         resident: shares of the routed experts that have a slot, each over 0 and up to 1; one result each.
         per_layer: slots are divided between layers; False: one set of slots for all, which a token walks in a cycle.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 
 @dataclass

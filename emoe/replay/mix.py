@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from emoe.errors import ConfigError
-from emoe.trace import Trace, join
+from emoe.trace.trace import Trace, join
 
 PROMPT_TOKENS = 100
 

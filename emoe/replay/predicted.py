@@ -12,11 +12,11 @@ from emoe.predictor import UNKNOWN_TASK, ExpertPredictor, load
 from emoe.predictor.next_use import NextUse, walk
 from emoe.predictor.oracle import Oracle
 from emoe.predictor.prompts import tasks_by_name
-from emoe.predictor.refresh import Refresh
 from emoe.predictor.table import Recent, TaskTable
 from emoe.replay import residency, rows
 from emoe.replay.counts import Counts
-from emoe.trace import Trace
+from emoe.slots.refresh import Refresh
+from emoe.trace.trace import Trace
 
 POLICIES = ("task-table", "recent", "base+slack", "next-use", "oracle")
 FROM_FILE = "predictor:"  # and the path of a file of `emoe train-predictor`

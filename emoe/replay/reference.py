@@ -1,4 +1,4 @@
-"""A trace through `emoe.cache.CacheManager`, as a loader that never waits would drive it.
+"""A trace through `emoe.slots.cache.CacheManager`, as a loader that never waits would drive it.
 
 Slow; the faster ones are tested against it.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from emoe import policy as policies
-from emoe.cache import CacheManager
 from emoe.errors import CacheFullError
 from emoe.replay.counts import Counts
-from emoe.trace import Trace
+from emoe.slots import policy as policies
+from emoe.slots.cache import CacheManager
+from emoe.trace.trace import Trace
 
 
 def run(trace: Trace, policy: str, slots: int, per_layer: bool) -> Counts:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.predictor import ExpertPredictor, top
-from emoe.predictor.refresh import Refresh
 from emoe.replay.counts import Counts
-from emoe.trace import Trace
+from emoe.slots.refresh import Refresh
+from emoe.trace.trace import Trace
 
 Mask = NDArray[np.bool_]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.replay.counts import Counts
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 Scores = NDArray[np.float64]
 
@@ -103,7 +103,7 @@ class _Table:
 
 
 class LRU(_Table):
-    """`emoe.policy.LRU`: the score is the time of the last use; within a token hits come before misses."""
+    """`emoe.slots.policy.LRU`: the score is the time of the last use; within a token hits come before misses."""
 
     def scores(self, rows: NDArray[np.intp]) -> Scores:
         return self.table[rows]
@@ -114,7 +114,7 @@ class LRU(_Table):
 
 
 class LFU(_Table):
-    """`emoe.policy.LFU`: uses so far, also before it left; of equals the least recent."""
+    """`emoe.slots.policy.LFU`: uses so far, also before it left; of equals the least recent."""
 
     _CLOCK = 2.0**32  # of recency in the score; counts stay exact up to 2 ** 21
 
@@ -128,7 +128,7 @@ class LFU(_Table):
 
 
 class Belady(_Table):
-    """`emoe.policy.Belady`: the score is minus the step of the next use."""
+    """`emoe.slots.policy.Belady`: the score is minus the step of the next use."""
 
     def __init__(self, trace: Trace, budgets: int) -> None:
         super().__init__(budgets * trace.layers, trace.num_experts)

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from emoe.replay.counts import Counts
-from emoe.trace import Trace
+from emoe.trace.trace import Trace
 
 
 def run(trace: Trace, policy: str, slots: int) -> Counts:

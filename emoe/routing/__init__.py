@@ -1,15 +1,14 @@
 """Routing modes: what happens to a routed expert that is not resident. docs/routing.md explains them."""
 
-from emoe.routing.account import Request, Tally
 from emoe.routing.control import Routing, attach
 from emoe.routing.options import MODES, RoutingOptions, parse_options
 from emoe.routing.recognise import Site, find_routers
-from emoe.routing.residency import CacheResidency, FixedResidency, Residency, random_residency
+from emoe.routing.resident import FixedResidency, Residency, random_residency
 from emoe.routing.rules import Rule
+from emoe.routing.tally import Request, Tally
 
 __all__ = [
     "MODES",
-    "CacheResidency",
     "FixedResidency",
     "Request",
     "Residency",

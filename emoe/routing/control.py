@@ -16,15 +16,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from emoe.errors import ConfigError, UnsupportedModelError
-from emoe.routing.account import OpenRequests, Request, Tally
 from emoe.routing.contract import Contract
+from emoe.routing.host import exchange
 from emoe.routing.options import Bias, RoutingOptions, parse_options
 from emoe.routing.recognise import Site, find_routers
-from emoe.routing.residency import Residency
+from emoe.routing.resident import Residency
 from emoe.routing.rules import Rule
 from emoe.routing.select import Choice, choose, to_fill
 from emoe.routing.settled import SettledRouting, Span, Tables
-from emoe.routing.single import exchange
+from emoe.routing.tally import OpenRequests, Request, Tally
 
 KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
 _COUNTING = Lock()  # forwards may run in several threads; no mode's own, as modes are copied with their routers

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from emoe.errors import UnsupportedModelError
+from emoe.model.structure import find_experts
 from emoe.routing.rules import SCORES, Groups, Rule, Vector
-from emoe.structure import find_experts
 
 SPREADS = (0.5, 2.0, 6.0)  # standard deviations of the probes' logits
 TOKENS = 128  # probes of each spread

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 
 from emoe.errors import EmoeError
-from emoe.routing.account import Request
 from emoe.routing.recognise import Site
 from emoe.routing.rules import Rule
 from emoe.routing.select import Choice, choose_resident
+from emoe.routing.tally import Request
 
 Span = tuple[Request, slice]
 # Told request, layer, rows, picks, absent, substituted, mass.
@@ -24,7 +24,7 @@ COUNTS = 5  # rows, picks, absent, substituted, mass
 
 
 class Tables(Protocol):
-    """What is asked of `emoe.slot_tables.SlotTables`."""
+    """What is asked of `emoe.compute.slot_tables.SlotTables`."""
 
     def settled(self, layer: int, top_k: int) -> Any:
         """Its `table.slot_of` is [E] int32, -1 for absent experts; None where the host has to route."""

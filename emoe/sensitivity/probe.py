@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from emoe.errors import ConfigError
+from emoe.model.structure import find_experts, num_experts
 from emoe.routing import Request, Routing, parse_options, random_residency
 from emoe.sensitivity.progressive import next_token_probabilities
-from emoe.structure import find_experts, num_experts
 
 SHARE = 0.5  # of the experts resident, where a residency is drawn
 ANSWER_TOKENS = 64  # a good number to probe of an answer: their distributions over the vocabulary are in memory

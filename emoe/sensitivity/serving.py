@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from emoe.errors import EmoeError
-from emoe.request_start import RequestStart, cached_tokens
+from emoe.requests import RequestStart, cached_tokens
 from emoe.sensitivity.online import OnlineSensitivity
 from emoe.sensitivity.probe import ANSWER_TOKENS, Prober
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from emoe.errors import CheckpointError, UnsupportedModelError
-from emoe.store import ExpertStore, ParamSpec, Piece, StoreLayer, itemsize
+from emoe.model.spec import ParamSpec, itemsize
+from emoe.model.structure import experts_modules, num_experts, param_specs
+from emoe.store import ExpertStore, Piece, StoreLayer
 from emoe.store.headers import TensorEntry, read_headers
 from emoe.store.strided import InexpressibleError, ShapeError, StridedTensor, blocks_of_experts
-from emoe.structure import experts_modules, num_experts, param_specs
 
 READABLE = ("float32", "float16", "bfloat16")  # the transfer converts between these
 

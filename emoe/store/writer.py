@@ -17,10 +17,12 @@ import psutil
 import torch
 from torch import nn
 
-from emoe.config import cache_folder, format_bytes
 from emoe.errors import StoreError, UnsupportedModelError
-from emoe.store import ExpertStore, ParamSpec, Piece, StoreLayer, itemsize, slot_offsets
-from emoe.structure import find_experts, num_experts, param_specs
+from emoe.files import cache_folder
+from emoe.memory import format_bytes
+from emoe.model.spec import ParamSpec, itemsize, slot_offsets
+from emoe.model.structure import find_experts, num_experts, param_specs
+from emoe.store import ExpertStore, Piece, StoreLayer
 
 RECORD_ALIGNMENT = 4096  # bytes: what O_DIRECT asks of offsets and lengths
 

@@ -1,0 +1,42 @@
+"""Records: what the native transfer queue knows of an expert, the pieces of files that fill its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from emoe.model.layout import SlotLayout, itemsize
+from emoe.store import ExpertStore, Piece
+
+
+def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayout]) -> tuple[Any, list[list[int]]]:
+    """Tells a native table where every expert lies.
+
+    Args:
+        module: the native module.
+        store: where the experts are.
+        layouts: of each layer's slots.
+
+    Returns:
+        The `RecordTable`, and the record of each expert, [layer][expert].
+    """
+    table = module.RecordTable()
+    files: dict[str, int] = {}
+
+    def native_piece(piece: Piece, where: SlotLayout, dtypes: dict[str, str]) -> tuple[Any, ...]:
+        if piece.file not in files:
+            files[piece.file] = table.add_file(piece.file)
+        dtype = dtypes[piece.param]
+        start = where.offsets[piece.param] + piece.dst_offset * itemsize(dtype)
+        return (
+            files[piece.file], piece.offset, piece.nbytes, piece.tensor, piece.src_dtype,
+            start, dtype, piece.rows, piece.cols, piece.dst_row_stride, piece.dst_col_stride,
+        )  # fmt: skip
+
+    records = []
+    for layer, where in zip(store.layers, layouts, strict=True):
+        dtypes = {param.name: param.dtype for param in layer.params}
+        records.append(
+            [table.add_record([native_piece(piece, where, dtypes) for piece in pieces]) for pieces in layer.pieces]
+        )
+    return table, records

@@ -1,0 +1,141 @@
+"""One prompt in, one answer out, streamed and timed: what `run` and the demo share. Imports torch and Transformers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, TextStreamer
+
+from emoe.errors import ConfigError, one_line
+
+
+@dataclass
+class Answer:
+    """What a model generated. Times are seconds after generation began, one per token."""
+
+    prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    text: str = ""
+    interrupted: bool = False
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        return self.times[0] if self.times else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate of decode: tokens after the first, over the time after the first. None with fewer than two tokens."""
+        if len(self.times) < 2:
+            return None
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
+class _Stream(TextStreamer):
+    """Hands finished pieces of text to `write`, and notes ids and times in `answer`."""
+
+    def __init__(self, tokenizer: Any, answer: Answer, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._answer = answer
+        self._write = write
+        self._started = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self._answer.times.append(time.perf_counter() - self._started)
+            self._answer.token_ids.extend(value.reshape(-1).tolist())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._answer.text += text
+            self._write(text)
+
+
+def quiet_transformers() -> None:
+    """Silences its warnings, and its bars where nobody watches."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ConfigError: there is none that Transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # missing files raise anything from OSError to TypeError
+        why = one_line(error)[:200]
+        raise ConfigError(f"{model} has no tokenizer that Transformers can load: {why}") from error
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> Any:
+    """Token ids [1, S] of a prompt.
+
+    Args:
+        chat: through the tokenizer's chat template; None where it has one.
+
+    Raises:
+        ConfigError: chat=True and there is no template, or the prompt has no tokens.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ConfigError("--chat: this tokenizer has no chat template; use --no-chat")
+    if has_template if chat is None else chat:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.numel() == 0:
+        raise ConfigError("the prompt has no tokens")
+    return ids
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    input_ids: Any,
+    *,
+    max_new_tokens: int,
+    write: Callable[[str], None],
+    temperature: float = 0.0,
+) -> Answer:
+    """Generates and streams; an interrupt ends the answer early and is noted in it.
+
+    Args:
+        input_ids: [1, S].
+        write: takes each finished piece of text.
+        temperature: 0 takes the likeliest token each time.
+    """
+    result = Answer(prompt_tokens=input_ids.shape[1])
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        ends = model.generation_config.eos_token_id
+        pad = ends[0] if isinstance(ends, list) else ends
+    stream = _Stream(tokenizer, result, write)
+    try:
+        model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=stream,
+            **options,
+        )
+    except KeyboardInterrupt:
+        result.interrupted = True
+    return result

@@ -1,0 +1,109 @@
+"""The experts of a model, and sizes read off it, whatever device it is on."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from emoe.errors import UnsupportedModelError
+from emoe.model.spec import ParamSpec
+
+_EXPERTS_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed")  # set by Transformers' decorator
+_TOP_K_NAMES = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts", "moe_top_k")
+
+
+def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of every module that sends its experts through Transformers' experts interface."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if all(hasattr(module, flag) for flag in _EXPERTS_FLAGS) and hasattr(type(module).forward, "__wrapped__")
+    ]
+
+
+def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The experts modules of a model, in `named_modules()` order.
+
+    Raises:
+        UnsupportedModelError: there are none, or their weights are quantized; names class and families that work.
+    """
+    require_unquantized(getattr(model, "config", None), type(model).__name__)
+    found = experts_modules(model)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no experts that go through Transformers' experts interface. "
+            f"Families that do: {', '.join(families_that_work())}"
+        )
+    return found
+
+
+def require_unquantized(config: Any, name: str) -> None:
+    """UnsupportedModelError where a config says that weights are quantized."""
+    text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    for each in (config, text_config):
+        quantization = getattr(each, "quantization_config", None)
+        if quantization is not None:
+            values = quantization if isinstance(quantization, dict) else vars(quantization)
+            method = values.get("quant_method", "an unknown method")
+            raise UnsupportedModelError(
+                f"the weights of {name} are quantized ({getattr(method, 'value', method)}); emoe reads experts of "
+                "float32, float16 and bfloat16"
+            )
+
+
+@functools.cache
+def families_that_work() -> tuple[str, ...]:
+    """Model families of the installed Transformers whose sources use its experts interface."""
+    import transformers
+
+    models = Path(transformers.__path__[0]) / "models"
+    return tuple(
+        sorted(
+            {
+                source.parent.name
+                for source in models.glob("*/modeling_*.py")
+                if b"@use_experts_implementation" in source.read_bytes()
+            }
+        )
+    )
+
+
+def num_experts(module: nn.Module) -> int:
+    """Routed experts of an experts module."""
+    return cast(int, module.num_experts)
+
+
+def param_specs(module: nn.Module) -> tuple[ParamSpec, ...]:
+    """Name, shape of one expert and dtype of every parameter that an experts module keeps per expert."""
+    return tuple(
+        ParamSpec(name, tuple(parameter.shape[1:]), str(parameter.dtype).removeprefix("torch."))
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.shape[0] == module.num_experts
+    )
+
+
+def unique_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones once."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in (*model.parameters(), *model.buffers())  # parameters() gives shared ones once
+    )
+
+
+def top_k(model: Any) -> int:
+    """Experts a token is routed to.
+
+    Raises:
+        UnsupportedModelError: the config names it in a way emoe does not know.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for name in _TOP_K_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise UnsupportedModelError(
+        f"{type(config).__name__} says nowhere how many experts a token uses; looked for {', '.join(_TOP_K_NAMES)}"
+    )

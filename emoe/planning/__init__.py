@@ -1,0 +1,1 @@
+"""What fits into a budget: bytes of each kind, the KV cache, rates of this machine."""

@@ -1,0 +1,99 @@
+"""How fast this machine reads memory and a checkpoint's disk: a short measurement, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emoe.files import cache_folder
+
+_BLOCK = 4 << 20
+_DISK_BYTES = 64 << 20
+_MEMORY_BYTES = 256 << 20
+_DAY = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second."""
+
+    memory: float
+    disk: float
+    note: str
+
+
+def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
+    """Rates for a checkpoint folder; a day-old measurement of the same device is reused.
+
+    Args:
+        folder: where the safetensors files lie; None or a folder without files takes a cautious 1 GB/s for the disk.
+        refresh: measure again in any case.
+    """
+    path = cache_folder() / "bandwidth.json"
+    device = str(folder.stat().st_dev) if folder else "none"
+    known = _read(path)
+    entry = known.get(device)
+    if entry and not refresh and time.time() - entry["time"] < _DAY:
+        return Rates(entry["memory"], entry["disk"], entry["note"])
+    memory = _memory_rate()
+    disk = _disk_rate(folder) if folder else 0.0
+    note = f"measured {memory / 1e9:.1f} GB/s memory, " + (
+        f"{disk / 1e9:.2f} GB/s disk" if disk else "disk not measured: 1 GB/s assumed"
+    )
+    known[device] = {"memory": memory, "disk": disk or 1e9, "note": note, "time": time.time()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(known))
+    temporary.replace(path)
+    return Rates(memory, disk or 1e9, note)
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        loaded = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _memory_rate() -> float:
+    data = torch.ones(_MEMORY_BYTES // 4, dtype=torch.float32)
+    data.sum()
+    best = min(_seconds(lambda: data.sum()) for _ in range(3))
+    return _MEMORY_BYTES / best
+
+
+def _disk_rate(folder: Path) -> float:
+    """O_DIRECT reads spread over the largest file; 0 where the file system refuses them or there is no file."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, reverse=True)
+    if not files or files[0].stat().st_size < 2 * _BLOCK:
+        return 0.0
+    size = files[0].stat().st_size
+    blocks = min(_DISK_BYTES, size) // _BLOCK
+    step = (size - _BLOCK) // max(1, blocks - 1) // _BLOCK * _BLOCK if blocks > 1 else 0
+    try:
+        fd = os.open(files[0], os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return 0.0
+    try:
+        with closing(mmap.mmap(-1, _BLOCK)) as buffer:
+            seconds = _seconds(lambda: [os.preadv(fd, [buffer], i * step) for i in range(blocks)])
+    except OSError:
+        return 0.0
+    finally:
+        os.close(fd)
+    return blocks * _BLOCK / seconds
+
+
+def _seconds(action: object) -> float:
+    start = time.perf_counter()
+    action()  # type: ignore[operator]
+    return time.perf_counter() - start

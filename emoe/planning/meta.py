@@ -1,0 +1,46 @@
+"""A model on the meta device: its shapes and dtypes from the config and file headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+
+def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", config: Any = None, **kwargs: Any) -> Any:
+    """The causal language model of a checkpoint on the meta device: shapes and dtypes, no memory.
+
+    Args:
+        path_or_id: folder or hub id; only its config is read.
+        dtype: a torch dtype or its name; "auto" is the checkpoint's own.
+        kwargs: handed to AutoConfig (revision, cache_dir, trust_remote_code).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config is None:
+        config = AutoConfig.from_pretrained(path_or_id, **kwargs)
+    resolved = _resolve_dtype(dtype, config, Path(path_or_id))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=resolved, trust_remote_code=kwargs.get("trust_remote_code", False)
+        )
+
+
+def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or _first_dtype(folder)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return cast(torch.dtype, dtype)
+
+
+def _first_dtype(folder: Path) -> torch.dtype:
+    """Where neither caller nor config says: that of the first floating-point tensor, as Transformers does."""
+    from emoe.store.headers import checkpoint_files, read_header
+
+    for file in checkpoint_files(folder) if folder.is_dir() else []:
+        for entry in read_header(file).values():
+            if entry.is_float:
+                return cast(torch.dtype, getattr(torch, entry.dtype))
+    return torch.float32

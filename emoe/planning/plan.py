@@ -1,0 +1,253 @@
+"""What fits: bytes of each kind, slots per layer and a forecast, from the config alone, before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emoe.errors import BudgetError
+from emoe.memory import available_memory, format_bytes
+from emoe.model import layout, structure
+from emoe.model.spec import ParamSpec
+from emoe.options import Budget, parse_budget
+from emoe.planning import bandwidth, kv_cache
+from emoe.planning.meta import meta_model
+
+logger = logging.getLogger(__name__)
+
+PAGE = 4096
+# Bounce buffers of the transfer workers plus scratch of the kernels (docs/transfer.md, docs/kernels.md).
+STAGING_BYTES = 24 << 20
+# memory_budget="auto" leaves this much of what is free to everybody else.
+AUTO_RESERVE_BYTES = 1 << 30
+AUTO_RESERVE_SHARE = 0.1
+
+# Hit rate of a per-layer LRU at a resident share, middle of the range over four domains of public Qwen3-30B traces
+# (docs/cache.md; `emoe replay` prints such figures for any trace). Used for the optimistic end of the forecast.
+RECURRENT_HIT_RATE = ((0.0, 0.0), (0.2, 0.75), (0.3, 0.84), (0.4, 0.90), (0.5, 0.945), (1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is laid out in a budget. Bytes unless named otherwise."""
+
+    model: str
+    dtype: str
+    budget_bytes: int
+    non_expert_bytes: int
+    expert_bytes: int
+    bytes_per_expert: int
+    slot_bytes: int
+    slots_per_layer: tuple[int, ...]
+    experts_per_layer: tuple[int, ...]
+    top_k: int
+    kv_bytes: int
+    staging_bytes: int
+    context: int
+    batch: int
+    smallest_budget: int
+    tokens_per_second: tuple[float, float] | None
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def model_bytes(self) -> int:
+        """Weights of the whole model."""
+        return self.non_expert_bytes + self.expert_bytes
+
+    @property
+    def slab_bytes(self) -> int:
+        """All slots together."""
+        return sum(self.slots_per_layer) * self.slot_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the model will take: weights outside experts, slots, staging, KV cache."""
+        return self.non_expert_bytes + self.slab_bytes + self.staging_bytes + self.kv_bytes
+
+    @property
+    def resident_share(self) -> float:
+        """Slots over routed experts, 0 to 1."""
+        return sum(self.slots_per_layer) / sum(self.experts_per_layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self),
+            "model_bytes": self.model_bytes,
+            "slab_bytes": self.slab_bytes,
+            "planned_bytes": self.planned_bytes,
+            "resident_share": self.resident_share,
+        }
+
+
+def plan(
+    path_or_id: str | Path,
+    memory_budget: int | str | float = "auto",
+    *,
+    dtype: Any = "auto",
+    context: int = 2048,
+    batch: int = 1,
+    calibrate: bool = True,
+    **kwargs: Any,
+) -> Plan:
+    """Says what `from_pretrained` would do with this budget; loads no weights.
+
+    Args:
+        path_or_id, memory_budget, dtype, context, batch: as in `emoe.from_pretrained`.
+        calibrate: measure memory and disk rates for the forecast (about a second, then cached).
+
+    Raises:
+        BudgetError: the budget is too small; names the smallest that works.
+        UnsupportedModelError: the model has no experts that emoe can manage.
+    """
+    model = meta_model(path_or_id, dtype=dtype, **kwargs)
+    folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
+    rates = bandwidth.measure(folder) if calibrate else None
+    return _plan(model, str(path_or_id), memory_budget, context, batch, rates)
+
+
+def plan_for_model(model: Any, memory_budget: int | str | float, *, context: int, batch: int) -> Plan:
+    """The plan for a model that is in memory already (`emoe.wrap`)."""
+    return _plan(model, type(model).__name__, memory_budget, context, batch, None)
+
+
+def _plan(
+    model: Any, name: str, memory_budget: int | str | float, context: int, batch: int, rates: bandwidth.Rates | None
+) -> Plan:
+    budget = parse_budget(memory_budget)
+    found = structure.find_experts(model)
+    specs = [structure.param_specs(module) for _, module in found]
+    layouts = [layout.describe(module, params) for (_, module), params in zip(found, specs, strict=True)]
+    slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
+    experts = tuple(structure.num_experts(module) for _, module in found)
+    bytes_of = [_param_bytes(params) for params in specs]
+    expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
+    non_expert = structure.unique_bytes(model) - expert_bytes
+    kv, kv_note = kv_cache.measure(model, context=context, batch=batch)
+    fixed = non_expert + STAGING_BYTES + kv
+    smallest = fixed + len(experts) * slot_bytes
+    notes = [kv_note] if kv_note else []
+    slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes)
+    top_k = structure.top_k(model)
+    warnings = []
+    if min(slots) < top_k:
+        warnings.append(
+            f"{min(slots)} slots in a layer are fewer than the {top_k} experts of one token: every token reloads "
+            f"experts; {format_bytes(fixed + slot_bytes * len(experts) * top_k)} would hold one token's"
+        )
+    planned = fixed + sum(slots) * slot_bytes
+    return Plan(
+        model=name,
+        dtype=specs[0][0].dtype,
+        budget_bytes=planned if budget.kind == "fraction" else (budget.nbytes or planned),
+        non_expert_bytes=non_expert,
+        expert_bytes=expert_bytes,
+        bytes_per_expert=max(bytes_of),
+        slot_bytes=slot_bytes,
+        slots_per_layer=slots,
+        experts_per_layer=experts,
+        top_k=top_k,
+        kv_bytes=kv,
+        staging_bytes=STAGING_BYTES,
+        context=context,
+        batch=batch,
+        smallest_budget=smallest,
+        tokens_per_second=_forecast(rates, non_expert, max(bytes_of), slots, experts, top_k) if rates else None,
+        notes=tuple(notes + ([rates.note] if rates else [])),
+        warnings=tuple(warnings),
+    )
+
+
+def _slots(
+    budget: Budget,
+    fixed: int,
+    slot_bytes: int,
+    experts: tuple[int, ...],
+    smallest: int,
+    name: str,
+    notes: list[str],
+) -> tuple[int, ...]:
+    if budget.kind == "fraction":
+        return tuple(max(1, math.floor(budget.share * count)) for count in experts)
+    if budget.kind == "auto":
+        free = available_memory()
+        reserve = max(AUTO_RESERVE_BYTES, int(AUTO_RESERVE_SHARE * free))
+        nbytes = max(0, free - reserve)
+        notes.append(
+            f"auto took {format_bytes(nbytes)}: {format_bytes(free)} are free, {format_bytes(reserve)} stay reserved"
+        )
+        logger.info("emoe: memory_budget=%s", notes[-1])
+    else:
+        nbytes = budget.nbytes
+    total = (nbytes - fixed) // slot_bytes
+    if total < len(experts):
+        raise BudgetError(
+            f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is "
+            f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, staging "
+            f"and KV cache, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} layers",
+            needed=smallest,
+            budget=nbytes,
+        )
+    return divide_slots(total, experts)
+
+
+def divide_slots(total: int, experts: tuple[int, ...]) -> tuple[int, ...]:
+    """Divides slots evenly over layers, at most one per expert; what a small layer cannot use goes to the others.
+
+    Args:
+        total: slots to give away, at least one per layer.
+        experts: routed experts of each layer.
+    """
+    slots = [0] * len(experts)
+    left = total
+    while left:
+        open_layers = [i for i, count in enumerate(experts) if slots[i] < count]
+        if not open_layers:
+            break
+        each = max(1, left // len(open_layers))
+        for i in open_layers:
+            give = min(each, experts[i] - slots[i], left)
+            slots[i] += give
+            left -= give
+    return tuple(slots)
+
+
+def _forecast(
+    rates: bandwidth.Rates,
+    non_expert: int,
+    bytes_per_expert: int,
+    slots: tuple[int, ...],
+    experts: tuple[int, ...],
+    top_k: int,
+) -> tuple[float, float]:
+    """Tokens/s of decode with routing at random, and with routing that recurs as in the public traces."""
+
+    def seconds(hit_rate: Any) -> float:
+        compute = (non_expert + len(experts) * top_k * bytes_per_expert) / rates.memory
+        misses = sum(top_k * (1 - hit_rate(s / e)) for s, e in zip(slots, experts, strict=True))
+        return compute + misses * bytes_per_expert / rates.disk
+
+    return 1 / seconds(lambda share: share), 1 / seconds(recurrent_hit_rate)
+
+
+def recurrent_hit_rate(share: float) -> float:
+    """Linear interpolation of RECURRENT_HIT_RATE."""
+    for (x0, y0), (x1, y1) in pairwise(RECURRENT_HIT_RATE):
+        if share <= x1:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    return 1.0
+
+
+def _param_bytes(params: tuple[ParamSpec, ...]) -> int:
+    return sum(math.prod(param.shape) * getattr(torch, param.dtype).itemsize for param in params)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

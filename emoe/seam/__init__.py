@@ -1,0 +1,1 @@
+"""The seam to Transformers: a model without its experts, loaded, saved and put back. docs/checkpoints.md."""

@@ -1,0 +1,198 @@
+"""The seam to Transformers: find the experts of a model, load a model without them, take them out and put them back.
+
+What saves a model whole while its experts are elsewhere is in saving.py; how Transformers is told to skip them, in
+quantizer.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from emoe.errors import CheckpointError, ConfigError
+from emoe.model.structure import experts_modules, find_experts, require_unquantized
+from emoe.seam.saving import SavingGuard
+from emoe.store import ExpertStore, StoreLayer, read_layer
+from emoe.store.headers import checkpoint_files
+
+__all__ = [
+    "attach_experts",
+    "detach_experts",
+    "experts_modules",
+    "find_experts",
+    "guard_saving",
+    "load_without_experts",
+    "pack_last_rows",
+]
+
+# Options of Transformers' from_pretrained that contradict keeping experts elsewhere, and what to do instead.
+_REFUSED = {
+    "quantization_config": "emoe reads experts of float32, float16 and bfloat16",
+    "gguf_file": "emoe reads safetensors",
+    "state_dict": "emoe reads the checkpoint itself",
+    "key_mapping": "emoe finds experts through Transformers' own mapping",
+    "max_memory": "memory_budget says what may be used",
+    "offload_folder": "experts stay in the checkpoint",
+    "tp_plan": "emoe runs on one device",
+    "tp_size": "emoe runs on one device",
+    "distributed_config": "emoe runs on one device",
+    "experts_implementation": "emoe is the implementation; kernels='stock' runs Transformers' own",
+    "output_loading_info": "a checkpoint that does not fit is an error here",
+    "ignore_mismatched_sizes": "a checkpoint that does not fit is an error here",
+    "torch_dtype": "it is called dtype",
+}
+_ON_CPU = (None, "cpu", {"": "cpu"})
+
+
+def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> tuple[Any, ExpertStore]:
+    """Loads a causal language model whose experts stay where they are.
+
+    Args:
+        path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
+        dtype: as in Transformers.
+        kwargs: handed to Transformers' `from_pretrained`.
+
+    Returns:
+        (the model on the CPU in evaluation mode, its experts' parameters None; where the experts lie).
+
+    Raises:
+        CheckpointError: a file is missing, truncated, damaged or of another shape or dtype; names file, tensor, bytes.
+        UnsupportedModelError: the model has no experts that emoe can manage.
+        ConfigError: an option contradicts keeping experts elsewhere.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from emoe.seam.quantizer import WithoutExperts
+
+    _check_options(kwargs)
+    config = kwargs.get("config")
+    if config is None:
+        known = ("trust_remote_code", "revision", "cache_dir", "subfolder", "token", "local_files_only")
+        config = AutoConfig.from_pretrained(path_or_id, **{name: kwargs[name] for name in known if name in kwargs})
+    require_unquantized(config, str(path_or_id))
+    plain = not any(kwargs.get(name) for name in ("subfolder", "variant")) and not getattr(
+        config, "transformers_weights", None
+    )
+    if plain and Path(path_or_id).is_dir():
+        checkpoint_files(Path(path_or_id))  # before Transformers meets what is wrong with them
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path_or_id, dtype=dtype, quantization_config=WithoutExperts(), output_loading_info=True, **kwargs
+    )
+    store = cast(ExpertStore, model.__dict__.pop("_emoe_store"))
+    _require_complete(info, str(path_or_id))
+    _own_memory(model, store.files())
+    return model, store
+
+
+def _check_options(kwargs: dict[str, Any]) -> None:
+    for name in kwargs:
+        if name in _REFUSED and kwargs[name] is not None:
+            raise ConfigError(f"{name}={kwargs[name]!r} is no option here: {_REFUSED[name]}")
+    if kwargs.get("device_map") not in _ON_CPU:
+        raise ConfigError(f"device_map={kwargs['device_map']!r} is not one of: None, 'cpu'; emoe runs on the CPU")
+
+
+def _require_complete(info: dict[str, Any], name: str) -> None:
+    """Transformers gives random values to what a checkpoint lacks, and says so in a log; here it is an error."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {missing[0]}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""),
+            file=name,
+            tensor=missing[0],
+        )
+    for kind in ("mismatched_keys", "error_msgs", "conversion_errors"):
+        if info.get(kind):
+            raise CheckpointError(f"{name} does not fit the model: {info[kind]}", file=name)
+
+
+def _own_memory(model: nn.Module, files: Iterable[str]) -> None:
+    """Copies weights out of the mapping of the checkpoint that Transformers leaves them in.
+
+    In a mapping they vanish from the budget (the page cache drops and reads them again), and touching them after the
+    file was truncated kills the process.
+    """
+    mapped = _mappings({os.path.realpath(file) for file in files})
+    if not mapped:
+        return
+    for tensor in {id(each): each for each in (*model.parameters(), *model.buffers())}.values():
+        start = tensor.data_ptr()
+        if any(low <= start < high for low, high in mapped):
+            nbytes = tensor.untyped_storage().data_ptr() + tensor.untyped_storage().nbytes() - start
+            nbytes = min(nbytes, tensor.numel() * tensor.element_size())
+            tensor.data = tensor.data.clone()
+            _forget(start, nbytes)
+
+
+def _mappings(files: set[str]) -> list[tuple[int, int]]:
+    """Address ranges at which this process has the files mapped."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] in files:
+            low, high = fields[0].split("-")
+            ranges.append((int(low, 16), int(high, 16)))
+    return ranges
+
+
+def _forget(start: int, nbytes: int) -> None:
+    """Drops whole pages of a range of a private mapping; they would be read again if touched."""
+    page = os.sysconf("SC_PAGESIZE")
+    first = -(-start // page) * page
+    length = (start + nbytes) // page * page - first
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), 4)  # MADV_DONTNEED
+
+
+def detach_experts(model: nn.Module, layers: Iterable[StoreLayer]) -> None:
+    """Takes the experts' parameters out of a model and frees them; the modules stay."""
+    for layer in layers:
+        module = model.get_submodule(layer.path)
+        for param in layer.params:
+            module._parameters[param.name] = None
+
+
+def attach_experts(model: nn.Module, store: ExpertStore) -> None:
+    """Loads every expert back into ordinary parameters on the CPU.
+
+    Raises:
+        ReadError: an expert cannot be read; the model is unchanged.
+    """
+    read: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for number, layer in enumerate(store.layers):
+        module = model.get_submodule(layer.path)
+        read.extend((module, name, nn.Parameter(value)) for name, value in read_layer(store, number).items())
+    for module, name, parameter in read:
+        module._parameters[name] = parameter
+
+
+def pack_last_rows(model: Any) -> Any:
+    """Hands the output projection dense rows; returns a removable handle, or None where there is no projection.
+
+    Generation cuts the last row out of a prefill. torch (2.13, oneDNN on CPUs with bfloat16 instructions) answers such
+    a strided view by copying the whole weight into another layout first: a second copy in memory, and time lost.
+    """
+    projection = model.get_output_embeddings()
+    return None if projection is None else projection.register_forward_pre_hook(_dense_rows)
+
+
+def _dense_rows(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    rows = args[0]
+    if rows.dim() != 3 or rows.dtype != torch.bfloat16 or rows.stride(0) == rows.shape[1] * rows.stride(1):
+        return None
+    return (rows.clone(memory_format=torch.contiguous_format), *args[1:])
+
+
+def guard_saving(model: Any, store: ExpertStore) -> SavingGuard:
+    """Makes `state_dict` and `save_pretrained` give the whole model while its experts are in a store.
+
+    Returns:
+        A guard; its `remove()` undoes everything.
+    """
+    return SavingGuard(model, store)

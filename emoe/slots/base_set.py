@@ -1,0 +1,369 @@
+"""Keeps the experts in slots that a predictor names: watches requests, chooses the base set, has it loaded, reports.
+
+docs/residency.md tells the story. Decides about ids; bytes are moved by the loader. Callers hold the runtime's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from emoe.errors import ConfigError
+from emoe.predictor import UNKNOWN_TASK, ExpertPredictor
+from emoe.routing.resident import Residency
+from emoe.slots.load_score import Expected, load_score
+from emoe.slots.loader import Loader
+from emoe.slots.next_layer import NextLayer
+from emoe.slots.options import PredictionOptions
+from emoe.slots.refresh import Refresh
+from emoe.slots.shadow import PATIENCE, ShadowLRU, Switch
+
+logger = logging.getLogger(__name__)
+
+BLOCK_TOKENS = 512  # picks of so many tokens are kept before they are handed on
+
+Mask = NDArray[np.bool_]
+_Routed = tuple[torch.Tensor, torch.Tensor]  # picks [T, K] of a layer and its residents [E]
+
+
+class BaseSet:
+    """The base set of one runtime.
+
+    Args:
+        loader: whose cache holds the experts.
+        residency: which experts are resident.
+        experts_per_layer: routed experts of each layer.
+        top_k: picks of a token in a layer.
+        options: the predictor and how it runs.
+        loads_misses: False in mode `resident` without a contract: nothing else loads, so the base set takes all slots.
+        waits: True in mode `resident`: a request waits for its base set.
+        observed: layers whose router picks come by `picked`; those of the others are what they compute with.
+
+    Raises:
+        ConfigError: the predictor is for a model of another shape.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        residency: Residency,
+        experts_per_layer: Sequence[int],
+        top_k: int,
+        options: PredictionOptions,
+        *,
+        loads_misses: bool,
+        waits: bool,
+        observed: Sequence[int] = (),
+    ) -> None:
+        self._loader, self._cache, self._residency = loader, loader.cache, residency
+        self._experts = list(experts_per_layer)
+        self._options, self._top_k = options, top_k
+        self._loads_misses, self._waits = loads_misses, waits
+        self._observed = frozenset(observed)
+        L = len(self._experts)
+        slots = [len(self._cache.slots(layer)) for layer in range(L)]
+        slack = [max(top_k, round(options.slack * count)) if loads_misses else 0 for count in slots]
+        self.sizes = [max(0, count - spare) for count, spare in zip(slots, slack, strict=True)]
+        self._base: Mask = np.zeros((L, max(self._experts)), dtype=bool)
+        self._rival = self._base
+        self._pending: list[list[int]] = [[] for _ in range(L)]
+        self._refresh = Refresh(options.period)
+        self._shadow = ShadowLRU(self._experts, slots, between_requests=not loads_misses)
+        self._switch = Switch()
+        self._mean_tokens: dict[int, float] = {}
+        self._strange: set[str] = set()
+        self._milliseconds: deque[float] = deque(maxlen=PATIENCE)
+        self._covered: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
+        self.requests = self.refreshes = self.loads = 0
+        self._task = UNKNOWN_TASK
+        self._running = self._paused = False
+        self._clear()
+        self._next_layer = (
+            NextLayer(loader, self._experts, top_k, options.prefetch) if options.prefetch is not None else None
+        )
+        self._insensitive = self._layers_that_do_not_count()
+        if options.predictor is not None:
+            shape = np.shape(options.predictor.rank())
+            if shape != self._base.shape:
+                raise ConfigError(
+                    f"the predictor scores {list(shape)} (layers, experts); this model has {list(self._base.shape)}"
+                )
+            if not any(self.sizes):
+                logger.warning(
+                    "emoe: no layer has more slots (%d) than the slack (%d), so the predictor decides nothing; "
+                    "a larger budget or slack= changes that",
+                    max(slots),
+                    max(slack),
+                )
+
+    def _layers_that_do_not_count(self) -> dict[int, NDArray[np.bool_]]:
+        """[L] of each task that the predictor and the sensitivity profile know."""
+        options = self._options
+        names = options.predictor.names if options.predictor is not None else ()
+        if options.sensitivity is None:
+            return {}
+        if not names:
+            logger.warning("emoe: sensitivity= has no effect: there is no predictor that knows tasks")
+        known = {}
+        for number, name in enumerate(names):
+            try:
+                layers = np.asarray(options.sensitivity.insensitive(name), dtype=bool)
+            except KeyError:  # a task that the profile does not have is taken to be sensitive
+                continue
+            if layers.shape != (len(self._experts),):
+                raise ConfigError(
+                    f"the sensitivity profile is of {len(layers)} layers; this model has {len(self._experts)}"
+                )
+            known[number] = layers
+        return known
+
+    @property
+    def watches(self) -> bool:
+        """Whether forwards matter to it: there is a predictor, or prefetch for the next layer."""
+        return self._options.predictor is not None or self._next_layer is not None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `paused` is at work."""
+        return self._paused
+
+    # Requests
+
+    @property
+    def running(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return self._running
+
+    def begin(
+        self, task: str | None = None, tokens: float | None = None, others: Sequence[tuple[str | None, float]] = ()
+    ) -> None:
+        """A request begins; one that runs ends first.
+
+        Args:
+            task: its name; unknown to the predictor counts as none.
+            tokens: input and expected output; None for the mean of its task so far, or of all.
+            others: task and tokens of requests that run beside it or come before the next choice.
+        """
+        self.end()
+        self._running = True
+        self.requests += 1
+        predictor = self._options.predictor
+        self._task = self._number(task)
+        if predictor is None:
+            return
+        self._shadow.begin()
+        means = self._mean_tokens
+        typical = means.get(self._task) or (sum(means.values()) / len(means) if means else 1.0)
+        requests = [Expected(self._number(name), count) for name, count in others]
+        requests.append(Expected(self._task, typical if tokens is None else tokens))
+        if not self._switch.off:
+            self._predict(predictor, requests)
+        elif not self._loads_misses:
+            self._choose_last_used()
+
+    def _number(self, task: str | None) -> int:
+        names = self._options.predictor.names if self._options.predictor is not None else ()
+        if task in names:
+            return names.index(task)
+        if task is not None and names and task not in self._strange:
+            self._strange.add(task)
+            logger.warning("emoe: task %r is unknown to the predictor, which knows: %s", task, ", ".join(names))
+        return UNKNOWN_TASK
+
+    def _predict(self, predictor: ExpertPredictor, requests: Sequence[Expected]) -> None:
+        due = self._refresh.due([task for task, _ in requests] if predictor.names else ())
+        due = due or not self._base.any()  # nothing was known at the last choice
+        if due or self._options.period == "adaptive":
+            started = time.perf_counter()
+            scores = load_score(predictor, requests, self._insensitive)
+            self._rival = _best(scores, self.sizes, self._experts)
+            self._milliseconds.append(1e3 * (time.perf_counter() - started))
+        else:
+            predictor.begin(self._task)
+        if due and self._rival.any():
+            self.refreshes += 1
+            self._base = self._rival
+        # Also where it stays: a prompt may have needed more slots at once than the slack has.
+        self._bring()
+
+    def end(self) -> None:
+        """The request ended: what it showed goes to the predictor, the shadow and the drift test."""
+        if not self._running:
+            return
+        self._running = False
+        self._flush()
+        predictor = self._options.predictor
+        picks = int(self._counts.sum())
+        if predictor is None or not picks:
+            self._clear()
+            return
+        if not self._switch.off:
+            covered = int(self._counts[self._base].sum())
+            self._covered.append((covered, picks))
+            if self._options.period == "adaptive":
+                self._refresh.saw(covered / picks, float(self._counts[self._rival].sum()) / picks)
+            if any(self.sizes) and self._switch.saw(self._hits, self._shadow_hits, picks):
+                self._give_up(self._switch.reason)
+        mean = self._mean_tokens.get(self._task)
+        self._mean_tokens[self._task] = self._tokens if mean is None else 0.9 * mean + 0.1 * self._tokens
+        self._clear()
+
+    def _clear(self) -> None:
+        self._forwards: list[list[_Routed | None]] = []
+        self._last_layer = len(self._experts)
+        self._waiting_tokens = self._tokens = 0
+        self._counts = np.zeros(self._base.shape, dtype=np.int64)
+        self._hits = self._shadow_hits = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs in the block is nobody's request: a probe, a warm-up. The request that runs goes on after it."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    # The base set
+
+    def _bring(self) -> None:
+        """Protects the base set and has what is missing of it loaded; in `resident` waits for it."""
+        self._loader.cancel_prefetch()
+        for layer in range(len(self._experts)):
+            experts = [int(expert) for expert in np.flatnonzero(self._base[layer])]
+            self._cache.protect(layer, experts)
+            self._pending[layer] = [expert for expert in experts if self._cache.lookup(layer, expert) is None]
+            self._load(layer)
+            while self._pending[layer] and self._waits:
+                # Substitutes would be taken from what the last base set left.
+                self._loader.finish_prefetch(layer)
+                if not self._load(layer):
+                    break
+        if self._waits:
+            for layer in range(len(self._experts)):
+                self._loader.finish_prefetch(layer)
+
+    def _load(self, layer: int) -> int:
+        """Submits what is still missing of a layer's base set, as far as the prefetch lane takes it."""
+        pending = self._pending[layer]
+        started = self._loader.prefetch(layer, pending)
+        self.loads += started
+        self._pending[layer] = [expert for expert in pending if self._cache.lookup(layer, expert) is None]
+        return started
+
+    def _choose_last_used(self) -> None:
+        """In `resident` nothing loads while a request runs: without a predictor, the experts used last are kept."""
+        base = np.zeros_like(self._base)
+        for layer in range(len(self._experts)):
+            base[layer, self._shadow.held(layer)] = True
+        self._base = base
+        self._bring()
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("emoe: the predictor is switched off: %s", reason)
+        for layer in range(len(self._experts)):
+            self._cache.protect(layer, ())
+            self._pending[layer] = []
+        self._loader.cancel_prefetch()
+
+    # Layers
+
+    def picked(self, layer: int, index: torch.Tensor) -> None:
+        """The router's own picks [T, K] of a layer, before a routing mode exchanges any."""
+        if self._options.predictor is None or not self._running or self._paused:
+            return
+        if layer <= self._last_layer:
+            if self._waiting_tokens >= BLOCK_TOKENS:
+                self._flush()
+            self._forwards.append([None] * len(self._experts))
+            self._waiting_tokens += len(index)
+        self._last_layer = layer
+        # Both are never changed after they were made, so no copy: the counting waits for the end of the request.
+        self._forwards[-1][layer] = (index, self._residency.mask(layer))
+
+    def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor) -> None:
+        if layer not in self._observed:
+            self.picked(layer, index)
+        if self._next_layer is not None:
+            self._next_layer.before(layer, hidden, index)
+
+    def after(self, layer: int) -> None:
+        # Only now: earlier, room for the base set could be made with an expert that this forward needs.
+        if self._pending[layer]:
+            self._load(layer)
+
+    def _flush(self) -> None:
+        """Hands the waiting forwards on."""
+        predictor = self._options.predictor
+        forwards, self._forwards = self._forwards, []
+        self._last_layer, self._waiting_tokens = len(self._experts), 0
+        if predictor is None or not forwards:
+            return
+        blocks: list[NDArray[np.int16]] = []
+        for forward in forwards:
+            block, hits = _block(forward, self._top_k)
+            self._hits += hits
+            self._shadow_hits += self._shadow.observe(block)
+            blocks.append(block)
+        picks = np.concatenate(blocks, axis=1)
+        self._tokens += len(picks[0])
+        for layer, each in enumerate(picks):
+            self._counts[layer] += np.bincount(each[each >= 0], minlength=max(self._experts))
+        predictor.observe(picks)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and states; docs/residency.md says what each means."""
+        ours, shadow = self._switch.rates()
+        covered, picks = sum(each[0] for each in self._covered), sum(each[1] for each in self._covered)
+        predictor = self._options.predictor
+        return {
+            "predictor": type(predictor).__name__ if predictor is not None else "",
+            "period": self._options.period,
+            "base": sum(self.sizes),
+            "requests": self.requests,
+            "refreshes": self.refreshes,
+            "loads": self.loads,
+            "hit_rate": ours,
+            "shadow_hit_rate": shadow,
+            "recall": covered / picks if picks else 0.0,
+            "milliseconds": median(self._milliseconds) if self._milliseconds else 0.0,
+            "off": self._switch.reason,
+            "next_layer": self._next_layer.state if self._next_layer is not None else "",
+        }
+
+
+def _best(scores: NDArray[np.float64], sizes: Sequence[int], experts: Sequence[int]) -> Mask:
+    """[L, E] mask of the `sizes[layer]` highest scores of each layer; of equals the lowest ids.
+
+    A layer whose scores are all equal gets none: nothing is known of it yet.
+    """
+    mask = np.zeros(scores.shape, dtype=bool)
+    for layer, (size, count) in enumerate(zip(sizes, experts, strict=True)):
+        mine = scores[layer, :count]
+        if mine.max() > mine.min():
+            mask[layer, np.argsort(-mine, kind="stable")[:size]] = True
+    return mask
+
+
+def _block(forward: Sequence[_Routed | None], top_k: int) -> tuple[NDArray[np.int16], int]:
+    """Picks [L, T, K] of one forward, and how many were resident. Layers that computed fewer tokens: the last ones."""
+    T = max(len(each[0]) for each in forward if each is not None)
+    block = np.full((len(forward), T, top_k), -1, dtype=np.int16)
+    hits = 0
+    for layer, each in enumerate(forward):
+        if each is None:
+            continue
+        index, mask = (tensor.cpu().numpy() for tensor in each)
+        valid = (index >= 0) & (index < len(mask))
+        hits += int(mask[index[valid]].sum())
+        block[layer, T - len(index) :, : index.shape[1]] = np.where(valid, index, -1)
+    return block, hits

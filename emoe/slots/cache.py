@@ -1,0 +1,268 @@
+"""Which expert is in which slot: states, holds and evictions, per layer. Ids only; no bytes, tensors or waiting.
+
+docs/cache.md draws the state machine. Not thread-safe: callers share the runtime's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from emoe.errors import CacheError, CacheFullError, ConfigError
+from emoe.slots import policy as policies
+from emoe.slots.policy import PolicyFactory
+
+# A slot's state is one number: 0 and up is ready with that many holds.
+_FREE = -2
+_LOADING = -1
+_NOBODY = -1
+
+
+class Admission(NamedTuple):
+    """A slot that is now loading, and the expert that left it (None where it was free)."""
+
+    slot: int
+    evicted: int | None
+
+
+class CacheManager:
+    """Slots of every layer and the experts in them.
+
+    Args:
+        slots_per_layer: number of slots of each layer, at least 1; slot numbers count through the layers.
+        policy: a name in `emoe.slots.policy.POLICIES`, or a function layer -> policy object.
+
+    Raises:
+        ConfigError: an unknown policy, or a layer without a slot.
+    """
+
+    def __init__(self, slots_per_layer: Sequence[int], *, policy: str | PolicyFactory = "lru") -> None:
+        for layer, count in enumerate(slots_per_layer):
+            if count < 1:
+                raise ConfigError(f"layer {layer} has {count} slots; it needs at least 1")
+        make = policies.make(policy) if isinstance(policy, str) else policy
+        self._ranges: list[range] = []
+        first = 0
+        for count in slots_per_layer:
+            self._ranges.append(range(first, first + count))
+            first += count
+        layers = range(len(self._ranges))
+        self._policies = [make(layer) for layer in layers]
+        self._slot_of: list[dict[int, int]] = [{} for _ in layers]  # loading, ready or held
+        self._free = [list(reversed(slots)) for slots in self._ranges]
+        self._expert_of = [_NOBODY] * first
+        self._state = [_FREE] * first
+        self._protected: list[frozenset[int]] = [frozenset() for _ in layers]
+        self._steps = [-1] * len(self._ranges)  # the first step is 0
+        self._versions = [0] * len(self._ranges)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._ranges)
+
+    def slots(self, layer: int) -> range:
+        """The slot numbers of a layer."""
+        return self._ranges[layer]
+
+    def lookup(self, layer: int, expert: int) -> int | None:
+        """The expert's slot, be it loading, ready or held; None where it is in none."""
+        return self._slot_of[layer].get(expert)
+
+    def state(self, slot: int) -> str:
+        """ "free", "loading", "ready" or "held"."""
+        state = self._state[slot]
+        if state == _FREE:
+            return "free"
+        if state == _LOADING:
+            return "loading"
+        return "held" if state else "ready"
+
+    def resident(self, layer: int) -> list[int]:
+        """Experts that are ready or held, in ascending order."""
+        return sorted(expert for expert, slot in self._slot_of[layer].items() if self._state[slot] >= 0)
+
+    def version(self, layer: int) -> int:
+        """A number that changes whenever `resident(layer)` does."""
+        return self._versions[layer]
+
+    def free(self, layer: int) -> int:
+        """How many slots of a layer hold nothing."""
+        return len(self._free[layer])
+
+    def protect(self, layer: int, experts: Iterable[int]) -> None:
+        """These experts, in slots or not, are evicted only where nothing else can be; replaces a layer's before."""
+        self._protected[layer] = frozenset(experts)
+
+    def protected(self, layer: int) -> frozenset[int]:
+        """What `protect` was last told."""
+        return self._protected[layer]
+
+    def advance(self, layer: int) -> None:
+        """Begins the next step of a layer: the clock that its policy sees."""
+        self._steps[layer] += 1
+
+    def touch(self, layer: int, expert: int) -> None:
+        """The expert is used in this step.
+
+        Raises:
+            CacheError: it is in no slot.
+        """
+        if expert not in self._slot_of[layer]:
+            raise CacheError(f"expert ({layer}, {expert}) is in no slot and cannot be touched")
+        self._policies[layer].touch(expert, self._steps[layer])
+
+    def hold(self, layer: int, expert: int) -> int:
+        """Keeps a ready expert from being evicted until `release`; holds are counted. Returns its slot.
+
+        Raises:
+            CacheError: it is in no slot, or still loading.
+        """
+        slot = self._slot_of[layer].get(expert)
+        if slot is None or self._state[slot] < 0:
+            raise self._refusal(layer, expert, "held")
+        self._state[slot] += 1
+        return slot
+
+    def hold_resident(self, layer: int, experts: Iterable[int]) -> tuple[list[tuple[int, int]], list[int]]:
+        """Begins a step, then holds and touches those of `experts` that are ready; the way in of every forward.
+
+        Returns:
+            (expert, slot) of those that are now held, and the other experts; both in the order given.
+        """
+        slot_of, state = self._slot_of[layer], self._state
+        touch = self._policies[layer].touch
+        step = self._steps[layer] = self._steps[layer] + 1
+        held, missing = [], []
+        for expert in experts:
+            slot = slot_of.get(expert)
+            if slot is None or state[slot] < 0:
+                missing.append(expert)
+            else:
+                state[slot] += 1
+                touch(expert, step)
+                held.append((expert, slot))
+        return held, missing
+
+    def release(self, layer: int, expert: int) -> None:
+        """Takes one hold back.
+
+        Raises:
+            CacheError: the expert is not held.
+        """
+        slot = self._slot_of[layer].get(expert)
+        if slot is None or self._state[slot] <= 0:
+            raise self._refusal(layer, expert, "released")
+        self._state[slot] -= 1
+
+    def admit(self, layer: int, expert: int, keep: Collection[int] = frozenset()) -> Admission:
+        """Gives the expert a slot that is free, or whose expert the policy evicts; the slot is then loading.
+
+        Held and loading slots are never taken, nor those of experts in `keep`; protected experts are taken last.
+
+        Raises:
+            CacheFullError: no slot of the layer can be taken.
+            CacheError: the expert already has a slot.
+        """
+        slot_of = self._slot_of[layer]
+        if expert in slot_of:
+            raise self._refusal(layer, expert, "admitted")
+        evicted = None
+        if self._free[layer]:
+            slot = self._free[layer].pop()
+        else:
+            state = self._state
+            candidates = {other for other, where in slot_of.items() if state[where] == 0 and other not in keep}
+            if not candidates:
+                raise CacheFullError(
+                    f"expert ({layer}, {expert}) finds no slot: of the layer's {len(self._ranges[layer])}, "
+                    f"{self._describe(layer)}, and {len(keep)} experts are to be kept"
+                )
+            evicted = self._policies[layer].victim(candidates - self._protected[layer] or candidates)
+            slot = slot_of.pop(evicted)
+            self._policies[layer].forget(evicted)
+            self._versions[layer] += 1
+        slot_of[expert] = slot
+        self._expert_of[slot] = expert
+        self._state[slot] = _LOADING
+        self._policies[layer].touch(expert, self._steps[layer])
+        return Admission(slot, evicted)
+
+    def ready(self, layer: int, expert: int) -> None:
+        """The expert's bytes are all in its slot.
+
+        Raises:
+            CacheError: it was not loading.
+        """
+        self._state[self._loading_slot(layer, expert, "made ready")] = 0
+        self._versions[layer] += 1
+
+    def fail(self, layer: int, expert: int) -> None:
+        """The expert's bytes did not arrive: its slot is free.
+
+        Raises:
+            CacheError: it was not loading.
+        """
+        self._loading_slot(layer, expert, "failed")
+        self._forget(layer, expert)
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Takes a ready expert out of its slot.
+
+        Raises:
+            CacheError: it is in no slot, loading, or held.
+        """
+        slot = self._slot_of[layer].get(expert)
+        if slot is None or self._state[slot] != 0:
+            raise self._refusal(layer, expert, "dropped")
+        self._forget(layer, expert)
+
+    def check_integrity(self) -> None:
+        """Proves that states, maps, free lists and policies agree.
+
+        Raises:
+            CacheError: they do not; names layer and slot.
+        """
+        for layer, slots in enumerate(self._ranges):
+            counts = dict.fromkeys(("free", "loading", "ready", "held"), 0)
+            for slot in slots:
+                counts[self.state(slot)] += 1
+                expert = self._expert_of[slot]
+                if (self._state[slot] == _FREE) != (expert == _NOBODY):
+                    raise CacheError(f"slot {slot} of layer {layer} is {self.state(slot)} and names expert {expert}")
+                if expert != _NOBODY and self._slot_of[layer].get(expert) != slot:
+                    raise CacheError(
+                        f"slot {slot} names expert ({layer}, {expert}), which is in {self.lookup(layer, expert)}"
+                    )
+            free = self._free[layer]
+            if sorted(free) != [slot for slot in slots if self._state[slot] == _FREE]:
+                raise CacheError(f"layer {layer}: the free list {sorted(free)} is not the free slots")
+            if len(self._slot_of[layer]) != len(slots) - len(free) or sum(counts.values()) != len(slots):
+                raise CacheError(
+                    f"layer {layer}: {counts} and {len(self._slot_of[layer])} experts in {len(slots)} slots"
+                )
+            if set(self._policies[layer].known()) != self._slot_of[layer].keys():
+                raise CacheError(f"layer {layer}: the policy's experts are not those in slots")
+
+    def _loading_slot(self, layer: int, expert: int, verb: str) -> int:
+        slot = self._slot_of[layer].get(expert)
+        if slot is None or self._state[slot] != _LOADING:
+            raise self._refusal(layer, expert, verb)
+        return slot
+
+    def _forget(self, layer: int, expert: int) -> None:
+        slot = self._slot_of[layer].pop(expert)
+        self._policies[layer].forget(expert)
+        self._expert_of[slot] = _NOBODY
+        self._state[slot] = _FREE
+        self._free[layer].append(slot)
+        self._versions[layer] += 1
+
+    def _refusal(self, layer: int, expert: int, verb: str) -> CacheError:
+        slot = self._slot_of[layer].get(expert)
+        where = "in no slot" if slot is None else f"{self.state(slot)} in slot {slot}"
+        return CacheError(f"expert ({layer}, {expert}) is {where} and cannot be {verb}")
+
+    def _describe(self, layer: int) -> str:
+        states = [self.state(slot) for slot in self._ranges[layer]]
+        return ", ".join(f"{states.count(name)} {name}" for name in ("loading", "held", "ready"))

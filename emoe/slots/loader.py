@@ -1,0 +1,388 @@
+"""When bytes move: rounds over the experts of one forward, and prefetch. The cache says where to, the queue reads.
+
+docs/cache.md tells the story. Not thread-safe: callers share the runtime's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+from emoe.errors import CacheFullError, ClosedError, ConfigError, QueueFullError, TransferError
+from emoe.slots.cache import Admission, CacheManager
+
+logger = logging.getLogger(__name__)
+
+Group = list[tuple[int, int]]  # (expert, slot), all held
+
+
+class Queue(Protocol):
+    """What the loader uses of `emoe._C.TransferQueue`."""
+
+    def submit(self, record: int, slot: int, prefetch: bool = False) -> int: ...
+    def promote(self, ticket: int) -> None: ...
+    def cancel(self, ticket: int) -> bool: ...
+    def done(self, ticket: int) -> bool: ...
+    def wait(self, ticket: int) -> None: ...
+
+
+class _Load(NamedTuple):
+    expert: int
+    ticket: int
+
+
+@dataclass(slots=True)
+class _Counters:
+    """Of one layer; docs/cache.md says what each counts."""
+
+    hits: int = 0
+    misses: int = 0
+    prefetch_hits: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    unused_failed: int = 0
+    evictions: int = 0
+    loads: int = 0
+    stall_seconds: float = 0.0
+
+
+class Loader:
+    """Brings routed experts into slots.
+
+    Args:
+        cache: which expert is in which slot; only this loader changes it from now on.
+        queue: an `emoe._C.TransferQueue`; it stays the caller's to close, after the loader.
+        records: the queue's record of each expert, `records[layer][expert]`.
+
+    Raises:
+        ConfigError: cache and records disagree about the number of layers.
+    """
+
+    def __init__(self, cache: CacheManager, queue: Queue, records: Sequence[Sequence[int]]) -> None:
+        if cache.layers != len(records):
+            raise ConfigError(f"the cache has {cache.layers} layers, the records have {len(records)}")
+        self.cache = cache
+        self._queue = queue
+        self._records = records
+        self._counters = [_Counters() for _ in records]
+        self._prefetching: list[dict[int, int]] = [{} for _ in records]  # expert -> ticket, nobody waits for it yet
+        self._prefetched: list[set[int]] = [set() for _ in records]  # in a slot by prefetch and not used yet
+        self._prefetch_full = False
+        self._closed = False
+
+    def capacity(self, layer: int) -> int:
+        """The most experts that one group of this layer can hold: its slots."""
+        return len(self.cache.slots(layer))
+
+    def rounds(self, layer: int, experts: Sequence[int], together: bool = False) -> Generator[Group, None, None]:
+        """Groups of held experts as they become ready, those already in slots first.
+
+        Each group is released when the next is asked for, or when the generator is closed. Close it where the loop
+        may be left early: `with contextlib.closing(...)`.
+
+        Args:
+            layer: number of the experts module.
+            experts: distinct expert ids; together the groups are exactly these.
+            together: one group, yielded when all are ready; at most `capacity(layer)` experts.
+
+        Raises:
+            ReadError: an expert's bytes could not be read; its slot is free.
+            CacheFullError: other holders keep every slot of the layer, or `together` asks for more than there are.
+            ConfigError: no such expert.
+            ClosedError: the loader was closed.
+        """
+        if self._closed:
+            raise ClosedError("the loader is closed")
+        cache, counters = self.cache, self._counters[layer]
+        if self._prefetching[layer]:
+            self._collect_prefetches(layer)
+        group, missing = cache.hold_resident(layer, experts)
+        try:
+            counters.hits += len(group)
+            if self._prefetched[layer]:
+                self._count_prefetch_hits(layer, group)
+            if not missing:
+                if group:
+                    yield group
+                return
+            if together and len(experts) > self.capacity(layer):
+                raise CacheFullError(
+                    f"{len(experts)} experts of layer {layer} cannot be held together in {self.capacity(layer)} slots"
+                )
+            yield from self._load(layer, group, missing, together)
+        finally:
+            for expert, _ in group:
+                cache.release(layer, expert)
+
+    def _load(self, layer: int, group: Group, missing: list[int], together: bool) -> Generator[Group, None, None]:
+        """The rounds of a call with misses; `group` is what the caller releases at the end, whatever it holds then."""
+        running: deque[_Load] = deque()
+        try:
+            pending = self._promote(layer, missing, running)
+            self._submit(layer, pending, running)
+            if group and not together:
+                yield list(group)
+                self._release(layer, group)
+            while pending or running:
+                self._submit(layer, pending, running)
+                if not running:
+                    self._make_room(layer, pending[0])
+                    continue
+                self._collect(layer, group, running)
+                if running and (together or not group):
+                    self._await(layer, group, running)
+                    self._collect(layer, group, running)
+                if together and (pending or running):
+                    continue
+                yield list(group)
+                self._release(layer, group)
+        finally:
+            self._abandon(layer, running)
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
+        """Starts reading experts that are in no slot, behind all demand.
+
+        It never blocks, and where there is no room it starts fewer reads and raises nothing.
+
+        Args:
+            layer: number of the experts module.
+            experts: distinct expert ids, likeliest first; those in slots stay there.
+
+        Returns:
+            How many reads were started.
+
+        Raises:
+            ConfigError: no such expert.
+            ClosedError: the loader was closed.
+        """
+        if self._closed:
+            raise ClosedError("the loader is closed")
+        self._collect_prefetches(layer)
+        keep = frozenset(experts)
+        started = 0
+        for expert in experts:
+            if self.cache.lookup(layer, expert) is not None:
+                continue
+            if self._prefetch_full:
+                break
+            record = self._record(layer, expert)
+            try:
+                slot = self._admit(layer, expert, keep)
+            except CacheFullError:
+                break
+            try:
+                ticket = self._queue.submit(record, slot, True)
+            except QueueFullError:
+                self.cache.fail(layer, expert)
+                # Another try before a prefetch ends would only evict one more expert for nothing.
+                self._prefetch_full = True
+                break
+            except BaseException:
+                self.cache.fail(layer, expert)
+                raise
+            self._counters[layer].loads += 1
+            self._prefetching[layer][expert] = ticket
+            self._prefetched[layer].add(expert)
+            started += 1
+        return started
+
+    def cancel_prefetch(self, layer: int | None = None, experts: Collection[int] | None = None) -> int:
+        """Takes back prefetches that have not started reading. Returns how many.
+
+        Args:
+            layer: of this layer alone; None for all.
+            experts: of these alone; None for all.
+        """
+        layers = range(len(self._records)) if layer is None else (layer,)
+        return sum(self._cancel_queued(each, experts) for each in layers)
+
+    def finish_prefetch(self, layer: int) -> None:
+        """Waits for a layer's prefetches; a failed one frees its slot and is logged."""
+        prefetching = self._prefetching[layer]
+        for expert in list(prefetching):
+            self._end_prefetch(layer, expert, prefetching[expert])
+
+    def prefetching(self, layer: int) -> bool:
+        """Whether a prefetch of the layer is under way, or done and not noted in the cache."""
+        return bool(self._prefetching[layer])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters since the start (docs/cache.md), summed, and per layer in the list `layers`."""
+        layers = [asdict(counters) for counters in self._counters]
+        total: dict[str, Any] = {field.name: sum(each[field.name] for each in layers) for field in fields(_Counters)}
+        total["layers"] = layers
+        return total
+
+    def close(self) -> None:
+        """Ends all prefetches; afterwards no slot is loading. Calling it again does nothing."""
+        self._closed = True
+        for layer, prefetching in enumerate(self._prefetching):
+            self._cancel_queued(layer)
+            for expert, ticket in list(prefetching.items()):
+                self._end_prefetch(layer, expert, ticket)
+
+    # Demand
+
+    def _promote(self, layer: int, missing: list[int], running: deque[_Load]) -> deque[int]:
+        """Moves prefetches of missing experts to the demand lane; returns the experts that have no slot."""
+        prefetching, prefetched, counters = self._prefetching[layer], self._prefetched[layer], self._counters[layer]
+        pending: deque[int] = deque()
+        for expert in dict.fromkeys(missing):
+            ticket = prefetching.pop(expert, None)
+            if ticket is None:
+                self._record(layer, expert)  # an id that does not exist is refused before anything is read
+                pending.append(expert)
+                continue
+            running.append(_Load(expert, ticket))
+            prefetched.discard(expert)
+            self._prefetch_full = False
+            self.cache.touch(layer, expert)
+            self._queue.promote(ticket)
+            counters.hits += 1
+            counters.prefetch_hits += 1
+            counters.prefetch_late += 1
+        counters.misses += len(pending)
+        return pending
+
+    def _submit(self, layer: int, pending: deque[int], running: deque[_Load]) -> None:
+        """Gives slots to pending experts, as many as there are, and submits their reads."""
+        while pending:
+            expert = pending[0]
+            # While a load of this call is under way its slot will be free in a moment, and protected experts stay.
+            keep = self.cache.protected(layer) if running else frozenset()
+            try:
+                slot = self._admit(layer, expert, keep)
+            except CacheFullError:
+                if self._cancel_queued(layer):
+                    continue
+                return
+            try:
+                ticket = self._queue.submit(self._records[layer][expert], slot, False)
+            except BaseException:
+                self.cache.fail(layer, expert)
+                raise
+            self._counters[layer].loads += 1
+            running.append(_Load(expert, ticket))
+            pending.popleft()
+
+    def _collect(self, layer: int, group: Group, running: deque[_Load]) -> None:
+        """Adds every load that is done to the group."""
+        for _ in range(len(running)):
+            if self._queue.done(running[0].ticket):
+                self._finish(layer, group, running)
+            else:
+                running.rotate(-1)
+
+    def _await(self, layer: int, group: Group, running: deque[_Load]) -> None:
+        """Waits for the oldest load: nothing can be computed meanwhile."""
+        started = time.perf_counter()
+        try:
+            self._finish(layer, group, running)
+        finally:
+            self._counters[layer].stall_seconds += time.perf_counter() - started
+
+    def _finish(self, layer: int, group: Group, running: deque[_Load]) -> None:
+        expert, ticket = running[0]
+        try:
+            self._queue.wait(ticket)
+        except Exception:
+            running.popleft()
+            self.cache.fail(layer, expert)
+            raise
+        # An interrupt leaves the load in `running`: its bytes may still be on their way into the slot.
+        running.popleft()
+        self.cache.ready(layer, expert)
+        group.append((expert, self.cache.hold(layer, expert)))
+
+    def _abandon(self, layer: int, running: deque[_Load]) -> None:
+        """Ends loads that nobody will use: cancelled where they have not started, waited for where they have."""
+        for load in running:
+            self._queue.cancel(load.ticket)
+        for expert, ticket in running:
+            self._end(layer, expert, ticket)
+
+    def _release(self, layer: int, group: Group) -> None:
+        for expert, _ in group:
+            self.cache.release(layer, expert)
+        group.clear()
+
+    def _make_room(self, layer: int, expert: int) -> None:
+        """Waits for a running prefetch of this layer, whose slot can then be taken.
+
+        Raises:
+            CacheFullError: there is none; other holders keep the layer's slots.
+        """
+        prefetching = self._prefetching[layer]
+        if not prefetching:
+            raise CacheFullError(
+                f"expert ({layer}, {expert}) finds no slot: other calls hold all {self.capacity(layer)} of its layer"
+            )
+        started = time.perf_counter()
+        oldest = next(iter(prefetching))
+        self._end_prefetch(layer, oldest, prefetching[oldest])
+        self._counters[layer].stall_seconds += time.perf_counter() - started
+
+    # Prefetch
+
+    def _collect_prefetches(self, layer: int) -> None:
+        """Makes prefetched experts ready whose bytes have arrived."""
+        for expert, ticket in list(self._prefetching[layer].items()):
+            if self._queue.done(ticket):
+                self._end_prefetch(layer, expert, ticket)
+
+    def _cancel_queued(self, layer: int, experts: Collection[int] | None = None) -> int:
+        cancelled = 0
+        for expert, ticket in list(self._prefetching[layer].items()):
+            if (experts is None or expert in experts) and self._queue.cancel(ticket):
+                self._end_prefetch(layer, expert, ticket)
+                cancelled += 1
+        return cancelled
+
+    def _end_prefetch(self, layer: int, expert: int, ticket: int) -> None:
+        del self._prefetching[layer][expert]
+        self._prefetch_full = False
+        if not self._end(layer, expert, ticket):
+            self._prefetched[layer].discard(expert)
+
+    def _count_prefetch_hits(self, layer: int, group: Group) -> None:
+        prefetched = self._prefetched[layer]
+        for expert, _ in group:
+            if expert in prefetched:
+                prefetched.discard(expert)
+                self._counters[layer].prefetch_hits += 1
+
+    # Both
+
+    def _record(self, layer: int, expert: int) -> int:
+        records = self._records[layer]
+        if not 0 <= expert < len(records):
+            raise ConfigError(f"layer {layer} has experts 0 to {len(records) - 1}, not {expert}")
+        return records[expert]
+
+    def _admit(self, layer: int, expert: int, keep: frozenset[int] = frozenset()) -> int:
+        admission: Admission = self.cache.admit(layer, expert, keep)
+        if admission.evicted is not None:
+            self._counters[layer].evictions += 1
+            if admission.evicted in self._prefetched[layer]:
+                self._prefetched[layer].discard(admission.evicted)
+                self._counters[layer].prefetch_wasted += 1
+        return admission.slot
+
+    def _end(self, layer: int, expert: int, ticket: int) -> bool:
+        """Ends a load without using it. Returns whether its expert is now ready."""
+        try:
+            self._queue.wait(ticket)  # the queue forgets a ticket only when it was waited for
+        except TransferError:  # cancelled
+            self.cache.fail(layer, expert)
+            return False
+        except Exception as error:
+            self.cache.fail(layer, expert)
+            self._counters[layer].unused_failed += 1
+            logger.warning("emoe: reading expert (%d, %d), which nobody waits for, failed: %s", layer, expert, error)
+            return False
+        self.cache.ready(layer, expert)
+        return True

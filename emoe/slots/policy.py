@@ -1,0 +1,143 @@
+"""Who leaves when a layer needs a slot: one policy object per layer, over expert ids. Knows no slots, bytes or tensors.
+
+`emoe.replay` runs the same definitions on whole traces at once; its tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from emoe.errors import CacheError, ConfigError
+
+
+class Policy(Protocol):
+    """Eviction order of one layer."""
+
+    def touch(self, expert: int, step: int) -> None:
+        """The expert was used, or put into a slot, in this step; steps never decrease."""
+
+    def victim(self, candidates: Collection[int]) -> int:
+        """Which of these experts (all in slots, at least one) leaves; changes nothing."""
+
+    def forget(self, expert: int) -> None:
+        """The expert left its slot."""
+
+    def known(self) -> Collection[int]:
+        """Experts it believes to be in slots; for `CacheManager.check_integrity`."""
+
+
+class LRU:
+    """Least recently used: evicts the expert whose last touch is longest ago."""
+
+    def __init__(self) -> None:
+        self._order: dict[int, None] = {}  # dicts keep insertion order: oldest first
+
+    def touch(self, expert: int, step: int) -> None:
+        self._order.pop(expert, None)
+        self._order[expert] = None
+
+    def victim(self, candidates: Collection[int]) -> int:
+        for expert in self._order:
+            if expert in candidates:
+                return expert
+        raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
+
+    def forget(self, expert: int) -> None:
+        self._order.pop(expert, None)
+
+    def known(self) -> Collection[int]:
+        return self._order.keys()
+
+
+class LFU(LRU):
+    """Least frequently used: evicts the expert used in the fewest steps, of equals the least recent one.
+
+    Counts outlive an expert's stay in a slot: counts that start anew let every newcomer be the next victim.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count: dict[int, int] = {}
+        self._last: dict[int, int] = {}
+
+    def touch(self, expert: int, step: int) -> None:
+        super().touch(expert, step)
+        if self._last.get(expert) != step:
+            self._last[expert] = step
+            self._count[expert] = self._count.get(expert, 0) + 1
+
+    def victim(self, candidates: Collection[int]) -> int:
+        # min() keeps the first of equals, which is the least recent.
+        ordered = [expert for expert in self._order if expert in candidates]
+        if not ordered:
+            raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
+        return min(ordered, key=self._count.__getitem__)
+
+
+class Belady:
+    """The optimum that knows the future: evicts the expert whose next use is farthest, of equals the lowest id.
+
+    Args:
+        future: the experts used in each step, from step 0 on, of this layer.
+    """
+
+    def __init__(self, future: Iterable[Sequence[int]]) -> None:
+        self._uses: dict[int, list[int]] = {}
+        self._steps = 0
+        for step, experts in enumerate(future):
+            self._steps = step + 1
+            for expert in experts:
+                self._uses.setdefault(expert, []).append(step)
+        self._resident: set[int] = set()
+        self._now = 0
+
+    def touch(self, expert: int, step: int) -> None:
+        self._resident.add(expert)
+        self._now = step
+
+    def victim(self, candidates: Collection[int]) -> int:
+        return max(sorted(candidates), key=self._next_use)
+
+    def forget(self, expert: int) -> None:
+        self._resident.discard(expert)
+
+    def known(self) -> Collection[int]:
+        return self._resident
+
+    def _next_use(self, expert: int) -> int:
+        uses = self._uses.get(expert, [])
+        index = bisect_right(uses, self._now)
+        return uses[index] if index < len(uses) else self._steps
+
+
+PolicyFactory = Callable[[int], Policy]  # layer -> its policy
+
+
+def belady(future: Sequence[Iterable[Sequence[int]]]) -> PolicyFactory:
+    """A factory of Belady policies; `future[layer]` gives the experts of each step of that layer."""
+    return lambda layer: Belady(future[layer])
+
+
+def _belady_needs_the_future(layer: int) -> Policy:
+    raise ConfigError("policy 'belady' knows the future, so it runs in 'emoe replay' only; choose lru or lfu here")
+
+
+POLICIES: Mapping[str, PolicyFactory] = {
+    "lru": lambda layer: LRU(),
+    "lfu": lambda layer: LFU(),
+    "belady": _belady_needs_the_future,
+}
+
+
+def make(name: str) -> PolicyFactory:
+    """The factory of a policy by name.
+
+    Raises:
+        ConfigError: the name is not in POLICIES; lists them.
+    """
+    try:
+        return POLICIES[name]
+    except KeyError:
+        raise ConfigError(f"policy={name!r} is not one of: {', '.join(POLICIES)}") from None

@@ -1,0 +1,1 @@
+"""Recorded routing: what was routed where, in files. docs/traces.md."""

@@ -1,0 +1,433 @@
+"""Routing traces: which experts each token was sent to, recorded, written, read. Knows no model and no torch.
+
+docs/traces.md is the format's reference, also for engines that want to write it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoe.errors import TraceError
+from emoe.files import whole
+from emoe.trace import csv as trace_csv
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "emoe-trace"
+VERSION = 1
+PREFILL, DECODE, UNKNOWN = 0, 1, trace_csv.UNKNOWN_PHASE
+_PHASES = {"prefill": PREFILL, "decode": DECODE, "unknown": UNKNOWN}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Routing of T tokens through L layers of experts modules, K picks each.
+
+    Attributes:
+        experts: [L, T, K] int16 expert ids; -1 where a token has fewer picks, or skipped the layer.
+        num_experts: routed experts of each layer.
+        task: [T] int32 index into `task_names`.
+        prompt: [T] int32 number of the prompt (a sequence of one request); numbers never repeat for another prompt.
+        phase: [T] uint8 PREFILL, DECODE or UNKNOWN.
+        weights: [L, T, K] float32 router weights, or None.
+        expert_bytes: [L] int64 bytes of one expert, or None.
+        task_names: names of the tasks.
+        meta: everything else the file says.
+    """
+
+    experts: NDArray[np.int16]
+    num_experts: int
+    task: NDArray[np.int32]
+    prompt: NDArray[np.int32]
+    phase: NDArray[np.uint8]
+    weights: NDArray[np.float32] | None = None
+    expert_bytes: NDArray[np.int64] | None = None
+    task_names: tuple[str, ...] = ("",)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.experts.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.experts.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.experts.shape[2]
+
+    def take(self, tokens: Any) -> Trace:
+        """The trace of some tokens, in the order given (a slice, indices, or a mask)."""
+        return replace(
+            self,
+            experts=self.experts[:, tokens],
+            task=self.task[tokens],
+            prompt=self.prompt[tokens],
+            phase=self.phase[tokens],
+            weights=None if self.weights is None else self.weights[:, tokens],
+        )
+
+
+class TraceRecorder:
+    """Collects routing while a model runs; `emoe.Runtime.record` drives it.
+
+    Args:
+        layers: number of experts modules.
+        top_k: the most picks of a token in a layer.
+        num_experts: routed experts of a layer.
+        path: where `save` writes.
+        model: a name for the file's meta data.
+        expert_bytes: bytes of one expert of each layer, where known.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        top_k: int,
+        num_experts: int,
+        *,
+        path: str | Path,
+        model: str = "",
+        expert_bytes: Sequence[int] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._layers, self._top_k, self._num_experts = layers, top_k, num_experts
+        self._meta: dict[str, Any] = {"model": model}
+        if expert_bytes is not None:
+            self._meta["expert_bytes"] = [int(count) for count in expert_bytes]
+        self._steps: list[_Step] = []
+        self._open: _Step | None = None
+        self._dropped = 0
+        self._tasks: dict[str, int] = {}
+        self._prompts: dict[Any, int] = {}
+        self._mark = _Mark(self._task_id(""), (self._prompt_id(0),), None)
+
+    def mark(self, *, task: str | None = None, prompt: Any = None, phase: str | None = None) -> None:
+        """Names the tokens of the forwards that follow.
+
+        Args:
+            task: name of the task; None leaves it as it is.
+            prompt: number or text of the prompt, or one for each sequence of the batch; None leaves it.
+            phase: "prefill", "decode" or "unknown". None: one token per sequence is decode, more is prefill.
+
+        Raises:
+            TraceError: an unknown phase.
+        """
+        if phase is not None and phase not in _PHASES:
+            raise TraceError(f"phase={phase!r} is not one of: {', '.join(_PHASES)}")
+        prompts = self._mark.prompts
+        if prompt is not None:
+            each = prompt if isinstance(prompt, (list, tuple)) else (prompt,)
+            if not each:
+                raise TraceError("prompt=[] names no sequence")
+            prompts = tuple(self._prompt_id(name) for name in each)
+        self._mark = _Mark(
+            self._mark.task if task is None else self._task_id(task),
+            prompts,
+            None if phase is None else _PHASES[phase],
+        )
+
+    def record(self, layer: int, index: NDArray[Any], weights: NDArray[Any]) -> None:
+        """One layer of one forward.
+
+        A forward begins with the first layer that the last one already had; one that ended before every layer was seen
+        (an error) is dropped.
+
+        Args:
+            layer: number of the experts module.
+            index: [T, K] expert ids; ids outside [0, num_experts) are written as -1.
+            weights: [T, K] router weights.
+
+        Raises:
+            TraceError: no such layer, more picks than `top_k`, or shapes that differ.
+        """
+        T, K = index.shape
+        if not 0 <= layer < self._layers or self._top_k < K or weights.shape != index.shape:
+            raise TraceError(
+                f"layer {layer} recorded ids {index.shape} and weights {weights.shape}; "
+                f"expected [T, K] of layers 0 to {self._layers - 1} with K up to {self._top_k}"
+            )
+        if self._open is None or layer in self._open.seen or self._open.tokens != T:
+            self._finish()
+            self._open = _Step(T, self._mark, self._layers, self._top_k)
+        valid = (index >= 0) & (index < self._num_experts)
+        self._open.experts[layer, :, :K] = np.where(valid, index, -1)
+        self._open.weights[layer, :, :K] = np.where(valid, weights, 0)
+        self._open.seen.add(layer)
+        if len(self._open.seen) == self._layers:
+            self._finish()
+
+    def trace(self) -> Trace:
+        """What was recorded so far."""
+        steps = self._steps
+        empty = _Step(0, self._mark, self._layers, self._top_k)
+        return Trace(
+            experts=np.concatenate([step.experts for step in steps or [empty]], axis=1),
+            num_experts=self._num_experts,
+            task=np.concatenate([step.task() for step in steps or [empty]]),
+            prompt=np.concatenate([step.prompt() for step in steps or [empty]]),
+            phase=np.concatenate([step.phase() for step in steps or [empty]]),
+            weights=np.concatenate([step.weights for step in steps or [empty]], axis=1).astype(np.float32),
+            expert_bytes=_as_bytes(self._meta.get("expert_bytes"), self._layers),
+            task_names=tuple(self._tasks),
+            meta={**self._meta, "prompt_names": [str(name) for name in self._prompts]},
+        )
+
+    def save(self) -> Path:
+        """Writes everything recorded to `path`, whole or not at all."""
+        if self._open is not None:
+            self._finish()
+        if self._dropped:
+            logger.warning("emoe: %d forwards that did not pass every layer are not in the trace", self._dropped)
+        return save_trace(self.trace(), self.path)
+
+    def _finish(self) -> None:
+        step, self._open = self._open, None
+        if step is not None and len(step.seen) == self._layers:
+            self._steps.append(step)
+        elif step is not None:
+            self._dropped += 1
+
+    def _task_id(self, name: str) -> int:
+        return self._tasks.setdefault(name, len(self._tasks))
+
+    def _prompt_id(self, name: Any) -> int:
+        return self._prompts.setdefault(name, len(self._prompts))
+
+
+@dataclass(frozen=True)
+class _Mark:
+    task: int
+    prompts: tuple[int, ...]
+    forced_phase: int | None
+
+
+class _Step:
+    """One forward while it passes the layers."""
+
+    def __init__(self, tokens: int, mark: _Mark, layers: int, top_k: int) -> None:
+        self.tokens, self.mark = tokens, mark
+        self.experts = np.full((layers, tokens, top_k), -1, dtype=np.int16)
+        self.weights = np.zeros((layers, tokens, top_k), dtype=np.float16)
+        self.seen: set[int] = set()
+
+    def task(self) -> NDArray[np.int32]:
+        return np.full(self.tokens, self.mark.task, dtype=np.int32)
+
+    def prompt(self) -> NDArray[np.int32]:
+        # Transformers flattens [B, S] row by row; tokens that no sequence can claim go to the last one.
+        prompts = np.asarray(self.mark.prompts, dtype=np.int32)
+        each = max(1, self.tokens // len(prompts))
+        return prompts[np.minimum(np.arange(self.tokens) // each, len(prompts) - 1)]
+
+    def phase(self) -> NDArray[np.uint8]:
+        phase = self.mark.forced_phase
+        if phase is None:
+            phase = DECODE if self.tokens <= len(self.mark.prompts) else PREFILL
+        return np.full(self.tokens, phase, dtype=np.uint8)
+
+
+def save_trace(trace: Trace, path: str | Path) -> Path:
+    """Writes a trace as .npz (docs/traces.md), whole or not at all; an existing file is replaced.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    meta = {
+        **trace.meta,
+        "format": FORMAT,
+        "version": VERSION,
+        "num_experts": trace.num_experts,
+        "top_k": trace.top_k,
+        "n_moe_layers": trace.layers,
+        "task_names": list(trace.task_names),
+    }
+    if trace.expert_bytes is not None:
+        meta["expert_bytes"] = trace.expert_bytes.tolist()
+    arrays: dict[str, Any] = {
+        "experts": trace.experts,
+        "task": trace.task,
+        "prompt": trace.prompt,
+        "phase": trace.phase,
+        "meta": np.array(json.dumps(meta)),
+    }
+    if trace.weights is not None:
+        arrays["weights"] = trace.weights.astype(np.float16)
+    with whole(path) as file:
+        np.savez_compressed(file, **arrays)
+    return path
+
+
+def load_trace(path: str | Path) -> Trace:
+    """Reads a trace: emoe's .npz, any .npz with an array `experts` [L, T, K], or a .csv of one row per pick.
+
+    Raises:
+        TraceError: a field is missing or has the wrong shape, type or values; names file and field.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no trace {str(path)!r}")
+    trace = Trace(**trace_csv.read(path)) if path.suffix == ".csv" else _load_npz(path)
+    check(trace, str(path))
+    return trace
+
+
+def join(traces: Sequence[Trace]) -> Trace:
+    """Traces one after the other; tasks of one name become one, prompts stay apart.
+
+    Raises:
+        TraceError: there are none, or their layers or numbers of experts differ.
+    """
+    if not traces:
+        raise TraceError("no trace to replay")
+    first = traces[0]
+    for other in traces[1:]:
+        if (other.layers, other.num_experts) != (first.layers, first.num_experts):
+            raise TraceError(
+                f"traces of {first.layers} layers with {first.num_experts} experts and of {other.layers} layers with "
+                f"{other.num_experts} experts cannot be joined"
+            )
+    names = tuple(dict.fromkeys(name for trace in traces for name in trace.task_names))
+    tasks, prompts, after = [], [], 0
+    for trace in traces:
+        renumber = np.array([names.index(name) for name in trace.task_names], dtype=np.int32)
+        tasks.append(renumber[trace.task])
+        prompts.append(trace.prompt + np.int32(after))
+        after += int(trace.prompt.max(initial=-1)) + 1
+    top_k = max(trace.top_k for trace in traces)
+    weights = None
+    if all(trace.weights is not None for trace in traces):
+        weights = np.concatenate([_widen(trace.weights, top_k, 0) for trace in traces], axis=1)
+    return Trace(
+        experts=np.concatenate([_widen(trace.experts, top_k, -1) for trace in traces], axis=1),
+        num_experts=first.num_experts,
+        task=np.concatenate(tasks),
+        prompt=np.concatenate(prompts),
+        phase=np.concatenate([trace.phase for trace in traces]),
+        weights=weights,
+        expert_bytes=first.expert_bytes,
+        task_names=names,
+        meta={"model": first.meta.get("model", "")},
+    )
+
+
+def check(trace: Trace, source: str) -> None:
+    """Raises TraceError, naming `source`, unless shapes agree and ids are in range and distinct within a token."""
+    T = trace.tokens
+    for name, array, shape in (
+        ("task", trace.task, (T,)),
+        ("prompt", trace.prompt, (T,)),
+        ("phase", trace.phase, (T,)),
+        ("weights", trace.weights, trace.experts.shape),
+        ("expert_bytes", trace.expert_bytes, (trace.layers,)),
+    ):
+        if array is not None and array.shape != shape:
+            raise TraceError(f"{source}: '{name}' has shape {array.shape}, expected {shape}")
+    low, high = int(trace.experts.min(initial=0)), int(trace.experts.max(initial=0))
+    if low < -1 or high >= trace.num_experts:
+        raise TraceError(f"{source}: expert ids go from {low} to {high}, of {trace.num_experts} experts (-1: no pick)")
+    ordered = np.sort(trace.experts, axis=2)
+    twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+    if twice.any():
+        layer, token = (int(place) for place in np.argwhere(twice)[0][:2])
+        raise TraceError(
+            f"{source}: token {token} names one expert of layer {layer} twice: {trace.experts[layer, token]}"
+        )
+    if T and not 0 <= int(trace.task.min()) <= int(trace.task.max()) < len(trace.task_names):
+        raise TraceError(f"{source}: 'task' goes up to {int(trace.task.max())}, of {len(trace.task_names)} task names")
+
+
+def _widen(array: Any, top_k: int, filler: int) -> Any:
+    missing = top_k - array.shape[2]
+    return np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=filler) if missing else array
+
+
+def _load_npz(path: Path) -> Trace:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise TraceError(f"{path}: not a readable .npz file: {error}") from error
+    if "experts" not in arrays:
+        raise TraceError(f"{path}: no array 'experts'; it has {', '.join(sorted(arrays)) or 'none'}")
+    experts = arrays["experts"]
+    if experts.ndim != 3 or not np.issubdtype(experts.dtype, np.integer):
+        raise TraceError(
+            f"{path}: 'experts' is {experts.dtype} {list(experts.shape)}, expected integers [layers, tokens, k]"
+        )
+    meta = _parse_meta(path, arrays.get("meta"))
+    T = experts.shape[1]
+    high = int(experts.max(initial=-1))
+    num_experts = _meta_int(path, meta, "num_experts", high + 1)
+    low, bound = int(experts.min(initial=0)), np.iinfo(np.int16).max
+    if low < -1 or high > bound:
+        raise TraceError(f"{path}: expert ids go from {low} to {high}, expected -1 (no pick) to {bound}")
+    names = meta.get("task_names", None)
+    if names is None:
+        names = (
+            [path.stem]
+            if "task" not in arrays
+            else [str(task) for task in range(int(arrays["task"].max(initial=0)) + 1)]
+        )
+    weights = arrays.get("weights")
+    return Trace(
+        experts=experts.astype(np.int16, copy=False),
+        num_experts=num_experts,
+        task=_per_token(path, arrays, "task", T, 0, np.int32),
+        prompt=_per_token(path, arrays, "prompt", T, 0, np.int32),
+        phase=_per_token(path, arrays, "phase", T, UNKNOWN, np.uint8),
+        weights=None if weights is None else weights.astype(np.float32, copy=False),
+        expert_bytes=_as_bytes(meta.get("expert_bytes"), experts.shape[0]),
+        task_names=tuple(str(name) for name in names),
+        meta=meta,
+    )
+
+
+def _parse_meta(path: Path, array: Any) -> dict[str, Any]:
+    if array is None:
+        return {}
+    try:
+        meta = json.loads(str(array))
+    except ValueError as error:
+        raise TraceError(f"{path}: 'meta' is not JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise TraceError(f"{path}: 'meta' is {type(meta).__name__}, expected a JSON object")
+    if meta.get("format") == FORMAT and _meta_int(path, meta, "version", VERSION) > VERSION:
+        raise TraceError(f"{path}: format version {meta['version']}; this emoe reads up to {VERSION}")
+    return meta
+
+
+def _meta_int(path: Path, meta: dict[str, Any], name: str, default: int) -> int:
+    value = meta.get(name, default)
+    if not isinstance(value, int):
+        raise TraceError(f"{path}: '{name}' in meta is {value!r}, expected a whole number")
+    return value
+
+
+def _per_token(path: Path, arrays: dict[str, Any], name: str, tokens: int, default: int, dtype: Any) -> Any:
+    array = arrays.get(name)
+    if array is None:
+        return np.full(tokens, default, dtype=dtype)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TraceError(f"{path}: '{name}' is {array.dtype}, expected integers")
+    return array.astype(dtype, copy=False)
+
+
+def _as_bytes(value: Any, layers: int) -> NDArray[np.int64] | None:
+    """Bytes of one expert of each layer; meta data may give one number for all."""
+    if value is None:
+        return None
+    array = np.asarray(value, dtype=np.int64)
+    return np.full(layers, array, dtype=np.int64) if array.ndim == 0 else array

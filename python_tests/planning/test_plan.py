@@ -1,0 +1,97 @@
+"""Plans: sums that hold, budgets that are kept, slots that are divided fairly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import emoe
+from emoe import errors
+from emoe.planning import bandwidth, kv_cache
+from emoe.planning import plan as planning
+
+
+@given(
+    experts=st.lists(st.integers(1, 64), min_size=1, max_size=12),
+    extra=st.integers(0, 400),
+)
+def test_slots_are_divided_evenly_and_none_is_lost(experts, extra):
+    total = len(experts) + extra
+    slots = planning.divide_slots(total, tuple(experts))
+    assert sum(slots) == min(total, sum(experts))
+    assert all(1 <= have <= count for have, count in zip(slots, experts, strict=True))
+    unfilled = [have for have, count in zip(slots, experts, strict=True) if have < count]
+    assert not unfilled or max(unfilled) - min(unfilled) <= 1
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_the_bytes_of_a_plan_are_those_of_the_loaded_model(name, checkpoint):
+    plan = emoe.plan(checkpoint(name), 0.5, dtype=torch.float32, calibrate=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32)
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    assert plan.model_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "jamba", "gpt_oss", "minimax"])
+def test_the_kv_cache_of_a_plan_is_what_generation_keeps(name, checkpoint):
+    plan = emoe.plan(checkpoint(name), 0.5, dtype=torch.float32, context=100, batch=2, calibrate=False)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32).eval()
+    with torch.no_grad():
+        cache = model(torch.zeros((2, 100), dtype=torch.long), use_cache=True).past_key_values
+    assert plan.kv_bytes == sum(t.numel() * t.element_size() for t in kv_cache._tensors(cache))
+
+
+def test_a_plan_never_exceeds_its_budget_and_uses_it_up(checkpoint):
+    smallest = emoe.plan(checkpoint("olmoe"), 1.0, calibrate=False).smallest_budget
+    full = emoe.plan(checkpoint("olmoe"), 1.0, calibrate=False).planned_bytes
+    for budget in range(smallest, full, max(1, (full - smallest) // 7)):
+        plan = emoe.plan(checkpoint("olmoe"), budget, calibrate=False)
+        assert budget - plan.slot_bytes < plan.planned_bytes <= budget
+        assert plan.budget_bytes == budget
+
+
+def test_a_fraction_is_a_share_of_the_routed_experts(checkpoint):
+    plan = emoe.plan(checkpoint("olmoe"), 0.25, calibrate=False)
+    assert plan.resident_share == 0.25
+    assert plan.budget_bytes == plan.planned_bytes
+
+
+def test_fewer_slots_than_a_token_needs_are_warned_of_beforehand(checkpoint):
+    plan = emoe.plan(checkpoint("olmoe"), 1e-6, calibrate=False)
+    assert set(plan.slots_per_layer) == {1}
+    assert any("every token reloads" in warning for warning in plan.warnings)
+
+
+def test_the_forecast_grows_with_the_budget_and_with_recurring_routing(checkpoint):
+    low = emoe.plan(checkpoint("olmoe"), 0.25)
+    high = emoe.plan(checkpoint("olmoe"), 0.75)
+    assert low.tokens_per_second and high.tokens_per_second
+    assert low.tokens_per_second[0] < low.tokens_per_second[1]
+    assert low.tokens_per_second[0] < high.tokens_per_second[0]
+    json.dumps(low.to_dict())
+
+
+def test_rates_are_kept_and_measured_again_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(bandwidth, "_memory_rate", iter([1e9, 2e9]).__next__)
+    assert bandwidth.measure(None).memory == 1e9
+    assert bandwidth.measure(None).memory == 1e9
+    assert bandwidth.measure(None, refresh=True).memory == 2e9
+
+
+def test_a_damaged_cache_of_rates_is_measured_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    (tmp_path / "bandwidth.json").write_text("{half")
+    assert bandwidth.measure(None).memory > 0
+
+
+def test_a_budget_below_the_smallest_is_refused_with_both_values(checkpoint):
+    with pytest.raises(errors.BudgetError) as caught:
+        emoe.plan(checkpoint("olmoe"), 1000, calibrate=False)
+    assert caught.value.budget == 1000
+    assert caught.value.needed and str(caught.value.needed) in str(caught.value)

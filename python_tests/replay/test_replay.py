@@ -1,0 +1,159 @@
+"""Replay agrees with the cache it stands for, with figures published for public traces, and with small sums."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from made_traces import make_trace, random_trace
+from public_traces import DOMAINS, domains, need
+
+from emoe.cli import main
+from emoe.errors import ConfigError, TraceError
+from emoe.replay import PLAIN, reference, replay, rows, sequence, slots_of
+from emoe.trace.trace import load_trace, save_trace
+
+
+def _equal(ours, theirs):
+    assert ours.loads.tolist() == theirs.loads.tolist()
+    assert ours.hits.tolist() == theirs.hits.tolist()
+    assert ours.evictions == theirs.evictions
+
+
+@pytest.mark.parametrize("policy", PLAIN)
+@pytest.mark.parametrize("holes", [0.0, 0.3])
+def test_rows_of_layers_count_what_the_cache_counts(policy, holes):
+    trace = random_trace(1, holes=holes)
+    slots = [3, 5, 8, 12]
+    for count, ours in zip(slots, rows.run(trace, policy, slots), strict=True):
+        _equal(ours, reference.run(trace, policy, count, per_layer=True))
+
+
+@pytest.mark.parametrize("policy", PLAIN)
+@pytest.mark.parametrize("holes", [0.0, 0.3])
+def test_one_set_of_slots_counts_what_the_cache_counts(policy, holes):
+    trace = random_trace(2, holes=holes)
+    for count in (3, 5, 14, 30, 36):
+        _equal(sequence.run(trace, policy, count), reference.run(trace, policy, count, per_layer=False))
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_fewer_slots_than_picks_run_in_rounds(per_layer):
+    trace = random_trace(3, top_k=4, num_experts=8, layers=2)
+    (result,) = replay(trace, "lru", [0.125], per_layer=per_layer)
+    assert result.slots == (1 if per_layer else 2)
+    assert result.picks == 2 * 300 * 4
+    assert result.hits < result.picks / 2
+
+
+def test_a_global_lru_smaller_than_one_token_cycle_never_hits():
+    # Every token uses the same two experts in each of 10 layers: a cycle of 20.
+    trace = make_trace(np.tile([[[0, 1]]], (10, 50, 1)), 4)
+    for slots in (2, 10, 18):
+        assert replay(trace, "lru", [slots / 40], per_layer=False)[0].hits == 0
+    # One slot fewer than the cycle: one of a layer's two experts is still there, and held before the other is loaded.
+    assert replay(trace, "lru", [19 / 40], per_layer=False)[0].hits == 49 * 10
+    assert replay(trace, "lru", [20 / 40], per_layer=False)[0].hits == 49 * 20
+    assert replay(trace, "lru", [0.5], per_layer=True)[0].hits == 49 * 20
+
+
+def test_a_fully_resident_trace_loads_each_expert_once():
+    trace = random_trace(4)
+    for policy in PLAIN:
+        (result,) = replay(trace, policy, [1.0])
+        assert result.loads == sum(len(np.unique(layer)) for layer in trace.experts)
+        assert result.evictions == 0
+
+
+def test_no_policy_beats_belady_on_any_budget():
+    trace = random_trace(5)
+    best = replay(trace, "belady", [0.25, 0.5, 0.75])
+    for policy in ("lru", "lfu"):
+        for ours, optimum in zip(replay(trace, policy, [0.25, 0.5, 0.75]), best, strict=True):
+            assert ours.hits <= optimum.hits
+
+
+def test_bytes_moved_are_the_loads_of_each_layer_times_its_experts():
+    trace = random_trace(6, layers=2)
+    trace = make_trace(trace.experts, 12, expert_bytes=np.array([10, 1000]))
+    (result,) = replay(trace, "lru", [0.5])
+    picks = [(1 - rate) * 900 for rate in result.layers]
+    assert result.bytes_moved == pytest.approx(10 * picks[0] + 1000 * picks[1], rel=1e-4)
+    assert replay(random_trace(6), "lru", [0.5])[0].bytes_moved is None
+
+
+def test_shares_are_rounded_to_slots_and_refused_out_of_range():
+    assert [slots_of(share, 128) for share in (0.2, 0.3, 0.5, 1)] == [26, 38, 64, 128]
+    for share in (0, -0.1, 1.1):
+        with pytest.raises(ConfigError, match="over 0 and up to 1"):
+            slots_of(share, 128)
+    with pytest.raises(ConfigError, match="gives no slot"):
+        slots_of(0.001, 128)
+
+
+def test_an_unknown_policy_and_an_empty_trace_are_refused():
+    with pytest.raises(ConfigError, match=r"'fifo' is not one of: lru"):
+        replay(random_trace(7), "fifo", [0.5])
+    with pytest.raises(TraceError, match="no picks"):
+        replay(make_trace(np.zeros((2, 0, 2)), 4), "lru", [0.5])
+
+
+@pytest.fixture
+def trace_file(tmp_path):
+    return str(save_trace(random_trace(8), tmp_path / "trace.npz"))
+
+
+def test_the_command_prints_one_json_object(trace_file, capsys):
+    assert main(["replay", "--trace", trace_file, "--policy", "lru,belady", "--resident", "0.25,50%", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(r["policy"], r["resident"], r["slots"]) for r in report["results"]] == [
+        ("lru", 0.25, 3), ("lru", 0.5, 6), ("belady", 0.25, 3), ("belady", 0.5, 6),
+    ]  # fmt: skip
+    first = report["results"][0]
+    assert first["hits"] + first["misses"] == first["picks"] == 3 * 300 * 3
+    assert (report["tokens"], report["layers"], report["num_experts"]) == (300, 3, 12)
+
+
+def test_the_command_prints_a_table(trace_file, capsys):
+    assert main(["replay", "--trace", trace_file, trace_file, "--global"]) == 0
+    out = capsys.readouterr().out
+    assert "600 tokens of 6 prompts, 3 layers" in out
+    assert "belady" in out
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--policy", "fifo"], "'fifo' is not one of: lru, lfu, belady, task-table"),
+    (["--resident", "2"], "'2' is not a share"),
+    (["--trace", "absent.npz"], "no trace 'absent.npz'"),
+])  # fmt: skip
+def test_the_command_refuses_with_a_reason(arguments, words, trace_file, capsys):
+    assert main(["replay", "--trace", trace_file, *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+# Per-layer hit rates in percent over domains of Qwen3-30B-A3B at 20, 30, 40, 50 % resident, as published.
+PUBLISHED = {
+    "lru": ((70, 80), (80, 88), (87, 93), (93, 96)),
+    "lfu": ((70, 80), (80, 88), (87, 93), (93, 96)),  # "about LRU"
+    "belady": ((84, 89), (90, 94), (94, 96), (97, 98)),
+}
+# Ours may differ by this: a token's experts are held together, which the published replay did not do (20 % most).
+TOLERANCE = 2.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", sorted(PUBLISHED))
+def test_hit_rates_agree_with_published_ranges(policy):
+    for name in DOMAINS:
+        results = replay(load_trace(need(f"{name}.npz")), policy, [0.2, 0.3, 0.4, 0.5])
+        for result, (low, high) in zip(results, PUBLISHED[policy], strict=True):
+            rate = 100 * result.hit_rate
+            assert low - TOLERANCE <= rate <= high + TOLERANCE, f"{name} {policy} {result.resident}: {rate:.1f} %"
+
+
+@pytest.mark.slow
+def test_layers_apart_keep_the_optimum_above_lru_over_joined_domains():
+    trace = domains()
+    (lru,), (best,) = (replay(trace, policy, [0.3]) for policy in ("lru", "belady"))
+    assert best.hit_rate > lru.hit_rate + 0.05

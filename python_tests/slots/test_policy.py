@@ -1,0 +1,86 @@
+"""Who is evicted: each policy on small sequences whose answer can be worked out by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from emoe.errors import ConfigError
+from emoe.slots import policy
+from emoe.slots.cache import CacheManager
+
+
+def _use(kind, *experts):
+    for step, expert in enumerate(experts):
+        kind.touch(expert, step)
+    return kind
+
+
+def test_lru_evicts_the_expert_whose_last_use_is_longest_ago():
+    assert _use(policy.LRU(), 1, 2, 3, 1).victim({1, 2, 3}) == 2
+
+
+def test_lru_passes_over_experts_that_are_no_candidates():
+    assert _use(policy.LRU(), 1, 2, 3).victim({3}) == 3
+
+
+def test_lfu_evicts_the_expert_used_in_the_fewest_steps():
+    assert _use(policy.LFU(), 1, 1, 2, 3, 3).victim({1, 2, 3}) == 2
+
+
+def test_lfu_breaks_ties_by_recency():
+    assert _use(policy.LFU(), 2, 1, 1, 2).victim({1, 2}) == 1
+
+
+def test_lfu_counts_a_step_once_and_remembers_experts_that_left():
+    lfu = policy.LFU()
+    for _ in range(3):
+        lfu.touch(1, 0)
+    lfu.touch(2, 1)
+    lfu.touch(2, 2)
+    assert lfu.victim({1, 2}) == 1
+    lfu.forget(2)
+    lfu.touch(2, 3)
+    assert lfu.victim({1, 2}) == 1
+
+
+def test_belady_evicts_the_expert_whose_next_use_is_farthest():
+    kind = policy.Belady([[1, 2, 3], [2], [3], [1]])
+    for expert in (1, 2, 3):
+        kind.touch(expert, 0)
+    assert kind.victim({1, 2, 3}) == 1
+    kind.touch(2, 1)
+    assert kind.victim({1, 2, 3}) == 2  # never used again
+
+
+def test_no_policy_beats_belady():
+    rng = random.Random(5)
+    steps = [rng.sample(range(12), 2) for _ in range(300)]
+
+    def misses(kind):
+        cache = CacheManager([5], policy=kind)
+        count = 0
+        for experts in steps:
+            held, missing = cache.hold_resident(0, experts)
+            for expert in missing:
+                cache.admit(0, expert)
+                cache.ready(0, expert)
+                count += 1
+            for expert, _ in held:
+                cache.release(0, expert)
+        return count
+
+    best = misses(policy.belady([steps]))
+    assert best < misses("lru")
+    assert best < misses("lfu")
+
+
+def test_an_unknown_policy_is_refused_with_the_choices():
+    with pytest.raises(ConfigError, match=r"'random'.*lru, lfu, belady"):
+        CacheManager([2], policy="random")
+
+
+def test_belady_by_name_is_refused_where_the_future_is_not_known():
+    with pytest.raises(ConfigError, match="emoe replay"):
+        CacheManager([2], policy="belady")
