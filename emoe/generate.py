@@ -66,14 +66,14 @@ def quiet_transformers() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside a checkpoint.
 
     Raises:
         ConfigError: there is none that Transformers can load.
     """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files raise anything from OSError to TypeError
         why = one_line(error)[:200]
         raise ConfigError(f"{model} has no tokenizer that Transformers can load: {why}") from error

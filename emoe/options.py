@@ -1,27 +1,46 @@
-"""What users write, turned into values: byte budgets, sizes for reading, and the folder that emoe keeps files in."""
+"""Every option once: its name, type, default, check and help.
+
+`from_pretrained`, `wrap`, `plan` and the command line are made from the rows of `Options`. Importing this loads no
+arrays. What a value needs of the model or the machine (a file's content, a device) is looked at where it is used.
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import inspect
 import math
+import numbers
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from emoe.errors import ConfigError
+from emoe.errors import ConfigError, one_line
+
+PREDICTORS = ("recent",)  # those that need no file; emoe.predictor.MADE
+LOOK_AHEAD = "look-ahead"
+MISSES = ("load", "cpu", "auto")
+DEFAULT_TASK = "default"  # key of the bias for tasks that a mapping does not name
+
+Bias = float | Mapping[str, float]
 
 _UNITS = {
     "": 1,
     "B": 1,
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+    # A letter alone is binary, as control groups, containers and the JVM read it.
+    **{prefix: 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
 _BY_LOWER = {unit.lower(): size for unit, size in _UNITS.items()}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
-_CHOICES = (
-    'bytes as an int or text ("8GiB", "500MB"; units B, KB, MB, GB, TB, KiB, MiB, GiB, TiB), '
-    'a float in (0, 1] or "25%" as a share of the routed experts, or "auto"'
-)
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
+_UNIT_NAMES = "units B, KB, MB, GB, TB, and KiB, MiB, GiB, TiB, or K, M, G, T for the same"
+_BYTES = f'bytes as an int or text ("8GiB", "500MB"; {_UNIT_NAMES})'
+_CHOICES = f'{_BYTES}, a float in (0, 1] or "25%" as a share of the routed experts, or "auto"'
 
 
 @dataclass(frozen=True)
@@ -39,46 +58,492 @@ class Budget:
     share: float = 0.0
 
 
-def parse_budget(value: Any) -> Budget:
+def parse_budget(value: Any, name: str = "memory_budget") -> Budget:
     """Reads a budget.
 
     Args:
-        value: "8GiB", "500MB", "1048576", an int of bytes, a float in (0, 1] or "25%", or "auto".
+        value: "8GiB", "8G" (the same), "500MB", "1048576", an int of bytes, a float in (0, 1] or "25%", or "auto".
+        name: of the option, for the error.
 
     Raises:
         ConfigError: anything else; names the value and the choices.
     """
-    if isinstance(value, bool):
-        raise _refusal(value)
-    if isinstance(value, int):
-        return Budget("bytes", nbytes=_positive(value, value))
-    if isinstance(value, float):
-        if math.isfinite(value) and 0 < value <= 1:
-            return Budget("fraction", share=value)
-        raise _refusal(value)
-    if isinstance(value, str):
-        if value.strip().lower() == "auto":
+    refusal = ConfigError(f"{name}={value!r} is not one of: {_CHOICES}")
+    plain = _plain(value)
+    if isinstance(plain, int) and not isinstance(plain, bool):
+        if not 1 <= plain < 1 << 128:
+            raise refusal
+        return Budget("bytes", nbytes=plain)
+    if isinstance(plain, float):
+        if not 0 < plain <= 1:
+            raise refusal
+        return Budget("fraction", share=plain)
+    if isinstance(plain, str):
+        if plain.strip().lower() == "auto":
             return Budget("auto")
-        percent = _PERCENT.fullmatch(value)
+        percent = _PERCENT.fullmatch(plain)
         if percent and 0 < float(percent[1]) <= 100:
             return Budget("fraction", share=float(percent[1]) / 100)
-        found = _AMOUNT.fullmatch(value)
+        found = _AMOUNT.fullmatch(plain)
         unit = _BY_LOWER.get(found[2].lower()) if found else None
         if found and unit and (found[2] or "." not in found[1]):  # "0.5" alone is no number of bytes
-            return Budget("bytes", nbytes=_positive(_scale(found[1], unit), value))
-    raise _refusal(value)
+            nbytes = _scale(found[1], unit)
+            if nbytes >= 1:
+                return Budget("bytes", nbytes=nbytes)
+    raise refusal
 
 
 def _scale(number: str, unit: int) -> int:
+    if len(number) > 40:  # longer than any memory, and Python refuses to read thousands of digits
+        return 0
     whole, _, part = number.partition(".")
     return int(whole) * unit + (int(part) * unit // 10 ** len(part) if part else 0)
 
 
-def _positive(nbytes: int, value: Any) -> int:
-    if nbytes < 1:
-        raise _refusal(value)
-    return nbytes
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries (np.int64, np.float32, Fraction) as Python's own; all else, bool too, as it is."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    try:
+        return float(value) if isinstance(value, numbers.Real) else value
+    except OverflowError:
+        return math.inf
 
 
-def _refusal(value: Any) -> ConfigError:
-    return ConfigError(f"memory_budget={value!r} is not one of: {_CHOICES}")
+# Checks: (name, value) -> the value as it is used; ConfigError with the value and the choices.
+
+Check = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The value is one of these texts, or a function where that will do."""
+
+    choices: tuple[str, ...]
+    or_function: bool = False
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if self.or_function and callable(value):
+            return value
+        if not isinstance(value, str) or value not in self.choices:
+            close = difflib.get_close_matches(str(value), self.choices, 1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{name}={value!r} is not one of: {', '.join(self.choices)}{meant}")
+        return value
+
+
+def _budget(name: str, value: Any) -> int | float | str:
+    plain: int | float | str = _plain(value)
+    parse_budget(plain, name)
+    return plain
+
+
+def _bytes(name: str, value: Any) -> int | str | None:
+    plain: int | str | None = _plain(value)
+    if plain is None:
+        return None
+    try:
+        if parse_budget(plain, name).kind == "bytes":
+            return plain
+    except ConfigError:
+        pass
+    raise ConfigError(f"{name}={value!r} is not one of: {_BYTES}, or None")
+
+
+def _whole(name: str, value: Any) -> int:
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, int) or plain < 1:
+        raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
+    return plain
+
+
+def _period(name: str, value: Any) -> int | str:
+    plain = _plain(value)
+    if plain == "adaptive" or (isinstance(plain, int) and not isinstance(plain, bool) and plain >= 1):
+        return plain
+    raise ConfigError(f"{name}={value!r} is not a number of requests of at least 1, nor 'adaptive'")
+
+
+def _number(name: str, value: Any, most: float, choices: str, *, over: bool = False) -> float:
+    plain = _plain(value)
+    number = not isinstance(plain, bool) and isinstance(plain, (int, float))
+    if not number or not 0 <= plain <= most or (over and plain == 0):
+        raise ConfigError(f"{name}={value!r} is not {choices}")
+    return float(plain)
+
+
+def _share(name: str, value: Any) -> float:
+    return _number(name, value, 1.0, "a share over 0 and up to 1", over=True)
+
+
+def _mass(name: str, value: Any) -> float | None:
+    return None if value is None else _number(name, value, 1.0, "a share of router mass from 0 to 1")
+
+
+def _bias(name: str, value: Any) -> Bias | None:
+    choices = "a number of at least 0 (inf: resident experts first)"
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return _number(name, value, math.inf, choices)
+    for task in value:
+        if not isinstance(task, str):
+            raise ConfigError(f"{name} has the key {task!r}; keys are names of tasks, and 'default' for all others")
+    return {task: _number(f"{name}[{task!r}]", each, math.inf, choices) for task, each in value.items()}
+
+
+@dataclass(frozen=True)
+class DType(OneOf):
+    """A name or a torch.dtype; torch's short names, too."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        text = "auto" if value is None else str(value).removeprefix("torch.")
+        short = {"half": "float16", "float": "float32", "double": "float64"}
+        return super().__call__(name, short.get(text, text))
+
+
+_DEVICE = re.compile(r"cpu(:0)?|emulated|cuda(:\d+)?", re.ASCII)
+DEVICES = "cpu, cuda, cuda:0, cuda:1, ..., emulated (tests)"
+
+
+def _device(name: str, value: Any) -> str:
+    """Takes a torch.device, too, and a number as Transformers does: that GPU."""
+    plain = _plain(value)
+    text = f"cuda:{plain}" if isinstance(plain, int) and not isinstance(plain, bool) else str(value)
+    if not _DEVICE.fullmatch(text):
+        raise ConfigError(f"{name}={text!r} is not one of: {DEVICES}")
+    return text.removesuffix(":0") if text.startswith("cpu") else text
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file, one of some names, or an object with a method; None for nothing."""
+
+    method: str
+    maker: str  # what writes such files
+    names: tuple[str, ...] = ()
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, (str, Path)):
+            if not hasattr(value, self.method):
+                raise ConfigError(
+                    f"{name}: {type(value).__name__} has no method {self.method}(); docs/predictors.md and "
+                    "docs/sensitivity.md say what has"
+                )
+            return value
+        if str(value) in self.names:
+            return str(value)
+        path = Path(value).expanduser()
+        if not path.is_file():
+            what = f"neither a file nor one of: {', '.join(self.names)}" if self.names else "not a file"
+            raise ConfigError(f"{name}={str(value)!r} is {what}; '{self.maker}' makes files")
+        return path
+
+
+def _store(name: str, value: Any) -> str | Path | None:
+    if value is None or value == "ram":
+        return value
+    if not isinstance(value, (str, Path)) or str(value) == "":
+        raise ConfigError(f"{name}={value!r} is not a folder, 'ram', or None for a temporary folder")
+    path = Path(value).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{name}={str(value)!r} is a file; give a folder, 'ram', or None for a temporary folder")
+    return path
+
+
+# Reading from the command line: text -> what a check takes.
+
+
+def _text_number(text: str) -> Any:
+    """A whole number, a fraction, or a percentage as a share; other text as it is."""
+    text = text.strip()
+    if re.fullmatch(r"\d{1,40}", text, re.ASCII):
+        return int(text)
+    if percent := _PERCENT.fullmatch(text):
+        return float(percent[1]) / 100
+    try:
+        return float(text) if re.fullmatch(r"[-+.\de]+|inf", text, re.ASCII) else text
+    except ValueError:
+        return text
+
+
+def _text_bias(text: str) -> Any:
+    """One number, or one per task: code=0.2,default=0.5."""
+    if "=" not in text:
+        return _text_number(text)
+    pairs = (part.partition("=") for part in text.split(","))
+    return {task.strip(): _text_number(number) for task, _, number in pairs}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of an option beside its name, type and default.
+
+    Attributes:
+        check: the value as it is used, or ConfigError.
+        help: for documentation and `--help`.
+        metavar: what stands for the value in `--help`.
+        read: text of the command line -> what `check` takes.
+        ways: where it is an option: "load" (from_pretrained, `emoe run`), "wrap", "plan" (what changes bytes).
+    """
+
+    check: Check
+    help: str
+    metavar: str
+    read: Callable[[str], Any]
+    ways: tuple[str, ...]
+
+
+def _row(
+    default: Any,
+    check: Check,
+    help: str,
+    metavar: str = "",
+    *,
+    read: Callable[[str], Any] = str,
+    ways: tuple[str, ...] = ("load", "wrap"),
+) -> Any:
+    return field(default=default, metadata={"row": Row(check, " ".join(help.split()), metavar, read, ways)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model runs. Making one checks every value; `rows` says what each is.
+
+    Raises:
+        ConfigError: a value is not one of its choices, or does not go with another.
+    """
+
+    memory_budget: int | str | float = _row(
+        "auto", _budget,
+        """everything the model keeps in memory (other weights, expert slots, staging, the KV cache of `context` tokens
+        times `batch`): bytes ("8GiB", "8G" for the same, "500MB", a whole number), a share of the routed experts (0.25
+        or 25%), or "auto" for what is free now less a reserve, which is logged""",
+        "BYTES", read=_text_number, ways=("load", "wrap", "plan"),
+    )  # fmt: skip
+    dtype: Any = _row(
+        "auto", DType(("auto", "float32", "bfloat16", "float16", "float64")),
+        "of the weights in memory; auto is the checkpoint's own", "TYPE", ways=("load", "plan"),
+    )  # fmt: skip
+    context: int = _row(
+        2048, _whole, "tokens of KV cache that the budget leaves room for, per sequence", "TOKENS", read=_text_number,
+        ways=("load", "wrap", "plan"),
+    )  # fmt: skip
+    batch: int = _row(
+        1, _whole, "sequences that run at once", "N", read=_text_number, ways=("load", "wrap", "plan")
+    )  # fmt: skip
+    kernels: str = _row(
+        "native", OneOf(("native", "stock")),
+        "emoe's own, or Transformers' eager loop on the slots, slow and bit-equal to it",
+    )  # fmt: skip
+    routing: str = _row(
+        "exact", OneOf(("exact", "resident", "biased")),
+        """what happens to a routed expert that is not in memory: exact reads it first, resident takes the router's next
+        choice in memory, biased prefers those in memory by `bias` and reads what is still routed (docs/routing.md)""",
+    )  # fmt: skip
+    bias: Bias | None = _row(
+        None, _bias,
+        """for routing biased, in ranges of the router's selection key: 0 is exact, inf is resident; a number, or one
+        per task ({"code": 0.2, "default": 0.5}; on the command line code=0.2,default=0.5)""",
+        "B", read=_text_bias,
+    )  # fmt: skip
+    max_substituted_mass: float | None = _row(
+        None, _mass,
+        """for routing resident and biased: the largest mean share of router mass that may be substituted in a request
+        (0.02 or, on the command line, 2%); beyond it experts are read""",
+        "SHARE", read=_text_number,
+    )  # fmt: skip
+    policy: Any = _row("lru", OneOf(("lru", "lfu"), or_function=True), "which expert leaves when a slot is needed")
+    predictor: Any = _row(
+        None, Given("rank", "emoe train-predictor", PREDICTORS),
+        """what chooses the experts to keep (docs/residency.md): a file of `emoe train-predictor`, "recent", which needs
+        none, or an `emoe.ExpertPredictor`; none: the policy alone""",
+        "FILE",
+    )  # fmt: skip
+    period: int | str = _row(
+        40, _period,  # arXiv 2503.06823
+        """requests between two choices of a predictor, or "adaptive": when observed routing drifts""",
+        "N", read=_text_number,
+    )  # fmt: skip
+    slack: float = _row(
+        0.5, _share,  # docs/tasks.md: what misnamed tasks cost
+        "share of a layer's slots that a predictor leaves to the policy, at least one token's; not used in resident",
+        "SHARE", read=_text_number,
+    )  # fmt: skip
+    prefetch: Any = _row(
+        None, Given("next_layer", "emoe train-predictor", (LOOK_AHEAD,)),
+        """what names experts of the next layer, which are read while one computes: "look-ahead", or a file or predictor
+        that has `next_layer`""",
+        "FILE",
+    )  # fmt: skip
+    sensitivity: Any = _row(
+        None, Given("insensitive", "emoe profile sensitivity"),
+        """layers in which a task does not count for a predictor: a file of `emoe profile sensitivity`, or a
+        `SensitivityProfile`""",
+        "FILE",
+    )  # fmt: skip
+    reader: str = _row("auto", OneOf(("auto", "uring", "pread")), "how bytes are read from disk")
+    device: str = _row(
+        "cpu", _device,
+        """where the model runs: "cpu", or "cuda" or "cuda:1": model and slots are in that GPU's memory, which the
+        budget then counts, and experts come through pinned memory of the host (docs/cuda.md)""",
+        "DEVICE",
+    )  # fmt: skip
+    pinned_memory: int | str | None = _row(
+        None, _bytes,
+        """with a GPU: bytes of pinned host memory in front of the disk; none: room for every expert, or half of the
+        host memory that is free where that is less""",
+        "BYTES", read=_text_number,
+    )  # fmt: skip
+    miss: str = _row(
+        "load", OneOf(MISSES),
+        """with a GPU, a routed expert without a slot: load moves it, cpu computes it on the CPU from pinned memory,
+        auto does what is sooner done; with cpu and auto results depend on the budget""",
+    )  # fmt: skip
+    store: str | Path | None = _row(
+        None, _store,
+        """a folder for the experts (kept by you), none for a temporary folder, or "ram" for anonymous memory""",
+        ways=("wrap",),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, (_, row) in rows().items():
+            object.__setattr__(self, name, row.check(name, getattr(self, name)))
+        if self.max_substituted_mass is not None and self.routing == "exact":
+            raise ConfigError(
+                "max_substituted_mass goes with routing='resident' or 'biased'; 'exact' substitutes nothing"
+            )
+        if self.bias is not None and self.routing != "biased":
+            raise ConfigError(f"bias={self.bias!r} goes with routing='biased', not {self.routing!r}")
+        if self.routing == "biased" and self.bias is None and self.max_substituted_mass is None:
+            raise ConfigError(
+                "routing='biased' needs bias= (a number of at least 0, or one per task: {'code': 0.2, 'default': 0.5}) "
+                "or max_substituted_mass= (then the bias is found while running)"
+            )
+
+    @classmethod
+    def split(cls, given: Mapping[str, Any], way: str) -> tuple[Options, dict[str, Any]]:
+        """Options among keywords, and the other keywords.
+
+        Args:
+            way: options of other ways are among the others.
+
+        Raises:
+            ConfigError: as making one; or device= and device_map= name two devices.
+        """
+        own = {name: given[name] for name in rows(way) if name in given}
+        rest = {name: value for name, value in given.items() if name not in own}
+        if way != "wrap" and rest.get("device_map") is not None:
+            device = one_device(rest.pop("device_map"))
+            if own.setdefault("device", device) != device and _device("device", own["device"]) != device:
+                raise ConfigError(f"device={own['device']!r} and device_map={device!r} name two devices; give one")
+        return cls(**own), rest
+
+    def but(self, **changes: Any) -> Options:
+        """With other values for some."""
+        return replace(self, **changes)
+
+
+def rows(way: str | None = None) -> dict[str, tuple[Field[Any], Row]]:
+    """Field and row of each option of a way, in their order; None for all."""
+    found = {each.name: (each, each.metadata["row"]) for each in fields(Options)}
+    return {name: both for name, both in found.items() if way is None or way in both[1].ways}
+
+
+def one_device(device_map: Any) -> str:
+    """The device that a `device_map` of Transformers names: "cpu", {"": 0}, torch.device("cuda", 1).
+
+    Raises:
+        ConfigError: it names several, or none ("auto").
+    """
+    named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    try:
+        found = {_device("device_map", each) for each in named}
+    except ConfigError:
+        found = set()
+    if len(found) != 1:
+        raise ConfigError(
+            f"device_map={device_map!r} does not name one device; emoe runs a model on one of: {DEVICES} (device=), "
+            "and memory_budget= says how much of its memory"
+        )
+    return found.pop()
+
+
+def unknown_option(name: str, way: str, others: Iterable[str] = ()) -> ConfigError:
+    """A refusal that names the nearest option of a way or other name, or all options."""
+    close = difflib.get_close_matches(name, [*rows(way), *others], 1, cutoff=0.7)
+    meant = f"did you mean {close[0]!r}?" if close else f"options are: {', '.join(rows(way))}"
+    return ConfigError(f"there is no option {name!r}; {meant}")
+
+
+# What is made from the table.
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes(way: str) -> Callable[[F], F]:
+    """Shows the options of a way in the signature and, for "{options}", in the docstring of a function of **given."""
+
+    def show(function: F) -> F:
+        signature = inspect.signature(function)
+        shown = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        others = [each for each in signature.parameters.values() if each.kind is inspect.Parameter.VAR_KEYWORD]
+        own = {name: both for name, both in rows(way).items() if name not in signature.parameters}
+        made = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+            for name, (each, _) in own.items()
+        ]
+        if way == "wrap":
+            others = []  # it hands nothing on
+        function.__signature__ = signature.replace(parameters=[*shown, *made, *others])  # type: ignore[attr-defined]
+        lines = (_paragraph(name, row) for name, (_, row) in rows(way).items())
+        function.__doc__ = (function.__doc__ or "").replace("{options}", "\n".join(lines).lstrip())
+        return function
+
+    return show
+
+
+def _paragraph(name: str, row: Row) -> str:
+    choices = getattr(row.check, "choices", ())
+    text = row.help + (f" ({', '.join(choices)})." if choices else ".")
+    return textwrap.fill(
+        f"{name}: {text}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False
+    )
+
+
+def add_arguments(parser: Any, names: Iterable[str], **defaults: Any) -> None:
+    """Gives a parser or group of argparse these options: --memory-budget for memory_budget.
+
+    Args:
+        defaults: other ones than in the table; a text in `--help` says them.
+    """
+    for name in names:
+        each, row = rows()[name]
+        choices = getattr(row.check, "choices", None)
+        default = defaults.get(name, each.default)
+        notes = [f"choices: {', '.join(choices)}"] if choices else []
+        notes += [] if default is None else [f"default: {default}"]
+        text = row.help.replace("`", "'") + (f" ({'; '.join(notes)})" if notes else "")
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            default=default,
+            type=_reader(name, row),
+            metavar=row.metavar or name.rpartition("_")[2].upper(),
+            help=text.replace("%", "%%"),
+        )
+
+
+def _reader(name: str, row: Row) -> Callable[[str], Any]:
+    """An argparse type of an option: what its check takes, checked."""
+
+    def read(text: str) -> Any:
+        try:
+            return row.check(name, row.read(text))
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(one_line(error)) from None
+
+    return read

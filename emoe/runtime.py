@@ -24,16 +24,17 @@ from emoe.compute.slot_tables import SlotTables
 from emoe.errors import BudgetError, ClosedError, ConfigError, EmoeError
 from emoe.memory import available_memory, format_bytes
 from emoe.model import layout
+from emoe.options import Options
 from emoe.planning.plan import Plan
 from emoe.requests import RequestStart
-from emoe.routing import Request, Routing, RoutingOptions
+from emoe.routing import Request, Routing, routing_of
 from emoe.seam import load
 from emoe.sensitivity.online import SHARE, OnlineSensitivity
 from emoe.sensitivity.serving import RequestProbes, probing
 from emoe.slots.base_set import BaseSet
 from emoe.slots.cache import CacheManager
 from emoe.slots.loader import Loader
-from emoe.slots.options import parse_prediction
+from emoe.slots.options import opened
 from emoe.slots.resident import CacheResidency
 from emoe.store import ExpertStore
 from emoe.trace.trace import TraceRecorder
@@ -61,16 +62,10 @@ class Runtime:
         model: Any,
         store: ExpertStore,
         plan: Plan,
+        options: Options,
         *,
-        kernels: str,
-        routing: RoutingOptions,
-        policy: str,
-        reader: str,
         wrapped: bool,
         device: Device | None = None,
-        pinned_memory: int | str | None = None,
-        miss: str = "load",
-        **prediction: Any,
     ) -> None:
         self._C = native.load() if device is None else device.module
         self._device = device
@@ -86,24 +81,25 @@ class Runtime:
         modules = dict(model.named_modules())
         layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
         if device is not None:
-            check_layouts(device, store.layers, layouts, kernels)
+            check_layouts(device, store.layers, layouts, options.kernels)
             device.place(model)
         slot_bytes = max(each.nbytes for each in layouts)
-        self.cache = CacheManager(plan.slots_per_layer, policy=policy)
+        self.cache = CacheManager(plan.slots_per_layer, policy=options.policy)
         experts_per_layer = [len(layer.pieces) for layer in store.layers]
         residency = CacheResidency(self.cache, experts_per_layer, self._lock)
+        routing = routing_of(options)
         self.routing = Routing(model, residency, routing)
-        predicting = parse_prediction(model, len(experts_per_layer), max(experts_per_layer), **prediction)
+        predicting = opened(options, len(experts_per_layer), max(experts_per_layer), model)
         slots = sum(plan.slots_per_layer)
         self._slab = self._C.Slab(slots, slot_bytes) if device is None else device.native.slab(slots, slot_bytes)
         self._table, records = register_records(self._C, store, layouts)
         self._queue: Any
         if device is None:
-            self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(reader))
+            self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(options.reader))
         else:
-            pinned = pinned_slots(pinned_memory, sum(map(len, records)), self._slab.slot_bytes)
-            self._queue = device.queue(self._slab, self._table, self._C.make_reader(reader), pinned)
-        on_device = self._on_device(layouts, records, miss)
+            pinned = pinned_slots(options.pinned_memory, sum(map(len, records)), self._slab.slot_bytes)
+            self._queue = device.queue(self._slab, self._table, self._C.make_reader(options.reader), pinned)
+        on_device = self._on_device(layouts, records, options.miss)
         self.loader = Loader(self.cache, self._queue, records)
         self._tables: SlotTables | None = None
         if device is not None and routing.mode == "resident" and routing.bound is None:
@@ -127,7 +123,7 @@ class Runtime:
                 slab=self._slab,
                 layout=layouts[number],
                 params=layer.params,
-                kernels=kernels,
+                kernels=options.kernels,
                 lock=self._lock,
                 on_device=on_device[number],
                 tables=self._tables,
@@ -135,7 +131,7 @@ class Runtime:
             for number, layer in enumerate(store.layers)
         ]
         self._attach()
-        self._log_start(kernels)
+        self._log_start(options.kernels)
 
     def _on_device(
         self, layouts: list[layout.SlotLayout], records: list[list[int]], miss: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from emoe import options
 from emoe.cli import common
 
 _EPILOG = """\
@@ -50,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="made if missing (default: emoe-report)",
     )
-    parser.add_argument(
-        "--dtype", default="auto", choices=common.DTYPES, help="of the weights (choices: %(choices)s)", metavar="TYPE"
-    )
+    options.add_arguments(parser, ("dtype",))
     parser.add_argument("--quick", action="store_true", help="fewer prompts, budgets and periods: a trial")
 
 

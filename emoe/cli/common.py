@@ -13,16 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emoe import options
 from emoe.errors import CheckpointError, ConfigError, EmoeError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-READERS = ("auto", "uring", "pread")
-KERNELS = ("native", "stock")
-ROUTINGS = ("exact", "resident", "biased")  # emoe.routing.MODES, without loading torch
-DEFAULT_CONTEXT = 2048
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127))
@@ -31,17 +26,17 @@ _CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127))
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """--json, --verbose and --debug, where the command has not defined them itself."""
     group = parser.add_argument_group("output")
-    for names, options in (
+    for names, action in (
         (("--json",), {"action": "store_true", "help": "one JSON object on stdout; everything else goes to stderr"}),
         (("-v", "--verbose"), {"action": "store_true", "help": "log what emoe decides to stderr"}),
         (("--debug",), {"action": "store_true", "help": "log everything, and show tracebacks of errors"}),
     ):
         with contextlib.suppress(argparse.ArgumentError):
-            group.add_argument(*names, **options)  # type: ignore[arg-type]
+            group.add_argument(*names, **action)  # type: ignore[arg-type]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --memory-budget, --dtype."""
+    """--model, and the options of what is in memory that do not depend on how it runs."""
     parser.add_argument(
         "--model",
         required=True,
@@ -49,20 +44,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=model_path,
         help="checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B",
     )
+    options.add_arguments(parser, ("memory_budget", "dtype"))
+
+
+def add_trust_argument(parser: Any) -> None:
+    """--trust-remote-code."""
     parser.add_argument(
-        "--memory-budget",
-        default="auto",
-        metavar="BYTES",
-        type=memory_budget,
-        help="everything the model keeps in memory: bytes (4GiB, 512MiB, 8000000000), a share of the routed experts "
-        "(0.25 or 25%%), or 'auto' for what is free now (default: auto)",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=DTYPES,
-        help="of the weights in memory; auto is the checkpoint's own (choices: %(choices)s)",
-        metavar="TYPE",
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the checkpoint brings; read it first",
     )
 
 
@@ -88,31 +78,17 @@ def share(text: str) -> float:
     return value
 
 
-def memory_budget(text: str) -> int | str | float:
-    """An argparse type: what `memory_budget` of the library takes, from text."""
-    from emoe.options import parse_budget
-
-    value: int | str | float = text.strip()
-    if re.fullmatch(r"[01]?\.\d*", text):
-        value = share(text)
-    elif text.isdecimal():
-        value = int(text)
-    try:
-        parse_budget(value)
-    except EmoeError as error:
-        raise argparse.ArgumentTypeError(one_line(error)) from None
-    return value
-
-
 def model_path(text: str) -> str:
     """An argparse type: an existing checkpoint folder, or what may be a hub id."""
     path = Path(text).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):  # what is said of those is better
             raise argparse.ArgumentTypeError(f"{text!r} has no config.json; give a checkpoint folder of Transformers")
         return str(path)
-    if path.exists():
+    if path.exists() and path.suffix != ".gguf":
         raise argparse.ArgumentTypeError(f"{text!r} is a file; give the folder that holds config.json")
+    if path.exists():
+        return str(path)
     if not _HUB_ID.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no folder here, and no hub id such as Qwen/Qwen3-30B-A3B")
     return text

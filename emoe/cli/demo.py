@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from emoe import options
 from emoe.cli import common
 
 if TYPE_CHECKING:
@@ -35,13 +36,7 @@ when the two runs give different tokens.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
-    parser.add_argument(
-        "--memory-budget",
-        default=0.25,
-        metavar="SHARE",
-        type=common.memory_budget,
-        help="share of the routed experts in memory (0.25 or 25%%), or bytes for the whole model (default: 25%%)",
-    )
+    options.add_arguments(parser, ("memory_budget",), memory_budget=0.25)
     parser.add_argument(
         "--max-new-tokens",
         type=common.positive,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from emoe import options
 from emoe.cli import common
 
 if TYPE_CHECKING:
@@ -26,16 +27,9 @@ that is too small ends with status 2 and the smallest that works (in --json: err
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     common.add_model_arguments(parser)
-    parser.add_argument(
-        "--context",
-        type=common.positive,
-        default=common.DEFAULT_CONTEXT,
-        metavar="TOKENS",
-        help=f"tokens of KV cache, per sequence (default: {common.DEFAULT_CONTEXT})",
-    )
-    parser.add_argument(
-        "--batch", type=common.positive, default=1, metavar="N", help="sequences that run at once (default: 1)"
-    )
+    shown = ("memory_budget", "dtype")
+    options.add_arguments(parser, (name for name in options.rows("plan") if name not in shown))
+    common.add_trust_argument(parser)
     parser.add_argument(
         "--no-forecast",
         action="store_true",
@@ -52,10 +46,8 @@ def run(args: argparse.Namespace) -> int:
         with common.checkpoint_errors(args.model):
             plan = emoe.plan(
                 args.model,
-                args.memory_budget,
-                dtype=args.dtype,
-                context=args.context,
-                batch=args.batch,
+                **{name: getattr(args, name) for name in options.rows("plan")},
+                trust_remote_code=args.trust_remote_code,
                 calibrate=not args.no_forecast,
             )
     if args.json:

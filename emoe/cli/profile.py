@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe.cli import common
 from emoe.errors import ConfigError
+from emoe.options import Options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -208,7 +209,7 @@ def _run_sensitivity(args: argparse.Namespace) -> int:
                 args.model,
                 memory_budget=args.memory_budget,
                 dtype=args.dtype,
-                context=max(common.DEFAULT_CONTEXT, longest),
+                context=max(Options.context, longest),
             )
         from tqdm import tqdm
 

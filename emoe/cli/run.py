@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from emoe import options
 from emoe.cli import common
 from emoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from emoe.generate import Answer
-
-POLICIES = ("lru", "lfu")
 
 _EPILOG = """\
 examples:
@@ -60,69 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--seed", type=int, metavar="N", help="of the random choices when the temperature is over 0")
 
     how = parser.add_argument_group("how it runs")
-    how.add_argument(
-        "--kernels",
-        choices=common.KERNELS,
-        default="native",
-        help="emoe's own, or Transformers' loop on the slots, slow and bit-equal to it (default: native)",
-    )
-    how.add_argument(
-        "--routing",
-        choices=common.ROUTINGS,
-        default="exact",
-        help="what happens to a routed expert that is not in memory: exact reads it first, resident takes the router's "
-        "next choice in memory, biased prefers those in memory and reads what is still routed (default: exact)",
-    )
-    how.add_argument(
-        "--bias",
-        type=_bias,
-        metavar="B",
-        help="for --routing biased: 0 is exact, 1 a bonus as large as the range of the router's keys, inf is resident",
-    )
-    how.add_argument(
-        "--max-substituted-mass",
-        type=_mass,
-        metavar="SHARE",
-        help="for --routing resident and biased: the most of the router's mass that may be substituted (0.02 or 2%%); "
-        "beyond it experts are read",
-    )
-    how.add_argument(
-        "--policy", choices=POLICIES, default="lru", help="which expert leaves when a slot is needed (default: lru)"
-    )
-    how.add_argument(
-        "--predictor",
-        metavar="FILE",
-        help="of 'emoe train-predictor', or the name of a predictor that needs no file: it names the experts to keep",
-    )
-    how.add_argument(
-        "--slack",
-        type=common.share,
-        default=0.5,
-        metavar="SHARE",
-        help="of a layer's slots that a predictor leaves to --policy (default: 0.5)",
-    )
-    how.add_argument(
-        "--prefetch",
-        metavar="FILE",
-        help="experts of the next layer are read while one computes: 'look-ahead', or a file of 'emoe train-predictor'",
-    )
+    shown = ("memory_budget", "dtype")
+    options.add_arguments(how, (name for name in options.rows("load") if name not in shown), context=None)
     how.add_argument("--task", metavar="NAME", help="the prompt's task, for --bias, --predictor and --sensitivity")
     how.add_argument("--tasks", metavar="FILE", help="of 'emoe profile tasks': names the task from the prompt")
-    how.add_argument(
-        "--sensitivity",
-        metavar="FILE",
-        help="of 'emoe profile sensitivity': layers in which a task does not count for --predictor",
-    )
-    how.add_argument(
-        "--reader", choices=common.READERS, default="auto", help="how bytes are read from disk (default: auto)"
-    )
-    how.add_argument(
-        "--context",
-        type=common.positive,
-        metavar="TOKENS",
-        help=f"tokens the budget leaves room for in the KV cache (default: {common.DEFAULT_CONTEXT}, more where the "
-        "prompt and --max-new-tokens need it)",
-    )
+    common.add_trust_argument(how)
 
     report = parser.add_argument_group("figures")
     report.add_argument("--trace", metavar="FILE.npz", type=_trace_path, help="record which experts were routed to")
@@ -145,20 +86,6 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _bias(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0, or inf")
-    return value
-
-
-def _mass(text: str) -> float:
-    return 0.0 if text in ("0", "0%") else common.share(text)
-
-
 def _trace_path(text: str) -> Path:
     if not text.endswith(".npz"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .npz")
@@ -172,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         from emoe import generate
 
         generate.quiet_transformers()
-        tokenizer = generate.load_tokenizer(args.model)
+        tokenizer = generate.load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
         input_ids = generate.encode(tokenizer, prompt, chat=args.chat)
         context = _context(args.context, input_ids.shape[1], args.max_new_tokens)
         if args.seed is not None:
@@ -182,19 +109,8 @@ def run(args: argparse.Namespace) -> int:
         with common.checkpoint_errors(args.model):
             model = emoe.from_pretrained(
                 args.model,
-                memory_budget=args.memory_budget,
-                routing=args.routing,
-                bias=args.bias,
-                max_substituted_mass=args.max_substituted_mass,
-                kernels=args.kernels,
-                dtype=args.dtype,
-                context=context,
-                policy=args.policy,
-                predictor=args.predictor,
-                prefetch=args.prefetch,
-                slack=args.slack,
-                sensitivity=args.sensitivity,
-                reader=args.reader,
+                **{name: getattr(args, name) for name in options.rows("load")} | {"context": context},
+                trust_remote_code=args.trust_remote_code,
             )
         task = _task(args, prompt, model, tokenizer)
     tokens = input_ids.shape[1] + args.max_new_tokens
@@ -236,7 +152,7 @@ def _task(args: argparse.Namespace, prompt: str, model: Any, tokenizer: Any) -> 
 def _context(asked: int | None, prompt_tokens: int, max_new_tokens: int) -> int:
     needed = prompt_tokens + max_new_tokens
     if asked is None:
-        return max(common.DEFAULT_CONTEXT, needed)
+        return max(options.Options.context, needed)
     if asked < needed:
         raise ConfigError(
             f"--context {asked} is less than the {prompt_tokens} tokens of the prompt and --max-new-tokens "

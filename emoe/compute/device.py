@@ -20,13 +20,12 @@ from emoe.compute.misses import MissRates
 from emoe.errors import BackendUnavailable, BudgetError, ConfigError, UnsupportedModelError
 from emoe.memory import available_memory, format_bytes
 from emoe.model.layout import SlotLayout
-from emoe.options import parse_budget
+from emoe.options import DEVICES, parse_budget
 from emoe.store import StoreLayer
 
 # One each for the workers of the queue, one for an expert that the CPU computes.
 SMALLEST_PINNED_SLOTS = 3
 
-CHOICES = "cpu, cuda, cuda:0, cuda:1, ..., emulated (tests)"
 # Of what is free, left to activations and to other programs when memory_budget="auto".
 RESERVE_SHARE = 0.1
 
@@ -35,7 +34,7 @@ def open_device(name: str) -> Device | None:
     """The device of that name; None is the CPU.
 
     Raises:
-        ConfigError: the name is none of `CHOICES`, or no device has that index.
+        ConfigError: the name is none of `emoe.options.DEVICES`, or no device has that index.
         BackendUnavailable: says which of driver, device, build is missing.
     """
     if name == "cpu":
@@ -44,7 +43,7 @@ def open_device(name: str) -> Device | None:
         return Emulated(native.load_emulated(), 0)
     kind, _, index = name.partition(":")
     if kind != "cuda" or not (index.isdecimal() or name == "cuda"):
-        raise ConfigError(f"device='{name}' is not one of: {CHOICES}")
+        raise ConfigError(f"device='{name}' is not one of: {DEVICES}")
     module = native.load()
     problem = module.cuda_status()["problem"]
     if problem:

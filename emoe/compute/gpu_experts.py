@@ -33,7 +33,7 @@ class DeviceExperts:
     layout: the arguments of the layer's `MlpLayout`.
     slab: slots in the device's memory.
     records: the queue's record of each expert.
-    miss: what happens to a routed expert that has no slot, one of `misses.MISS_MODES`.
+    miss: what happens to a routed expert that has no slot, one of `emoe.options.MISSES`.
     rates: measured costs; None only where `miss` is not "auto".
     """
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from emoe.errors import ConfigError
-
-MISS_MODES = ("load", "cpu", "auto")
+from emoe.options import MISSES
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,10 @@ def split(
             that often, so its cost counts by that share.
 
     Raises:
-        ConfigError: the mode is none of `MISS_MODES`, or "auto" has no rates.
+        ConfigError: the mode is none of `emoe.options.MISSES`, or "auto" has no rates.
     """
-    if mode not in MISS_MODES:
-        raise ConfigError(f"miss='{mode}' is not one of: {', '.join(MISS_MODES)}")
+    if mode not in MISSES:
+        raise ConfigError(f"miss='{mode}' is not one of: {', '.join(MISSES)}")
     if mode == "auto" and rates is None:
         raise ConfigError("miss='auto' needs measured rates")
     if expected_uses < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import time
@@ -13,7 +14,10 @@ from typing import Any
 
 import torch
 
-from emoe.files import cache_folder
+from emoe.errors import ConfigError
+from emoe.files import cache_folder, whole
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 4 << 20
 _DISK_BYTES = 64 << 20
@@ -37,9 +41,9 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
         folder: where the safetensors files lie; None or a folder without files takes a cautious 1 GB/s for the disk.
         refresh: measure again in any case.
     """
-    path = cache_folder() / "bandwidth.json"
+    path = _cache_file()
     device = str(folder.stat().st_dev) if folder else "none"
-    known = _read(path)
+    known = _read(path) if path else {}
     entry = known.get(device)
     if entry and not refresh and time.time() - entry["time"] < _DAY:
         return Rates(entry["memory"], entry["disk"], entry["note"])
@@ -49,11 +53,22 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
         f"{disk / 1e9:.2f} GB/s disk" if disk else "disk not measured: 1 GB/s assumed"
     )
     known[device] = {"memory": memory, "disk": disk or 1e9, "note": note, "time": time.time()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(known))
-    temporary.replace(path)
+    if path:
+        try:
+            with whole(path) as file:
+                file.write(json.dumps(known).encode())
+        except OSError as error:
+            logger.warning("emoe: rates of memory and disk are not cached: %s", error)
     return Rates(memory, disk or 1e9, note)
+
+
+def _cache_file() -> Path | None:
+    """Where rates are kept; None, and a line in the log, where there is no place for them."""
+    try:
+        return cache_folder() / "bandwidth.json"
+    except ConfigError as error:
+        logger.warning("emoe: rates of memory and disk are not cached: %s", error)
+        return None
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

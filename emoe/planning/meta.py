@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from emoe.model.config import read_config, remote_code_refused, require_causal
 
-def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", config: Any = None, **kwargs: Any) -> Any:
+
+def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> Any:
     """The causal language model of a checkpoint on the meta device: shapes and dtypes, no memory.
 
     Args:
         path_or_id: folder or hub id; only its config is read.
         dtype: a torch dtype or its name; "auto" is the checkpoint's own.
-        kwargs: handed to AutoConfig (revision, cache_dir, trust_remote_code).
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
+        kwargs: as `emoe.model.config.read_config` takes them.
 
-    if config is None:
-        config = AutoConfig.from_pretrained(path_or_id, **kwargs)
+    Raises:
+        ConfigError, CheckpointError, UnsupportedModelError: as `read_config`; or it is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, rest = read_config(path_or_id, kwargs)
+    require_causal(config, str(path_or_id))
     resolved = _resolve_dtype(dtype, config, Path(path_or_id))
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=resolved, trust_remote_code=kwargs.get("trust_remote_code", False)
-        )
+    config = copy.deepcopy(config)  # Transformers writes the dtype into it
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=resolved, trust_remote_code=rest["trust_remote_code"])
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise remote_code_refused(str(path_or_id)) from error
+        raise
 
 
 def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:

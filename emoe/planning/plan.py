@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from emoe.errors import BudgetError
+from emoe.errors import BudgetError, ConfigError
 from emoe.memory import available_memory, format_bytes
 from emoe.model import layout, structure
 from emoe.model.spec import ParamSpec
-from emoe.options import Budget, parse_budget
+from emoe.options import Budget, Options, parse_budget, takes
 from emoe.planning import bandwidth, kv_cache
 from emoe.planning.meta import meta_model
 
@@ -87,41 +87,52 @@ class Plan:
         }
 
 
+@takes("plan")
 def plan(
     path_or_id: str | Path,
-    memory_budget: int | str | float = "auto",
+    memory_budget: int | str | float = Options.memory_budget,
     *,
-    dtype: Any = "auto",
-    context: int = 2048,
-    batch: int = 1,
     calibrate: bool = True,
     **kwargs: Any,
 ) -> Plan:
     """Says what `from_pretrained` would do with this budget; loads no weights.
 
     Args:
-        path_or_id, memory_budget, dtype, context, batch: as in `emoe.from_pretrained`.
+        path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
+        {options}
         calibrate: measure memory and disk rates for the forecast (about a second, then cached).
+        kwargs: what else `from_pretrained` takes, values of the config (num_hidden_layers=2) among it.
 
     Raises:
         BudgetError: the budget is too small; names the smallest that works.
         UnsupportedModelError: the model has no experts that emoe can manage.
+        CheckpointError: there is no such folder, or no config in it.
+        ConfigError: an option is not one of its choices.
     """
-    model = meta_model(path_or_id, dtype=dtype, **kwargs)
+    options, rest = Options.split({**kwargs, "memory_budget": memory_budget}, "load")
+    if options.device != "cpu" and parse_budget(options.memory_budget).kind == "auto":
+        raise ConfigError(
+            f"memory_budget='auto' with device={options.device!r} is what is free there when the model is loaded; "
+            "a plan before that needs bytes or a share"
+        )
+    return plan_checkpoint(path_or_id, options, calibrate=calibrate, **rest)
+
+
+def plan_checkpoint(path_or_id: str | Path, options: Options, *, calibrate: bool, **kwargs: Any) -> Plan:
+    """`plan` with options that are checked; kwargs as `emoe.model.config.read_config` takes them."""
+    model = meta_model(path_or_id, dtype=options.dtype, **kwargs)
     folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
     rates = bandwidth.measure(folder) if calibrate else None
-    return _plan(model, str(path_or_id), memory_budget, context, batch, rates)
+    return _plan(model, str(path_or_id), options, rates)
 
 
-def plan_for_model(model: Any, memory_budget: int | str | float, *, context: int, batch: int) -> Plan:
+def plan_for_model(model: Any, options: Options) -> Plan:
     """The plan for a model that is in memory already (`emoe.wrap`)."""
-    return _plan(model, type(model).__name__, memory_budget, context, batch, None)
+    return _plan(model, type(model).__name__, options, None)
 
 
-def _plan(
-    model: Any, name: str, memory_budget: int | str | float, context: int, batch: int, rates: bandwidth.Rates | None
-) -> Plan:
-    budget = parse_budget(memory_budget)
+def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None) -> Plan:
+    budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
     specs = [structure.param_specs(module) for _, module in found]
     layouts = [layout.describe(module, params) for (_, module), params in zip(found, specs, strict=True)]
@@ -130,7 +141,7 @@ def _plan(
     bytes_of = [_param_bytes(params) for params in specs]
     expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
     non_expert = structure.unique_bytes(model) - expert_bytes
-    kv, kv_note = kv_cache.measure(model, context=context, batch=batch)
+    kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
     fixed = non_expert + STAGING_BYTES + kv
     smallest = fixed + len(experts) * slot_bytes
     notes = [kv_note] if kv_note else []
@@ -156,8 +167,8 @@ def _plan(
         top_k=top_k,
         kv_bytes=kv,
         staging_bytes=STAGING_BYTES,
-        context=context,
-        batch=batch,
+        context=options.context,
+        batch=options.batch,
         smallest_budget=smallest,
         tokens_per_second=_forecast(rates, non_expert, max(bytes_of), slots, experts, top_k) if rates else None,
         notes=tuple(notes + ([rates.note] if rates else [])),
@@ -188,10 +199,11 @@ def _slots(
         nbytes = budget.nbytes
     total = (nbytes - fixed) // slot_bytes
     if total < len(experts):
+        how = f"; {notes[-1]}, and memory_budget={smallest} takes of the reserve" if budget.kind == "auto" else ""
         raise BudgetError(
             f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is "
             f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, staging "
-            f"and KV cache, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} layers",
+            f"and KV cache, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} layers{how}",
             needed=smallest,
             budget=nbytes,
         )

@@ -1,14 +1,13 @@
 """Routing modes: what happens to a routed expert that is not resident. docs/routing.md explains them."""
 
 from emoe.routing.control import Routing, attach
-from emoe.routing.options import MODES, RoutingOptions, parse_options
+from emoe.routing.options import RoutingOptions, parse_options, routing_of
 from emoe.routing.recognise import Site, find_routers
 from emoe.routing.resident import FixedResidency, Residency, random_residency
 from emoe.routing.rules import Rule
 from emoe.routing.tally import Request, Tally
 
 __all__ = [
-    "MODES",
     "FixedResidency",
     "Request",
     "Residency",
@@ -21,4 +20,5 @@ __all__ = [
     "find_routers",
     "parse_options",
     "random_residency",
+    "routing_of",
 ]

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from emoe.errors import ConfigError, UnsupportedModelError
+from emoe.options import Bias
 from emoe.routing.contract import Contract
 from emoe.routing.host import exchange
-from emoe.routing.options import Bias, RoutingOptions, parse_options
+from emoe.routing.options import RoutingOptions, parse_options
 from emoe.routing.recognise import Site, find_routers
 from emoe.routing.resident import Residency
 from emoe.routing.rules import Rule

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from emoe.errors import CheckpointError, ConfigError
+from emoe.errors import CheckpointError
+from emoe.model.config import read_config
 from emoe.model.structure import experts_modules, find_experts, require_unquantized
 from emoe.seam.saving import SavingGuard
 from emoe.store import ExpertStore, StoreLayer, read_layer
@@ -31,24 +32,6 @@ __all__ = [
     "pack_last_rows",
 ]
 
-# Options of Transformers' from_pretrained that contradict keeping experts elsewhere, and what to do instead.
-_REFUSED = {
-    "quantization_config": "emoe reads experts of float32, float16 and bfloat16",
-    "gguf_file": "emoe reads safetensors",
-    "state_dict": "emoe reads the checkpoint itself",
-    "key_mapping": "emoe finds experts through Transformers' own mapping",
-    "max_memory": "memory_budget says what may be used",
-    "offload_folder": "experts stay in the checkpoint",
-    "tp_plan": "emoe runs on one device",
-    "tp_size": "emoe runs on one device",
-    "distributed_config": "emoe runs on one device",
-    "experts_implementation": "emoe is the implementation; kernels='stock' runs Transformers' own",
-    "output_loading_info": "a checkpoint that does not fit is an error here",
-    "ignore_mismatched_sizes": "a checkpoint that does not fit is an error here",
-    "torch_dtype": "it is called dtype",
-}
-_ON_CPU = (None, "cpu", {"": "cpu"})
-
 
 def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> tuple[Any, ExpertStore]:
     """Loads a causal language model whose experts stay where they are.
@@ -56,7 +39,7 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
     Args:
         path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
         dtype: as in Transformers.
-        kwargs: handed to Transformers' `from_pretrained`.
+        kwargs: as `emoe.model.config.read_config` takes them; the rest is handed to Transformers' `from_pretrained`.
 
     Returns:
         (the model on the CPU in evaluation mode, its experts' parameters None; where the experts lie).
@@ -66,15 +49,11 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
         UnsupportedModelError: the model has no experts that emoe can manage.
         ConfigError: an option contradicts keeping experts elsewhere.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from emoe.seam.quantizer import WithoutExperts
 
-    _check_options(kwargs)
-    config = kwargs.get("config")
-    if config is None:
-        known = ("trust_remote_code", "revision", "cache_dir", "subfolder", "token", "local_files_only")
-        config = AutoConfig.from_pretrained(path_or_id, **{name: kwargs[name] for name in known if name in kwargs})
+    config, kwargs = read_config(path_or_id, kwargs)
     require_unquantized(config, str(path_or_id))
     plain = not any(kwargs.get(name) for name in ("subfolder", "variant")) and not getattr(
         config, "transformers_weights", None
@@ -82,20 +61,17 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
     if plain and Path(path_or_id).is_dir():
         checkpoint_files(Path(path_or_id))  # before Transformers meets what is wrong with them
     model, info = AutoModelForCausalLM.from_pretrained(
-        path_or_id, dtype=dtype, quantization_config=WithoutExperts(), output_loading_info=True, **kwargs
+        path_or_id,
+        config=config,
+        dtype=dtype,
+        quantization_config=WithoutExperts(),
+        output_loading_info=True,
+        **kwargs,
     )
     store = cast(ExpertStore, model.__dict__.pop("_emoe_store"))
     _require_complete(info, str(path_or_id))
     _own_memory(model, store.files())
     return model, store
-
-
-def _check_options(kwargs: dict[str, Any]) -> None:
-    for name in kwargs:
-        if name in _REFUSED and kwargs[name] is not None:
-            raise ConfigError(f"{name}={kwargs[name]!r} is no option here: {_REFUSED[name]}")
-    if kwargs.get("device_map") not in _ON_CPU:
-        raise ConfigError(f"device_map={kwargs['device_map']!r} is not one of: None, 'cpu'; emoe runs on the CPU")
 
 
 def _require_complete(info: dict[str, Any], name: str) -> None:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from emoe.errors import ConfigError
+from emoe.options import Options
 from emoe.predictor import UNKNOWN_TASK, ExpertPredictor
 from emoe.routing.resident import Residency
 from emoe.slots.load_score import Expected, load_score
 from emoe.slots.loader import Loader
 from emoe.slots.next_layer import NextLayer
-from emoe.slots.options import PredictionOptions
+from emoe.slots.options import insensitive_layers, require_shape
 from emoe.slots.refresh import Refresh
 from emoe.slots.shadow import PATIENCE, ShadowLRU, Switch
 
@@ -58,7 +58,7 @@ class BaseSet:
         residency: Residency,
         experts_per_layer: Sequence[int],
         top_k: int,
-        options: PredictionOptions,
+        options: Options,
         *,
         loads_misses: bool,
         waits: bool,
@@ -92,11 +92,7 @@ class BaseSet:
         )
         self._insensitive = self._layers_that_do_not_count()
         if options.predictor is not None:
-            shape = np.shape(options.predictor.rank())
-            if shape != self._base.shape:
-                raise ConfigError(
-                    f"the predictor scores {list(shape)} (layers, experts); this model has {list(self._base.shape)}"
-                )
+            require_shape(options.predictor, *self._base.shape)
             if not any(self.sizes):
                 logger.warning(
                     "emoe: no layer has more slots (%d) than the slack (%d), so the predictor decides nothing; "
@@ -108,23 +104,11 @@ class BaseSet:
     def _layers_that_do_not_count(self) -> dict[int, NDArray[np.bool_]]:
         """[L] of each task that the predictor and the sensitivity profile know."""
         options = self._options
-        names = options.predictor.names if options.predictor is not None else ()
         if options.sensitivity is None:
             return {}
-        if not names:
+        if options.predictor is None or not options.predictor.names:
             logger.warning("emoe: sensitivity= has no effect: there is no predictor that knows tasks")
-        known = {}
-        for number, name in enumerate(names):
-            try:
-                layers = np.asarray(options.sensitivity.insensitive(name), dtype=bool)
-            except KeyError:  # a task that the profile does not have is taken to be sensitive
-                continue
-            if layers.shape != (len(self._experts),):
-                raise ConfigError(
-                    f"the sensitivity profile is of {len(layers)} layers; this model has {len(self._experts)}"
-                )
-            known[number] = layers
-        return known
+        return insensitive_layers(options.predictor, options.sensitivity, len(self._experts))
 
     @property
     def watches(self) -> bool:

@@ -1,8 +1,7 @@
-"""How a predictor runs, as a user says it: names and paths become objects. Decides nothing while a model runs."""
+"""Predictors and profiles that options name, opened and compared with the model. Decides nothing while it runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,11 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.errors import ConfigError
-from emoe.predictor import KINDS, MADE, ExpertPredictor, class_of, files, load, make
-
-PERIOD = 40  # requests; arXiv 2503.06823
-SLACK = 0.5  # of a layer's slots; docs/tasks.md: what misnamed tasks cost
-LOOK_AHEAD = "look-ahead"
+from emoe.options import LOOK_AHEAD, Options
+from emoe.predictor import KINDS, ExpertPredictor, class_of, files, load, make
 
 
 class Sensitivity(Protocol):
@@ -24,94 +20,65 @@ class Sensitivity(Protocol):
         """[L] True where wrong experts do not hurt the task."""
 
 
-@dataclass(frozen=True)
-class PredictionOptions:
-    """How a predictor runs.
-
-    Attributes:
-        predictor: scores the experts.
-        period: requests between two choices of the base set, or "adaptive".
-        slack: share of a layer's slots left to LRU; at least `top_k` slots are. Not used in mode `resident`.
-        prefetch: names experts of the next layer; None: nothing does.
-        sensitivity: layers in which a task does not count.
-    """
-
-    predictor: ExpertPredictor | None
-    period: int | str = PERIOD
-    slack: float = SLACK
-    prefetch: Any = None
-    sensitivity: Sensitivity | None = None
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.period, int) and not isinstance(self.period, bool) and self.period >= 1
-        if self.period != "adaptive" and not whole:
-            raise ConfigError(f"period={self.period!r} is not a number of requests of at least 1, nor 'adaptive'")
-        if not isinstance(self.slack, (int, float)) or not 0 < self.slack <= 1:
-            raise ConfigError(f"slack={self.slack!r} is not a share over 0 and up to 1")
-        for name, value, method in (
-            ("predictor", self.predictor, "rank"),
-            ("prefetch", self.prefetch, "next_layer"),
-            ("sensitivity", self.sensitivity, "insensitive"),
-        ):
-            if value is not None and not hasattr(value, method):
-                raise ConfigError(
-                    f"{name}: {type(value).__name__} has no method {method}(); docs/predictors.md and "
-                    "docs/sensitivity.md say what has"
-                )
-
-
-def parse_prediction(
-    model: Any,
-    layers: int,
-    experts: int,
-    *,
-    predictor: Any = None,
-    period: int | str = PERIOD,
-    slack: float = SLACK,
-    prefetch: Any = None,
-    sensitivity: Any = None,
-) -> PredictionOptions:
-    """Options as a user gives them: names and paths become objects.
+def opened(options: Options, layers: int, experts: int, model: Any = None) -> Options:
+    """Options in which files and names of predictors have become objects; opened ones stay what they are.
 
     Args:
-        model: the Transformers model, for predictors that read its routers.
         layers, experts: experts modules, and routed experts of the largest.
-        predictor: None, a name in `emoe.predictor.MADE`, a file of `emoe train-predictor`, or an `ExpertPredictor`.
-        period, slack: as in `PredictionOptions`.
-        prefetch: None, "look-ahead" (the next layer's router on the present hidden state), or a predictor or file of
-            one that has `next_layer`.
-        sensitivity: None, a file of `emoe profile sensitivity`, or a `SensitivityProfile`.
+        model: the Transformers model, for "look-ahead", which reads its routers; without it that stays a name.
 
     Raises:
-        ConfigError: an option is not one of its choices.
+        ConfigError: a predictor or profile is of another model, or of a kind that does something else.
         CheckpointError: a file is something else.
+        UnsupportedModelError: "look-ahead" with a router that follows no rule that emoe knows.
     """
-    if isinstance(predictor, (str, Path)):
-        if str(predictor) in MADE:
-            predictor = make(str(predictor), layers=layers, experts=experts)
-        elif Path(predictor).is_file():
-            predictor = load(predictor)
-        else:
-            raise ConfigError(
-                f"predictor={str(predictor)!r} is neither a file nor one of: {', '.join(MADE)}; "
-                "'emoe train-predictor' makes files"
-            )
-    if isinstance(prefetch, (str, Path)):
-        if str(prefetch) == LOOK_AHEAD:
-            from emoe.routing.look_ahead import LookAhead
+    predictor, prefetch, sensitivity = options.predictor, options.prefetch, options.sensitivity
+    if isinstance(predictor, str):
+        predictor = make(predictor, layers=layers, experts=experts)
+    elif isinstance(predictor, Path):
+        predictor = load(predictor)
+    if predictor is not None:
+        require_shape(predictor, layers, experts)
+    if isinstance(prefetch, Path):
+        prefetch = _load_next_layer(prefetch, layers, experts)
+    elif prefetch == LOOK_AHEAD and model is not None:
+        from emoe.routing.look_ahead import LookAhead
 
-            prefetch = LookAhead.of(model)
-        elif Path(prefetch).is_file():
-            prefetch = _load_next_layer(prefetch, layers, experts)
-        else:
-            raise ConfigError(f"prefetch={str(prefetch)!r} is neither a file nor '{LOOK_AHEAD}'")
-    if isinstance(sensitivity, (str, Path)):
+        prefetch = LookAhead.of(model)
+    if isinstance(sensitivity, Path):
         from emoe.sensitivity import SensitivityProfile
 
-        if not Path(sensitivity).is_file():
-            raise ConfigError(f"sensitivity={str(sensitivity)!r} is not a file; 'emoe profile sensitivity' makes one")
         sensitivity = SensitivityProfile.load(sensitivity)
-    return PredictionOptions(predictor, period, slack, prefetch, sensitivity)
+    if sensitivity is not None:
+        insensitive_layers(predictor, sensitivity, layers)
+    return options.but(predictor=predictor, prefetch=prefetch, sensitivity=sensitivity)
+
+
+def require_shape(predictor: ExpertPredictor, layers: int, experts: int) -> None:
+    """ConfigError where a predictor is of another model."""
+    shape = list(np.shape(predictor.rank()))
+    if shape != [layers, experts]:
+        raise ConfigError(f"the predictor scores {shape} (layers, experts); this model has {[layers, experts]}")
+
+
+def insensitive_layers(
+    predictor: ExpertPredictor | None, sensitivity: Sensitivity, layers: int
+) -> dict[int, NDArray[np.bool_]]:
+    """[L] layers that do not count, of each task that predictor and profile know, by the predictor's number.
+
+    Raises:
+        ConfigError: the profile is of another model.
+    """
+    known = {}
+    for number, name in enumerate(predictor.names if predictor is not None else ()):
+        try:
+            found = np.asarray(sensitivity.insensitive(name), dtype=bool)
+        except KeyError:  # a task that the profile does not have is taken to be sensitive
+            continue
+        if found.shape != (layers,):
+            raise ConfigError(f"the sensitivity profile is of {len(found)} layers; this model has {layers}")
+        known[number] = found
+    return known
 
 
 def _load_next_layer(path: str | Path, layers: int, experts: int) -> ExpertPredictor:

@@ -14,6 +14,7 @@ from fake_queue import FakeQueue
 import emoe
 from emoe import errors
 from emoe.errors import ConfigError
+from emoe.options import Options
 from emoe.predictor import UNKNOWN_TASK
 from emoe.predictor.across import AcrossLayers
 from emoe.predictor.table import TaskTable
@@ -21,7 +22,6 @@ from emoe.slots.base_set import BaseSet
 from emoe.slots.cache import CacheManager
 from emoe.slots.load_score import Expected, load_score
 from emoe.slots.loader import Loader
-from emoe.slots.options import PredictionOptions
 from emoe.slots.resident import CacheResidency
 from emoe.trace.trace import TraceRecorder
 
@@ -192,7 +192,7 @@ def test_loads_for_a_base_set_that_is_no_longer_wanted_are_cancelled():
     scores = np.zeros((2, 8))
     scores[:, [1, 2, 3]] = 1.0
     predictor = Favourites(scores, names=("code", "talk"))
-    options = PredictionOptions(predictor, slack=0.5)
+    options = Options(predictor=predictor, slack=0.5)
     base = BaseSet(loader, CacheResidency(cache, [8, 8]), [8, 8], 2, options, loads_misses=True, waits=False)
     base.begin("code")
     assert [job.state for job in queue.jobs] == ["queued"] * 6

@@ -1,0 +1,143 @@
+"""What a checkpoint's config says, with the values that a caller gives in its place; read once for plan and model.
+
+And what Transformers' `from_pretrained` may be told beside it: options that emoe cannot keep are refused by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from emoe.errors import CheckpointError, ConfigError, UnsupportedModelError, one_line
+from emoe.options import one_device, unknown_option
+
+# Where Transformers looks for files; for the config as for the weights.
+_PLACES = (
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code",
+)  # fmt: skip
+# What Transformers' from_pretrained takes itself; every other name is a value of the config.
+_TAKEN = (
+    "adapter_kwargs", "adapter_name", "allow_all_kernels", "attn_implementation", "config", "device_map",
+    "generation_config", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "tqdm_class",
+    "use_kernels", "use_safetensors", "variant", "weights_only",
+)  # fmt: skip
+# Those that contradict keeping experts elsewhere, and what to do instead.
+_REFUSED = {
+    "quantization_config": "emoe reads experts of float32, float16 and bfloat16",
+    "gguf_file": "emoe reads safetensors",
+    "state_dict": "emoe reads the checkpoint itself",
+    "key_mapping": "emoe finds experts through Transformers' own mapping",
+    "max_memory": "memory_budget says what may be used",
+    "offload_folder": "experts stay in the checkpoint",
+    "tp_plan": "emoe runs on one device",
+    "tp_size": "emoe runs on one device",
+    "device_mesh": "emoe runs on one device",
+    "distributed_config": "emoe runs on one device",
+    "experts_implementation": "emoe is the implementation; kernels='stock' runs Transformers' own",
+    "output_loading_info": "a checkpoint that does not fit is an error here",
+    "ignore_mismatched_sizes": "a checkpoint that does not fit is an error here",
+    "load_in_8bit": "emoe reads experts of float32, float16 and bfloat16",
+    "load_in_4bit": "emoe reads experts of float32, float16 and bfloat16",
+    "torch_dtype": "it is called dtype",
+    "return_unused_kwargs": "an unknown option is an error here",
+}
+_CONVERT = (
+    "emoe reads safetensors; AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW) writes "
+    "them, the whole model being in memory once"
+)
+
+
+def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config of a checkpoint, and what is left for Transformers' `from_pretrained` beside `config=`.
+
+    Args:
+        path_or_id: folder or hub id.
+        given: keywords as a caller gives them: places of files, values of the config (num_hidden_layers=2), `config` as
+            an object, a folder or a JSON file, and others of Transformers. What is returned may be given again.
+
+    Raises:
+        ConfigError: an option that emoe cannot keep, or that nobody knows; names what to do, or the nearest name.
+        CheckpointError: there is no such folder, or no config in it that Transformers can read.
+        UnsupportedModelError: the checkpoint is of another format.
+    """
+    for name, value in given.items():
+        if name in _REFUSED and value is not None:
+            raise ConfigError(f"{name}={value!r} is no option here: {_REFUSED[name]}")
+    if given.get("device_map") is not None and one_device(given["device_map"]) != "cpu":
+        raise ConfigError(f"device_map={given['device_map']!r} is no option here: device= says where a model runs")
+    config = given.get("config")
+    places = {name: given[name] for name in _PLACES if given.get(name) is not None}
+    places["trust_remote_code"] = bool(given.get("trust_remote_code"))  # with None Transformers asks at the terminal
+    taken = {name: value for name, value in given.items() if name in _TAKEN and name != "config" and value is not None}
+    values = {name: value for name, value in given.items() if name not in (*_PLACES, *_TAKEN, *_REFUSED)}
+    if not places.get("subfolder"):
+        _require_checkpoint(path_or_id)
+    if config is None or isinstance(config, (str, Path)):
+        if config is not None:
+            config, values = _read(config, {**places, "subfolder": ""}, values)
+        else:
+            config, values = _read(path_or_id, places, values)
+    elif not hasattr(config, "to_diff_dict"):
+        raise ConfigError(
+            f"config={type(config).__name__} is not a config of Transformers, a folder that holds config.json, or a "
+            "JSON file; single values are keywords of their own (num_hidden_layers=2)"
+        )
+    for name in values:
+        if hasattr(config, name):
+            raise ConfigError(f"{name}= beside a config object is ambiguous; set config.{name} in its place")
+        raise unknown_option(name, "load", (*_PLACES, *_TAKEN, *config.to_dict()))
+    return config, {**places, **taken}
+
+
+def _read(path: str | Path, places: dict[str, Any], values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig
+
+    try:
+        config, unused = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **places, **values)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise remote_code_refused(str(path)) from error
+        raise CheckpointError(f"{path}: {one_line(error)[:400]}", file=str(path)) from error
+    return config, {name: unused[name] for name in values if name in unused}
+
+
+def remote_code_refused(name: str) -> ConfigError:
+    """What is said where a checkpoint brings Python code of its own."""
+    return ConfigError(
+        f"{name} brings Python code of its own, which runs only with trust_remote_code=True (--trust-remote-code); "
+        "read it first. Its experts work where they go through Transformers' experts interface"
+    )
+
+
+def _require_checkpoint(path_or_id: str | Path) -> None:
+    """Refuses what is here and is no checkpoint folder; what is not here may be a hub id."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
+            raise UnsupportedModelError(f"{path} holds {found[0].name} and no config.json: {_CONVERT}")
+    elif path.suffix == ".gguf":
+        raise UnsupportedModelError(f"{path} is a GGUF file: {_CONVERT}")
+    elif path.exists():
+        raise ConfigError(f"{path} is a file; give the folder that holds it and config.json")
+    elif path.is_absolute() or str(path_or_id).startswith((".", "~")) or len(path.parts) > 2:
+        raise CheckpointError(f"there is no folder {str(path_or_id)!r}", file=str(path_or_id))
+
+
+def require_causal(config: Any, name: str) -> None:
+    """UnsupportedModelError where Transformers has no causal language model of this config; says what it is."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in _own_code(config):
+        return
+    what = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
+    from emoe.model.structure import families_that_work
+
+    raise UnsupportedModelError(
+        f"{name} ({type(config).__name__}) is {what}, and emoe runs causal language models whose experts go through "
+        f"Transformers' experts interface: {', '.join(families_that_work())}"
+    )
+
+
+def _own_code(config: Any) -> dict[str, str]:
+    return getattr(config, "auto_map", None) or {}
