@@ -124,7 +124,7 @@ def seconds(call: Callable[[], object], rounds: int = 20) -> float:
 
 def transfer(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes a second: emoe's demand lane and torch's pinned copies of the same sizes, both ways, and pageable ones."""
-    from emoe.compute.device import open_device
+    from emoe.compute.choose import open_device
 
     device = open_device(f"cuda:{args.device}")
     assert device is not None
@@ -179,7 +179,7 @@ def kernels(args: argparse.Namespace) -> dict[str, Any]:
     """gather_mlp against three grouped products of torch, and against the roofline of bytes and FLOP."""
     import numpy as np
 
-    from emoe.compute.device import open_device
+    from emoe.compute.choose import open_device
 
     device = open_device(f"cuda:{args.device}")
     assert device is not None

@@ -278,7 +278,7 @@ def table_of(rows: list[dict[str, Any]], readers: list[str], workers: int) -> Ta
 def copies_to(name: str, quick: bool) -> int:
     import transfer_cuda
 
-    from emoe.compute.device import open_device
+    from emoe.compute.choose import open_device
 
     device = open_device(name)
     assert device is not None

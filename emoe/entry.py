@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emoe import native
-from emoe.compute.device import Device, open_device, pinned_slots
+from emoe.compute.choose import open_device
+from emoe.compute.device import Device
 from emoe.errors import ConfigError
 from emoe.model.config import read_config
-from emoe.options import Options, parse_budget, takes, unknown_option
+from emoe.options import Options, takes, unknown_option
 from emoe.planning.plan import Plan, plan_checkpoint, plan_for_model
 from emoe.routing import find_routers
 from emoe.runtime import Runtime
@@ -44,8 +44,8 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
     """
     options, rest = Options.split(kwargs, "load")
     config, rest = read_config(path_or_id, rest)
-    device, options = _on_device(options)
-    plan = plan_checkpoint(path_or_id, options, calibrate=False, config=config, **rest)
+    device = open_device(options.device)
+    plan = plan_checkpoint(path_or_id, options, calibrate=False, free=device.free_bytes, config=config, **rest)
     options = _prepared(options, plan, device)
     model, store = load.load_without_experts(path_or_id, dtype=options.dtype, config=config, **rest)
     return _start(model, store, plan, options, wrapped=False, device=device)
@@ -71,8 +71,8 @@ def wrap(model: Any, **kwargs: Any) -> Any:
         raise unknown_option(name, "wrap")
     if getattr(model, "emoe", None) is not None:
         raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
-    device, options = _on_device(options)
-    plan = plan_for_model(model, options)
+    device = open_device(options.device)
+    plan = plan_for_model(model, options, free=device.free_bytes)
     options = _prepared(options, plan, device, model)
     folder = None if options.store in (None, "ram") else Path(options.store)
     expert_store = write_store(model, folder=folder, ram=options.store == "ram")
@@ -80,30 +80,19 @@ def wrap(model: Any, **kwargs: Any) -> Any:
     return _start(model, expert_store, plan, options, wrapped=True, device=device)
 
 
-def _on_device(options: Options) -> tuple[Device | None, Options]:
-    """The device, None for the CPU, and options in which "auto" is what a device has free."""
-    device = open_device(options.device)
-    if device is not None and parse_budget(options.memory_budget).kind == "auto":
-        options = options.but(memory_budget=device.free_bytes())
-    return device, options
-
-
-def _prepared(options: Options, plan: Plan, device: Device | None, model: Any = None) -> Options:
+def _prepared(options: Options, plan: Plan, device: Device, model: Any = None) -> Options:
     """Options with their files opened, after what machine and model may refuse; `model` where it is here already."""
-    (native.load() if device is None else device.module).make_reader(options.reader)
-    if device is not None:
-        pinned_slots(options.pinned_memory, sum(plan.experts_per_layer), plan.slot_bytes)
+    device.module.make_reader(options.reader)
+    device.check_pinned(options.pinned_memory, sum(plan.experts_per_layer), plan.slot_bytes)
     if model is not None and options.routing != "exact":
         find_routers(model)
     return opened(options, len(plan.experts_per_layer), max(plan.experts_per_layer), model)
 
 
-def _start(
-    model: Any, store: ExpertStore, plan: Plan, options: Options, *, wrapped: bool, device: Device | None
-) -> Any:
+def _start(model: Any, store: ExpertStore, plan: Plan, options: Options, *, wrapped: bool, device: Device) -> Any:
     """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
     try:
-        model.emoe = Runtime(model, store, plan, options, wrapped=wrapped, device=device)
+        model.emoe = Runtime(model, store, plan, options, device=device)
     except BaseException:
         if wrapped:
             load.attach_experts(model, store)

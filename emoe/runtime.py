@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -17,18 +17,16 @@ from torch import nn
 
 from emoe import native
 from emoe.compute import experts
-from emoe.compute.device import Device, check_layouts, pinned_slots
-from emoe.compute.gpu_experts import DeviceExperts
+from emoe.compute.device import Device
 from emoe.compute.records import register_records
 from emoe.compute.slot_tables import SlotTables
-from emoe.errors import BudgetError, ClosedError, ConfigError, EmoeError
+from emoe.errors import BudgetError, ClosedError, ConfigError
 from emoe.memory import available_memory, format_bytes
-from emoe.model import layout
 from emoe.options import Options
 from emoe.planning.plan import Plan
 from emoe.requests import RequestStart
 from emoe.routing import Request, Routing, routing_of
-from emoe.seam import load
+from emoe.seam.attached import Attached
 from emoe.sensitivity.online import SHARE, OnlineSensitivity
 from emoe.sensitivity.serving import RequestProbes, probing
 from emoe.slots.base_set import BaseSet
@@ -64,46 +62,36 @@ class Runtime:
         plan: Plan,
         options: Options,
         *,
-        wrapped: bool,
-        device: Device | None = None,
+        device: Device,
     ) -> None:
-        self._C = native.load() if device is None else device.module
-        self._device = device
-        self.plan = plan
-        self.store = store
-        self._model = model
-        self._wrapped = wrapped
+        self.plan, self.store = plan, store
+        self._model, self._device = model, device
         self._lock = RLock()
         self._closed = False
         self._named = 0  # blocks of `request` that are open
         self._starts = RequestStart()
         self._probes: RequestProbes | None = None
-        modules = dict(model.named_modules())
-        layouts = [layout.describe(modules[layer.path], layer.params) for layer in store.layers]
-        if device is not None:
-            check_layouts(device, store.layers, layouts, options.kernels)
-            device.place(model)
-        slot_bytes = max(each.nbytes for each in layouts)
-        self.cache = CacheManager(plan.slots_per_layer, policy=options.policy)
+        device.check(store.layers, plan.layouts, options.kernels)
+        device.place(model)
         experts_per_layer = [len(layer.pieces) for layer in store.layers]
+        self.cache = CacheManager(plan.slots_per_layer, policy=options.policy)
         residency = CacheResidency(self.cache, experts_per_layer, self._lock)
         routing = routing_of(options)
         self.routing = Routing(model, residency, routing)
         predicting = opened(options, len(experts_per_layer), max(experts_per_layer), model)
-        slots = sum(plan.slots_per_layer)
-        self._slab = self._C.Slab(slots, slot_bytes) if device is None else device.native.slab(slots, slot_bytes)
-        self._table, records = register_records(self._C, store, layouts)
-        self._queue: Any
-        if device is None:
-            self._queue = self._C.TransferQueue(self._slab, self._table, make_reader(options.reader))
-        else:
-            pinned = pinned_slots(options.pinned_memory, sum(map(len, records)), self._slab.slot_bytes)
-            self._queue = device.queue(self._slab, self._table, self._C.make_reader(options.reader), pinned)
-        on_device = self._on_device(layouts, records, options.miss)
+        self._slab = device.slab(sum(plan.slots_per_layer), max(each.nbytes for each in plan.layouts))
+        self._table, records = register_records(device.module, store, plan.layouts)
+        # Those of the emulation are of a module of its own.
+        on_host = device.module is native.load()
+        reader = make_reader(options.reader) if on_host else device.module.make_reader(options.reader)
+        self._queue = device.queue(
+            self._slab, self._table, reader, records=sum(map(len, records)), pinned_memory=options.pinned_memory
+        )
         self.loader = Loader(self.cache, self._queue, records)
-        self._tables: SlotTables | None = None
-        if device is not None and routing.mode == "resident" and routing.bound is None:
-            self._tables = SlotTables(device, self.loader, experts_per_layer, self._lock)
+        # Without the host picks are exchanged, but nothing is read.
+        hostless = routing.mode == "resident" and routing.bound is None
+        self._tables = device.tables(self.loader, experts_per_layer, self._lock) if hostless else None
+        if self._tables is not None:
             self.routing.use(self._tables)
         self.base = BaseSet(
             self.loader,
@@ -111,60 +99,36 @@ class Runtime:
             experts_per_layer,
             plan.top_k,
             predicting,
-            loads_misses=routing.mode != "resident" or routing.bound is not None,
+            loads_misses=not hostless,
             waits=routing.mode == "resident",
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
         )
+        # Told of every forward of a layer in this order: traces that are being recorded, then the base set.
+        self._observers: list[experts.Observer] = [self.base] if self.base.watches else []
+        modules = dict(model.named_modules())
+        parts = [
+            experts.Part(number, modules[layer.path], layer.params, where, self.loader, self._slab, self._queue,
+                         device.tensors, ids, self._tables)
+            for number, (layer, where, ids) in enumerate(zip(store.layers, plan.layouts, records, strict=True))
+        ]  # fmt: skip
         self.layers = [
-            experts.ExpertLayer(
-                number,
-                modules[layer.path],
-                loader=self.loader,
-                slab=self._slab,
-                layout=layouts[number],
-                params=layer.params,
-                kernels=options.kernels,
-                lock=self._lock,
-                on_device=on_device[number],
-                tables=self._tables,
+            experts.ExpertLayer(part, compute, self._lock, self._observers)
+            for part, compute in zip(
+                parts, device.computes(parts, kernels=options.kernels, miss=options.miss), strict=True
             )
-            for number, layer in enumerate(store.layers)
         ]
         self._attach()
         self._log_start(options.kernels)
 
-    def _on_device(
-        self, layouts: list[layout.SlotLayout], records: list[list[int]], miss: str
-    ) -> list[DeviceExperts | None]:
-        """What computes each layer's experts on the device; None where there is none."""
-        device = self._device
-        if device is None:
-            return [None] * len(layouts)
-        rates = device.miss_rates(layouts[0].native, self._slab.slot_bytes) if miss == "auto" else None
-        return [
-            DeviceExperts(device, self._queue, self._slab, where.native or {}, ids, miss=miss, rates=rates)
-            for where, ids in zip(layouts, records, strict=True)
-        ]
-
     def _attach(self) -> None:
-        model = self._model
         experts.register()
-        self._implementation = model.get_experts_implementation()
-        self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._training = model.training
-        model.requires_grad_(False)
-        model.eval()
         for layer in self.layers:
             vars(layer.module)["_emoe"] = layer
-        self._guard = load.guard_saving(model, self.store)
-        self._packing = load.pack_last_rows(model)
-        model.set_experts_implementation(experts.IMPLEMENTATION)
+        self._attached = Attached(self._model, self.store, experts.IMPLEMENTATION)
         self._prompts = None
         if self.base.watches:
-            for layer in self.layers:
-                layer.watcher = self.base
             self.routing.observer = self.base.picked
-            self._prompts = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+            self._prompts = self._model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
         self.routing.start()
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,7 +148,7 @@ class Runtime:
             self.store.description,
         )
         if kernels == "native":
-            reasons = Counter(layer.layout.reason for layer in self.layers if layer.native is None)
+            reasons = Counter(layer.layout.reason for layer in self.layers if layer.kernels == "stock")
             for reason, count in reasons.items():
                 logger.warning(
                     "emoe: %d of %d layers run Transformers' own kernels: %s", count, len(self.layers), reason
@@ -201,50 +165,46 @@ class Runtime:
         Returns:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
             stall_ms (time the computation waited for bytes), bytes_read and its split `demand_bytes`,
-            `prefetch_bytes`, reader, kernels (layers served by "native", "stock" or a device), slots, resident_share,
-            `sensitivity`: what `probe` found, or None,
+            `prefetch_bytes`, reader, kernels (layers served by "native", "stock" or a device), device, slots,
+            resident_share, `sensitivity`: what `probe` found, or None,
             budget_bytes, `routing`: what the routing mode changed (`emoe.routing.Routing.stats`), and `prediction`:
-            what the predictor did (docs/residency.md). With a device also: device, host_hits and host_misses (records
+            what the predictor did (docs/residency.md). On a GPU also: host_hits and host_misses (records
             found in pinned memory or not), on_cpu (missing experts that the CPU computed), settled (forwards of layers
             that asked the device for no value; what they used is not in hits).
         """
         with self._lock:
-            counters = self.loader.snapshot()
-            transfer = self._queue.stats()
-            total = counters.pop("layers")
-        hits, misses = counters["hits"], counters["misses"]
-        result: dict[str, Any] = {
-            **counters,
-            "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
-            "stall_ms": 1e3 * counters.pop("stall_seconds"),
-            "bytes_read": transfer["demand_bytes"] + transfer["prefetch_bytes"],
-            "demand_bytes": transfer["demand_bytes"],
-            "prefetch_bytes": transfer["prefetch_bytes"],
-            "read_ms": 1e3 * transfer["read_seconds"],
-            "reader": transfer["reader"],
-            "kernels": dict(Counter(layer.kernels for layer in self.layers)),
-            "isa": self._C.isa(),
-            "slots": self._slab.slots,
-            "slot_bytes": self._slab.slot_bytes,
-            "resident_share": self.plan.resident_share,
-            "budget_bytes": self.plan.budget_bytes,
-            "store": self.store.description,
-            "routing": self.routing.stats(per_layer=per_layer),
-            "prediction": self.base.stats(),
-            "sensitivity": self._probes.stats() if self._probes is not None else None,
-        }
-        result.pop("stall_seconds", None)
-        if self._device is not None:
-            result["device"] = self._device.name
-            result["bytes_read"] = transfer["file_bytes"]
-            result.update({name: transfer[name] for name in ("host_hits", "host_misses")})
-            result["on_cpu"] = sum(layer.on_cpu for layer in self.layers)
-            result["settled"] = sum(layer.settled for layer in self.layers)
-        if per_layer:
-            result["layers"] = [
-                {"path": layer.path, "kernels": each.kernels, **count}
-                for layer, each, count in zip(self.store.layers, self.layers, total, strict=True)
-            ]
+            if self._closed:
+                raise ClosedError("the runtime is closed")
+            counters, transfer = self.loader.snapshot(), self._queue.stats()
+            layers = counters.pop("layers")
+            hits, misses = counters["hits"], counters["misses"]
+            result: dict[str, Any] = {
+                **counters,
+                "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
+                "stall_ms": 1e3 * counters.pop("stall_seconds"),
+                "demand_bytes": transfer["demand_bytes"],
+                "prefetch_bytes": transfer["prefetch_bytes"],
+                "read_ms": 1e3 * transfer["read_seconds"],
+                "reader": transfer["reader"],
+                "kernels": dict(Counter(layer.kernels for layer in self.layers)),
+                "device": self._device.name,
+                "isa": self._device.module.isa(),
+                "slots": self._slab.slots,
+                "slot_bytes": self._slab.slot_bytes,
+                "resident_share": self.plan.resident_share,
+                "budget_bytes": self.plan.budget_bytes,
+                "store": self.store.description,
+                "routing": self.routing.stats(per_layer=per_layer),
+                "prediction": self.base.stats(),
+                "sensitivity": self._probes.stats() if self._probes is not None else None,
+                **self._device.counts(transfer, [layer.compute for layer in self.layers]),
+            }
+            del result["stall_seconds"]
+            if per_layer:
+                result["layers"] = [
+                    {"path": layer.path, "kernels": each.kernels, **count}
+                    for layer, each, count in zip(self.store.layers, self.layers, layers, strict=True)
+                ]
         return result
 
     def probe(self, share: float = SHARE) -> OnlineSensitivity:
@@ -330,20 +290,7 @@ class Runtime:
                 a token has experts.
             ReadError: the bytes of an expert could not be read; the others are loaded.
         """
-        tables = self._settling()
-        for layer, each in enumerate(self.layers):
-            with self._lock:
-                absent = [e for e in range(each.num_experts) if self.cache.lookup(layer, e) is None]
-                with closing(self.loader.rounds(layer, absent[: self.cache.free(layer)])) as rounds:
-                    for _ in rounds:
-                        pass
-                self.loader.finish_prefetch(layer)
-                slots = len(self.cache.slots(layer))
-                if tables.settled(layer, self.plan.top_k) is None and slots < self.plan.top_k:
-                    raise ConfigError(
-                        f"layer {layer} has {slots} slots, fewer than the {self.plan.top_k} experts of a token: each "
-                        "step needs the host"
-                    )
+        self._settling().settle(self.plan.top_k)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -355,29 +302,17 @@ class Runtime:
         Raises:
             ConfigError: as `settle`; EmoeError: a layer has a free slot or a prefetch under way (`settle` ends both).
         """
-        tables = self._settling()
-        assert self._device is not None
-        # Held throughout: a load that another thread began between the two calls would not wait for the replays.
-        with self._lock:
-            for layer in range(len(self.layers)):
-                if tables.settled(layer, self.plan.top_k) is None:
-                    raise EmoeError(f"layer {layer} is not settled; call settle() before replays")
-            slots, stream = tables.slots(), self._device.stream()
-            self._device.native.begin_read(self._slab, slots, stream)
-            try:
-                yield
-            finally:
-                self._device.native.end_read(self._slab, slots, stream)
+        with self._settling().replaying(self._slab, self.plan.top_k):
+            yield
 
     def _settling(self) -> SlotTables:
         if self._closed:
             raise ClosedError("the runtime is closed")
         if self._tables is None:
-            where = "cpu" if self._device is None else self._device.name
             contract = "" if self.routing.options.bound is None else " with max_substituted_mass"
             raise ConfigError(
-                f"device='{where}' with routing='{self.routing.options.mode}'{contract} may need the host in any step; "
-                "steps without it need a GPU and routing='resident' without a contract"
+                f"device='{self._device.name}' with routing='{self.routing.options.mode}'{contract} may need the "
+                "host in any step; steps without it need a GPU and routing='resident' without a contract"
             )
         return self._tables
 
@@ -397,13 +332,14 @@ class Runtime:
             model=type(self._model).__name__,
             expert_bytes=[layer.layout.nbytes for layer in self.layers],
         )
-        for layer in self.layers:
-            layer.recorder = recorder
+        recording = experts.Recording(recorder)
+        with self._lock:
+            self._observers.insert(0, recording)
         try:
             yield recorder
         finally:
-            for layer in self.layers:
-                layer.recorder = None
+            with self._lock:
+                self._observers.remove(recording)
         recorder.save()
 
     def close(self, *, restore: bool | None = None) -> None:
@@ -430,9 +366,9 @@ class Runtime:
                     needed=needed,
                 )
             self._closed = True
-            for hook in (self._packing, self._prompts):
-                if hook is not None:
-                    hook.remove()
+            self._attached.detach()
+            if self._prompts is not None:
+                self._prompts.remove()
             if self._probes is not None:
                 self._probes.close()
             self.routing.close()
@@ -440,21 +376,14 @@ class Runtime:
             self._queue.close()
             for layer in self.layers:
                 layer.close()
-            self.layers.clear()
             if self._tables is not None:
                 self._tables.close()
             del self._slab
             if fits if restore is None else restore:
-                load.attach_experts(self._model, self.store)
-                if self._device is not None:
-                    self._model.to("cpu")  # where its experts are now
-                self._guard.remove()  # else it stays, and refuses to save a model without experts
-                for module in self._model.modules():
-                    module.__dict__.pop("_emoe", None)
-                self._model.set_experts_implementation(self._implementation)
-                for parameter in self._frozen:
-                    parameter.requires_grad_(True)
-                self._model.train(self._training)
+                self._attached.restore(self._attached.read())
+                self._model.to("cpu")  # where its experts are now
+                for layer in self.layers:
+                    vars(layer.module).pop("_emoe", None)
                 self._model.emoe = None
             else:
                 logger.warning("emoe: closed without restoring; the model has no experts and refuses to run")

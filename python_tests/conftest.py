@@ -82,7 +82,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def found_device() -> Callable[[str], str]:
     """found_device("emulated" or "cuda") -> the name of the device to test; skips by name where it is not here."""
-    from emoe.compute.device import open_device
+    from emoe.compute.choose import open_device
     from emoe.errors import BackendUnavailable
 
     def find(kind: str) -> str:

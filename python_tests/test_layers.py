@@ -38,11 +38,11 @@ ALLOWED_IMPORTS = {
     "compute": {"slots", "store", "trace", "model", "options", "native", "memory"},
     "replay": {"slots", "predictor", "trace"},
     "runtime": {
-        "compute", "planning", "slots", "seam", "routing", "store", "sensitivity", "trace", "model", "requests",
-        "native", "memory", "options",
+        "compute", "planning", "slots", "seam", "routing", "store", "sensitivity", "trace", "requests", "native",
+        "memory", "options",
     },
     "entry": {
-        "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "native", "options",
+        "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",
     },
     "__init__": {"entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
     "generate": set(),

@@ -1,7 +1,7 @@
 """Where the time of a run goes: expert transfers against computation, as a trace for Perfetto or chrome://tracing.
 
 Times are taken in Python. A transfer lasts from its submission to the moment its end was *seen*, which is later than
-its last byte where nobody looked. It watches the queue and the modules from outside and changes nothing.
+its last byte where nobody looked. Transfers are what `Loader.watch` tells, layers what hooks on the modules see.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import nn
 
 from emoe.errors import ConfigError
 from emoe.runtime import runtime_of
-from emoe.slots.loader import Queue
 
 COMPUTE, TRANSFERS = 1, 2  # process numbers in the file
 _TIMES = "transfers: from submission to the end as seen by Python, later than the last byte where nobody looked"
@@ -147,11 +146,10 @@ def watch(model: Any) -> Iterator[Timeline]:
         ConfigError: the model does not run under emoe, or runs on a device.
     """
     runtime = runtime_of(model)
-    device = runtime.stats().get("device", "cpu")
+    device = runtime.stats()["device"]
     if device != "cpu":
         raise ConfigError(f"a timeline is recorded of a model on the CPU; this one runs on {device}")
     timeline = Timeline()
-    loader = runtime.loader
     handles = [*_watch_module(timeline, "model", "forward", model)]
     modules = dict(model.named_modules())
     blocks = {}
@@ -162,71 +160,41 @@ def watch(model: Any) -> Iterator[Timeline]:
             blocks[block[0]] = number
     for path, number in blocks.items():
         handles += _watch_module(timeline, "model", f"layer {number}", modules[path], layer=number)
-    watched = _WatchedQueue(loader._queue, timeline, loader._records, runtime.stats()["slot_bytes"])
-    loader._queue = watched
     try:
-        yield timeline
+        with runtime.loader.watch(_Transfers(timeline, runtime.stats()["slot_bytes"])):
+            yield timeline
     finally:
-        loader._queue = watched.queue
         for handle in handles:
             handle.remove()
 
 
-class _WatchedQueue:
-    """Stands between loader and queue; tickets are the queue's own, so it can come and go with transfers under way."""
+class _Transfers:
+    """Writes what a loader tells of its transfers into a timeline."""
 
-    def __init__(self, queue: Queue, timeline: Timeline, records: Sequence[Sequence[int]], nbytes: int) -> None:
-        self.queue = queue
+    def __init__(self, timeline: Timeline, nbytes: int) -> None:
         self._timeline, self._bytes = timeline, nbytes
-        self._expert_of = {
-            record: (layer, expert) for layer, each in enumerate(records) for expert, record in enumerate(each)
-        }
-        self._running: dict[int, tuple[str, float, int]] = {}  # ticket -> lane, begin, record
+        self._running: dict[int, tuple[str, float, dict[str, int]]] = {}  # ticket -> lane, begin, arguments
+        self._waiting: dict[int, float] = {}  # ticket -> begin
 
-    def submit(self, record: int, slot: int, prefetch: bool = False) -> int:
-        begin = self._timeline.now()
-        ticket = self.queue.submit(record, slot, prefetch)
-        self._running[ticket] = ("prefetch" if prefetch else "demand", begin, record)
-        return ticket
+    def submitted(self, ticket: int, layer: int, expert: int, prefetch: bool) -> None:
+        arguments = {"layer": layer, "expert": expert, "bytes": self._bytes}
+        self._running[ticket] = ("prefetch" if prefetch else "demand", self._timeline.now(), arguments)
 
-    def promote(self, ticket: int) -> None:
-        self.queue.promote(ticket)
+    def waiting(self, ticket: int) -> None:
+        self._waiting[ticket] = self._timeline.now()
 
-    def cancel(self, ticket: int) -> bool:
-        cancelled = self.queue.cancel(ticket)
-        if cancelled:
-            self._running.pop(ticket, None)
-        return cancelled
+    def ended(self, ticket: int) -> None:
+        now = self._timeline.now()
+        # Of one that was submitted before the recording began nothing is known.
+        lane, begin, arguments = self._running.pop(ticket, ("", 0.0, {}))
+        waited = self._waiting.pop(ticket, None)
+        if waited is not None:
+            self._timeline.span("waiting", "wait", waited, now, **arguments)
+        if lane:
+            self._timeline.transfer(lane, begin, now, **arguments)
 
-    def done(self, ticket: int) -> bool:
-        done = self.queue.done(ticket)
-        if done:
-            self._ended(ticket)
-        return done
-
-    def wait(self, ticket: int) -> None:
-        if self.done(ticket):
-            self.queue.wait(ticket)
-            return
-        begin = self._timeline.now()
-        arguments = self._arguments(ticket)
-        try:
-            self.queue.wait(ticket)
-        finally:
-            self._timeline.span("waiting", "wait", begin, self._timeline.now(), **arguments)
-            self._ended(ticket)
-
-    def _ended(self, ticket: int) -> None:
-        arguments = self._arguments(ticket)
-        running = self._running.pop(ticket, None)
-        if running is not None:
-            self._timeline.transfer(running[0], running[1], self._timeline.now(), **arguments)
-
-    def _arguments(self, ticket: int) -> dict[str, int]:
-        if ticket not in self._running:  # submitted before the recording began
-            return {}
-        layer, expert = self._expert_of[self._running[ticket][2]]
-        return {"layer": layer, "expert": expert, "bytes": self._bytes}
+    def cancelled(self, ticket: int) -> None:
+        self._running.pop(ticket, None)
 
 
 def _watch_module(timeline: Timeline, row: str, name: str, module: nn.Module, **arguments: Any) -> list[Any]:

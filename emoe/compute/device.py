@@ -1,67 +1,90 @@
-"""A GPU as the runtime and the experts see it: slots in its memory, a queue that fills them, calls on torch's stream.
+"""What the runtime asks of a device, and what a GPU is: slots in its memory, a queue that fills them, a stream.
 
-`Emulated` is the same on the fake CUDA runtime of the tests: tensors stay on the CPU and are copied to "device" memory.
-Which expert goes where is decided elsewhere; the order between copies and kernels is kept in csrc/cuda.
+`Gpu` is what `cuda.Cuda` and the emulation of the tests share; the CPU is in cpu.py. Which expert goes where is decided
+elsewhere; the order between copies and kernels is kept in csrc/cuda.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
 from emoe import native
-from emoe.compute.cuda import CudaCall, CudaTable, EmulatedCall, EmulatedTable
+from emoe.compute import ops
+from emoe.compute.experts import Compute, Part
+from emoe.compute.gpu_experts import OnDevice
 from emoe.compute.misses import MissRates
-from emoe.errors import BackendUnavailable, BudgetError, ConfigError, UnsupportedModelError
+from emoe.compute.slot_tables import SlotTables
+from emoe.errors import BudgetError, ConfigError, UnsupportedModelError
 from emoe.memory import available_memory, format_bytes
 from emoe.model.layout import SlotLayout
-from emoe.options import DEVICES, parse_budget
+from emoe.options import parse_budget
+from emoe.slots.loader import Loader
 from emoe.store import StoreLayer
 
 # One each for the workers of the queue, one for an expert that the CPU computes.
 SMALLEST_PINNED_SLOTS = 3
 
-# Of what is free, left to activations and to other programs when memory_budget="auto".
-RESERVE_SHARE = 0.1
-
-
-def open_device(name: str) -> Device | None:
-    """The device of that name; None is the CPU.
-
-    Raises:
-        ConfigError: the name is none of `emoe.options.DEVICES`, or no device has that index.
-        BackendUnavailable: says which of driver, device, build is missing.
-    """
-    if name == "cpu":
-        return None
-    if name == "emulated":
-        return Emulated(native.load_emulated(), 0)
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or not (index.isdecimal() or name == "cuda"):
-        raise ConfigError(f"device='{name}' is not one of: {DEVICES}")
-    module = native.load()
-    problem = module.cuda_status()["problem"]
-    if problem:
-        raise BackendUnavailable(f"device='{name}': {problem}")
-    if not torch.cuda.is_available():
-        raise BackendUnavailable(f"device='{name}': this torch ({torch.__version__}) is built without CUDA")
-    return Cuda(module, int(index) if index else torch.cuda.current_device())
-
 
 class Device:
-    """What `Cuda` and `Emulated` share.
+    """Where slots lie and experts are computed.
 
     Attributes:
         module: the native module all objects of this device come from.
-        name: as `open_device` takes it.
+        name: as `choose.open_device` takes it.
+        tensors: where torch's tensors have to be.
     """
 
+    module: Any
     name: str
+    tensors: torch.device
+
+    def free_bytes(self) -> int:
+        """Bytes of its memory that nobody has."""
+        raise NotImplementedError
+
+    def place(self, model: Any) -> None:
+        """Moves what the model holds outside experts to where its tensors have to be."""
+        raise NotImplementedError
+
+    def check(self, layers: Sequence[StoreLayer], layouts: Sequence[SlotLayout], kernels: str) -> None:
+        """UnsupportedModelError where a layer's experts cannot be computed here, ConfigError for kernels it lacks."""
+        raise NotImplementedError
+
+    def check_pinned(self, pinned_memory: int | str | None, records: int, slot_bytes: int) -> None:
+        """BudgetError or ConfigError where the host cannot pin what `queue` would be asked for."""
+        raise NotImplementedError
+
+    def slab(self, slots: int, slot_bytes: int) -> Any:
+        """Slots in its memory."""
+        raise NotImplementedError
+
+    def queue(self, slab: Any, table: Any, reader: Any, *, records: int, pinned_memory: int | str | None) -> Any:
+        """What fills the slab, with the manners of `_C.TransferQueue`; `records` is how many the table has."""
+        raise NotImplementedError
+
+    def tables(
+        self, loader: Loader, experts_per_layer: Sequence[int], lock: AbstractContextManager[Any]
+    ) -> SlotTables | None:
+        """Slot tables in its memory, with which steps do not need the host; None where the host computes anyway."""
+        raise NotImplementedError
+
+    def computes(self, parts: Sequence[Part], *, kernels: str, miss: str) -> Sequence[Compute]:
+        """What computes the experts of each layer."""
+        raise NotImplementedError
+
+    def counts(self, transfer: dict[str, Any], computes: Sequence[Any]) -> dict[str, Any]:
+        """What `stats` says of it, from its queue's own numbers and what `computes` gave."""
+        raise NotImplementedError
+
+
+class Gpu(Device):
+    """What `cuda.Cuda` and `emulated.Emulated` share."""
 
     def __init__(self, module: Any, index: int) -> None:
         self.module = module
@@ -69,14 +92,6 @@ class Device:
 
     def stream(self) -> int:
         """The stream that the caller's torch work is on, as an integer."""
-        raise NotImplementedError
-
-    def free_bytes(self) -> int:
-        """Bytes of its memory that a model may take."""
-        raise NotImplementedError
-
-    def place(self, model: Any) -> None:
-        """Moves what the model holds outside experts to where its tensors have to be."""
         raise NotImplementedError
 
     def call(self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
@@ -94,10 +109,56 @@ class Device:
     def follow(self) -> None:
         """What the current stream gets from now on runs after what the stream of the call before has got."""
 
-    def queue(self, slab: Any, table: Any, reader: Any, host_slots: int) -> DeviceQueue:
-        """A queue that fills the slab through `host_slots` slots of pinned memory."""
-        store = self.module.HostStore(host_slots, slab.slot_bytes, self.native.index)
+    @contextmanager
+    def reading(self, slab: Any, slots: Any) -> Iterator[None]:
+        """In the block, work on the current stream reads these slots: nobody fills one before it has."""
+        stream = self.stream()
+        self.native.begin_read(slab, slots, stream)
+        try:
+            yield
+        finally:
+            self.native.end_read(slab, slots, stream)
+
+    def check(self, layers: Sequence[StoreLayer], layouts: Sequence[SlotLayout], kernels: str) -> None:
+        if kernels != "native":
+            raise ConfigError(f"kernels='{kernels}' runs on the CPU only; device='{self.name}' takes kernels='native'")
+        for layer, where in zip(layers, layouts, strict=True):
+            reason = where.reason or self.refusal(self.module.MlpLayout(**(where.native or {})))
+            if reason:
+                raise UnsupportedModelError(f"the experts of {layer.path} cannot be computed on {self.name}: {reason}")
+
+    def check_pinned(self, pinned_memory: int | str | None, records: int, slot_bytes: int) -> None:
+        pinned_slots(pinned_memory, records, slot_bytes)
+
+    def slab(self, slots: int, slot_bytes: int) -> Any:
+        return self.native.slab(slots, slot_bytes)
+
+    def queue(
+        self, slab: Any, table: Any, reader: Any, *, records: int, pinned_memory: int | str | None
+    ) -> DeviceQueue:
+        """A queue that fills the slab through pinned memory of the host."""
+        pinned = pinned_slots(pinned_memory, records, slab.slot_bytes)
+        store = self.module.HostStore(pinned, slab.slot_bytes, self.native.index)
         return DeviceQueue(self, self.module.DeviceQueue(self.native, slab, table, reader, store), store)
+
+    def tables(
+        self, loader: Loader, experts_per_layer: Sequence[int], lock: AbstractContextManager[Any]
+    ) -> SlotTables | None:
+        return SlotTables(self, loader, experts_per_layer, lock)
+
+    def computes(self, parts: Sequence[Part], *, kernels: str, miss: str) -> list[OnDevice]:
+        first = parts[0]
+        rates = self.miss_rates(first.layout.native, first.slab.slot_bytes) if miss == "auto" else None
+        return [OnDevice(self, part, miss=miss, rates=rates) for part in parts]
+
+    def counts(self, transfer: dict[str, Any], computes: Sequence[Any]) -> dict[str, Any]:
+        return {
+            "bytes_read": transfer["file_bytes"],
+            "host_hits": transfer["host_hits"],
+            "host_misses": transfer["host_misses"],
+            "on_cpu": sum(each.on_cpu for each in computes),
+            "settled": sum(each.settled for each in computes),
+        }
 
     def refusal(self, layout: Any) -> str:
         """Why the kernels do not take a layout, or ""."""
@@ -110,8 +171,6 @@ class Device:
             layout: the arguments of an `MlpLayout`.
             slot_bytes: bytes of a slot.
         """
-        from emoe.compute import ops
-
         copy_seconds = slot_bytes / self.native.copy_rate(slot_bytes)
         mlp = ops.make_layout(layout)
         slab = native.load().Slab(4, slot_bytes)  # more than one, so that caches do not keep it
@@ -142,7 +201,7 @@ class DeviceQueue:
     the host goes on. A prefetch is done when its bytes are there, so that collecting it holds up nothing.
     """
 
-    def __init__(self, device: Device, queue: Any, store: Any) -> None:
+    def __init__(self, device: Gpu, queue: Any, store: Any) -> None:
         self._device, self._queue, self.store = device, queue, store
         self._prefetches: set[int] = set()
 
@@ -188,75 +247,6 @@ class DeviceQueue:
                     slots.append(self._queue.wait(ticket))
             for slot in slots:
                 self._queue.release_host(slot)
-
-
-class Cuda(Device):
-    """A CUDA device that torch uses too."""
-
-    def __init__(self, module: Any, index: int) -> None:
-        super().__init__(module, index)
-        self.name = f"cuda:{index}"
-        self._followed: torch.cuda.Stream | None = None
-
-    def stream(self) -> int:
-        return int(torch.cuda.current_stream(self.name).cuda_stream)
-
-    def free_bytes(self) -> int:
-        return int(torch.cuda.mem_get_info(self.name)[0] * (1 - RESERVE_SHARE))
-
-    def place(self, model: Any) -> None:
-        model.to(self.name)
-
-    def call(
-        self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> CudaCall:
-        return CudaCall(self, layout, slab, hidden, index, weights)
-
-    def table(self, experts: int) -> CudaTable:
-        return CudaTable(self, experts)
-
-    def follow(self) -> None:
-        stream = torch.cuda.current_stream(self.name)
-        # A capture starts on a stream that is in order already, and no wait may cross its border.
-        if stream == self._followed or self.capturing():
-            return
-        if self._followed is not None:
-            stream.wait_stream(self._followed)
-        self._followed = stream
-
-
-class Emulated(Device):
-    """The fake CUDA runtime of the tests (emoe._C_emulated)."""
-
-    name = "emulated"
-
-    def stream(self) -> int:
-        return 0
-
-    def free_bytes(self) -> int:
-        return 1 << 30
-
-    def place(self, model: Any) -> None:
-        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-            raise ConfigError("device='emulated' takes a model on the CPU")
-
-    def call(
-        self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> EmulatedCall:
-        return EmulatedCall(self, layout, slab, hidden, index, weights)
-
-    def table(self, experts: int) -> EmulatedTable:
-        return EmulatedTable(self, experts)
-
-
-def check_layouts(device: Device, layers: Sequence[StoreLayer], layouts: Sequence[SlotLayout], kernels: str) -> None:
-    """UnsupportedModelError where a layer's experts cannot be computed on the device."""
-    if kernels != "native":
-        raise ConfigError(f"kernels='{kernels}' runs on the CPU only; device='{device.name}' takes kernels='native'")
-    for layer, where in zip(layers, layouts, strict=True):
-        reason = where.reason or device.refusal(device.module.MlpLayout(**(where.native or {})))
-        if reason:
-            raise UnsupportedModelError(f"the experts of {layer.path} cannot be computed on {device.name}: {reason}")
 
 
 def pinned_slots(pinned_memory: int | str | None, records: int, slot_bytes: int) -> int:

@@ -1,24 +1,23 @@
 """One layer's experts on a GPU: rounds over its slots, and misses that the CPU computes from pinned memory.
 
-What experts.py is to the CPU. Which misses stay on the CPU is decided by misses.py, bytes and order by csrc/cuda.
+What cpu.py is to the CPU. Which misses stay on the CPU is decided by misses.py, bytes and order by csrc/cuda.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from emoe.compute import misses, ops
-from emoe.compute.device import Device, DeviceQueue
+from emoe.compute.experts import Part
 from emoe.compute.misses import MissRates
-from emoe.slots.loader import Loader
 
 if TYPE_CHECKING:
+    from emoe.compute.device import DeviceQueue, Gpu
     from emoe.compute.slot_tables import Settled
 
 # [T, K, Ho] of float32 is made at most this large at once; more tokens go in parts.
@@ -27,69 +26,65 @@ PAIR_BYTES = 256 << 20
 CPU_PAIR_BYTES = 16 << 20
 
 
-class DeviceExperts:
-    """Args:
-    device, queue: from device.py.
-    layout: the arguments of the layer's `MlpLayout`.
-    slab: slots in the device's memory.
-    records: the queue's record of each expert.
-    miss: what happens to a routed expert that has no slot, one of `emoe.options.MISSES`.
-    rates: measured costs; None only where `miss` is not "auto".
+class OnDevice:
+    """Computes one layer on a GPU.
+
+    Args:
+        device: from device.py.
+        part: the layer.
+        miss: what happens to a routed expert that has no slot, one of `emoe.options.MISSES`.
+        rates: measured costs; None only where `miss` is not "auto".
+
+    Attributes:
+        on_cpu: experts computed by the CPU so far.
+        settled: forwards that asked the device for no value.
     """
 
     def __init__(
         self,
-        device: Device,
-        queue: DeviceQueue,
-        slab: Any,
-        layout: Mapping[str, Any],
-        records: Sequence[int],
+        device: Gpu,
+        part: Part,
         *,
         miss: str = "load",
         rates: MissRates | None = None,
         pair_bytes: int = PAIR_BYTES,
     ) -> None:
         self.name = device.name
-        self.on_cpu = 0  # experts computed by the CPU so far
-        self.settled = 0  # forwards that asked the device for no value
-        self._device, self._queue, self._slab = device, queue, slab
-        self._records = records
+        self.on_cpu = self.settled = 0
+        self._device, self._queue, self._slab = device, cast("DeviceQueue", part.queue), part.slab
+        self._layer, self._loader, self._tables = part.number, part.loader, part.tables
+        self._records = part.records
         self._miss, self._rates = miss, rates
         self._pair_bytes = pair_bytes
+        layout = part.layout.native or {}
         self._mlp = device.module.MlpLayout(**layout)
         self._cpu_mlp = ops.make_layout(layout) if miss != "load" else None
-        self._slot_of = np.full(len(records), -1, dtype=np.int32)
+        self._slot_of = np.full(len(part.records), -1, dtype=np.int32)
 
-    def forward(
-        self,
-        layer: int,
-        loader: Loader,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        wanted: list[int],
-    ) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `ExpertLayer.forward`; the result is enqueued on torch's current stream and the host does not wait for it.
 
         Args:
-            layer: number of the experts module.
-            loader: fills the slots.
             hidden, index, weights: [T, H], [T, K], [T, K].
-            wanted: the distinct experts of `index`.
         """
+        settled = None if self._tables is None else self._tables.take(self._layer, index)
+        if settled is not None:
+            return self._settled(hidden, index, weights, settled)
         T, K = index.shape
         part = max(1, self._pair_bytes // (4 * K * self._mlp.hidden_out))
         if part < T:
             parts = []
             for t in range(0, T, part):
-                ids = index[t : t + part]
-                mine = sorted({e for e in ids.flatten().tolist() if 0 <= e < len(self._records)})
-                parts.append(self.forward(layer, loader, hidden[t : t + part], ids, weights[t : t + part], mine))
+                parts.append(self._part(hidden[t : t + part], index[t : t + part], weights[t : t + part]))
             return torch.cat(parts)
-        load, on_cpu = self._decide(layer, loader, index, wanted)
+        return self._part(hidden, index, weights)
+
+    def _part(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As many rows as may go at once."""
+        load, on_cpu = self._decide(index)
         slot_of = self._slot_of
         with self._device.call(self._mlp, self._slab, hidden, index, weights) as call:
-            with closing(loader.rounds(layer, load)) as rounds:
+            with closing(self._loader.rounds(self._layer, load)) as rounds:
                 for group in rounds:
                     slot_of.fill(-1)
                     for expert, slot in group:
@@ -100,10 +95,10 @@ class DeviceExperts:
             result: torch.Tensor = call.combine(hidden.dtype)
             return result
 
-    def forward_settled(
+    def _settled(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, settled: Settled
     ) -> torch.Tensor:
-        """As `forward` where all picks are in the layer's slot table: no value is asked of the device.
+        """Where all picks are in the layer's slot table: no value is asked of the device.
 
         Args:
             hidden, index, weights: [T, H], [T, K], [T, K].
@@ -120,14 +115,14 @@ class DeviceExperts:
                 parts.append(call.combine(hidden.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decide(
-        self, layer: int, loader: Loader, index: torch.Tensor, wanted: list[int]
-    ) -> tuple[list[int], list[int]]:
+    def _decide(self, index: torch.Tensor) -> tuple[list[int], list[int]]:
         """Experts for the slots, and experts for the CPU."""
+        wanted = ops.routed(index, len(self._records))
+        layer, cache = self._layer, self._loader.cache
         T, K = index.shape
         if self._miss == "load" or 4 * T * K * self._mlp.hidden_out > CPU_PAIR_BYTES:
             return wanted, []
-        missing = [expert for expert in wanted if loader.cache.lookup(layer, expert) is None]
+        missing = [expert for expert in wanted if cache.lookup(layer, expert) is None]
         if not missing:
             return wanted, []
         counts = Counter(index.flatten().tolist())
@@ -135,7 +130,7 @@ class DeviceExperts:
             {expert: counts[expert] for expert in missing},
             self._rates,
             mode=self._miss,
-            free_slots=loader.cache.free(layer),
+            free_slots=cache.free(layer),
         )
         on_cpu = set(plan.cpu)
         return [expert for expert in wanted if expert not in on_cpu], sorted(on_cpu)

@@ -44,6 +44,11 @@ def make_layout(native_layout: Mapping[str, Any] | Any) -> Any:
     return module.MlpLayout(**native_layout)
 
 
+def routed(index: torch.Tensor, experts: int) -> list[int]:
+    """The distinct experts of [T, K] ids, ascending; ids outside [0, experts) are none."""
+    return sorted({e for e in index.flatten().tolist() if 0 <= e < experts})
+
+
 def gather_mlp(
     layout: Any,
     slab: Slots,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from emoe.model.layout import SlotLayout, itemsize
+from emoe.errors import CheckpointError
+from emoe.model.layout import SlotLayout
+from emoe.model.spec import itemsize, slot_offsets
 from emoe.store import ExpertStore, Piece
 
 
@@ -19,6 +21,9 @@ def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayo
 
     Returns:
         The `RecordTable`, and the record of each expert, [layer][expert].
+
+    Raises:
+        CheckpointError: a layer's experts are of other shapes or dtypes than its layout.
     """
     table = module.RecordTable()
     files: dict[str, int] = {}
@@ -35,6 +40,13 @@ def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayo
 
     records = []
     for layer, where in zip(store.layers, layouts, strict=True):
+        if slot_offsets(layer.params) != (where.offsets, where.nbytes):
+            found = ", ".join(f"{param.name} {param.dtype} {list(param.shape)}" for param in layer.params)
+            raise CheckpointError(
+                f"the experts of {layer.path} are {found}, not what the budget was planned for; dtype= says which "
+                "dtype to load",
+                tensor=layer.path,
+            )
         dtypes = {param.name: param.dtype for param in layer.params}
         records.append(
             [table.add_record([native_piece(piece, where, dtypes) for piece in pieces]) for pieces in layer.pieces]

@@ -5,15 +5,15 @@ docs/cuda.md ("Routing and the host") tells the story.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from emoe.errors import EmoeError
+from emoe.errors import ConfigError, EmoeError
 from emoe.slots.loader import Loader
 
 
@@ -50,6 +50,10 @@ class TableDevice(Protocol):
 
     def follow(self) -> None:
         """What the current stream gets from now on runs after what the streams before it got."""
+        ...
+
+    def reading(self, slab: Any, slots: npt.NDArray[np.int64]) -> AbstractContextManager[None]:
+        """In the block, work on the current stream reads these slots."""
         ...
 
 
@@ -113,7 +117,7 @@ class SlotTables:
         self._settled[layer] = None
         residents = self._cache.resident(layer)
         slots = [slot for expert in residents if (slot := self._cache.lookup(layer, expert)) is not None]
-        if len(slots) < top_k or not self._may_settle(layer):
+        if len(slots) < top_k or not self._may_settle(layer) or not self._tables:  # no tables: closed
             return None
         if self._device.capturing():
             raise EmoeError(
@@ -144,6 +148,40 @@ class SlotTables:
             return None
         self._routed[layer] = None
         return known if known is not None and routed[1] == self._cache.version(layer) else None
+
+    def settle(self, top_k: int) -> None:
+        """Fills free slots with the experts of the lowest ids and writes the tables.
+
+        Raises:
+            ConfigError: a layer has fewer slots than a token has experts.
+            ReadError: the bytes of an expert could not be read; the others are loaded.
+            ClosedError: the loader was closed.
+        """
+        for layer, table in enumerate(self._tables):
+            with self._lock:
+                experts = range(len(table.slot_of))
+                absent = [expert for expert in experts if self._cache.lookup(layer, expert) is None]
+                with closing(self._loader.rounds(layer, absent[: self._cache.free(layer)])) as rounds:
+                    for _ in rounds:
+                        pass
+                self._loader.finish_prefetch(layer)
+                slots = len(self._cache.slots(layer))
+                if self.settled(layer, top_k) is None and slots < top_k:
+                    raise ConfigError(
+                        f"layer {layer} has {slots} slots, fewer than the {top_k} experts of a token: each step needs "
+                        "the host"
+                    )
+
+    @contextmanager
+    def replaying(self, slab: Any, top_k: int) -> Iterator[None]:
+        """In the block, captured graphs are replayed; EmoeError where a layer is not settled."""
+        # Held throughout: a load that another thread began between the two calls would not wait for the replays.
+        with self._lock:
+            for layer in range(len(self._settled)):
+                if self.settled(layer, top_k) is None:
+                    raise EmoeError(f"layer {layer} is not settled; call settle() before replays")
+            with self._device.reading(slab, self.slots()):
+                yield
 
     def capturing(self) -> bool:
         """Whether the current stream captures a graph."""

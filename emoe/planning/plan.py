@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 PAGE = 4096
 # Bounce buffers of the transfer workers plus scratch of the kernels (docs/transfer.md, docs/kernels.md).
 STAGING_BYTES = 24 << 20
-# memory_budget="auto" leaves this much of what is free to everybody else.
+# memory_budget="auto" leaves this much of what is free to everybody else, on every device.
 AUTO_RESERVE_BYTES = 1 << 30
 AUTO_RESERVE_SHARE = 0.1
 
@@ -35,7 +36,10 @@ RECURRENT_HIT_RATE = ((0.0, 0.0), (0.2, 0.75), (0.3, 0.84), (0.4, 0.90), (0.5, 0
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is laid out in a budget. Bytes unless named otherwise."""
+    """How a model is laid out in a budget. Bytes unless named otherwise.
+
+    `layouts` says of each layer where an expert's parameters lie in a slot; it is not in `to_dict`.
+    """
 
     model: str
     dtype: str
@@ -55,6 +59,7 @@ class Plan:
     tokens_per_second: tuple[float, float] | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    layouts: tuple[layout.SlotLayout, ...] = field(default=(), repr=False)
 
     @property
     def model_bytes(self) -> int:
@@ -78,8 +83,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
+        values = asdict(replace(self, layouts=()))
+        del values["layouts"]
         return {
-            **asdict(self),
+            **values,
             "model_bytes": self.model_bytes,
             "slab_bytes": self.slab_bytes,
             "planned_bytes": self.planned_bytes,
@@ -93,6 +100,7 @@ def plan(
     memory_budget: int | str | float = Options.memory_budget,
     *,
     calibrate: bool = True,
+    free: Callable[[], int] = available_memory,
     **kwargs: Any,
 ) -> Plan:
     """Says what `from_pretrained` would do with this budget; loads no weights.
@@ -101,6 +109,7 @@ def plan(
         path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
         {options}
         calibrate: measure memory and disk rates for the forecast (about a second, then cached).
+        free: bytes that are free where the slots will be, for "auto"; the host's memory unless said otherwise.
         kwargs: what else `from_pretrained` takes, values of the config (num_hidden_layers=2) among it.
 
     Raises:
@@ -115,27 +124,34 @@ def plan(
             f"memory_budget='auto' with device={options.device!r} is what is free there when the model is loaded; "
             "a plan before that needs bytes or a share"
         )
-    return plan_checkpoint(path_or_id, options, calibrate=calibrate, **rest)
+    return plan_checkpoint(path_or_id, options, calibrate=calibrate, free=free, **rest)
 
 
-def plan_checkpoint(path_or_id: str | Path, options: Options, *, calibrate: bool, **kwargs: Any) -> Plan:
+def plan_checkpoint(
+    path_or_id: str | Path,
+    options: Options,
+    *,
+    calibrate: bool,
+    free: Callable[[], int] = available_memory,
+    **kwargs: Any,
+) -> Plan:
     """`plan` with options that are checked; kwargs as `emoe.model.config.read_config` takes them."""
     model = meta_model(path_or_id, dtype=options.dtype, **kwargs)
     folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
     rates = bandwidth.measure(folder) if calibrate else None
-    return _plan(model, str(path_or_id), options, rates)
+    return _plan(model, str(path_or_id), options, rates, free)
 
 
-def plan_for_model(model: Any, options: Options) -> Plan:
+def plan_for_model(model: Any, options: Options, *, free: Callable[[], int] = available_memory) -> Plan:
     """The plan for a model that is in memory already (`emoe.wrap`)."""
-    return _plan(model, type(model).__name__, options, None)
+    return _plan(model, type(model).__name__, options, None, free)
 
 
-def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None) -> Plan:
+def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None, free: Callable[[], int]) -> Plan:
     budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
     specs = [structure.param_specs(module) for _, module in found]
-    layouts = [layout.describe(module, params) for (_, module), params in zip(found, specs, strict=True)]
+    layouts = tuple(layout.describe(module, params) for (_, module), params in zip(found, specs, strict=True))
     slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
     experts = tuple(structure.num_experts(module) for _, module in found)
     bytes_of = [_param_bytes(params) for params in specs]
@@ -145,7 +161,7 @@ def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None
     fixed = non_expert + STAGING_BYTES + kv
     smallest = fixed + len(experts) * slot_bytes
     notes = [kv_note] if kv_note else []
-    slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes)
+    slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free)
     top_k = structure.top_k(model)
     warnings = []
     if min(slots) < top_k:
@@ -173,6 +189,7 @@ def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None
         tokens_per_second=_forecast(rates, non_expert, max(bytes_of), slots, experts, top_k) if rates else None,
         notes=tuple(notes + ([rates.note] if rates else [])),
         warnings=tuple(warnings),
+        layouts=layouts,
     )
 
 
@@ -184,15 +201,16 @@ def _slots(
     smallest: int,
     name: str,
     notes: list[str],
+    free: Callable[[], int],
 ) -> tuple[int, ...]:
     if budget.kind == "fraction":
         return tuple(max(1, math.floor(budget.share * count)) for count in experts)
     if budget.kind == "auto":
-        free = available_memory()
-        reserve = max(AUTO_RESERVE_BYTES, int(AUTO_RESERVE_SHARE * free))
-        nbytes = max(0, free - reserve)
+        there = free()
+        reserve = max(AUTO_RESERVE_BYTES, int(AUTO_RESERVE_SHARE * there))
+        nbytes = max(0, there - reserve)
         notes.append(
-            f"auto took {format_bytes(nbytes)}: {format_bytes(free)} are free, {format_bytes(reserve)} stay reserved"
+            f"auto took {format_bytes(nbytes)}: {format_bytes(there)} are free, {format_bytes(reserve)} stay reserved"
         )
         logger.info("emoe: memory_budget=%s", notes[-1])
     else:

@@ -30,6 +30,8 @@ __all__ = [
     "guard_saving",
     "load_without_experts",
     "pack_last_rows",
+    "put_experts",
+    "read_experts",
 ]
 
 
@@ -140,10 +142,20 @@ def attach_experts(model: nn.Module, store: ExpertStore) -> None:
     Raises:
         ReadError: an expert cannot be read; the model is unchanged.
     """
+    put_experts(read_experts(model, store))
+
+
+def read_experts(model: nn.Module, store: ExpertStore) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Every expert as parameters on the CPU, with the module and the name each belongs to."""
     read: list[tuple[nn.Module, str, nn.Parameter]] = []
     for number, layer in enumerate(store.layers):
         module = model.get_submodule(layer.path)
         read.extend((module, name, nn.Parameter(value)) for name, value in read_layer(store, number).items())
+    return read
+
+
+def put_experts(read: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    """Puts what `read_experts` gave where it belongs."""
     for module, name, parameter in read:
         module._parameters[name] = parameter
 

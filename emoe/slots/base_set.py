@@ -274,7 +274,7 @@ class BaseSet:
         # Both are never changed after they were made, so no copy: the counting waits for the end of the request.
         self._forwards[-1][layer] = (index, self._residency.mask(layer))
 
-    def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor) -> None:
+    def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         if layer not in self._observed:
             self.picked(layer, index)
         if self._next_layer is not None:

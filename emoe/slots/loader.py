@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 from emoe.errors import CacheFullError, ClosedError, ConfigError, QueueFullError, TransferError
 from emoe.slots.cache import Admission, CacheManager
+from emoe.slots.watched import WatchedQueue, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +211,16 @@ class Loader:
     def prefetching(self, layer: int) -> bool:
         """Whether a prefetch of the layer is under way, or done and not noted in the cache."""
         return bool(self._prefetching[layer])
+
+    @contextmanager
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Tells `watcher` of every transfer that is asked for in the block; transfers go as they do without."""
+        expert_of = {record: (layer, e) for layer, each in enumerate(self._records) for e, record in enumerate(each)}
+        before, self._queue = self._queue, WatchedQueue(self._queue, expert_of, watcher)
+        try:
+            yield
+        finally:
+            self._queue = before
 
     def snapshot(self) -> dict[str, Any]:
         """Counters since the start (docs/cache.md), summed, and per layer in the list `layers`."""

@@ -23,7 +23,8 @@ import torch
 
 from emoe import native
 from emoe.compute import ops
-from emoe.compute.device import Device, open_device
+from emoe.compute.choose import open_device
+from emoe.compute.device import Device
 from emoe.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -126,7 +126,7 @@ def test_a_long_prefill_without_pair_buffer_stays_close(name, checkpoint, monkey
         expected = reference(ids).logits
     model = emoe.from_pretrained(path, memory_budget=0.5, dtype=torch.float32)
     for layer in model.emoe.layers:
-        layer.pair_bytes = 0
+        layer.compute.pair_bytes = 0
     with torch.no_grad():
         logits = model(ids).logits
     model.emoe.close(restore=False)

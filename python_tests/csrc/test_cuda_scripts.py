@@ -17,7 +17,7 @@ import cuda_matrix  # noqa: E402
 import cuda_mutants  # noqa: E402
 import transfer_cuda  # noqa: E402
 
-from emoe.compute.device import open_device  # noqa: E402
+from emoe.compute.choose import open_device  # noqa: E402
 
 PTXAS = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN4emoe4cuda11sort_kernelENS0_7SortingE' for 'sm_80'

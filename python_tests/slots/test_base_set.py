@@ -13,6 +13,7 @@ from fake_queue import FakeQueue
 
 import emoe
 from emoe import errors
+from emoe.compute.experts import Recording
 from emoe.errors import ConfigError
 from emoe.options import Options
 from emoe.predictor import UNKNOWN_TASK
@@ -436,12 +437,11 @@ def _picks(model, ids):
     recorder = TraceRecorder(
         len(model.emoe.layers), model.emoe.plan.top_k, model.emoe.layers[0].num_experts, path="unused"
     )
-    for layer in model.emoe.layers:
-        layer.recorder = recorder
+    recording = Recording(recorder)
+    model.emoe._observers.insert(0, recording)
     with torch.no_grad():
         model(ids)
-    for layer in model.emoe.layers:
-        layer.recorder = None
+    model.emoe._observers.remove(recording)
     return recorder.trace().experts
 
 

@@ -490,3 +490,22 @@ def test_leaving_early_with_the_native_queue_leaves_nothing_loading(native_loade
     loader.close()  # the prefetch may still have been running
     assert set(_states(loader)) <= {"ready", "free"}
     loader.cache.check_integrity()
+
+
+def test_a_watcher_is_told_of_every_transfer_by_layer_and_expert_and_no_longer_than_asked():
+    told = []
+
+    class Watcher:
+        def __getattr__(self, name):
+            return lambda ticket, *more: told.append((name, *more))
+
+    loader, own = _loader((3, 3))
+    with loader.watch(Watcher()):
+        loader.prefetch(1, [2])
+        loader.cancel_prefetch(1)
+        assert _run(loader, 0, [1]) == [[1]]
+    assert told[:2] == [("submitted", 1, 2, True), ("cancelled",)]
+    assert ("submitted", 0, 1, False) in told and told[-1] == ("ended",)
+    count = len(told)
+    loader.prefetch(1, [0])
+    assert len(told) == count and loader._queue is own

@@ -1,0 +1,91 @@
+"""The CPU as a device, and the native kernels on its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
+from typing import Any
+
+import numpy as np
+import torch
+
+from emoe import native
+from emoe.compute import ops
+from emoe.compute.device import Device
+from emoe.compute.experts import Compute, Part
+from emoe.compute.stock import Stock
+from emoe.memory import available_memory
+from emoe.model.layout import SlotLayout
+from emoe.slots.loader import Loader
+from emoe.store import StoreLayer
+
+# Above this many bytes of fp32 pair outputs a prefill adds expert outputs as they come, in one [T, H] buffer: the order
+# of the additions then follows residency and the result is close, not bit-identical, between budgets.
+PAIR_BYTES = 32 << 20
+
+
+class CpuDevice(Device):
+    """Slots in the host's memory, experts computed by its cores."""
+
+    name = "cpu"
+    tensors = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.module = native.load()
+
+    def free_bytes(self) -> int:
+        return available_memory()
+
+    def place(self, model: Any) -> None:
+        """A model is on the CPU when it comes."""
+
+    def check(self, layers: Sequence[StoreLayer], layouts: Sequence[SlotLayout], kernels: str) -> None:
+        """What the native kernels do not compute runs Transformers' own code."""
+
+    def check_pinned(self, pinned_memory: int | str | None, records: int, slot_bytes: int) -> None:
+        """Nothing is pinned."""
+
+    def slab(self, slots: int, slot_bytes: int) -> Any:
+        return self.module.Slab(slots, slot_bytes)
+
+    def queue(self, slab: Any, table: Any, reader: Any, *, records: int, pinned_memory: int | str | None) -> Any:
+        return self.module.TransferQueue(slab, table, reader)
+
+    def tables(self, loader: Loader, experts_per_layer: Sequence[int], lock: AbstractContextManager[Any]) -> None:
+        return None
+
+    def computes(self, parts: Sequence[Part], *, kernels: str, miss: str) -> list[Compute]:
+        wanted = kernels == "native"
+        return [Native(part) if wanted and part.layout.native is not None else Stock(part) for part in parts]
+
+    def counts(self, transfer: dict[str, Any], computes: Sequence[Any]) -> dict[str, Any]:
+        return {"bytes_read": transfer["demand_bytes"] + transfer["prefetch_bytes"]}
+
+
+class Native:
+    """Computes one layer with the native kernels."""
+
+    name = "native"
+
+    def __init__(self, part: Part) -> None:
+        self._layer, self._experts, self._loader, self._slab = part.number, len(part.records), part.loader, part.slab
+        self._mlp = ops.make_layout(part.layout.native or {})
+        self._slot_of = np.full(self._experts, -1, dtype=np.int32)
+        self.pair_bytes = PAIR_BYTES
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        T, K = index.shape
+        H = hidden.shape[1]
+        pairs = self.pair_bytes >= T * K * H * 4
+        out = torch.zeros((T, K, H) if pairs else (T, H), dtype=torch.float32)
+        hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
+        slot_of = self._slot_of
+        with closing(self._loader.rounds(self._layer, ops.routed(index, self._experts))) as rounds:
+            for group in rounds:
+                slot_of.fill(-1)
+                for expert, slot in group:
+                    slot_of[expert] = slot
+                ops.gather_mlp(
+                    self._mlp, self._slab, slot_of, hidden, index, weights, out, "pairs" if pairs else "accumulate"
+                )
+        return ops.combine(out, hidden.dtype) if pairs else out.to(hidden.dtype)

@@ -1,0 +1,129 @@
+"""Transformers' own loop over experts with the weights taken from slots: slower, and bit-equal to Transformers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from emoe.compute import ops
+from emoe.compute.experts import Part
+from emoe.errors import ConfigError
+from emoe.model.layout import SlotLayout
+from emoe.model.spec import ParamSpec
+from emoe.slots.loader import Loader
+
+
+class Stock:
+    """Computes one layer with the loop of its family."""
+
+    name = "stock"
+
+    def __init__(self, part: Part) -> None:
+        self._layer, self._experts, self._loader = part.number, len(part.records), part.loader
+        self._module = part.module
+        self._dtypes = {getattr(torch, param.dtype) for param in part.params}
+        self._pool = _SlotPool(part.slab, part.layout, part.params)
+        self._eager: Callable[..., torch.Tensor] = type(part.module).forward.__wrapped__  # type: ignore[attr-defined]
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        wanted = ops.routed(index, self._experts)
+        if not wanted:
+            return torch.zeros_like(hidden)
+        outside = (index < 0) | (index >= self._experts)
+        if outside.any():  # the loops of families refuse them
+            index, weights = index.masked_fill(outside, wanted[0]), weights.masked_fill(outside, 0)
+        try:
+            return self._loop(wanted, hidden, index, weights)
+        except RuntimeError as error:
+            dtypes = {hidden.dtype, weights.dtype} - self._dtypes
+            if dtypes and not torch.is_autocast_enabled(hidden.device.type):
+                given, own = (", ".join(sorted(map(str, each))) for each in (dtypes, self._dtypes))
+                raise ConfigError(
+                    f"Transformers' own loop of {type(self._module).__name__} takes no {given} beside experts of "
+                    f"{own}: {error}"
+                ) from error
+            raise
+
+    def _loop(
+        self, wanted: list[int], hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        if len(wanted) <= self._loader.capacity(self._layer):
+            with closing(self._loader.rounds(self._layer, wanted, together=True)) as rounds:
+                slot_of = dict(next(rounds, []))  # held until the generator is closed
+                return self._eager(self._view(slot_of.__getitem__), hidden, index, weights)
+        # The family's own loop goes through the experts one by one, in ascending order, whatever the slots.
+        with closing(_OneAtATime(self._loader, self._layer)) as held:
+            return self._eager(self._view(held.slot_of), hidden, index, weights)
+
+    def _view(self, slot_of: Callable[[int], int]) -> _ModuleView:
+        return _ModuleView(self._module, self._pool, slot_of)
+
+
+class _SlotPool:
+    """The slab seen as torch tensors: `tensor(slot, name)` is the parameter of the expert in that slot."""
+
+    def __init__(self, slab: Any, layout: SlotLayout, params: Sequence[ParamSpec]) -> None:
+        buffer = (ctypes.c_char * (slab.slots * slab.slot_bytes)).from_address(slab.address)
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._slab = slab  # keeps the memory alive
+        self._params = {
+            param.name: (layout.offsets[param.name], param.shape, getattr(torch, param.dtype)) for param in params
+        }
+
+    def tensor(self, slot: int, name: str) -> torch.Tensor:
+        offset, shape, dtype = self._params[name]
+        start = slot * self._slab.slot_bytes + offset
+        count = int(np.prod(shape)) * dtype.itemsize
+        return self._bytes[start : start + count].view(dtype).view(shape)
+
+    def names(self) -> list[str]:
+        return list(self._params)
+
+
+class _SlotParameter:
+    """Stands where the [E, ...] weight stands in Transformers' eager loop; indexing gives one expert's slot."""
+
+    def __init__(self, pool: _SlotPool, name: str, slot_of: Callable[[int], int]) -> None:
+        self._pool, self._name, self._slot_of = pool, name, slot_of
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        return self._pool.tensor(self._slot_of(int(expert)), self._name)
+
+
+class _ModuleView:
+    """The experts module with its weights taken from slots; everything else is the module's own."""
+
+    def __init__(self, module: nn.Module, pool: _SlotPool, slot_of: Callable[[int], int]) -> None:
+        self.__dict__.update({name: _SlotParameter(pool, name, slot_of) for name in pool.names()})
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _OneAtATime:
+    """Slots for an eager loop over more experts than there are slots: holds the expert that the loop is at."""
+
+    def __init__(self, loader: Loader, layer: int) -> None:
+        self._loader, self._layer = loader, layer
+        self._expert, self._slot = -1, -1
+        self._held: Generator[Any, None, None] | None = None
+
+    def slot_of(self, expert: int) -> int:
+        if expert != self._expert:
+            self.close()
+            self._held = self._loader.rounds(self._layer, [expert])
+            ((_, self._slot),) = next(self._held)
+            self._expert = expert
+        return self._slot
+
+    def close(self) -> None:
+        self._expert = -1
+        if self._held is not None:
+            self._held.close()
