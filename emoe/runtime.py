@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -24,11 +24,11 @@ from emoe.errors import BudgetError, ClosedError, ConfigError
 from emoe.memory import available_memory, format_bytes
 from emoe.options import Options
 from emoe.planning.plan import Plan
-from emoe.requests import RequestStart
-from emoe.routing import Request, Routing, routing_of
+from emoe.requests import Request, RequestObserver, Requests
+from emoe.routing import Routing, routing_of
 from emoe.seam.attached import Attached
 from emoe.sensitivity.online import SHARE, OnlineSensitivity
-from emoe.sensitivity.serving import RequestProbes, probing
+from emoe.sensitivity.serving import RequestProbes
 from emoe.slots.base_set import BaseSet
 from emoe.slots.cache import CacheManager
 from emoe.slots.loader import Loader
@@ -68,8 +68,10 @@ class Runtime:
         self._model, self._device = model, device
         self._lock = RLock()
         self._closed = False
-        self._named = 0  # blocks of `request` that are open
-        self._starts = RequestStart()
+        # Told of every request in this order, and of its end in the other: the base set, which has its experts brought,
+        # traces that are being recorded, the probe, routing with its statistics.
+        self._told: list[RequestObserver] = []
+        self.requests = Requests(self._told, self._lock)
         self._probes: RequestProbes | None = None
         device.check(store.layers, plan.layouts, options.kernels)
         device.place(model)
@@ -77,7 +79,7 @@ class Runtime:
         self.cache = CacheManager(plan.slots_per_layer, policy=options.policy)
         residency = CacheResidency(self.cache, experts_per_layer, self._lock)
         routing = routing_of(options)
-        self.routing = Routing(model, residency, routing)
+        self.routing = Routing(model, residency, routing, self.requests)
         predicting = opened(options, len(experts_per_layer), max(experts_per_layer), model)
         self._slab = device.slab(sum(plan.slots_per_layer), max(each.nbytes for each in plan.layouts))
         self._table, records = register_records(device.module, store, plan.layouts)
@@ -102,7 +104,9 @@ class Runtime:
             loads_misses=not hostless,
             waits=routing.mode == "resident",
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
+            requests=self.requests,
         )
+        self._told += [self.base, self.routing]
         # Told of every forward of a layer in this order: traces that are being recorded, then the base set.
         self._observers: list[experts.Observer] = [self.base] if self.base.watches else []
         modules = dict(model.named_modules())
@@ -132,12 +136,7 @@ class Runtime:
         self.routing.start()
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Outside `request`, a forward may begin one; one that goes on with what ran in `request` does as well."""
-        if self._named or self._closed or self.base.is_paused:
-            return
-        with self._lock:
-            if self._starts(args, kwargs) or not self.base.running:
-                self.base.begin()
+        self.requests.forward(args, kwargs)
 
     def _log_start(self, kernels: str) -> None:
         logger.info(
@@ -173,8 +172,7 @@ class Runtime:
             that asked the device for no value; what they used is not in hits).
         """
         with self._lock:
-            if self._closed:
-                raise ClosedError("the runtime is closed")
+            self._require_open()
             counters, transfer = self.loader.snapshot(), self._queue.stats()
             layers = counters.pop("layers")
             hits, misses = counters["hits"], counters["misses"]
@@ -223,15 +221,16 @@ class Runtime:
             ConfigError: a share out of its range.
             UnsupportedModelError: a router whose rule is not known.
         """
-        if self._closed:
-            raise ClosedError("the runtime is closed")
-        probes = RequestProbes(self._model, self._lock, share)
-        if self._probes is not None:
-            self._probes.close()
-        self._probes = probes
+        with self._lock:
+            self._require_open()
+            probes = RequestProbes(self._model, self.requests, share)
+            if self._probes is not None:
+                self._probes.close()
+                self._told.remove(self._probes)
+            self._told.insert(-1, probes)
+            self._probes = probes
         return probes.online
 
-    @contextmanager
     def request(
         self,
         task: str | None = None,
@@ -239,7 +238,7 @@ class Runtime:
         *,
         tokens: int | None = None,
         others: Sequence[tuple[str | None, float]] = (),
-    ) -> Iterator[Request]:
+    ) -> AbstractContextManager[Request]:
         """What runs in the block is one request: its task's bias, its own `max_substituted_mass`, its own counts.
 
         The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
@@ -260,23 +259,7 @@ class Runtime:
         for count in (tokens, *(each for _, each in others)):
             if count is not None and not count >= 1:
                 raise ConfigError(f"tokens={count} of a request is not a number of at least 1")
-        with self._lock:
-            self._named += 1
-            if self._named == 1:
-                try:
-                    self.base.begin(task, tokens, others)
-                except BaseException:
-                    self._named -= 1
-                    raise
-        try:
-            probes = self._probes if self._named == 1 else None  # a request within one is part of it
-            with probing(probes, task), self.routing.request(task, name) as request:
-                yield request
-        finally:
-            with self._lock:
-                self._named -= 1
-                if not self._named:
-                    self.base.end()
+        return self.requests.request(Request(task, name, tokens=tokens, others=others))
 
     def settle(self) -> None:
         """Fills free slots and writes the slot tables: until experts in memory change, steps do not need the host.
@@ -306,8 +289,7 @@ class Runtime:
             yield
 
     def _settling(self) -> SlotTables:
-        if self._closed:
-            raise ClosedError("the runtime is closed")
+        self._require_open()
         if self._tables is None:
             contract = "" if self.routing.options.bound is None else " with max_substituted_mass"
             raise ConfigError(
@@ -335,11 +317,13 @@ class Runtime:
         recording = experts.Recording(recorder)
         with self._lock:
             self._observers.insert(0, recording)
+            self._told.insert(1, recording)
         try:
             yield recorder
         finally:
             with self._lock:
                 self._observers.remove(recording)
+                self._told.remove(recording)
         recorder.save()
 
     def close(self, *, restore: bool | None = None) -> None:
@@ -389,14 +373,17 @@ class Runtime:
                 logger.warning("emoe: closed without restoring; the model has no experts and refuses to run")
             self.store.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the runtime is closed")
+
     @property
     def closed(self) -> bool:
         return self._closed
 
     def check_integrity(self) -> None:
         """Raises CacheError unless free + loading + ready + held == slots and the maps agree."""
-        if self._closed:
-            raise ClosedError("the runtime is closed")
+        self._require_open()
         self.cache.check_integrity()
 
     def __enter__(self) -> Runtime:

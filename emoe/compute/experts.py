@@ -17,6 +17,7 @@ from torch import nn
 from emoe.errors import ClosedError, ConfigError, EmoeError, UnsupportedModelError
 from emoe.model.layout import SlotLayout
 from emoe.model.spec import ParamSpec
+from emoe.requests import Kind, Request
 from emoe.slots.loader import Loader
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Observer(Protocol):
 
 
 class Recording:
-    """Hands what layers compute to a trace."""
+    """Hands what layers compute to a trace, under the task of the request that begins."""
 
     def __init__(self, recorder: TraceRecorder) -> None:
         self._recorder = recorder
@@ -86,6 +87,13 @@ class Recording:
 
     def after(self, layer: int) -> None:
         """A trace holds what was routed."""
+
+    def begin(self, request: Request, first: bool) -> None:
+        if request.kind is Kind.ASKED and request.task is not None:
+            self._recorder.mark(task=request.task)
+
+    def end(self, request: Request, last: bool) -> None:
+        """A mark stays until the next."""
 
 
 class ExpertLayer:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from emoe.requests import Request, Tally
 from emoe.routing.rules import Rule
 from emoe.routing.select import DECISIVE, Choice, gaps
-from emoe.routing.tally import Request, Tally
 
 WINDOW = 256  # rows between two changes of a task's bias
 RISE = 1.1

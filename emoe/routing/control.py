@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import Lock, get_ident
+from contextlib import AbstractContextManager, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from emoe.errors import ConfigError, UnsupportedModelError
 from emoe.options import Bias
+from emoe.requests import Kind, Request, Requests, Span, Tally
 from emoe.routing.contract import Contract
 from emoe.routing.host import exchange
 from emoe.routing.options import RoutingOptions, parse_options
@@ -24,8 +25,7 @@ from emoe.routing.recognise import Site, find_routers
 from emoe.routing.resident import Residency
 from emoe.routing.rules import Rule
 from emoe.routing.select import Choice, choose, to_fill
-from emoe.routing.settled import SettledRouting, Span, Tables
-from emoe.routing.tally import OpenRequests, Request, Tally
+from emoe.routing.settled import SettledRouting, Tables
 
 KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
 _COUNTING = Lock()  # forwards may run in several threads; no mode's own, as modes are copied with their routers
@@ -38,20 +38,24 @@ class Routing:
         model: a Transformers model whose experts go through the experts interface.
         residency: which experts are in memory; not asked in mode `exact`.
         options: the mode.
+        requests: whose each forward is; it tells this object of them. None: nobody's, but for `request` and `rows`.
 
     Raises:
         UnsupportedModelError: a router's rule is not known (modes other than `exact`); names family and module.
     """
 
-    def __init__(self, model: nn.Module, residency: Residency | None, options: RoutingOptions) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        residency: Residency | None,
+        options: RoutingOptions,
+        requests: Requests | None = None,
+    ) -> None:
         self.options = options
         self.sites: list[Site] = []
         self._layers: list[Tally] = []
         self._tasks: dict[str | None, Tally] = {}
-        self._requests = OpenRequests(Request())  # that one counts what runs in no request
-        self._only: int | None = None  # the only thread whose forwards are changed
-        self._aside: int | None = None  # a thread whose forwards are not
-        self._rows: list[tuple[Request, int]] | None = None
+        self._requests = Requests([self]) if requests is None else requests
         self._finished: deque[Request] = deque(maxlen=KEPT_REQUESTS)
         self._contract = None if options.bound is None else Contract(options.bound, adapt=options.mode == "biased")
         self._handles: list[RemovableHandle] = []
@@ -74,13 +78,8 @@ class Routing:
         self._settled = SettledRouting(tables, len(self.sites), self._take)
         self._settled.current([self._requests.current], batch=False)
 
-    def start(self, *, only: int | None = None) -> None:
-        """Puts the hooks on the routers.
-
-        Args:
-            only: the thread (`threading.get_ident`) whose forwards are changed; None for all.
-        """
-        self._only = only
+    def start(self) -> None:
+        """Puts the hooks on the routers."""
         for site in self.sites:
             if site.rule is not None:
                 self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
@@ -91,19 +90,10 @@ class Routing:
             handle.remove()
         self._handles.clear()
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """In the block, forwards of this thread keep the router's picks, and are not counted."""
-        self._aside = get_ident()
-        try:
-            yield
-        finally:
-            self._aside = None
-
+    @property
     def concerned(self) -> bool:
         """Whether forwards of this thread are changed and counted."""
-        here = get_ident()
-        return here != self._aside and self._only in (None, here)
+        return self._requests.routed
 
     def __enter__(self) -> Routing:
         return self
@@ -113,36 +103,28 @@ class Routing:
 
     # Who a token belongs to
 
-    @contextmanager
-    def request(self, task: str | None = None, name: str | None = None) -> Iterator[Request]:
+    def request(self, task: str | None = None, name: str | None = None) -> AbstractContextManager[Request]:
         """What runs in the block belongs to one request of this task: its bias, its contract, its counts.
 
         That is what its own thread runs, and threads without a request of their own while it was opened last.
         """
-        request = Request(task, name)
-        self._requests.begin(request)
-        self._tell_settled()
-        try:
-            yield request
-        finally:
-            self._requests.end(request)
-            self._tell_settled()
-            self._finished.append(request)
-
-    def _tell_settled(self) -> None:
-        if self._settled is not None:
-            self._settled.current([self._requests.current], batch=False)
+        return self._requests.request(Request(task, name))
 
     @contextmanager
     def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
-        before, self._rows = self._rows, list(requests)
         if self._settled is not None:
             self._settled.current([request for request, _ in requests], batch=True)
-        try:
+        with self._requests.rows(requests):
             yield
-        finally:
-            self._rows = before
+
+    def begin(self, request: Request, first: bool) -> None:
+        self._tell_settled()
+
+    def end(self, request: Request, last: bool) -> None:
+        self._tell_settled()
+        if request.kind is not Kind.IMPLIED:
+            self._finished.append(request)
 
     def finish(self, request: Request) -> None:
         """A request made by hand for `rows` is over: `stats()` lists it from now on."""
@@ -150,16 +132,9 @@ class Routing:
             self._settled.read(request)
         self._finished.append(request)
 
-    def _spans(self, rows: int) -> list[Span]:
-        if self._rows is None:
-            return [(self._requests.current, slice(0, rows))]
-        spans, start = [], 0
-        for request, count in self._rows:
-            spans.append((request, slice(start, start + count)))
-            start += count
-        if start != rows:
-            raise ConfigError(f"rows of {start} tokens were announced to routing, {rows} arrived")
-        return spans
+    def _tell_settled(self) -> None:
+        if self._settled is not None:
+            self._settled.current([self._requests.current], batch=False)
 
     # The hook
 
@@ -181,8 +156,8 @@ class Routing:
             routed = self._settled.route(site, rule, logits, weights, index)
             if routed is not None:
                 choice, weights, index = routed
-                spans = self._spans(len(index))
-                self._settled.count(site.layer, choice, spans, batch=self._rows is not None)
+                spans = self._requests.spans(len(index))
+                self._settled.count(site.layer, choice, spans, batch=self._requests.batched)
                 return weights, index
         resident = self._residency.mask(site.layer)
         if len(index) == 1 and index.device.type == "cpu":
@@ -205,7 +180,7 @@ class Routing:
         absent = present.count(False)
         if absent and self._residency.room(site.layer):
             return self._route_many(site, rule, logits, weights, index, resident, torch.from_numpy(picks))
-        request = self._requests.current if self._rows is None else next(r for r, span in self._spans(1) if span.stop)
+        request = next(each for each, span in self._requests.spans(1) if span.stop)
         bias = self._bias_of(request.task) if absent else 0.0
         if bias == 0.0:
             self._add(site, request, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
@@ -233,7 +208,7 @@ class Routing:
         resident: torch.Tensor,
         present: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        spans = self._spans(len(index))
+        spans = self._requests.spans(len(index))
         if present.all():
             self._count_untouched(site, spans, present, all_present=True)
             return None
@@ -408,7 +383,7 @@ class _Hook:
         self._rule = rule
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self._routing.concerned():
+        if not self._routing.concerned:
             return None
         try:
             logits, weights, index = output

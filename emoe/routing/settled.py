@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from emoe.errors import EmoeError
+from emoe.requests import Request, Span
 from emoe.routing.recognise import Site
 from emoe.routing.rules import Rule
 from emoe.routing.select import Choice, choose_resident
-from emoe.routing.tally import Request
 
-Span = tuple[Request, slice]
 # Told request, layer, rows, picks, absent, substituted, mass.
 Take = Callable[[Request, int, int, int, int, int, float], None]
 COUNTS = 5  # rows, picks, absent, substituted, mass

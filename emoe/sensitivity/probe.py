@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from emoe.errors import ConfigError
 from emoe.model.structure import find_experts, num_experts
-from emoe.routing import Request, Routing, parse_options, random_residency
+from emoe.requests import Kind, Request, Requests
+from emoe.routing import Routing, parse_options, random_residency
 from emoe.sensitivity.progressive import next_token_probabilities
 
 SHARE = 0.5  # of the experts resident, where a residency is drawn
@@ -71,7 +71,8 @@ class Prober:
         self._drawn: _Drawn | None = None
         if self._own is None:
             self._drawn = _Drawn([num_experts(module) for _, module in find_experts(model)])
-            self._routing = Routing(model, self._drawn, parse_options("resident"))
+            # Other threads' answers are for users.
+            self._routing = Routing(model, self._drawn, parse_options("resident"), Requests([], everybodys=False))
         else:
             self._routing = self._own
 
@@ -107,12 +108,12 @@ class Prober:
 
     def _unseen(self) -> AbstractContextManager[Any]:
         """A runtime's predictor is to learn nothing from picks that were drawn, nor count a probe as a request."""
-        return nullcontext() if self._runtime is None else cast(Any, self._runtime).base.paused()
+        return self._of_kind(Kind.PROBE)
 
     @contextmanager
     def _substituting(self, task: str | None) -> Iterator[Request]:
         if self._own is None:
-            self._routing.start(only=get_ident())  # other threads' answers are for users
+            self._routing.start()
         try:
             with self._routing.request(task, "probe") as request:
                 yield request
@@ -121,7 +122,10 @@ class Prober:
                 self._routing.close()
 
     def _exact(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._own is None else self._own.aside()
+        return self._of_kind(Kind.EXACT)
+
+    def _of_kind(self, kind: Kind) -> AbstractContextManager[Any]:
+        return nullcontext() if self._runtime is None else cast(Any, self._runtime).requests.of_kind(kind)
 
 
 class _Drawn:

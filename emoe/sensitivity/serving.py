@@ -6,15 +6,14 @@ Looks on through a hook on the model. What a request is and when it ends is told
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from emoe.errors import EmoeError
-from emoe.requests import RequestStart, cached_tokens
+from emoe.requests import Kind, Request, Requests, RequestStart, cached_tokens
 from emoe.sensitivity.online import OnlineSensitivity
 from emoe.sensitivity.probe import ANSWER_TOKENS, Prober
 
@@ -26,7 +25,7 @@ class RequestProbes:
 
     Args:
         model: as `Prober` takes it.
-        lock: held while a probe runs.
+        requests: tells of requests, and whose a forward is.
         share: of each task's requests, over 0 and up to 1.
 
     Attributes:
@@ -37,10 +36,10 @@ class RequestProbes:
         UnsupportedModelError: a router whose rule is not known.
     """
 
-    def __init__(self, model: nn.Module, lock: AbstractContextManager[Any], share: float) -> None:
+    def __init__(self, model: nn.Module, requests: Requests, share: float) -> None:
         self.online = OnlineSensitivity(share)
-        self._prober, self._lock = Prober(model), lock
-        self._text: _Text | None = None
+        self._prober, self._requests = Prober(model), requests
+        self._texts: dict[int, _Text] = {}  # by id(request)
         self._probes = self._unusable = self._failed = 0
         self._seconds = 0.0
         self._hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
@@ -49,34 +48,40 @@ class RequestProbes:
         """Removes the hook; the estimate stays."""
         self._hook.remove()
 
-    @contextmanager
-    def request(self, task: str | None) -> Iterator[None]:
-        """What runs in the block is one request; the last text in it may be probed when the block ends."""
-        self._text = _Text()
-        try:
-            yield
-            text = self._text
-        finally:
-            self._text = None
+    def begin(self, request: Request, first: bool) -> None:
+        # A request within one is part of it.
+        if request.kind is Kind.ASKED and request.within is None:
+            self._texts[id(request)] = _Text()
+
+    def end(self, request: Request, last: bool) -> None:
+        """The last text in the request may be probed."""
+        text = self._texts.pop(id(request), None)
+        if text is None or request.failed:
+            return
         found = text.found()
         if found is None:
             self._unusable += 1
-        elif self.online.due(task or ""):
+        elif self.online.due(request.task or ""):
             ids, prompt_tokens = found
             try:
-                with self._lock:
-                    seen = self._prober(ids[: prompt_tokens + ANSWER_TOKENS], task, prompt_tokens=prompt_tokens)
+                seen = self._prober(ids[: prompt_tokens + ANSWER_TOKENS], request.task, prompt_tokens=prompt_tokens)
             except EmoeError as error:  # the request itself is answered
                 self._failed += 1
                 logger.warning("emoe: a probe failed: %s", error)
                 return
             self._probes += 1
             self._seconds += seen.seconds
-            self.online.observe(task or "", seen.substituted_mass, seen.logit_change)
+            self.online.observe(request.task or "", seen.substituted_mass, seen.logit_change)
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._text is not None:
-            self._text.add(args, kwargs)
+        if self._requests.kind is not Kind.ASKED:
+            return
+        request = self._requests.current
+        while request.within is not None:
+            request = request.within
+        text = self._texts.get(id(request))
+        if text is not None:
+            text.add(args, kwargs)
 
     def stats(self) -> dict[str, Any]:
         """probes, their seconds, unusable (requests without one text and an answer), failed, the estimate by task."""
@@ -87,16 +92,6 @@ class RequestProbes:
             "failed": self._failed,
             "tasks": self.online.to_dict(),
         }
-
-
-@contextmanager
-def probing(probes: RequestProbes | None, task: str | None) -> Iterator[None]:
-    """`probes.request(task)` where there are probes."""
-    if probes is None:
-        yield
-        return
-    with probes.request(task):
-        yield
 
 
 class _Text:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from emoe.options import Options
 from emoe.predictor import UNKNOWN_TASK, ExpertPredictor
+from emoe.requests import Kind, Request, Requests
 from emoe.routing.resident import Residency
 from emoe.slots.load_score import Expected, load_score
 from emoe.slots.loader import Loader
@@ -47,6 +47,7 @@ class BaseSet:
         loads_misses: False in mode `resident` without a contract: nothing else loads, so the base set takes all slots.
         waits: True in mode `resident`: a request waits for its base set.
         observed: layers whose router picks come by `picked`; those of the others are what they compute with.
+        requests: tells of requests, and which forwards are users'.
 
     Raises:
         ConfigError: the predictor is for a model of another shape.
@@ -63,6 +64,7 @@ class BaseSet:
         loads_misses: bool,
         waits: bool,
         observed: Sequence[int] = (),
+        requests: Requests | None = None,
     ) -> None:
         self._loader, self._cache, self._residency = loader, loader.cache, residency
         self._experts = list(experts_per_layer)
@@ -85,7 +87,8 @@ class BaseSet:
         self._covered: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
         self.requests = self.refreshes = self.loads = 0
         self._task = UNKNOWN_TASK
-        self._running = self._paused = False
+        self._request: Request | None = None  # what the base set is for
+        self._requests = Requests([self]) if requests is None else requests
         self._clear()
         self._next_layer = (
             NextLayer(loader, self._experts, top_k, options.prefetch) if options.prefetch is not None else None
@@ -115,40 +118,24 @@ class BaseSet:
         """Whether forwards matter to it: there is a predictor, or prefetch for the next layer."""
         return self._options.predictor is not None or self._next_layer is not None
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether `paused` is at work."""
-        return self._paused
-
     # Requests
 
-    @property
-    def running(self) -> bool:
-        """Whether a request has begun and not ended."""
-        return self._running
-
-    def begin(
-        self, task: str | None = None, tokens: float | None = None, others: Sequence[tuple[str | None, float]] = ()
-    ) -> None:
-        """A request begins; one that runs ends first.
-
-        Args:
-            task: its name; unknown to the predictor counts as none.
-            tokens: input and expected output; None for the mean of its task so far, or of all.
-            others: task and tokens of requests that run beside it or come before the next choice.
-        """
-        self.end()
-        self._running = True
+    def begin(self, request: Request, first: bool = True) -> None:
+        """A request begins; the base set is for the first, and for what runs beside it or within."""
+        if not first:
+            return
+        self._finish()  # of one whose begin failed
+        self._request = request
         self.requests += 1
         predictor = self._options.predictor
-        self._task = self._number(task)
+        self._task = self._number(request.task)
         if predictor is None:
             return
         self._shadow.begin()
         means = self._mean_tokens
         typical = means.get(self._task) or (sum(means.values()) / len(means) if means else 1.0)
-        requests = [Expected(self._number(name), count) for name, count in others]
-        requests.append(Expected(self._task, typical if tokens is None else tokens))
+        requests = [Expected(self._number(name), count) for name, count in request.others]
+        requests.append(Expected(self._task, typical if request.tokens is None else request.tokens))
         if not self._switch.off:
             self._predict(predictor, requests)
         elif not self._loads_misses:
@@ -179,11 +166,15 @@ class BaseSet:
         # Also where it stays: a prompt may have needed more slots at once than the slack has.
         self._bring()
 
-    def end(self) -> None:
-        """The request ended: what it showed goes to the predictor, the shadow and the drift test."""
-        if not self._running:
+    def end(self, request: Request, last: bool = True) -> None:
+        """The last that ran ended: what they showed goes to the predictor, the shadow and the drift test."""
+        if last:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._request is None:
             return
-        self._running = False
+        self._request = None
         self._flush()
         predictor = self._options.predictor
         picks = int(self._counts.sum())
@@ -207,15 +198,6 @@ class BaseSet:
         self._waiting_tokens = self._tokens = 0
         self._counts = np.zeros(self._base.shape, dtype=np.int64)
         self._hits = self._shadow_hits = 0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What runs in the block is nobody's request: a probe, a warm-up. The request that runs goes on after it."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     # The base set
 
@@ -263,7 +245,7 @@ class BaseSet:
 
     def picked(self, layer: int, index: torch.Tensor) -> None:
         """The router's own picks [T, K] of a layer, before a routing mode exchanges any."""
-        if self._options.predictor is None or not self._running or self._paused:
+        if self._options.predictor is None or self._request is None or self._requests.kind is not Kind.ASKED:
             return
         if layer <= self._last_layer:
             if self._waiting_tokens >= BLOCK_TOKENS:

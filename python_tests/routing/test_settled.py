@@ -16,7 +16,7 @@ from fake_queue import FakeQueue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emoe.compute.device import Cuda
+from emoe.compute.cuda import Cuda
 from emoe.compute.slot_tables import SlotTables
 from emoe.errors import EmoeError
 from emoe.model.structure import find_experts

@@ -19,6 +19,7 @@ from emoe.options import Options
 from emoe.predictor import UNKNOWN_TASK
 from emoe.predictor.across import AcrossLayers
 from emoe.predictor.table import TaskTable
+from emoe.requests import Request
 from emoe.slots.base_set import BaseSet
 from emoe.slots.cache import CacheManager
 from emoe.slots.load_score import Expected, load_score
@@ -195,10 +196,10 @@ def test_loads_for_a_base_set_that_is_no_longer_wanted_are_cancelled():
     predictor = Favourites(scores, names=("code", "talk"))
     options = Options(predictor=predictor, slack=0.5)
     base = BaseSet(loader, CacheResidency(cache, [8, 8]), [8, 8], 2, options, loads_misses=True, waits=False)
-    base.begin("code")
+    base.begin(Request("code"))
     assert [job.state for job in queue.jobs] == ["queued"] * 6
     predictor.scores = scores[:, ::-1]
-    base.begin("talk")
+    base.begin(Request("talk"))
     assert [job.state for job in queue.jobs] == ["cancelled"] * 6 + ["queued"] * 6
     assert [job.record for job in queue.jobs[6:]] == [4, 5, 6, 12, 13, 14]
     assert cache.protected(0) == {4, 5, 6}
