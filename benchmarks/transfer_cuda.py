@@ -69,7 +69,7 @@ def pinned(
 ) -> dict[str, Any]:
     """Blocks in `parts` copies each, which take the lanes by turns; every lane is a stream."""
     total = size * blocks_of(size)
-    store = device.module.HostStore(1, total, native.index)
+    store = device.module.PinnedCache(1, total, native.index)
     source = np.frombuffer((ctypes.c_uint8 * total).from_address(store.address), dtype=np.uint8)
     fill(source)
     target = native.allocate(total)
@@ -116,7 +116,7 @@ def records(device: Device, size: int) -> list[dict[str, Any]]:
             for i in range(count)
         ]
         slab = device.native.slab(2 * count, size)  # slots of its own for each case
-        store = module.HostStore(count, size, device.native.index)
+        store = module.PinnedCache(count, size, device.native.index)
         queue = module.DeviceQueue(device.native, slab, table, module.make_reader("auto"), store)
         for case, first in (("records from a file", 0), ("records from pinned memory", count)):
             started = time.perf_counter()

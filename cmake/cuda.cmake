@@ -85,7 +85,7 @@ elseif(NOT _build_cuda AND (EMOE_TESTS OR EMOE_EMULATED))
     list(REMOVE_ITEM EMOE_EMULATION_SOURCES ${_cudart})
     # The backend on the fake runtime without kernels: the tests of order bring doubles.
     add_library(emoe_cuda_order STATIC ${_cudart})
-    foreach(_part runtime hazards cuda_backend cuda_compute host_store device_queue)
+    foreach(_part runtime hazards cuda_backend cuda_compute pinned_cache device_queue)
       target_sources(emoe_cuda_order PRIVATE ${CMAKE_SOURCE_DIR}/csrc/cuda/${_part}.cpp)
     endforeach()
     target_link_libraries(emoe_cuda_order PUBLIC emoe_core)

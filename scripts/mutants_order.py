@@ -9,7 +9,7 @@ BOTH = ("test_cuda_backend", "test_cuda_queue")
 GRAPH = ("test_cuda_graph",)
 HAZARDS, RUNTIME = "csrc/cuda/hazards.cpp", "csrc/cuda/runtime.cpp"
 DEVICE, COMPUTE = "csrc/cuda/cuda_backend.cpp", "csrc/cuda/cuda_compute.cpp"
-STORE, QUEUE = "csrc/cuda/host_store.cpp", "csrc/cuda/device_queue.cpp"
+STORE, QUEUE = "csrc/cuda/pinned_cache.cpp", "csrc/cuda/device_queue.cpp"
 
 MUTANTS = [
     Mutant(

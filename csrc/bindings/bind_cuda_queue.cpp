@@ -8,7 +8,7 @@
 #include "core/slab.hpp"
 #include "cuda/cuda_backend.hpp"
 #include "cuda/device_queue.hpp"
-#include "cuda/host_store.hpp"
+#include "cuda/pinned_cache.hpp"
 
 namespace py = pybind11;
 
@@ -17,7 +17,7 @@ namespace {
 
 using cuda::CudaBackend;
 using cuda::DeviceQueue;
-using cuda::HostStore;
+using cuda::PinnedCache;
 
 py::dict stats(const DeviceQueue& queue) {
     const cuda::DeviceQueueStats s = queue.stats();
@@ -34,20 +34,21 @@ void bind_cuda_queue(py::module_& module) {
     using py::arg;
     using release_gil = py::call_guard<py::gil_scoped_release>;
 
-    py::class_<HostStore, std::shared_ptr<HostStore> >(module, "HostStore", "Records in slots of pinned host memory.")
+    py::class_<PinnedCache, std::shared_ptr<PinnedCache> >(module, "PinnedCache",
+                                                           "Records in slots of pinned host memory.")
         .def(py::init<std::int64_t, std::int64_t, int>(), arg("slots"), arg("slot_bytes"), arg("device") = 0)
         .def_property_readonly("address",
-                               [](const HostStore& store) { return reinterpret_cast<std::uintptr_t>(store.data()); })
-        .def_property_readonly("slots", &HostStore::slots)
-        .def_property_readonly("slot_bytes", &HostStore::slot_bytes)
-        .def_property_readonly("used", &HostStore::used, "Slots that somebody uses now.")
-        .def("holds", &HostStore::holds, arg("record"));
+                               [](const PinnedCache& store) { return reinterpret_cast<std::uintptr_t>(store.data()); })
+        .def_property_readonly("slots", &PinnedCache::slots)
+        .def_property_readonly("slot_bytes", &PinnedCache::slot_bytes)
+        .def_property_readonly("used", &PinnedCache::used, "Slots that somebody uses now.")
+        .def("holds", &PinnedCache::holds, arg("record"));
 
     py::class_<DeviceQueue, std::shared_ptr<DeviceQueue> >(module, "DeviceQueue",
                                                            "Fills slots of a device: file, pinned memory, device.")
         .def(py::init([](std::shared_ptr<CudaBackend> device, std::shared_ptr<Slab> slab,
                          std::shared_ptr<RecordTable> table, std::shared_ptr<Reader> reader,
-                         std::shared_ptr<HostStore> store, int workers, std::int64_t prefetch_bytes) {
+                         std::shared_ptr<PinnedCache> store, int workers, std::int64_t prefetch_bytes) {
                  return std::make_shared<DeviceQueue>(std::move(device), std::move(slab), std::move(table),
                                                       std::move(reader), std::move(store), workers, prefetch_bytes);
              }),

@@ -16,7 +16,7 @@ constexpr std::size_t index(Lane lane) { return static_cast<std::size_t>(lane); 
 
 DeviceQueue::DeviceQueue(std::shared_ptr<CudaBackend> backend, std::shared_ptr<const Slab> slab,
                          std::shared_ptr<const RecordTable> table, std::shared_ptr<Reader> reader,
-                         std::shared_ptr<HostStore> store, int workers, std::int64_t prefetch_bytes)
+                         std::shared_ptr<PinnedCache> store, int workers, std::int64_t prefetch_bytes)
     : backend_(std::move(backend)),
       slab_(std::move(slab)),
       table_(std::move(table)),
@@ -110,13 +110,13 @@ bool DeviceQueue::cancel(Ticket ticket) {
 bool DeviceQueue::done(Ticket ticket) const {
     const std::lock_guard lock(mutex_);
     const JobPtr job = find(ticket);
-    return !job || (job->settled() && job->copied.done());
+    return !job || (job->over() && job->copied.done());
 }
 
 bool DeviceQueue::issued(Ticket ticket) const {
     const std::lock_guard lock(mutex_);
     const JobPtr job = find(ticket);
-    return !job || job->settled();
+    return !job || job->over();
 }
 
 DeviceQueue::JobPtr DeviceQueue::settle(Ticket ticket) {
@@ -126,9 +126,9 @@ DeviceQueue::JobPtr DeviceQueue::settle(Ticket ticket) {
         throw Error(ErrorKind::kTransfer, "ticket " + std::to_string(ticket.id) + " was waited for already");
     }
     job->waited_for = true;
-    if (!job->settled()) {
+    if (!job->over()) {
         const auto start = Clock::now();
-        settled_.wait(lock, [&] { return job->settled(); });
+        over_.wait(lock, [&] { return job->over(); });
         stats_.transfer.wait_seconds += seconds_since(start);
     }
     jobs_.erase(ticket.id);
@@ -227,7 +227,7 @@ void DeviceQueue::end(Job& job, State state, std::optional<Error> error) {
     if (state == State::kCancelled) ++stats_.transfer.cancelled;
     job.error = std::move(error);
     job.state = state;
-    settled_.notify_all();
+    over_.notify_all();
 }
 
 void DeviceQueue::work(std::unique_ptr<ReadChannel> channel) {
@@ -258,9 +258,9 @@ void DeviceQueue::work(std::unique_ptr<ReadChannel> channel) {
     }
 }
 
-// The job's own fields are this worker's until it is settled, except those that promote() and settle() look at.
+// The job's own fields are this worker's until it is over, except those that promote() and settle() look at.
 void DeviceQueue::perform(Job& job, RecordPump& pump) {
-    const HostStore::Lease lease = store_->acquire(job.number);
+    const PinnedCache::Lease lease = store_->acquire(job.number);
     if (lease.fill) fill(job, lease, pump);
     {
         const std::lock_guard lock(mutex_);
@@ -280,7 +280,7 @@ void DeviceQueue::perform(Job& job, RecordPump& pump) {
     store_->release(lease.slot, job.copied);
 }
 
-void DeviceQueue::fill(const Job& job, const HostStore::Lease& lease, RecordPump& pump) {
+void DeviceQueue::fill(const Job& job, const PinnedCache::Lease& lease, RecordPump& pump) {
     const auto start = Clock::now();
     std::optional<RecordPump::Finished> finished;
     try {

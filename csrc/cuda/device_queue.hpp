@@ -22,7 +22,7 @@
 #include "core/slab.hpp"
 #include "core/transfer.hpp"
 #include "cuda/cuda_backend.hpp"
-#include "cuda/host_store.hpp"
+#include "cuda/pinned_cache.hpp"
 
 namespace emoe::cuda {
 
@@ -39,7 +39,7 @@ class DeviceQueue {
     // `slab` is memory of `backend`. ConfigError; BackendUnavailable where the reader cannot run here.
     DeviceQueue(std::shared_ptr<CudaBackend> backend, std::shared_ptr<const Slab> slab,
                 std::shared_ptr<const RecordTable> table, std::shared_ptr<Reader> reader,
-                std::shared_ptr<HostStore> store, int workers, std::int64_t prefetch_bytes);
+                std::shared_ptr<PinnedCache> store, int workers, std::int64_t prefetch_bytes);
     ~DeviceQueue();
     DeviceQueue(const DeviceQueue&) = delete;
     DeviceQueue& operator=(const DeviceQueue&) = delete;
@@ -78,15 +78,15 @@ class DeviceQueue {
         bool waited_for = false;
         Event copied;
         std::optional<Error> error;
-        bool settled() const { return state != State::kQueued && state != State::kRunning; }
+        bool over() const { return state != State::kQueued && state != State::kRunning; }
     };
     using JobPtr = std::shared_ptr<Job>;
 
     Ticket enqueue(std::int64_t record, std::optional<Memory> slot, Lane lane);
-    JobPtr settle(Ticket ticket);  // blocks until the job is settled, forgets it and throws what it threw
+    JobPtr settle(Ticket ticket);  // blocks until the job is over, forgets it and throws what it threw
     void work(std::unique_ptr<ReadChannel> channel);
     void perform(Job& job, RecordPump& pump);
-    void fill(const Job& job, const HostStore::Lease& lease, RecordPump& pump);
+    void fill(const Job& job, const PinnedCache::Lease& lease, RecordPump& pump);
     JobPtr take();                                                // mutex_ held
     void end(Job& job, State state, std::optional<Error> error);  // mutex_ held
     JobPtr find(Ticket ticket) const;                             // mutex_ held
@@ -96,7 +96,7 @@ class DeviceQueue {
     std::shared_ptr<const Slab> slab_;
     std::shared_ptr<const RecordTable> table_;
     std::shared_ptr<Reader> reader_;
-    std::shared_ptr<HostStore> store_;
+    std::shared_ptr<PinnedCache> store_;
     std::unique_ptr<OpenFiles> files_;
     const std::string reader_name_;
     const std::int64_t prefetch_bytes_;
@@ -104,7 +104,7 @@ class DeviceQueue {
 
     mutable std::mutex mutex_;  // guards what follows, and the fields of every Job that others look at
     std::condition_variable work_;
-    std::condition_variable settled_;
+    std::condition_variable over_;
     std::array<std::deque<JobPtr>, 2> lanes_;
     std::unordered_map<std::uint64_t, JobPtr> jobs_;  // by ticket, until waited for
     std::uint64_t next_id_ = 1;

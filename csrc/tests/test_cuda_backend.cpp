@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "core/slab.hpp"
-#include "cuda/host_store.hpp"
+#include "cuda/pinned_cache.hpp"
 #include "tests/check.hpp"
 #include "tests/compute_stream.hpp"
 #include "tests/cuda_emulation/cudart.hpp"
@@ -323,10 +323,10 @@ TEST("an idle hazard list is forgotten") {
 
 TEST("a host slot is not filled again while a copy out of it is in flight") {
     Fixture f(2);
-    HostStore store(1, kSlotBytes);
+    PinnedCache store(1, kSlotBytes);
     const ComputeStream compute;
     for (std::int64_t step = 0; step < 40; ++step) {
-        const HostStore::Lease lease = store.acquire(step);
+        const PinnedCache::Lease lease = store.acquire(step);
         CHECK(lease.fill);
         std::fill_n(lease.data, kSlotBytes, static_cast<std::byte>(step + 1));
         store.filled(lease.slot);
@@ -338,19 +338,19 @@ TEST("a host slot is not filled again while a copy out of it is in flight") {
     for (std::size_t step = 0; step < 40; ++step) CHECK_EQ(seen[step], static_cast<float>(step + 1));
 }
 
-TEST("the host store keeps what was used last and never gives away a slot in use") {
-    HostStore store(3, 100);
+TEST("the pinned cache keeps what was used last and never gives away a slot in use") {
+    PinnedCache store(3, 100);
     CHECK_EQ(store.slot_bytes(), kPageBytes);
     for (const std::int64_t record : {10, 11, 12}) {
-        const HostStore::Lease lease = store.acquire(record);
+        const PinnedCache::Lease lease = store.acquire(record);
         CHECK(lease.fill);
         store.filled(lease.slot);
         store.release(lease.slot);
     }
-    const HostStore::Lease held = store.acquire(10);  // the oldest, now the youngest and in use
+    const PinnedCache::Lease held = store.acquire(10);  // the oldest, now the youngest and in use
     CHECK(!held.fill);
     for (const std::int64_t record : {13, 14, 15}) {
-        const HostStore::Lease lease = store.acquire(record);
+        const PinnedCache::Lease lease = store.acquire(record);
         CHECK(lease.fill && lease.slot != held.slot);
         store.filled(lease.slot);
         store.release(lease.slot);
@@ -359,13 +359,13 @@ TEST("the host store keeps what was used last and never gives away a slot in use
     CHECK(!store.holds(11) && !store.holds(12) && !store.holds(13));
     CHECK_EQ(store.used(), 1);
     store.release(held.slot);
-    const HostStore::Lease broken = store.acquire(16);
+    const PinnedCache::Lease broken = store.acquire(16);
     store.failed(broken.slot);
     CHECK(!store.holds(16));
     CHECK_EQ(store.used(), 0);
     store.close();
     CHECK_ERROR(ErrorKind::kClosed, store.acquire(10));
-    CHECK_ERROR(ErrorKind::kConfig, HostStore(0, 100));
+    CHECK_ERROR(ErrorKind::kConfig, PinnedCache(0, 100));
 }
 
 TEST("errors name the call, the sizes and the device") {
@@ -445,7 +445,7 @@ TEST("two devices have streams, events and memory of their own, whichever is cur
     const std::uint64_t on_first = emu::bytes_of_device(0);
     const auto second = std::make_shared<CudaBackend>(1);
     const Slab slab(second, 1, kSlotBytes);
-    const HostStore store(1, kSlotBytes, 1);
+    const PinnedCache store(1, kSlotBytes, 1);
     CHECK_EQ(emu::bytes_of_device(0), on_first);  // nor pinned memory of another device's context
     CHECK(emu::bytes_of_device(1) > 0);
     const Sources sources(16);

@@ -26,7 +26,7 @@ struct Fixture {
     explicit Fixture(std::int64_t records = 12, std::int64_t slots = 4, std::int64_t host_slots = 4)
         : backend(std::make_shared<CudaBackend>(0)),
           slab(std::make_shared<Slab>(backend, slots, kBytes)),
-          store(std::make_shared<HostStore>(host_slots, kBytes)),
+          store(std::make_shared<PinnedCache>(host_slots, kBytes)),
           out(backend->allocate(4096)) {
         check(cudaStreamCreateWithFlags(&compute, cudaStreamNonBlocking), "test");
         const std::int64_t file = table->add_file("/dev/null");
@@ -72,7 +72,7 @@ struct Fixture {
     std::shared_ptr<RecordTable> table = std::make_shared<RecordTable>();
     std::shared_ptr<CudaBackend> backend;
     std::shared_ptr<Slab> slab;
-    std::shared_ptr<HostStore> store;
+    std::shared_ptr<PinnedCache> store;
     std::unique_ptr<DeviceQueue> queue;
     cudaStream_t compute = nullptr;
     Memory out;

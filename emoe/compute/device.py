@@ -138,7 +138,7 @@ class Gpu(Device):
     ) -> DeviceQueue:
         """A queue that fills the slab through pinned memory of the host."""
         pinned = pinned_slots(pinned_memory, records, slab.slot_bytes)
-        store = self.module.HostStore(pinned, slab.slot_bytes, self.native.index)
+        store = self.module.PinnedCache(pinned, slab.slot_bytes, self.native.index)
         return DeviceQueue(self, self.module.DeviceQueue(self.native, slab, table, reader, store), store)
 
     def tables(

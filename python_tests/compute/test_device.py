@@ -507,7 +507,7 @@ def test_resident_calls_run_between_the_copies_into_their_slots(emulated, tmp_pa
     piece = ("record", "float32", 0, "float32", 32, 32, 32, 1)
     records = [table.add_record([(file, 4096 * number, 4096, *piece)]) for number in range(8)]
     queue = emulated.DeviceQueue(
-        call.device, call.slab, table, emulated.make_reader("pread"), emulated.HostStore(8, 4096)
+        call.device, call.slab, table, emulated.make_reader("pread"), emulated.PinnedCache(8, 4096)
     )
     held, steps = [0, 1, 2], []
     for step in range(16):

@@ -14,11 +14,11 @@
 namespace emoe::cuda {
 
 // Thread-safe. A slot is empty, loading (one thread fills it) or ready; a slot with users is never given away.
-class HostStore {
+class PinnedCache {
   public:
-    HostStore(std::int64_t slots, std::int64_t slot_bytes, int device = 0);  // ConfigError, BudgetError
-    HostStore(const HostStore&) = delete;
-    HostStore& operator=(const HostStore&) = delete;
+    PinnedCache(std::int64_t slots, std::int64_t slot_bytes, int device = 0);  // ConfigError, BudgetError
+    PinnedCache(const PinnedCache&) = delete;
+    PinnedCache& operator=(const PinnedCache&) = delete;
 
     struct Lease {
         std::int64_t slot = -1;

@@ -1,4 +1,4 @@
-#include "cuda/host_store.hpp"
+#include "cuda/pinned_cache.hpp"
 
 #include <string>
 #include <utility>
@@ -11,7 +11,7 @@ namespace {
 
 std::size_t checked_bytes(std::int64_t slots, std::int64_t slot_bytes) {
     if (slots < 1 || slot_bytes < 1) {
-        throw Error(ErrorKind::kConfig, "a host store of " + std::to_string(slots) + " slots of " +
+        throw Error(ErrorKind::kConfig, "a pinned cache of " + std::to_string(slots) + " slots of " +
                                             std::to_string(slot_bytes) + " bytes; both must be at least 1");
     }
     return static_cast<std::size_t>(slots) * static_cast<std::size_t>(slot_bytes);
@@ -19,12 +19,12 @@ std::size_t checked_bytes(std::int64_t slots, std::int64_t slot_bytes) {
 
 }  // namespace
 
-HostStore::HostStore(std::int64_t slots, std::int64_t slot_bytes, int device)
+PinnedCache::PinnedCache(std::int64_t slots, std::int64_t slot_bytes, int device)
     : slot_bytes_(align_up(slot_bytes, kPageBytes)),
       memory_(checked_bytes(slots, slot_bytes_), device),
       slots_(static_cast<std::size_t>(slots)) {}
 
-HostStore::Slot* HostStore::victim() {
+PinnedCache::Slot* PinnedCache::victim() {
     Slot* found = nullptr;
     for (Slot& slot : slots_) {
         if (slot.state == State::kEmpty) return &slot;
@@ -34,10 +34,10 @@ HostStore::Slot* HostStore::victim() {
     return found;
 }
 
-HostStore::Lease HostStore::acquire(std::int64_t record) {
+PinnedCache::Lease PinnedCache::acquire(std::int64_t record) {
     std::unique_lock lock(mutex_);
     for (;;) {
-        if (closed_) throw Error(ErrorKind::kClosed, "the host store is closed");
+        if (closed_) throw Error(ErrorKind::kClosed, "the pinned cache is closed");
         Slot* slot = nullptr;
         const auto known = slot_of_.find(record);
         if (known != slot_of_.end()) {
@@ -73,13 +73,13 @@ HostStore::Lease HostStore::acquire(std::int64_t record) {
     }
 }
 
-void HostStore::filled(std::int64_t slot) {
+void PinnedCache::filled(std::int64_t slot) {
     const std::lock_guard lock(mutex_);
     slots_[static_cast<std::size_t>(slot)].state = State::kReady;
     changed_.notify_all();
 }
 
-void HostStore::failed(std::int64_t slot) {
+void PinnedCache::failed(std::int64_t slot) {
     const std::lock_guard lock(mutex_);
     Slot& empty = slots_[static_cast<std::size_t>(slot)];
     slot_of_.erase(empty.record);
@@ -87,7 +87,7 @@ void HostStore::failed(std::int64_t slot) {
     changed_.notify_all();
 }
 
-void HostStore::release(std::int64_t slot, Event copied) {
+void PinnedCache::release(std::int64_t slot, Event copied) {
     const std::lock_guard lock(mutex_);
     Slot& used = slots_[static_cast<std::size_t>(slot)];
     if (copied) {
@@ -97,20 +97,20 @@ void HostStore::release(std::int64_t slot, Event copied) {
     if (--used.users == 0) changed_.notify_all();
 }
 
-bool HostStore::holds(std::int64_t record) const {
+bool PinnedCache::holds(std::int64_t record) const {
     const std::lock_guard lock(mutex_);
     const auto known = slot_of_.find(record);
     return known != slot_of_.end() && slots_[static_cast<std::size_t>(known->second)].state == State::kReady;
 }
 
-std::int64_t HostStore::used() const {
+std::int64_t PinnedCache::used() const {
     const std::lock_guard lock(mutex_);
     std::int64_t count = 0;
     for (const Slot& slot : slots_) count += slot.users > 0;
     return count;
 }
 
-void HostStore::close() {
+void PinnedCache::close() {
     const std::lock_guard lock(mutex_);
     closed_ = true;
     changed_.notify_all();
