@@ -16,6 +16,7 @@
 
 #ifdef EMOE_HAS_CUDA
 #include "bindings/bind_cuda_queue.hpp"
+#include "bindings/gather_op.hpp"
 #include "core/slab.hpp"
 #include "cuda/cuda_backend.hpp"
 #include "cuda/kernels.hpp"
@@ -45,11 +46,6 @@ namespace {
 
 using cuda::CudaBackend;
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 py::dict cuda_status() {
     const cuda::Status status = cuda::look_around();
     py::list devices;
@@ -71,30 +67,10 @@ py::dict cuda_status() {
     return result;
 }
 
-GatherMlp make_op(const MlpLayout& layout, const Slab& slab, const py::array& slot_of, std::uintptr_t hidden_ptr,
-                  const std::string& hidden_dtype, std::int64_t tokens, std::uintptr_t index_ptr,
-                  std::uintptr_t weights_ptr, const std::string& weights_dtype, std::int64_t top_k,
-                  std::uintptr_t out_ptr) {
-    if (!py::isinstance<py::array_t<std::int32_t, py::array::c_style> >(slot_of) || slot_of.ndim() != 1) {
-        throw Error(ErrorKind::kConfig, "slot_of must be a contiguous int32 numpy array of one dimension");
-    }
-    GatherMlp op;
-    op.layout = layout;
-    op.slab = slab.memory().data;
-    op.slot_bytes = slab.slot_bytes();
-    op.slot_of = {static_cast<const std::int32_t*>(slot_of.data()), static_cast<std::size_t>(slot_of.size())};
+void refuse_unknown_slots(const GatherMlp& op, const Slab& slab) {
     for (const std::int32_t slot : op.slot_of) {
         if (slot >= slab.slots()) slab.slot(slot);  // throws, naming the choices
     }
-    op.hidden = pointer<const void>(hidden_ptr);
-    op.hidden_dtype = parse_dtype(hidden_dtype);
-    op.tokens = tokens;
-    op.index = pointer<const std::int64_t>(index_ptr);
-    op.weights = pointer<const void>(weights_ptr);
-    op.weights_dtype = parse_dtype(weights_dtype);
-    op.top_k = top_k;
-    op.out = pointer<float>(out_ptr);
-    return op;
 }
 
 // Neighbours that follow each other are one range, so that thousands of slots in ascending order are a few.
@@ -203,8 +179,9 @@ void bind_cuda(py::module_& module) {
                std::uintptr_t hidden, const std::string& hidden_dtype, std::int64_t tokens, std::uintptr_t index,
                std::uintptr_t weights, const std::string& weights_dtype, std::int64_t top_k, std::uintptr_t out,
                std::uintptr_t stream) {
-                const GatherMlp op = make_op(layout, slab, slot_of, hidden, hidden_dtype, tokens, index, weights,
-                                             weights_dtype, top_k, out);
+                const GatherMlp op = gather_op(layout, slab.memory().data, slab.slot_bytes(), slot_of, hidden,
+                                               hidden_dtype, tokens, index, weights, weights_dtype, top_k, out);
+                refuse_unknown_slots(op, slab);
                 const py::gil_scoped_release release;
                 self.gather_mlp(op, stream_of(stream));
             },

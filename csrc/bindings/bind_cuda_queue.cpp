@@ -71,6 +71,9 @@ void bind_cuda_queue(py::module_& module) {
         .def(
             "cancel", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.cancel({ticket}); }, arg("ticket"))
         .def(
+            "ticket_of", [](const DeviceQueue& queue, std::int64_t slot) { return to_number(queue.ticket_of(slot)); },
+            arg("slot"), "The newest ticket submitted for the slot and not waited for; None: nothing will write to it.")
+        .def(
             "done", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); }, arg("ticket"))
         .def(
             "issued", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.issued({ticket}); },
@@ -85,7 +88,9 @@ void bind_cuda_queue(py::module_& module) {
             },
             arg("ticket"), arg("stream"), release_gil(),
             "Blocks until the copy is in its stream; what `stream` gets next runs after it.")
-        .def("release_host", &DeviceQueue::release_host, arg("host_slot"))
+        .def("release_host", &DeviceQueue::release_host, arg("host_slot"), "TransferError where it is not held.")
+        .def("reclaim_host", &DeviceQueue::reclaim_host, release_gil(),
+             "Ends every submit_host() and releases every host slot that wait() gave out.")
         .def("stats", &stats)
         .def("close", &DeviceQueue::close, release_gil());
 }

@@ -5,9 +5,11 @@
 
 #include <string>
 
-#include "core/error.hpp"
+#include "bindings/gather_op.hpp"
+#include "core/backend.hpp"
 #include "core/gather_mlp.hpp"
 #include "core/parallel.hpp"
+#include "cpu/cpu_backend.hpp"
 #include "cpu/gather_mlp.hpp"
 #include "cpu/kernels.hpp"
 
@@ -16,9 +18,16 @@ namespace py = pybind11;
 namespace emoe {
 namespace {
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+// What computes on the host; its memory is a Slab's own affair.
+Backend& host() {
+    static cpu::CpuBackend backend;
+    return backend;
+}
+
+bool supports(const MlpLayout& layout) {
+    GatherMlp op;
+    op.layout = layout;
+    return host().supports(op);
 }
 
 MlpLayout make_layout(std::int64_t hidden, std::int64_t intermediate, std::int64_t hidden_out, const std::string& dtype,
@@ -48,25 +57,11 @@ void gather_mlp(const MlpLayout& layout, std::uintptr_t slab_address, std::int64
                 std::uintptr_t hidden_ptr, const std::string& hidden_dtype, std::int64_t tokens,
                 std::uintptr_t index_ptr, std::uintptr_t weights_ptr, const std::string& weights_dtype,
                 std::int64_t top_k, std::uintptr_t out_ptr, const std::string& mode) {
-    if (!py::isinstance<py::array_t<std::int32_t, py::array::c_style>>(slot_of) || slot_of.ndim() != 1) {
-        throw Error(ErrorKind::kConfig, "slot_of must be a contiguous int32 numpy array of one dimension");
-    }
-    GatherMlp op;
-    op.layout = layout;
-    op.slab = pointer<const std::byte>(slab_address);
-    op.slot_bytes = slot_bytes;
-    op.slot_of = {static_cast<const std::int32_t*>(slot_of.data()), static_cast<std::size_t>(slot_of.size())};
-    op.hidden = pointer<const void>(hidden_ptr);
-    op.hidden_dtype = parse_dtype(hidden_dtype);
-    op.tokens = tokens;
-    op.index = pointer<const std::int64_t>(index_ptr);
-    op.weights = pointer<const void>(weights_ptr);
-    op.weights_dtype = parse_dtype(weights_dtype);
-    op.top_k = top_k;
-    op.out = pointer<float>(out_ptr);
+    GatherMlp op = gather_op(layout, pointer<const std::byte>(slab_address), slot_bytes, slot_of, hidden_ptr,
+                             hidden_dtype, tokens, index_ptr, weights_ptr, weights_dtype, top_k, out_ptr);
     op.mode = parse_out_mode(mode);
     const py::gil_scoped_release release;
-    cpu::gather_mlp(op);
+    host().gather_mlp(op, nullptr);
 }
 
 void combine(std::uintptr_t pairs_ptr, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out,
@@ -105,7 +100,7 @@ void bind_ops(py::module_& module) {
     module.def("available_isas", &cpu::available_isas, "What this CPU can run, best first.");
     module.def("set_threads", &set_threads, arg("n"), "Threads of the kernels, for the whole process.");
     module.def("threads", &threads);
-    module.def("supports", &cpu::supports, arg("layout"));
+    module.def("supports", &supports, arg("layout"));
     module.def("gather_mlp", &gather_mlp, arg("layout"), arg("slab_address"), arg("slot_bytes"), arg("slot_of"),
                arg("hidden_ptr"), arg("hidden_dtype"), arg("tokens"), arg("index_ptr"), arg("weights_ptr"),
                arg("weights_dtype"), arg("top_k"), arg("out_ptr"), arg("mode"));

@@ -120,6 +120,9 @@ void bind_transfer(py::module_& module) {
             "cancel", [](TransferQueue& queue, std::uint64_t ticket) { return queue.cancel({ticket}); }, arg("ticket"),
             "True: it never ran and its slot was not touched.")
         .def(
+            "ticket_of", [](const TransferQueue& queue, std::int64_t slot) { return to_number(queue.ticket_of(slot)); },
+            arg("slot"), "The newest ticket submitted for the slot and not waited for; None: nothing will write to it.")
+        .def(
             "done", [](const TransferQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); },
             arg("ticket"), "True when over in any way; never blocks.")
         .def(

@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include <cerrno>
-#include <cstring>
 #include <string>
 #include <system_error>
 
@@ -29,15 +28,6 @@ void CpuBackend::free(Memory memory) noexcept {
     if (memory.data != nullptr) ::munmap(memory.data, memory.bytes);
 }
 
-Ticket CpuBackend::copy_async(Memory dst, std::span<const std::byte> src) {
-    if (src.size() > dst.bytes) {
-        throw Error(ErrorKind::kTransfer, "a copy of " + std::to_string(src.size()) + " bytes does not fit into " +
-                                              std::to_string(dst.bytes));
-    }
-    if (!src.empty()) std::memcpy(dst.data, src.data(), src.size());
-    return {};
-}
-
-void CpuBackend::gather_mlp(const GatherMlp& op) { cpu::gather_mlp(op); }
+void CpuBackend::gather_mlp(const GatherMlp& op, void*) { cpu::gather_mlp(op); }
 
 }  // namespace emoe::cpu

@@ -1,4 +1,4 @@
-// The host as a backend: anonymous mappings, memcpy, and the kernels of csrc/cpu. Everything completes at once.
+// The host as a backend: anonymous mappings and the kernels of csrc/cpu.
 #pragma once
 
 #include "core/backend.hpp"
@@ -11,11 +11,7 @@ class CpuBackend final : public Backend {
     bool supports(const GatherMlp& op) const noexcept override;
     Memory allocate(std::size_t bytes) override;
     void free(Memory memory) noexcept override;
-    Ticket copy_async(Memory dst, std::span<const std::byte> src) override;
-    bool done(Ticket) const override { return true; }
-    void wait(Ticket) override {}
-    void order_after(Ticket) override {}
-    void gather_mlp(const GatherMlp& op) override;
+    void gather_mlp(const GatherMlp& op, void* stream) override;
 };
 
 }  // namespace emoe::cpu

@@ -62,11 +62,6 @@ CudaBackend::~CudaBackend() {
     }
 }
 
-void CudaBackend::set_compute_stream(cudaStream_t stream) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    compute_ = stream;
-}
-
 bool CudaBackend::supports(const GatherMlp& op) const noexcept {
     return cuda::supports(op.layout) && op.mode == OutMode::kPairs;
 }
@@ -193,15 +188,6 @@ Event CudaBackend::event_of(Ticket ticket) const {
 bool CudaBackend::done(Ticket ticket) const { return event_of(ticket).done(); }
 
 void CudaBackend::wait(Ticket ticket) { event_of(ticket).synchronize(); }
-
-void CudaBackend::order_after(Ticket ticket) {
-    cudaStream_t stream = nullptr;
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        stream = compute_;
-    }
-    order_after(ticket, stream);
-}
 
 void CudaBackend::order_after(Ticket ticket, cudaStream_t stream) {
     const DeviceScope scope(device_);

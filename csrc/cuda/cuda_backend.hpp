@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "core/backend.hpp"
-#include "core/transfer.hpp"
+#include "core/job_queue.hpp"
 #include "cuda/hazards.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/runtime.hpp"
@@ -57,25 +57,23 @@ class CudaBackend final : public Backend {
     CudaBackend& operator=(const CudaBackend&) = delete;
 
     int device() const noexcept { return device_; }
-    // The stream that order_after(ticket) and gather_mlp(op) mean by "compute".
-    void set_compute_stream(cudaStream_t stream);
 
     std::string_view name() const noexcept override { return "cuda"; }
     bool supports(const GatherMlp& op) const noexcept override;
     Memory allocate(std::size_t bytes) override;
     void free(Memory memory) noexcept override;  // waits for what still uses it
-    Ticket copy_async(Memory dst, std::span<const std::byte> src) override;
-    bool done(Ticket ticket) const override;
-    void wait(Ticket ticket) override;
-    void order_after(Ticket ticket) override;
-    // Device addresses in `op`, except slot_of. Returns when the kernels are enqueued.
-    void gather_mlp(const GatherMlp& op) override;
+    // Returns when the kernels are enqueued on `stream` (a cudaStream_t), ordered after the copies into their slots.
+    void gather_mlp(const GatherMlp& op, void* stream) override;
 
     // Copies pinned memory into device memory on the lane's stream, after every kernel that was said to read `dst`.
     // Blocks while the lane has too many copies in flight. `src` is free again when the event is over.
     Event copy(Memory dst, std::span<const std::byte> src, Lane lane);
+    // Copies of pageable memory, through staging, on the demand lane: `src` may change when copy_async returns, and the
+    // ticket says when the bytes are there. TransferError for a ticket that was never issued.
+    Ticket copy_async(Memory dst, std::span<const std::byte> src);
+    bool done(Ticket ticket) const;
+    void wait(Ticket ticket);
     void order_after(Ticket ticket, cudaStream_t stream);
-    void gather_mlp(const GatherMlp& op, cudaStream_t stream);
     // As gather_mlp, but the slot table too is device memory, and scratch is the caller's: nothing is copied, allocated
     // or waited for. `slots` are the ranges that the table may name. On a stream that captures a graph it only
     // launches, and each replay goes between begin_read and end_read of the slots that the table names by then.
@@ -121,7 +119,6 @@ class CudaBackend final : public Backend {
     std::map<std::uintptr_t, std::size_t> allocated_;
     std::map<std::uint64_t, Event> tickets_;  // those that may not be over
     std::uint64_t next_ticket_ = 1;
-    cudaStream_t compute_ = nullptr;
 
     std::mutex staging_mutex_;  // guards staging_ and scratch_
     Staging staging_;

@@ -66,16 +66,8 @@ Memory CudaBackend::grown(Memory memory, std::size_t bytes, cudaStream_t stream)
     return {static_cast<std::byte*>(data), bytes, false};
 }
 
-void CudaBackend::gather_mlp(const GatherMlp& op) {
-    cudaStream_t stream = nullptr;
-    {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        stream = compute_;
-    }
-    gather_mlp(op, stream);
-}
-
-void CudaBackend::gather_mlp(const GatherMlp& op, cudaStream_t stream) {
+void CudaBackend::gather_mlp(const GatherMlp& op, void* on) {
+    const auto stream = static_cast<cudaStream_t>(on);
     validate(op);
     if (op.mode != OutMode::kPairs) {
         throw Error(ErrorKind::kConfig, "mode 'accumulate' is not computed on a CUDA device; use 'pairs' and combine");

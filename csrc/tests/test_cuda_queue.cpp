@@ -323,4 +323,34 @@ TEST("many threads share a queue") {
     CHECK_EQ(wrong.load(), 0);
 }
 
+TEST("host slots and tickets that were lost to an exception are taken back, whatever state they are in") {
+    Fixture f(12, 2, 4);
+    DeviceQueue& queue = f.start();
+    queue.wait(queue.submit_host(0, Lane::kDemand));          // held by nobody who could release it
+    const Ticket over = queue.submit_host(1, Lane::kDemand);  // over, not waited for
+    while (!queue.issued(over)) std::this_thread::yield();
+    f.reader->close_gate();
+    queue.submit_host(2, Lane::kDemand);  // running
+    queue.submit_host(3, Lane::kDemand);
+    queue.submit_host(4, Lane::kDemand);  // queued: both workers are busy
+    f.reader->wait_until_asked(4);
+    CHECK_EQ(f.store->used(), 4);
+    f.reader->open_gate();
+    queue.reclaim_host();
+    CHECK_EQ(f.store->used(), 0);
+    CHECK_ERROR(ErrorKind::kTransfer, queue.release_host(0));
+    queue.reclaim_host();
+    CHECK_EQ(queue.wait(queue.submit(5, 0, Lane::kDemand)), -1);
+}
+
+TEST("the ticket of a device slot is known until it is waited for") {
+    Fixture f(12, 2, 4);
+    DeviceQueue& queue = f.start();
+    const Ticket ticket = queue.submit(3, 1, Lane::kPrefetch);
+    CHECK_EQ(queue.ticket_of(1).value().id, ticket.id);
+    CHECK(!queue.ticket_of(0));
+    queue.order_after(ticket, f.compute);
+    CHECK(!queue.ticket_of(1));
+}
+
 EMOE_TEST_MAIN

@@ -386,4 +386,28 @@ TEST("many threads that submit, promote, cancel and wait always find the right b
     CHECK(failed > 0 && ready > 0);
 }
 
+TEST("the newest ticket of a slot is known until it is waited for, however the job ended") {
+    Fixture f;
+    f.reader->change = [](std::int64_t n, std::int64_t result) { return n == 1 ? -EIO : result; };
+    TransferQueue& queue = f.start();
+    CHECK(!queue.ticket_of(3));
+    const Ticket ready = queue.submit(0, 3, Lane::kDemand);
+    CHECK_EQ(queue.ticket_of(3).value().id, ready.id);
+    queue.wait(ready);
+    CHECK(!queue.ticket_of(3));
+    const Ticket failed = queue.submit(1, 3, Lane::kDemand);
+    while (!queue.done(failed)) std::this_thread::yield();
+    CHECK_EQ(queue.ticket_of(3).value().id, failed.id);  // over, but nobody has asked how
+    CHECK_ERROR(ErrorKind::kRead, queue.wait(failed));
+    CHECK(!queue.ticket_of(3));
+    f.reader->close_gate();
+    queue.submit(2, 5, Lane::kDemand);
+    const Ticket cancelled = queue.submit(2, 3, Lane::kDemand);
+    CHECK(queue.cancel(cancelled));
+    const Ticket newer = queue.submit(4, 3, Lane::kDemand);
+    CHECK_EQ(queue.ticket_of(3).value().id, newer.id);
+    CHECK_ERROR(ErrorKind::kCancelled, queue.wait(cancelled));
+    CHECK_EQ(queue.ticket_of(3).value().id, newer.id);
+}
+
 EMOE_TEST_MAIN

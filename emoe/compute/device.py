@@ -225,6 +225,10 @@ class DeviceQueue:
         self._prefetches.discard(ticket)
         self._queue.order_after(ticket, self._device.stream())
 
+    def ticket_of(self, slot: int) -> int | None:
+        found = self._queue.ticket_of(slot)
+        return None if found is None else int(found)
+
     def stats(self) -> dict[str, Any]:
         return dict(self._queue.stats())
 
@@ -234,19 +238,16 @@ class DeviceQueue:
 
     @contextmanager
     def on_host(self, records: list[int]) -> Iterator[list[int]]:
-        """Host slots of records, which stay in pinned memory inside the block; at most `store.slots` at a time."""
-        tickets = [self._queue.submit_host(record) for record in records]
-        slots: list[int] = []
+        """Host slots of records, which stay in pinned memory inside the block; at most `store.slots` at a time.
+
+        One block at a time, under the runtime's lock: what an interrupted block before this one left is taken back first.
+        """
+        self._queue.reclaim_host()
         try:
-            while tickets:
-                slots.append(self._queue.wait(tickets.pop(0)))
-            yield slots
+            tickets = [self._queue.submit_host(record) for record in records]
+            yield [self._queue.wait(ticket) for ticket in tickets]
         finally:
-            for ticket in tickets:
-                if not self._queue.cancel(ticket):
-                    slots.append(self._queue.wait(ticket))
-            for slot in slots:
-                self._queue.release_host(slot)
+            self._queue.reclaim_host()  # an interrupt may have taken tickets and slots from the lists above
 
 
 def pinned_slots(pinned_memory: int | str | None, records: int, slot_bytes: int) -> int:
