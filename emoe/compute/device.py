@@ -240,7 +240,7 @@ class DeviceQueue:
     def on_host(self, records: list[int]) -> Iterator[list[int]]:
         """Host slots of records, which stay in pinned memory inside the block; at most `store.slots` at a time.
 
-        One block at a time, under the runtime's lock: what an interrupted block before this one left is taken back first.
+        One block at a time, under the runtime's lock: what an interrupted one before it left is taken back first.
         """
         self._queue.reclaim_host()
         try:

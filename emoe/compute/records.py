@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from emoe.errors import CheckpointError
+from emoe.model.encoding import encoding
 from emoe.model.layout import SlotLayout
-from emoe.model.spec import itemsize, slot_offsets
+from emoe.model.spec import slot_offsets
 from emoe.store import ExpertStore, Piece
 
 
@@ -32,7 +33,7 @@ def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayo
         if piece.file not in files:
             files[piece.file] = table.add_file(piece.file)
         dtype = dtypes[piece.param]
-        start = where.offsets[piece.param] + piece.dst_offset * itemsize(dtype)
+        start = where.offsets[piece.param] + encoding(dtype).nbytes((piece.dst_offset,))
         return (
             files[piece.file], piece.offset, piece.nbytes, piece.tensor, piece.src_dtype,
             start, dtype, piece.rows, piece.cols, piece.dst_row_stride, piece.dst_col_stride,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -73,14 +72,14 @@ class _SlotPool:
         self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
         self._slab = slab  # keeps the memory alive
         self._params = {
-            param.name: (layout.offsets[param.name], param.shape, getattr(torch, param.dtype)) for param in params
+            param.name: (layout.offsets[param.name], param.nbytes, param.shape, getattr(torch, param.dtype))
+            for param in params
         }
 
     def tensor(self, slot: int, name: str) -> torch.Tensor:
-        offset, shape, dtype = self._params[name]
+        offset, nbytes, shape, dtype = self._params[name]
         start = slot * self._slab.slot_bytes + offset
-        count = int(np.prod(shape)) * dtype.itemsize
-        return self._bytes[start : start + count].view(dtype).view(shape)
+        return self._bytes[start : start + nbytes].view(dtype).view(shape)
 
     def names(self) -> list[str]:
         return list(self._params)

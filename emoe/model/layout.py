@@ -18,11 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emoe.model.spec import ParamSpec, itemsize, slot_offsets
-
-__all__ = ["SlotLayout", "describe", "itemsize"]
-
-NATIVE_DTYPES = ("float32", "float16", "bfloat16")
+from emoe.model.encoding import COMPUTED
+from emoe.model.spec import ParamSpec, slot_offsets
 
 # A probe of few experts and channels; tokens sweep three decades, so that gates reach every clamp and both tails.
 _EXPERTS, _HIDDEN, _INTERMEDIATE, _TOKENS, _TOP_K = 3, 4, 6, 48, 2
@@ -83,8 +80,8 @@ def _native(module: Any, params: dict[str, ParamSpec], offsets: dict[str, int]) 
     if set(expected) != set(params):
         raise _NotNativeError(f"{name} keeps the parameters {', '.join(params)}, not {', '.join(expected)}.")
     dtypes = sorted({param.dtype for param in params.values()})
-    if len(dtypes) > 1 or dtypes[0] not in NATIVE_DTYPES:
-        raise _NotNativeError(f"Its weights are {' and '.join(dtypes)}, not one of {', '.join(NATIVE_DTYPES)}.")
+    if len(dtypes) > 1 or dtypes[0] not in COMPUTED:
+        raise _NotNativeError(f"Its weights are {' and '.join(dtypes)}, not one of {', '.join(COMPUTED)}.")
     hidden, rows = _matrix(params[up], module)
     intermediate, hidden_out = _matrix(params["down_proj"], module)
     if rows != intermediate * (2 if module.has_gate else 1):

@@ -10,8 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from emoe.errors import BudgetError, ConfigError
 from emoe.memory import available_memory, format_bytes
 from emoe.model import layout, structure
@@ -276,7 +274,7 @@ def recurrent_hit_rate(share: float) -> float:
 
 
 def _param_bytes(params: tuple[ParamSpec, ...]) -> int:
-    return sum(math.prod(param.shape) * getattr(torch, param.dtype).itemsize for param in params)
+    return sum(param.nbytes for param in params)
 
 
 def _round_up(value: int, unit: int) -> int:

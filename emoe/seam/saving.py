@@ -7,7 +7,6 @@ hold all of them at once that way; the one here writes them layer by layer and p
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from functools import partial
@@ -18,7 +17,6 @@ from torch import nn
 
 from emoe.errors import CheckpointError, ClosedError, SaveError
 from emoe.memory import available_memory, format_bytes
-from emoe.model.spec import itemsize
 from emoe.store import ExpertStore, read_layer
 from emoe.store.headers import INDEX_NAME, SINGLE_NAME
 
@@ -65,7 +63,7 @@ class SavingGuard:
 
     def _layer_bytes(self, number: int) -> int:
         layer = self._store.layers[number]
-        each = sum(math.prod(param.shape) * itemsize(param.dtype) for param in layer.params)
+        each = sum(param.nbytes for param in layer.params)
         return each * len(layer.pieces)
 
     def _read(self, number: int) -> dict[str, Any]:

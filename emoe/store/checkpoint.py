@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from emoe.errors import CheckpointError, UnsupportedModelError
-from emoe.model.spec import ParamSpec, itemsize
+from emoe.model.encoding import encoding
+from emoe.model.spec import ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
 from emoe.store.headers import TensorEntry, read_headers
@@ -224,12 +225,12 @@ def _add_pieces(
     for expert, its_blocks in enumerate(blocks):
         for block in its_blocks:
             source = block.source
-            size = itemsize(source.dtype)
+            encoded = encoding(source.dtype)
             pieces[expert].append(
                 Piece(
                     file=source.file,
-                    offset=source.offset + block.start * size,
-                    nbytes=block.rows * block.cols * size,
+                    offset=source.offset + encoded.nbytes((block.start,)),
+                    nbytes=encoded.nbytes((block.rows, block.cols)),
                     tensor=source.name,
                     src_dtype=source.dtype,
                     param=param.name,

@@ -6,7 +6,6 @@ The safetensors library validates every header; it does not tell offsets, so tho
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,28 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from emoe.errors import CheckpointError
+from emoe.model.encoding import encoding
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own bound
 
-# code in the file -> torch's name, bytes of one element
+# code in the file -> encoding by name
 DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U64": ("uint64", 8),
-    "U32": ("uint32", 4),
-    "U16": ("uint16", 2),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 
@@ -177,14 +177,14 @@ def _entry(file: str, name: str, raw: Any, start: int, size: int) -> TensorEntry
         raise CheckpointError(
             f"{file}: the header's entry of tensor {name} is damaged: {raw!r:.200}", file=file, tensor=name
         )
-    dtype, width = DTYPES.get(code, (code, None))
+    dtype = DTYPES.get(code, code)
     entry = TensorEntry(file, name, dtype, shape, start + begin, end - begin)
     if begin > end or start + end > size:
         raise entry.error(
             f"reaches beyond the end of the file, which has {size} bytes: the file is truncated or damaged"
         )
-    if width is not None and math.prod(shape) * width != entry.nbytes:
-        raise entry.error(f"should take {math.prod(shape) * width} bytes")
+    if code in DTYPES and (wanted := encoding(dtype).nbytes(shape)) != entry.nbytes:
+        raise entry.error(f"should take {wanted} bytes")
     return entry
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from emoe.errors import StoreError, UnsupportedModelError
 from emoe.files import cache_folder
 from emoe.memory import format_bytes
-from emoe.model.spec import ParamSpec, itemsize, slot_offsets
+from emoe.model.spec import ParamSpec, slot_offsets
 from emoe.model.structure import find_experts, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
 
@@ -89,9 +89,7 @@ def _write_layer(
     record_bytes = _record_bytes(params)
     record = torch.zeros(record_bytes, dtype=torch.uint8)
     places = {
-        param.name: record[offsets[param.name] :][: math.prod(param.shape) * itemsize(param.dtype)]
-        .view(getattr(torch, param.dtype))
-        .view(param.shape)
+        param.name: record[offsets[param.name] :][: param.nbytes].view(getattr(torch, param.dtype)).view(param.shape)
         for param in params
     }
     pieces = []
@@ -112,7 +110,7 @@ def _piece(file: str, offset: int, path: str, expert: int, param: ParamSpec) -> 
     return Piece(
         file=file,
         offset=offset,
-        nbytes=rows * cols * itemsize(param.dtype),
+        nbytes=param.nbytes,
         tensor=f"{path}.{param.name}[{expert}]",
         src_dtype=param.dtype,
         param=param.name,

@@ -71,7 +71,7 @@ def test_offsets_are_aligned_disjoint_and_inside_the_slot(name, dtype):
         start = found.offsets[param.name]
         assert start % 64 == 0
         assert start >= ends
-        ends = start + int(np.prod(param.shape)) * layout.itemsize(param.dtype)
+        ends = start + param.nbytes
     assert ends <= found.nbytes
     assert found.nbytes % 64 == 0
 
