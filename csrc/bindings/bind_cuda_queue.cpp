@@ -19,7 +19,7 @@ using cuda::CudaBackend;
 using cuda::DeviceQueue;
 using cuda::PinnedCache;
 
-py::dict stats(const DeviceQueue& queue) {
+py::dict stats(DeviceQueue& queue) {
     const cuda::DeviceQueueStats s = queue.stats();
     py::dict result = to_dict(s.transfer);
     result["file_bytes"] = s.file_bytes;
@@ -71,13 +71,13 @@ void bind_cuda_queue(py::module_& module) {
         .def(
             "cancel", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.cancel({ticket}); }, arg("ticket"))
         .def(
-            "ticket_of", [](const DeviceQueue& queue, std::int64_t slot) { return to_number(queue.ticket_of(slot)); },
+            "ticket_of", [](DeviceQueue& queue, std::int64_t slot) { return to_number(queue.ticket_of(slot)); },
             arg("slot"), "The newest ticket submitted for the slot and not waited for; None: nothing will write to it.")
         .def(
-            "done", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); }, arg("ticket"))
+            "done", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); }, arg("ticket"))
         .def(
-            "issued", [](const DeviceQueue& queue, std::uint64_t ticket) { return queue.issued({ticket}); },
-            arg("ticket"), "order_after() would not block.")
+            "issued", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.issued({ticket}); }, arg("ticket"),
+            "order_after() would not block.")
         .def(
             "wait", [](DeviceQueue& queue, std::uint64_t ticket) { return queue.wait({ticket}); }, arg("ticket"),
             release_gil(), "Blocks until the bytes are there; the host slot of submit_host(), or -1.")

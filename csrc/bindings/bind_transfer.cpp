@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -23,6 +24,16 @@ namespace {
 // (file_id, offset, nbytes, tensor, src_dtype, dst_offset_bytes, dst_dtype, rows, cols, dst_row_stride, dst_col_stride)
 using PieceTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::string, std::string, std::int64_t,
                               std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+// device, inode, size, mtime_ns, as os.fstat has them
+using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t, std::int64_t>;
+
+std::int64_t add_file(RecordTable& table, const std::string& path, std::optional<int> fd,
+                      const std::optional<IdentityTuple>& identity) {
+    if (!identity) return table.add_file(path, fd);
+    const auto& [device, inode, size, mtime_ns] = *identity;
+    return table.add_file(path, fd, FileIdentity{device, inode, size, mtime_ns});
+}
 
 std::int64_t add_record(RecordTable& table, const std::vector<PieceTuple>& tuples) {
     std::vector<Piece> pieces;
@@ -76,7 +87,9 @@ void bind_transfer(py::module_& module) {
 
     py::class_<RecordTable, std::shared_ptr<RecordTable>>(module, "RecordTable", "Where experts lie in files.")
         .def(py::init<>())
-        .def("add_file", &RecordTable::add_file, arg("path"), "Returns the id of the file. ReadError.")
+        .def("add_file", &add_file, arg("path"), arg("fd") = py::none(), arg("identity") = py::none(),
+             "Returns the id of the file, which stays open. `fd`: duplicated in place of opening the path; `identity`: "
+             "(device, inode, size, mtime_ns) that it has to have. ReadError.")
         .def("add_record", &add_record, arg("pieces"), "Returns the id of the record. ConfigError.")
         .def(
             "record_bytes", [](const RecordTable& table, std::int64_t id) { return table.record(id)->bytes; },
@@ -120,15 +133,15 @@ void bind_transfer(py::module_& module) {
             "cancel", [](TransferQueue& queue, std::uint64_t ticket) { return queue.cancel({ticket}); }, arg("ticket"),
             "True: it never ran and its slot was not touched.")
         .def(
-            "ticket_of", [](const TransferQueue& queue, std::int64_t slot) { return to_number(queue.ticket_of(slot)); },
+            "ticket_of", [](TransferQueue& queue, std::int64_t slot) { return to_number(queue.ticket_of(slot)); },
             arg("slot"), "The newest ticket submitted for the slot and not waited for; None: nothing will write to it.")
         .def(
-            "done", [](const TransferQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); },
-            arg("ticket"), "True when over in any way; never blocks.")
+            "done", [](TransferQueue& queue, std::uint64_t ticket) { return queue.done({ticket}); }, arg("ticket"),
+            "True when over in any way; never blocks.")
         .def(
             "wait", [](TransferQueue& queue, std::uint64_t ticket) { queue.wait({ticket}); }, arg("ticket"),
             release_gil(), "Returns when the slot holds the record. ReadError, CancelledError, TransferError.")
-        .def("stats", [](const TransferQueue& queue) { return to_dict(queue.stats()); })
+        .def("stats", [](TransferQueue& queue) { return to_dict(queue.stats()); })
         .def("close", &TransferQueue::close, release_gil(), "Finishes running jobs, cancels the rest; idempotent.");
 }
 

@@ -1,6 +1,8 @@
 #include "core/job_queue.hpp"
 
 #include <algorithm>
+#include <map>
+#include <new>
 #include <utility>
 
 namespace emoe {
@@ -29,10 +31,18 @@ void JobQueue::start(Reader& reader, const std::function<void(std::unique_ptr<Re
     }
 }
 
-void JobQueue::stop(const std::function<void()>& wake) {
+std::unique_lock<std::mutex> JobQueue::begin_close() {
     {
         const std::lock_guard lock(mutex_);
         closing_ = true;
+        if (generation_ != fork_generation()) revive();
+    }
+    return std::unique_lock(close_mutex_);
+}
+
+void JobQueue::stop(const std::function<void()>& wake) {
+    {
+        const std::lock_guard lock(mutex_);
         for (std::deque<JobPtr>& lane : lanes_) {
             for (const JobPtr& job : lane) end(*job, State::kCancelled, std::nullopt);
             lane.clear();
@@ -43,6 +53,32 @@ void JobQueue::stop(const std::function<void()>& wake) {
     wake();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
+}
+
+std::unique_lock<std::mutex> JobQueue::enter() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (generation_ != fork_generation()) revive();
+    return lock;
+}
+
+void JobQueue::revive() {
+    // The parent's threads are not here: what they were and what they wait on can be neither joined nor destroyed.
+    static auto* const lost = new std::vector<std::vector<std::thread>>;  // found by leak checkers
+    lost->push_back(std::exchange(workers_, {}));
+    ::new (&work_) std::condition_variable;
+    ::new (&finished_) std::condition_variable;
+    ::new (&close_mutex_) std::mutex;
+    std::map<std::uint64_t, JobPtr> unfinished;  // in the order they were submitted
+    for (const auto& [id, job] : jobs_) {
+        job->waited_for = false;
+        if (job->over()) continue;
+        job->state = State::kQueued;
+        unfinished.emplace(id, job);
+    }
+    for (std::deque<JobPtr>& lane : lanes_) lane.clear();
+    for (const auto& [id, job] : unfinished) lanes_[index(job->lane)].push_back(job);
+    if (!closing_) restart();
+    generation_ = fork_generation();
 }
 
 void JobQueue::refuse_closed() const {
@@ -75,7 +111,7 @@ Ticket JobQueue::push(std::unique_lock<std::mutex> lock, JobPtr job, std::int64_
 
 void JobQueue::promote(Ticket ticket) {
     {
-        const std::lock_guard lock(mutex_);
+        const auto lock = enter();
         const JobPtr job = find(ticket);
         if (!job || job->lane == Lane::kDemand || !take_out(*job)) return;
         prefetching_ -= job->bytes;
@@ -87,7 +123,7 @@ void JobQueue::promote(Ticket ticket) {
 
 bool JobQueue::cancel(Ticket ticket) {
     {
-        const std::lock_guard lock(mutex_);
+        const auto lock = enter();
         const JobPtr job = find(ticket);
         if (!job || !take_out(*job)) return false;
         end(*job, State::kCancelled, std::nullopt);
@@ -96,14 +132,14 @@ bool JobQueue::cancel(Ticket ticket) {
     return true;
 }
 
-std::optional<Ticket> JobQueue::ticket_of(std::int64_t slot) const {
-    const std::lock_guard lock(mutex_);
+std::optional<Ticket> JobQueue::ticket_of(std::int64_t slot) {
+    const auto lock = enter();
     const auto found = newest_.find(slot);
     return found == newest_.end() ? std::nullopt : std::optional(Ticket{found->second});
 }
 
 JobQueue::JobPtr JobQueue::settle(Ticket ticket) {
-    std::unique_lock lock(mutex_);
+    auto lock = enter();
     const JobPtr job = find(ticket);
     if (!job || job->waited_for) {
         throw Error(ErrorKind::kTransfer, "ticket " + std::to_string(ticket.id) + " was waited for already");

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/error.hpp"
+#include "core/fork.hpp"
 #include "core/reader.hpp"
 #include "core/record.hpp"
 
@@ -45,7 +46,9 @@ inline double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Every public member function may be called from any thread.
+// Every public member function may be called from any thread, and in a child of fork(): there the first call brings the
+// queue back. Jobs that were queued or running at the fork are queued, since the parent's reads are none of the
+// child's.
 class JobQueue {
   public:
     JobQueue(const JobQueue&) = delete;
@@ -57,7 +60,7 @@ class JobQueue {
     bool cancel(Ticket ticket);
     // The newest job that was submitted for this slot and not waited for. None: no job will write to the slot any more.
     // How a caller that an exception took out of submit() learns its ticket.
-    std::optional<Ticket> ticket_of(std::int64_t slot) const;
+    std::optional<Ticket> ticket_of(std::int64_t slot);
 
   protected:
     enum class State : std::uint8_t { kQueued, kRunning, kReady, kFailed, kCancelled };
@@ -77,11 +80,18 @@ class JobQueue {
 
     // ConfigError where workers is not in fewest..64, or prefetch_bytes is negative.
     JobQueue(std::string reader, int workers, int fewest, std::int64_t prefetch_bytes);
-    ~JobQueue() = default;  // the workers use the derived queue, whose destructor has stopped them by now
+    virtual ~JobQueue() = default;  // the workers use the derived queue, whose destructor has stopped them by now
 
+    // mutex_, in a queue that works in this process.
+    std::unique_lock<std::mutex> enter();
+    // Starts workers anew in a child of fork(), mutex_ held; or throws BackendUnavailable where they cannot work there.
+    virtual void restart() = 0;
+    bool forked() const noexcept { return birth_ != fork_generation(); }  // in another process than it was made in
     // A thread for each worker, which runs `work` on a channel of its own. Where it throws, stop() is still needed.
     void start(Reader& reader, const std::function<void(std::unique_ptr<ReadChannel>)>& work);
-    // Cancels what is queued, calls `wake`, joins the workers when they have finished what runs. close_mutex_ held.
+    // How close() begins: nothing is submitted from now on, and one close() at a time goes on while this is held.
+    std::unique_lock<std::mutex> begin_close();
+    // Cancels what is queued, calls `wake`, joins the workers when they have finished what runs.
     void stop(const std::function<void()>& wake = [] {});
 
     // Gives the job its ticket and wakes a worker. ConfigError where the record is larger than `slot_bytes`;
@@ -97,15 +107,15 @@ class JobQueue {
     TransferStats counters() const;  // mutex_ held
 
     const int worker_count_;
-    mutable std::mutex mutex_;          // guards what follows, and the fields of every Job that others look at
-    std::condition_variable work_;      // a job was queued, or closing_
-    std::condition_variable finished_;  // a job that somebody waits for is over
+    ForkMutex mutex_{ForkMutex::Level::kQueue};  // guards what follows, and the fields of every Job that others look at
+    std::condition_variable work_;               // a job was queued, or closing_
+    std::condition_variable finished_;           // a job that somebody waits for is over
     bool closing_ = false;
     TransferStats stats_;
-    std::mutex close_mutex_;  // one close() at a time; taken before mutex_
 
   private:
     bool take_out(Job& job);  // mutex_ held; out of its lane, false if it is not there
+    void revive();            // mutex_ held
 
     const std::string reader_name_;
     const std::int64_t prefetch_bytes_;
@@ -114,7 +124,10 @@ class JobQueue {
     std::unordered_map<std::int64_t, std::uint64_t> newest_;  // slot -> ticket, until waited for
     std::uint64_t next_id_ = 1;
     std::int64_t prefetching_ = 0;  // bytes of prefetches that are queued or running
+    std::mutex close_mutex_;        // taken before mutex_
     std::vector<std::thread> workers_;
+    const std::uint64_t birth_ = fork_generation();
+    std::uint64_t generation_ = birth_;  // of the process that workers_ and the conditions above belong to
 };
 
 }  // namespace emoe

@@ -1,4 +1,5 @@
-// Fork-join loops for the kernels: OpenMP where built with it (shared with torch), else std::thread.
+// Fork-join loops for the kernels: OpenMP where built with it (shared with torch), else std::thread; also in a child of
+// fork(), where OpenMP would wait for a team that is not there.
 // Not for transfers; those have their own workers (csrc/core/transfer.hpp).
 #pragma once
 
@@ -16,6 +17,7 @@
 #endif
 
 #include "core/error.hpp"
+#include "core/fork.hpp"
 
 namespace emoe {
 
@@ -73,16 +75,20 @@ void parallel_for(std::int64_t n, Fn&& fn) {
     }
     detail::FirstError error;
 #ifdef _OPENMP
+    if (fork_generation() == 0) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-    for (std::int64_t i = 0; i < n; ++i) {
-        if (error.failed()) continue;
-        try {
-            fn(i);
-        } catch (...) {
-            error.capture();
+        for (std::int64_t i = 0; i < n; ++i) {
+            if (error.failed()) continue;
+            try {
+                fn(i);
+            } catch (...) {
+                error.capture();
+            }
         }
+        error.rethrow();
+        return;
     }
-#else
+#endif
     std::atomic<std::int64_t> next{0};
     const auto work = [&] {
         for (std::int64_t i = next++; i < n && !error.failed(); i = next++) {
@@ -98,7 +104,6 @@ void parallel_for(std::int64_t n, Fn&& fn) {
     for (int t = 1; t < team; ++t) helpers.emplace_back(work);
     work();
     helpers.clear();  // joins
-#endif
     error.rethrow();
 }
 

@@ -9,25 +9,33 @@
 #include <string>
 #include <utility>
 
+#include "core/source_file.hpp"
+
 namespace emoe {
 
-// An open file descriptor. Where direct() holds, offset, length and address of every read divide by alignment().
+// A source file as a reader reads it. Where direct() holds, offset, length and address of every read divide by
+// alignment().
 class File {
   public:
-    File(int fd, std::string path, std::int64_t alignment) : fd_(fd), path_(std::move(path)), alignment_(alignment) {}
+    // Closes `fd` in the end, unless it is the source's own.
+    File(int fd, std::shared_ptr<const SourceFile> source, std::int64_t alignment)
+        : fd_(fd), source_(std::move(source)), alignment_(alignment) {}
     ~File();
     File(const File&) = delete;
     File& operator=(const File&) = delete;
 
     int fd() const noexcept { return fd_; }
-    const std::string& path() const noexcept { return path_; }
+    const std::string& path() const noexcept { return source_->path(); }
     std::int64_t alignment() const noexcept { return alignment_; }  // 1 where reads go through the page cache
     bool direct() const noexcept { return alignment_ > 1; }
     std::int64_t size() const noexcept;  // asked of the file system each time; -1 where it does not answer
+    // As SourceFile::change. What was read before it answered "" is what was there when the file was added.
+    std::string change() const { return fd_ < 0 ? "" : source_->change(fd_); }
+    const SourceFile& source() const noexcept { return *source_; }
 
   private:
     int fd_;
-    std::string path_;
+    std::shared_ptr<const SourceFile> source_;
     std::int64_t alignment_;
 };
 
@@ -61,7 +69,7 @@ class Reader {
     virtual std::string name() const = 0;
     virtual bool direct() const noexcept = 0;  // false once a file system has refused O_DIRECT
     virtual std::string note() const = 0;  // why this reader, or why not direct, where that was not asked for; or ""
-    virtual std::unique_ptr<File> open(const std::string& path) = 0;  // ReadError
+    virtual std::unique_ptr<File> open(std::shared_ptr<const SourceFile> source) = 0;  // ReadError
     virtual std::unique_ptr<ReadChannel> channel() = 0;
 };
 

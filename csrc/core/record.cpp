@@ -1,13 +1,8 @@
 #include "core/record.hpp"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <mutex>
 #include <numeric>
-#include <system_error>
 #include <utility>
 
 #include "core/error.hpp"
@@ -78,22 +73,17 @@ void append(Record& record, const Piece& p) {
 
 }  // namespace
 
-std::int64_t RecordTable::add_file(const std::string& path) {
-    // Only a look whether it can be read; the queue's reader opens it its own way.
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        throw Error(ErrorKind::kRead, "cannot open " + path + ": " + std::generic_category().message(errno), path, "",
-                    -1, -1);
-    }
-    ::close(fd);
-    const std::unique_lock lock(mutex_);
-    files_.push_back(path);
+std::int64_t RecordTable::add_file(const std::string& path, std::optional<int> fd,
+                                   std::optional<FileIdentity> identity) {
+    auto file = std::make_shared<const SourceFile>(path, fd, identity);
+    const std::lock_guard lock(mutex_);
+    files_.push_back(std::move(file));
     return static_cast<std::int64_t>(files_.size()) - 1;
 }
 
 std::int64_t RecordTable::add_record(std::vector<Piece> pieces) {
     if (pieces.empty()) throw Error(ErrorKind::kConfig, "a record needs at least one piece");
-    const std::unique_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     auto record = std::make_shared<Record>();
     for (const Piece& piece : pieces) {
         check(piece, static_cast<std::int64_t>(files_.size()));
@@ -110,7 +100,7 @@ std::int64_t RecordTable::add_record(std::vector<Piece> pieces) {
 }
 
 std::shared_ptr<const Record> RecordTable::record(std::int64_t id) const {
-    const std::shared_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     if (id < 0 || id >= static_cast<std::int64_t>(records_.size())) {
         throw Error(ErrorKind::kConfig,
                     "record " + std::to_string(id) + " is not one of the " + std::to_string(records_.size()));
@@ -118,13 +108,18 @@ std::shared_ptr<const Record> RecordTable::record(std::int64_t id) const {
     return records_[static_cast<std::size_t>(id)];
 }
 
-std::string RecordTable::path(std::int64_t file) const {
-    const std::shared_lock lock(mutex_);
-    if (file < 0 || file >= static_cast<std::int64_t>(files_.size())) {
+std::shared_ptr<const SourceFile> RecordTable::file(std::int64_t id) const {
+    const std::lock_guard lock(mutex_);
+    if (id < 0 || id >= static_cast<std::int64_t>(files_.size())) {
         throw Error(ErrorKind::kConfig,
-                    "file " + std::to_string(file) + " is not one of the " + std::to_string(files_.size()));
+                    "file " + std::to_string(id) + " is not one of the " + std::to_string(files_.size()));
     }
-    return files_[static_cast<std::size_t>(file)];
+    return files_[static_cast<std::size_t>(id)];
+}
+
+std::int64_t RecordTable::files() const {
+    const std::lock_guard lock(mutex_);
+    return static_cast<std::int64_t>(files_.size());
 }
 
 }  // namespace emoe

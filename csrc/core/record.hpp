@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <memory>
-#include <shared_mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "core/fork.hpp"
 #include "core/scatter.hpp"
+#include "core/source_file.hpp"
 
 namespace emoe {
 
@@ -47,14 +49,17 @@ struct Record {
 // Grows only; ids are consecutive from 0. Safe to use from several threads; records do not change once added.
 class RecordTable {
   public:
-    std::int64_t add_file(const std::string& path);               // ReadError where it cannot be opened
-    std::int64_t add_record(std::vector<Piece> pieces);           // ConfigError where a piece contradicts itself
-    std::shared_ptr<const Record> record(std::int64_t id) const;  // ConfigError for an unknown id
-    std::string path(std::int64_t file) const;                    // likewise
+    // Opens the file, or takes over a descriptor (SourceFile says how). ReadError.
+    std::int64_t add_file(const std::string& path, std::optional<int> fd = {},
+                          std::optional<FileIdentity> identity = {});
+    std::int64_t add_record(std::vector<Piece> pieces);             // ConfigError where a piece contradicts itself
+    std::shared_ptr<const Record> record(std::int64_t id) const;    // ConfigError for an unknown id
+    std::shared_ptr<const SourceFile> file(std::int64_t id) const;  // likewise
+    std::int64_t files() const;                                     // how many
 
   private:
-    mutable std::shared_mutex mutex_;
-    std::vector<std::string> files_;
+    mutable ForkMutex mutex_{ForkMutex::Level::kTable};
+    std::vector<std::shared_ptr<const SourceFile>> files_;
     std::vector<std::shared_ptr<const Record>> records_;
 };
 

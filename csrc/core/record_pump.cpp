@@ -38,12 +38,29 @@ const Piece& piece_at(const Record& record, std::int64_t file, std::int64_t offs
 
 }  // namespace
 
+OpenFiles::OpenFiles(std::shared_ptr<const RecordTable> table, std::shared_ptr<Reader> reader)
+    : table_(std::move(table)), reader_(std::move(reader)) {
+    for (std::int64_t id = 0; id < table_->files(); ++id) get(id);
+}
+
 const File& OpenFiles::get(std::int64_t id) {
     const std::lock_guard lock(mutex_);
     const auto index = static_cast<std::size_t>(id);
     if (index >= files_.size()) files_.resize(index + 1);
-    if (!files_[index]) files_[index] = reader_->open(table_->path(id));
-    return *files_[index];
+    std::unique_ptr<File>& file = files_[index];
+    if (!file) file = reader_->open(table_->file(id));
+    if (!doubtful_.empty() && doubtful_.contains(file.get())) {
+        if (auto successor = file->source().successor()) {
+            doubtful_.erase(file.get());
+            replaced_.push_back(std::exchange(file, reader_->open(std::move(successor))));
+        }
+    }
+    return *file;
+}
+
+void OpenFiles::doubt(const File& file) {
+    const std::lock_guard lock(mutex_);
+    doubtful_.insert(&file);
 }
 
 HugeBuffer::~HugeBuffer() {
@@ -255,7 +272,9 @@ void RecordPump::arrived(Chunk& chunk, std::int64_t result) {
     } else {
         const std::int64_t got = align_down(chunk.got, chunk.cut.file->alignment()) + result;
         if (chunk.cut.begin + got >= chunk.cut.last) {
-            if (chunk.cut.straight == nullptr) {
+            if (!chunk.cut.file->change().empty()) {
+                fail(chunk, "");
+            } else if (chunk.cut.straight == nullptr) {
                 landed_ = &chunk;
                 return;
             }
@@ -291,19 +310,25 @@ void RecordPump::scatter_chunk(const Chunk& chunk) {
     }
 }
 
-// The first failure of a job is the one reported. `why` is empty at the end of the file.
+// The first failure of a job is the one reported. `why` is empty at the end of the file, and where the file has
+// changed.
 void RecordPump::fail(const Chunk& chunk, const std::string& why) {
     Job& job = *chunk.job;
+    const File& file = *chunk.cut.file;
+    const std::string change = why.empty() ? file.change() : "";
+    if (!change.empty()) files_.doubt(file);
     if (job.error) return;
     const std::int64_t at = why.empty() ? std::max(chunk.cut.first, chunk.cut.begin + chunk.got) : chunk.cut.first;
     const Piece& piece = piece_at(*job.record, job.record->extents[chunk.cut.extent].file, at);
     const std::string range = std::to_string(piece.nbytes) + " bytes at offset " + std::to_string(piece.offset);
-    const std::string& path = chunk.cut.file->path();
-    const std::string message = why.empty()
-                                    ? path + " is truncated: tensor '" + piece.tensor + "' needs " + range +
-                                          ", the file has " + std::to_string(chunk.cut.file->size()) + " bytes"
-                                    : "reading " + path + ", tensor '" + piece.tensor + "', " + range + ": " + why;
-    job.error = Error(ErrorKind::kRead, message, path, piece.tensor, piece.offset, piece.nbytes);
+    std::string message = "reading " + file.path() + ", tensor '" + piece.tensor + "', " + range + ": " + why;
+    if (!change.empty()) {
+        message += "the file " + change;
+    } else if (why.empty()) {
+        message = file.path() + " is truncated: tensor '" + piece.tensor + "' needs " + range + ", the file has " +
+                  std::to_string(file.size()) + " bytes";
+    }
+    job.error = Error(ErrorKind::kRead, message, file.path(), piece.tensor, piece.offset, piece.nbytes);
 }
 
 }  // namespace emoe

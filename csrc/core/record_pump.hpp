@@ -6,29 +6,33 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <optional>
+#include <set>
 #include <span>
 #include <vector>
 
 #include "core/error.hpp"
+#include "core/fork.hpp"
 #include "core/reader.hpp"
 #include "core/record.hpp"
 
 namespace emoe {
 
-// The files of a table, opened when first read and closed with this object. Shared by the pumps of a queue.
+// The files of a table as a reader reads them; those that are there are opened at once. Shared by the pumps of a queue.
 class OpenFiles {
   public:
-    OpenFiles(std::shared_ptr<const RecordTable> table, std::shared_ptr<Reader> reader)
-        : table_(std::move(table)), reader_(std::move(reader)) {}
-    const File& get(std::int64_t id);  // ReadError where it cannot be opened; valid as long as this object
+    OpenFiles(std::shared_ptr<const RecordTable> table, std::shared_ptr<Reader> reader);  // ReadError
+    // Valid as long as this object. A file that has changed makes way for its successor (SourceFile), if there is one.
+    const File& get(std::int64_t id);
+    void doubt(const File& file);  // it has changed: get() looks for a successor from now on
 
   private:
     std::shared_ptr<const RecordTable> table_;
     std::shared_ptr<Reader> reader_;
-    std::mutex mutex_;
+    ForkMutex mutex_{ForkMutex::Level::kFiles};
     std::vector<std::unique_ptr<File>> files_;
+    std::set<const File*> doubtful_;
+    std::vector<std::unique_ptr<File>> replaced_;  // reads of them may be in flight
 };
 
 // Anonymous memory in huge pages where the kernel has some, mapped when first asked for. Not from malloc: what that

@@ -1,6 +1,7 @@
 #include "core/transfer.hpp"
 
 #include <string>
+#include <tuple>
 #include <utility>
 
 namespace emoe {
@@ -17,7 +18,7 @@ TransferQueue::TransferQueue(std::shared_ptr<const Slab> slab, std::shared_ptr<c
                     "slots of backend '" + std::string(slab_->backend().name()) + "' cannot be read into by the host");
     }
     try {
-        start(*reader_, [this](std::unique_ptr<ReadChannel> channel) { work(std::move(channel)); });
+        restart();
     } catch (...) {
         close();
         throw;
@@ -26,8 +27,13 @@ TransferQueue::TransferQueue(std::shared_ptr<const Slab> slab, std::shared_ptr<c
 
 TransferQueue::~TransferQueue() { close(); }
 
+void TransferQueue::restart() {
+    idle_ = 0;
+    start(*reader_, [this](std::unique_ptr<ReadChannel> channel) { work(std::move(channel)); });
+}
+
 Ticket TransferQueue::submit(std::int64_t record, std::int64_t slot, Lane lane) {
-    std::unique_lock lock(mutex_);
+    auto lock = enter();
     refuse_closed();
     auto job = std::make_shared<SlotJob>();
     job->record = table_->record(record);
@@ -37,33 +43,33 @@ Ticket TransferQueue::submit(std::int64_t record, std::int64_t slot, Lane lane) 
     return push(std::move(lock), std::move(job), record, slab_->slot_bytes());
 }
 
-bool TransferQueue::done(Ticket ticket) const {
-    const std::lock_guard lock(mutex_);
+bool TransferQueue::done(Ticket ticket) {
+    const auto lock = enter();
     const JobPtr job = find(ticket);
     return !job || job->over();
 }
 
 void TransferQueue::wait(Ticket ticket) { settle(ticket); }
 
-TransferStats TransferQueue::stats() const {
-    const std::lock_guard lock(mutex_);
+TransferStats TransferQueue::stats() {
+    const auto lock = enter();
     return counters();
 }
 
 void TransferQueue::close() {
-    const std::lock_guard one_at_a_time(close_mutex_);
+    const auto one_at_a_time = begin_close();
     stop();
-    // submit() no longer touches these: it sees closing_ first.
-    files_.reset();
-    slab_.reset();
-    table_.reset();
-    reader_.reset();
+    // Under the lock, so that a child forked meanwhile has them or not; let go of behind it, since they have locks too.
+    const auto let_go = [this] {
+        const std::lock_guard lock(mutex_);
+        return std::tuple(std::move(files_), std::move(slab_), std::move(table_), std::move(reader_));
+    }();
 }
 
 void TransferQueue::work(std::unique_ptr<ReadChannel> channel) {
     RecordPump pump(std::move(channel), *files_);
     std::unordered_map<std::uint64_t, JobPtr> mine;  // what the pump has
-    std::unique_lock lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
         if (!pump.busy()) {
             ++idle_;

@@ -20,16 +20,16 @@ class TransferQueue final : public JobQueue {
     // ConfigError; BackendUnavailable where the slab is not host memory or the reader cannot run here.
     TransferQueue(std::shared_ptr<const Slab> slab, std::shared_ptr<const RecordTable> table,
                   std::shared_ptr<Reader> reader, int workers, std::int64_t prefetch_bytes);
-    ~TransferQueue();
+    ~TransferQueue() override;
 
     // Never blocks. ConfigError for an unknown record or slot, or a slot too small; ClosedError; QueueFullError where a
     // prefetch would bring the prefetches that are queued or running over prefetch_bytes.
     Ticket submit(std::int64_t record, std::int64_t slot, Lane lane);
-    bool done(Ticket ticket) const;  // over in any way; never blocks
+    bool done(Ticket ticket);  // over in any way; never blocks
     // Returns when the slot holds the record; throws ReadError or CancelledError. Forgets the ticket either way, so a
     // second wait throws TransferError, as does one while another thread waits for the same ticket.
     void wait(Ticket ticket);
-    TransferStats stats() const;
+    TransferStats stats();
     // Finishes running jobs, cancels queued ones, joins the workers, lets go of slab, table and files. Idempotent.
     void close();
 
@@ -38,6 +38,7 @@ class TransferQueue final : public JobQueue {
         Memory place;
     };
 
+    void restart() override;
     void work(std::unique_ptr<ReadChannel> channel);
 
     std::shared_ptr<const Slab> slab_;

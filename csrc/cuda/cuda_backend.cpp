@@ -112,6 +112,7 @@ void CudaBackend::make_room(LaneState& lane) {
 }
 
 Event CudaBackend::copy(Memory dst, std::span<const std::byte> src, Lane which) {
+    refuse_lost_device();  // before a lock that a thread of the parent may have held
     if (src.size() > dst.bytes) {
         throw Error(ErrorKind::kConfig, "a copy of " + std::to_string(src.size()) + " bytes does not fit into " +
                                             std::to_string(dst.bytes));
@@ -151,6 +152,7 @@ double CudaBackend::copy_rate(std::size_t bytes, int copies) {
 }
 
 void CudaBackend::finish_copies() {
+    refuse_lost_device();  // before a lock that a thread of the parent may have held
     for (LaneState& each : lanes_) {
         const std::lock_guard<std::mutex> lock(each.mutex);
         for (const Event& copied : each.in_flight) copied.synchronize();
@@ -195,6 +197,7 @@ void CudaBackend::order_after(Ticket ticket, cudaStream_t stream) {
 }
 
 void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream) {
+    refuse_lost_device();  // before a lock that a thread of the parent may have held
     if (src.size() > dst.bytes) {
         throw Error(ErrorKind::kConfig, "an upload of " + std::to_string(src.size()) + " bytes does not fit into " +
                                             std::to_string(dst.bytes));
@@ -215,6 +218,7 @@ void CudaBackend::upload(Memory dst, std::span<const std::byte> src, cudaStream_
 }
 
 void CudaBackend::download(std::span<std::byte> dst, const std::byte* src, cudaStream_t stream) {
+    refuse_lost_device();  // before a lock that a thread of the parent may have held
     const std::lock_guard<std::mutex> lock(staging_mutex_);
     const DeviceScope scope(device_);
     refuse_capture(stream, "the host cannot wait for a copy that only a replay makes");

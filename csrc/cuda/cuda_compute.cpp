@@ -68,6 +68,7 @@ Memory CudaBackend::grown(Memory memory, std::size_t bytes, cudaStream_t stream)
 
 void CudaBackend::gather_mlp(const GatherMlp& op, void* on) {
     const auto stream = static_cast<cudaStream_t>(on);
+    refuse_lost_device();  // before a lock that a thread of the parent may have held
     validate(op);
     if (op.mode != OutMode::kPairs) {
         throw Error(ErrorKind::kConfig, "mode 'accumulate' is not computed on a CUDA device; use 'pairs' and combine");

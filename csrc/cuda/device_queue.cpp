@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 namespace emoe::cuda {
 
@@ -20,7 +22,7 @@ DeviceQueue::DeviceQueue(std::shared_ptr<CudaBackend> backend, std::shared_ptr<c
         throw Error(ErrorKind::kConfig, "the slab is host memory; a device queue fills slots of a device");
     }
     try {
-        start(*reader_, [this](std::unique_ptr<ReadChannel> channel) { work(std::move(channel)); });
+        restart();
     } catch (...) {
         close();
         throw;
@@ -29,12 +31,17 @@ DeviceQueue::DeviceQueue(std::shared_ptr<CudaBackend> backend, std::shared_ptr<c
 
 DeviceQueue::~DeviceQueue() { close(); }
 
+void DeviceQueue::restart() {
+    refuse_lost_device();
+    start(*reader_, [this](std::unique_ptr<ReadChannel> channel) { work(std::move(channel)); });
+}
+
 Ticket DeviceQueue::submit(std::int64_t record, std::int64_t slot, Lane lane) { return enqueue(record, slot, lane); }
 
 Ticket DeviceQueue::submit_host(std::int64_t record, Lane lane) { return enqueue(record, std::nullopt, lane); }
 
 Ticket DeviceQueue::enqueue(std::int64_t record, std::optional<std::int64_t> slot, Lane lane) {
-    std::unique_lock lock(mutex_);
+    auto lock = enter();
     refuse_closed();
     auto job = std::make_shared<DeviceJob>();
     job->number = record;
@@ -53,27 +60,27 @@ Ticket DeviceQueue::enqueue(std::int64_t record, std::optional<std::int64_t> slo
     return ticket;
 }
 
-bool DeviceQueue::done(Ticket ticket) const {
-    const std::lock_guard lock(mutex_);
+bool DeviceQueue::done(Ticket ticket) {
+    const auto lock = enter();
     const auto job = std::static_pointer_cast<DeviceJob>(find(ticket));
     return !job || (job->over() && job->copied.done());
 }
 
-bool DeviceQueue::issued(Ticket ticket) const {
-    const std::lock_guard lock(mutex_);
+bool DeviceQueue::issued(Ticket ticket) {
+    const auto lock = enter();
     const JobPtr job = find(ticket);
     return !job || job->over();
 }
 
 std::int64_t DeviceQueue::wait(Ticket ticket) {
     {
-        const std::lock_guard lock(mutex_);
+        const auto lock = enter();
         host_tickets_.erase(ticket.id);
     }
     const auto job = std::static_pointer_cast<DeviceJob>(settle(ticket));
     const auto start = Clock::now();
     job->copied.synchronize();
-    const std::lock_guard lock(mutex_);
+    const auto lock = enter();
     stats_.wait_seconds += seconds_since(start);
     if (job->host_slot >= 0) held_.insert(job->host_slot);
     return job->host_slot;
@@ -87,7 +94,7 @@ void DeviceQueue::order_after(Ticket ticket, cudaStream_t stream) {
 
 void DeviceQueue::release_host(std::int64_t host_slot) {
     {
-        const std::lock_guard lock(mutex_);
+        const auto lock = enter();
         const auto held = held_.find(host_slot);
         if (held == held_.end()) {
             throw Error(ErrorKind::kTransfer, "host slot " + std::to_string(host_slot) + " is not held");
@@ -102,14 +109,14 @@ void DeviceQueue::reclaim_host() {
     const auto release_held = [this] {
         std::multiset<std::int64_t> slots;
         {
-            const std::lock_guard lock(mutex_);
+            const auto lock = enter();
             slots.swap(held_);
         }
         for (const std::int64_t slot : slots) store_->release(slot);
     };
     std::set<std::uint64_t> tickets;
     {
-        const std::lock_guard lock(mutex_);
+        const auto lock = enter();
         tickets = host_tickets_;
     }
     release_held();
@@ -124,13 +131,21 @@ void DeviceQueue::reclaim_host() {
     }
 }
 
-DeviceQueueStats DeviceQueue::stats() const {
-    const std::lock_guard lock(mutex_);
+DeviceQueueStats DeviceQueue::stats() {
+    const auto lock = enter();
     return {counters(), file_bytes_, host_hits_, host_misses_};
 }
 
 void DeviceQueue::close() {
-    const std::lock_guard one_at_a_time(close_mutex_);
+    const auto one_at_a_time = begin_close();
+    if (forked()) {
+        // Locks of the cache and of the device may be those of threads that are not here: they are not touched again.
+        stop();
+        static auto* const lost = new std::vector<
+            std::tuple<std::shared_ptr<CudaBackend>, std::shared_ptr<const Slab>, std::shared_ptr<PinnedCache>>>;
+        lost->emplace_back(std::move(backend_), std::move(slab_), std::move(store_));
+        return;
+    }
     stop([this] {
         if (store_) store_->close();  // a worker may wait for a host slot that its holder will not give back
     });
@@ -149,7 +164,7 @@ void DeviceQueue::work(std::unique_ptr<ReadChannel> channel) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeThreadLocal;
     cudaThreadExchangeStreamCaptureMode(&mode);
     RecordPump pump(std::move(channel), *files_);
-    std::unique_lock lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
         std::shared_ptr<DeviceJob> job;
         work_.wait(lock, [&] {

@@ -24,23 +24,24 @@ struct DeviceQueueStats {
     std::int64_t host_misses = 0;
 };
 
-// Every member function may be called from any thread.
+// Every member function may be called from any thread. A device does not survive fork(): in a child every call but
+// close() throws BackendUnavailable, and nothing of the device is given back.
 class DeviceQueue final : public JobQueue {
   public:
     // `slab` is memory of `backend`. ConfigError; BackendUnavailable where the reader cannot run here.
     DeviceQueue(std::shared_ptr<CudaBackend> backend, std::shared_ptr<const Slab> slab,
                 std::shared_ptr<const RecordTable> table, std::shared_ptr<Reader> reader,
                 std::shared_ptr<PinnedCache> store, int workers, std::int64_t prefetch_bytes);
-    ~DeviceQueue();
+    ~DeviceQueue() override;
 
     // Never blocks. Errors as TransferQueue::submit.
     Ticket submit(std::int64_t record, std::int64_t slot, Lane lane);
     // Only into pinned memory, for computing there; wait() then gives a host slot that is held until release_host().
     Ticket submit_host(std::int64_t record, Lane lane);
     // The copy is over on the device, or the job is over in any other way. Never blocks.
-    bool done(Ticket ticket) const;
+    bool done(Ticket ticket);
     // The copy is in its stream (or the job is over): order_after() would not block. Never blocks.
-    bool issued(Ticket ticket) const;
+    bool issued(Ticket ticket);
     // Blocks until the device slot holds the record. Forgets the ticket; ReadError, CancelledError, TransferError.
     // Returns the host slot of submit_host(), -1 for submit().
     std::int64_t wait(Ticket ticket);
@@ -51,7 +52,7 @@ class DeviceQueue final : public JobQueue {
     // Ends every submit_host() and releases every host slot that wait() gave out: for a caller whom an exception took
     // the tickets or the slots from. Blocks while one of them is read.
     void reclaim_host();
-    DeviceQueueStats stats() const;
+    DeviceQueueStats stats();
     // Finishes running jobs, cancels queued ones, joins the workers, waits for copies. Idempotent.
     void close();
 
@@ -64,6 +65,7 @@ class DeviceQueue final : public JobQueue {
     };
 
     Ticket enqueue(std::int64_t record, std::optional<std::int64_t> slot, Lane lane);
+    void restart() override;
     void work(std::unique_ptr<ReadChannel> channel);
     void perform(DeviceJob& job, RecordPump& pump);
     void fill(const DeviceJob& job, const PinnedCache::Lease& lease, RecordPump& pump);

@@ -1,11 +1,16 @@
 #include "cuda/runtime.hpp"
 
+#include <atomic>
 #include <utility>
 
 #include "core/error.hpp"
+#include "core/fork.hpp"
 
 namespace emoe::cuda {
 namespace {
+
+// Set by whatever uses a device first in this family of processes; ~0: nothing yet.
+std::atomic<std::uint64_t> used_in{~std::uint64_t{0}};
 
 constexpr int kOldestMajor = 8;  // the kernels use bf16 mma and cp.async
 
@@ -89,7 +94,21 @@ void require_device(int device) {
     }
 }
 
+bool device_lost() noexcept {
+    std::uint64_t unused = ~std::uint64_t{0};
+    return !used_in.compare_exchange_strong(unused, fork_generation()) && unused != fork_generation();
+}
+
+void refuse_lost_device() {
+    if (!device_lost()) return;
+    throw Error(
+        ErrorKind::kBackendUnavailable,
+        "this process was forked from one that used a CUDA device, and CUDA does not survive that: load the model "
+        "in the child, or start it with 'spawn'");
+}
+
 DeviceScope::DeviceScope(int device) {
+    refuse_lost_device();
     check(cudaGetDevice(&before_), "asking for the current device");
     if (before_ == device) return;
     check(cudaSetDevice(device), "making device ", device, " current");
@@ -133,6 +152,7 @@ void Event::before(cudaStream_t stream) const {
 std::shared_ptr<EventPool> EventPool::make(int device) { return std::shared_ptr<EventPool>(new EventPool(device)); }
 
 EventPool::~EventPool() {
+    if (device_lost()) return;
     for (const cudaEvent_t event : idle_) cudaEventDestroy(event);
 }
 
@@ -168,7 +188,9 @@ Stream::Stream(int device, bool urgent) : device_(device) {
           "creating a copy stream on device ", device);
 }
 
-Stream::~Stream() { cudaStreamDestroy(stream_); }
+Stream::~Stream() {
+    if (!device_lost()) cudaStreamDestroy(stream_);
+}
 
 void Stream::synchronize() const {
     check(cudaStreamSynchronize(stream_), "waiting for a copy stream of device ", device_);
@@ -181,6 +203,8 @@ PinnedBuffer::PinnedBuffer(std::size_t bytes, int device) : bytes_(bytes) {
     data_ = static_cast<std::byte*>(data);
 }
 
-PinnedBuffer::~PinnedBuffer() { cudaFreeHost(data_); }
+PinnedBuffer::~PinnedBuffer() {
+    if (!device_lost()) cudaFreeHost(data_);
+}
 
 }  // namespace emoe::cuda

@@ -47,7 +47,11 @@ Status look_around();
 // BackendUnavailable where nothing can be used; ConfigError where this index is none of the devices.
 void require_device(int device);
 
-// Makes a device current for a scope.
+// CUDA does not survive fork(). True in a child of the process that used it first: then no handle is given back.
+bool device_lost() noexcept;
+void refuse_lost_device();  // BackendUnavailable where it is
+
+// Makes a device current for a scope. BackendUnavailable in a child of the process that used CUDA first.
 class DeviceScope {
   public:
     explicit DeviceScope(int device);

@@ -44,7 +44,9 @@ class FaultyReader final : public Reader {
     std::string name() const override { return "faulty " + inner_->name(); }
     bool direct() const noexcept override { return inner_->direct(); }
     std::string note() const override { return inner_->note(); }
-    std::unique_ptr<File> open(const std::string& path) override { return inner_->open(path); }
+    std::unique_ptr<File> open(std::shared_ptr<const SourceFile> source) override {
+        return inner_->open(std::move(source));
+    }
     std::unique_ptr<ReadChannel> channel() override {
         return std::make_unique<FaultyChannel>(inner_->channel(), shared_);
     }

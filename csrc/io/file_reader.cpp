@@ -7,12 +7,13 @@
 #include <cerrno>
 #include <system_error>
 
-#include "core/error.hpp"
 #include "core/slab.hpp"
 
 namespace emoe {
 
-File::~File() { ::close(fd_); }
+File::~File() {
+    if (fd_ >= 0 && fd_ != source_->fd()) ::close(fd_);
+}
 
 std::int64_t File::size() const noexcept {
     struct stat info{};
@@ -22,11 +23,14 @@ std::int64_t File::size() const noexcept {
 namespace io {
 namespace {
 
-int open_retrying(const std::string& path, int flags) {
-    int fd = -1;
-    do fd = ::open(path.c_str(), flags | O_RDONLY | O_CLOEXEC);
-    while (fd < 0 && errno == EINTR);
-    return fd;
+// The source's own inode once more, whatever its path leads to by now.
+int open_again(const SourceFile& source, int flags) {
+    int fd = open_for_reading("/proc/self/fd/" + std::to_string(source.fd()), flags);
+    if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) fd = open_for_reading(source.path(), flags);  // no /proc
+    if (fd < 0 || source.same_file(fd)) return fd;
+    ::close(fd);
+    errno = ESTALE;
+    return -1;
 }
 
 // Some file systems accept O_DIRECT when opening and refuse it when reading.
@@ -45,24 +49,22 @@ std::string FileReader::note() const {
     return note_;
 }
 
-std::unique_ptr<File> FileReader::open(const std::string& path) {
-    if (direct()) {
-        const int fd = open_retrying(path, O_DIRECT);
-        if (fd >= 0 && direct_read_works(fd)) return std::make_unique<File>(fd, path, kPageBytes);
-        if (fd >= 0) ::close(fd);
-        if (fd >= 0 || errno == EINVAL) {
-            direct_.store(false, std::memory_order_relaxed);
-            const std::lock_guard lock(mutex_);
-            note_ += (note_.empty() ? "" : "; ") + std::string("the file system of ") + path +
-                     " refuses O_DIRECT, reads go through the page cache";
-        }
+std::unique_ptr<File> FileReader::open(std::shared_ptr<const SourceFile> source) {
+    if (!direct()) return std::make_unique<File>(source->fd(), source, 1);
+    const int fd = open_again(*source, O_DIRECT);
+    if (fd >= 0 && direct_read_works(fd)) return std::make_unique<File>(fd, std::move(source), kPageBytes);
+    const int why = fd >= 0 ? EINVAL : errno;
+    if (fd >= 0) ::close(fd);
+    const std::lock_guard lock(mutex_);
+    if (!note_.empty()) note_ += "; ";
+    if (why == EINVAL) {
+        direct_.store(false, std::memory_order_relaxed);
+        note_ += "the file system of " + source->path() + " refuses O_DIRECT, reads go through the page cache";
+    } else {
+        note_ += source->path() + " cannot be opened again for O_DIRECT (" + std::generic_category().message(why) +
+                 "), it is read through the page cache";
     }
-    const int fd = open_retrying(path, 0);
-    if (fd < 0) {
-        throw Error(ErrorKind::kRead, "cannot open " + path + ": " + std::generic_category().message(errno), path, "",
-                    -1, -1);
-    }
-    return std::make_unique<File>(fd, path, 1);
+    return std::make_unique<File>(source->fd(), source, 1);
 }
 
 }  // namespace io

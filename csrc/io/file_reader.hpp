@@ -3,9 +3,9 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <string>
 
+#include "core/fork.hpp"
 #include "core/reader.hpp"
 
 namespace emoe::io {
@@ -15,11 +15,11 @@ class FileReader : public Reader {
     FileReader(bool direct, std::string note) : direct_(direct), note_(std::move(note)) {}
     bool direct() const noexcept override { return direct_.load(std::memory_order_relaxed); }
     std::string note() const override;
-    std::unique_ptr<File> open(const std::string& path) override;
+    std::unique_ptr<File> open(std::shared_ptr<const SourceFile> source) override;
 
   private:
     std::atomic<bool> direct_;
-    mutable std::mutex mutex_;  // guards note_
+    mutable ForkMutex mutex_{ForkMutex::Level::kReader};  // guards note_
     std::string note_;
 };
 

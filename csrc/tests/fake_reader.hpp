@@ -36,7 +36,9 @@ class FakeReader final : public Reader {
     std::string name() const override { return "fake"; }
     bool direct() const noexcept override { return alignment > 1; }
     std::string note() const override { return ""; }
-    std::unique_ptr<File> open(const std::string& path) override { return std::make_unique<File>(-1, path, alignment); }
+    std::unique_ptr<File> open(std::shared_ptr<const SourceFile> source) override {
+        return std::make_unique<File>(-1, std::move(source), alignment);
+    }
     std::unique_ptr<ReadChannel> channel() override { return std::make_unique<Channel>(*this); }
 
     // Reads wait at a gate until the test lets them through; open_gate() lets all through from now on.

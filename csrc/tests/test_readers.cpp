@@ -2,6 +2,8 @@
 // faults.
 #include "core/reader.hpp"
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -48,6 +50,8 @@ class TempFile {
     std::string path_;
 };
 
+std::shared_ptr<const SourceFile> source(const std::string& path) { return std::make_shared<const SourceFile>(path); }
+
 struct PageBuffer {
     explicit PageBuffer(std::int64_t bytes)
         : data(static_cast<std::byte*>(std::aligned_alloc(kPageBytes, static_cast<std::size_t>(bytes))), &std::free) {}
@@ -71,7 +75,7 @@ TEST("every reader gives the file's bytes, with as many reads in flight as it of
     constexpr std::int64_t kFile = 3'000'001;
     const TempFile temp(kFile);
     for_each_reader([&](Reader& reader, bool) {
-        const std::unique_ptr<File> file = reader.open(temp.path());
+        const std::unique_ptr<File> file = reader.open(source(temp.path()));
         CHECK_EQ(file->size(), kFile);
         const std::unique_ptr<ReadChannel> channel = reader.channel();
         const auto capacity = static_cast<std::int64_t>(channel->chunk_bytes());
@@ -106,7 +110,7 @@ TEST("every reader gives the file's bytes, with as many reads in flight as it of
 TEST("a reader that was told not to read directly does not, and one that was says whether it does") {
     const TempFile temp(10000);
     for_each_reader([&](Reader& reader, bool direct) {
-        const std::unique_ptr<File> file = reader.open(temp.path());
+        const std::unique_ptr<File> file = reader.open(source(temp.path()));
         CHECK_EQ(file->direct(), reader.direct());
         if (!direct) CHECK(!reader.direct());
         if (direct && !reader.direct()) CHECK(reader.note().find("refuses O_DIRECT") != std::string::npos);
@@ -115,7 +119,7 @@ TEST("a reader that was told not to read directly does not, and one that was say
 
 TEST("a file system that refuses O_DIRECT is read through the page cache, which the reader then says") {
     for_each_reader([&](Reader& reader, bool direct) {
-        const std::unique_ptr<File> file = reader.open("/proc/self/status");
+        const std::unique_ptr<File> file = reader.open(source("/proc/self/status"));
         CHECK(!file->direct());
         CHECK(!reader.direct());
         CHECK_EQ(reader.note().find("/proc/self/status refuses O_DIRECT") != std::string::npos, direct);
@@ -130,7 +134,7 @@ TEST("a file system that refuses O_DIRECT is read through the page cache, which 
 
 TEST("a file that cannot be opened is an error with its name") {
     for_each_reader([](Reader& reader, bool) {
-        const Error error = ERROR_OF(reader.open("/nonexistent/shard.safetensors"));
+        const Error error = ERROR_OF(reader.open(source("/nonexistent/shard.safetensors")));
         CHECK_EQ(static_cast<int>(error.kind), static_cast<int>(ErrorKind::kRead));
         CHECK_EQ(error.file, std::string("/nonexistent/shard.safetensors"));
         CHECK(error.message.find("No such file") != std::string::npos);
@@ -139,18 +143,20 @@ TEST("a file that cannot be opened is an error with its name") {
 
 TEST("a read that fails gives its error number") {
     for_each_reader([](Reader& reader, bool) {
-        const std::unique_ptr<File> file = reader.open(".");  // a folder opens, but cannot be read
+        const TempFile temp(kPageBytes);
+        const int fd = ::open(temp.path().c_str(), O_WRONLY | O_CLOEXEC);
+        const auto file = std::make_unique<File>(fd, source(temp.path()), 1);
         const std::unique_ptr<ReadChannel> channel = reader.channel();
         const PageBuffer buffer(kPageBytes);
         channel->submit({file.get(), 0, {buffer.data.get(), static_cast<std::size_t>(kPageBytes)}, 0});
-        CHECK_EQ(channel->next().result, -EISDIR);
+        CHECK_EQ(channel->next().result, -EBADF);
     });
 }
 
 TEST("a channel that is destroyed with reads in flight waits for them") {
     const TempFile temp(4 << 20);
     for_each_reader([&](Reader& reader, bool) {
-        const std::unique_ptr<File> file = reader.open(temp.path());
+        const std::unique_ptr<File> file = reader.open(source(temp.path()));
         const PageBuffer buffer(1 << 20);
         for (int i = 0; i < 20; ++i) {
             const std::unique_ptr<ReadChannel> channel = reader.channel();
@@ -175,7 +181,7 @@ TEST("an injected fault hits the read it was meant for, over all channels of the
     for_each_reader([&](Reader& plain, bool direct) {
         const auto reader = io::make_faulty_reader(io::make_reader(plain.name(), direct), {1, EIO, 3, 0});
         CHECK_EQ(reader->name(), "faulty " + plain.name());
-        const std::unique_ptr<File> file = reader->open(temp.path());
+        const std::unique_ptr<File> file = reader->open(source(temp.path()));
         const PageBuffer buffer(8192);
         std::vector<std::int64_t> results;
         for (int i = 0; i < 5; ++i) {
@@ -190,7 +196,7 @@ TEST("an injected fault hits the read it was meant for, over all channels of the
 TEST("a delayed reader takes its time") {
     const TempFile temp(8192);
     const auto reader = io::make_faulty_reader(io::make_reader("pread", false), {-1, EIO, -1, 20});
-    const std::unique_ptr<File> file = reader->open(temp.path());
+    const std::unique_ptr<File> file = reader->open(source(temp.path()));
     const std::unique_ptr<ReadChannel> channel = reader->channel();
     const PageBuffer buffer(4096);
     const auto start = std::chrono::steady_clock::now();

@@ -31,7 +31,8 @@ def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayo
 
     def native_piece(piece: Piece, where: SlotLayout, dtypes: dict[str, str]) -> tuple[Any, ...]:
         if piece.file not in files:
-            files[piece.file] = table.add_file(piece.file)
+            file = store.opened(piece.file)
+            files[piece.file] = table.add_file(file.path, file.fd, file.identity)
         dtype = dtypes[piece.param]
         start = where.offsets[piece.param] + encoding(dtype).nbytes((piece.dst_offset,))
         return (

@@ -71,6 +71,7 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
         **kwargs,
     )
     store = cast(ExpertStore, model.__dict__.pop("_emoe_store"))
+    store.require_in_place()  # what Transformers read by name is of the same files
     _require_complete(info, str(path_or_id))
     _own_memory(model, store.files())
     return model, store

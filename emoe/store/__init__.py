@@ -6,7 +6,6 @@ Knows files and shapes, nothing of slots, caches or kernels. `checkpoint` makes 
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from emoe.errors import ClosedError, ReadError
 from emoe.model.spec import ParamSpec
+from emoe.store.opened import OpenFile
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +56,20 @@ class ExpertStore:
     Args:
         layers: in the order of `model.named_modules()`.
         description: for logs and `stats()`.
+        opened: its files, which are the store's to close; one that is missing here is opened at its first use.
         cleanup: removes what the store created; called once, by `close` or at the end of the process.
     """
 
     def __init__(
-        self, layers: Iterable[StoreLayer], description: str, *, cleanup: Callable[[], None] | None = None
+        self,
+        layers: Iterable[StoreLayer],
+        description: str,
+        *,
+        opened: Iterable[OpenFile] = (),
+        cleanup: Callable[[], None] | None = None,
     ) -> None:
         self.layers = tuple(layers)
+        self._opened = {file.path: file for file in opened}
         self.description = description
         self.closed = False
         self._finalizer = weakref.finalize(self, cleanup) if cleanup else None
@@ -71,9 +78,29 @@ class ExpertStore:
         """Every file that holds a piece."""
         return {piece.file for layer in self.layers for pieces in layer.pieces for piece in pieces}
 
+    def opened(self, file: str) -> OpenFile:
+        """The open file of a piece's `file`.
+
+        Raises:
+            ReadError: it was not open yet and cannot be opened.
+            ClosedError: the store was closed.
+        """
+        if self.closed:
+            raise ClosedError(f"the store of experts ({self.description}) is closed")
+        if file not in self._opened:
+            self._opened[file] = OpenFile(file)
+        return self._opened[file]
+
+    def require_in_place(self) -> None:
+        """CheckpointError where a file was replaced or written to; for what was read through the paths meanwhile."""
+        for file in self._opened.values():
+            file.require_in_place()
+
     def close(self) -> None:
-        """Removes what the store created (a checkpoint is never touched); calling it again does nothing."""
+        """Closes its files and removes those it created (a checkpoint is never touched); again, it does nothing."""
         self.closed = True
+        for file in self._opened.values():
+            file.close()
         if self._finalizer is not None:
             self._finalizer()
 
@@ -96,7 +123,7 @@ def read_expert(store: ExpertStore, layer: int, expert: int) -> dict[str, torch.
         name -> tensor of the parameter's shape and dtype.
 
     Raises:
-        ReadError: a file cannot be read or is too short; names file, tensor and bytes.
+        ReadError: a file cannot be read, is too short or has changed; names file, tensor and bytes.
         ClosedError: the store was closed.
     """
     import torch
@@ -107,18 +134,13 @@ def read_expert(store: ExpertStore, layer: int, expert: int) -> dict[str, torch.
     out = {
         param.name: torch.empty(param.shape, dtype=getattr(torch, param.dtype), device="cpu") for param in where.params
     }
-    handles: dict[str, int] = {}
-    try:
-        for piece in where.pieces[expert]:
-            values = torch.frombuffer(_read(piece, handles), dtype=getattr(torch, piece.src_dtype))
-            target = out[piece.param].view(-1)
-            strides = (piece.dst_row_stride, piece.dst_col_stride)
-            torch.as_strided(target, (piece.rows, piece.cols), strides, piece.dst_offset).copy_(
-                values.view(piece.rows, piece.cols)
-            )
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+    for piece in where.pieces[expert]:
+        values = torch.frombuffer(_read(piece, store.opened(piece.file)), dtype=getattr(torch, piece.src_dtype))
+        target = out[piece.param].view(-1)
+        strides = (piece.dst_row_stride, piece.dst_col_stride)
+        torch.as_strided(target, (piece.rows, piece.cols), strides, piece.dst_offset).copy_(
+            values.view(piece.rows, piece.cols)
+        )
     return out
 
 
@@ -137,22 +159,19 @@ def read_layer(store: ExpertStore, layer: int) -> dict[str, torch.Tensor]:
     return out
 
 
-def _read(piece: Piece, handles: dict[str, int]) -> bytearray:
+def _read(piece: Piece, file: OpenFile) -> bytearray:
     data = bytearray(piece.nbytes)
-    view = memoryview(data)
-    done = 0
     try:
-        if piece.file not in handles:
-            handles[piece.file] = os.open(piece.file, os.O_RDONLY | os.O_CLOEXEC)
-        while done < piece.nbytes:
-            count = os.preadv(handles[piece.file], [view[done:]], piece.offset + done)
-            if count == 0:
-                raise _read_error(piece, f"the file ends after {done} of them")
-            done += count
+        if file.change():
+            file.renew()
+        done = file.read(memoryview(data), piece.offset)
+        change = file.change()
     except OSError as error:
-        if isinstance(error, ReadError):
-            raise
         raise _read_error(piece, error.strerror or str(error)) from error
+    if change:
+        raise _read_error(piece, f"the file {change}")
+    if done < piece.nbytes:
+        raise _read_error(piece, f"the file ends after {done} of them")
     return data
 
 

@@ -19,6 +19,7 @@ from emoe.model.spec import ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
 from emoe.store.headers import TensorEntry, read_headers
+from emoe.store.opened import OpenFile
 from emoe.store.strided import InexpressibleError, ShapeError, StridedTensor, blocks_of_experts
 
 READABLE = ("float32", "float16", "bfloat16")  # the transfer converts between these
@@ -44,8 +45,20 @@ def index_checkpoint(files: Iterable[str | Path], meta_model: Any) -> ExpertStor
             file, tensor and bytes. Tensors outside experts are checked for shape and dtype as well.
         UnsupportedModelError: the model has no experts, or its conversion does more than move elements.
     """
-    names = [str(file) for file in files]
-    sources = _sources(read_headers(names), meta_model)
+    opened: list[OpenFile] = []
+    try:
+        for file in files:
+            opened.append(OpenFile(str(Path(file).absolute())))  # the working folder may be another one later
+        return _index(opened, meta_model)
+    except BaseException:
+        for each in opened:
+            each.close()
+        raise
+
+
+def _index(opened: list[OpenFile], meta_model: Any) -> ExpertStore:
+    names = [file.path for file in opened]
+    sources = _sources(read_headers(opened), meta_model)
     layers = []
     for path, module in experts_modules(meta_model):
         params = param_specs(module)
@@ -66,7 +79,7 @@ def index_checkpoint(files: Iterable[str | Path], meta_model: Any) -> ExpertStor
                 )
             _add_pieces(pieces, param, target, tensors[target], count, meta_model)
         layers.append(StoreLayer(path, params, tuple(tuple(sorted(each, key=_place)) for each in pieces)))
-    return ExpertStore(layers, f"checkpoint {_folder(names)}")
+    return ExpertStore(layers, f"checkpoint {_folder(names)}", opened=opened)
 
 
 def _place(piece: Piece) -> tuple[str, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from emoe.errors import CheckpointError
 from emoe.model.encoding import encoding
+from emoe.store.opened import OpenFile
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -101,7 +102,7 @@ def checkpoint_files(folder: Path) -> list[str]:
     return [str(folder / shard) for shard in sorted(set(shards.values()))]
 
 
-def read_headers(files: Iterable[str | Path]) -> dict[str, TensorEntry]:
+def read_headers(files: Iterable[str | Path | OpenFile]) -> dict[str, TensorEntry]:
     """All tensors of a checkpoint by name.
 
     Raises:
@@ -116,42 +117,57 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorEntry]:
     return found
 
 
-def read_header(file: str | Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file.
+def read_header(file: str | Path | OpenFile) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file; all is read through one descriptor, so that no two files can be mixed.
 
     Raises:
         CheckpointError: the file is missing, unreadable, truncated or damaged; names the tensor where it is known.
     """
-    file = str(file)
+    if not isinstance(file, OpenFile):
+        _require_safetensors(str(file))
+        opened = OpenFile(str(file))
+        try:
+            return read_header(opened)
+        finally:
+            opened.close()
+    _require_safetensors(file.path)
+    header, start = _load_header(file)
+    size = file.identity.size
+    entries = {
+        name: _entry(file.path, name, raw, start, size) for name, raw in header.items() if name != "__metadata__"
+    }
+    _validate_with_library(file, set(entries))
+    if file.change():
+        raise CheckpointError(f"{file.path} changed while its header was read; load it again", file=file.path)
+    return entries
+
+
+def _require_safetensors(file: str) -> None:
     if not file.endswith(".safetensors"):
         raise CheckpointError(
             f"{file} is no safetensors file; emoe reads experts from safetensors only: convert the checkpoint with "
             "save_pretrained of Transformers",
             file=file,
         )
-    size, header, start = _load_header(file)
-    entries = {name: _entry(file, name, raw, start, size) for name, raw in header.items() if name != "__metadata__"}
-    _validate_with_library(file, set(entries))
-    return entries
 
 
-def _load_header(file: str) -> tuple[int, dict[str, Any], int]:
-    """Size of the file, its header, and the byte at which tensor data starts."""
+def _load_header(opened: OpenFile) -> tuple[dict[str, Any], int]:
+    """The header, and the byte at which tensor data starts."""
+    file, size = opened.path, opened.identity.size
+    if size < 8:
+        raise CheckpointError(f"{file} has {size} bytes, too few for a safetensors file", file=file)
     try:
-        with Path(file).open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size < 8:
-                raise CheckpointError(f"{file} has {size} bytes, too few for a safetensors file", file=file)
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(size - 8, _LARGEST_HEADER):
-                raise CheckpointError(
-                    f"{file} is truncated or no safetensors file: its header would take {length} bytes, "
-                    f"the file has {size}",
-                    file=file,
-                    offset=8,
-                    nbytes=length,
-                )
-            raw = stream.read(length)
+        length = int.from_bytes(os.pread(opened.fd, 8, 0), "little")
+        if length > min(size - 8, _LARGEST_HEADER):
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file: its header would take {length} bytes, "
+                f"the file has {size}",
+                file=file,
+                offset=8,
+                nbytes=length,
+            )
+        raw = bytearray(length)
+        opened.read(memoryview(raw), 8)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}", file=file) from error
     try:
@@ -162,7 +178,7 @@ def _load_header(file: str) -> tuple[int, dict[str, Any], int]:
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a damaged safetensors header: no object", file=file, offset=8, nbytes=length)
-    return size, header, 8 + length
+    return header, 8 + length
 
 
 def _entry(file: str, name: str, raw: Any, start: int, size: int) -> TensorEntry:
@@ -188,12 +204,13 @@ def _entry(file: str, name: str, raw: Any, start: int, size: int) -> TensorEntry
     return entry
 
 
-def _validate_with_library(file: str, names: set[str]) -> None:
+def _validate_with_library(opened: OpenFile, names: set[str]) -> None:
     from safetensors import SafetensorError, safe_open
 
+    file, own = opened.path, Path(f"/proc/self/fd/{opened.fd}")
     try:
-        with safe_open(file, framework="pt") as opened:
-            same = set(opened.keys()) == names
+        with safe_open(own if own.exists() else file, framework="pt") as tensors:
+            same = set(tensors.keys()) == names
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is no sound safetensors file: {error}", file=file) from error
     if not same:

@@ -23,6 +23,7 @@ from emoe.memory import format_bytes
 from emoe.model.spec import ParamSpec, slot_offsets
 from emoe.model.structure import find_experts, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
+from emoe.store.opened import OpenFile
 
 RECORD_ALIGNMENT = 4096  # bytes: what O_DIRECT asks of offsets and lengths
 
@@ -60,7 +61,7 @@ def write_store(model: nn.Module, folder: Path | None = None, ram: bool = False)
     except BaseException:
         files.remove()
         raise
-    return ExpertStore(layers, files.description, cleanup=files.remove)
+    return ExpertStore(layers, files.description, opened=files.opened(), cleanup=files.remove)
 
 
 def _require_weights(path: str, module: nn.Module, params: tuple[ParamSpec, ...]) -> None:
@@ -171,7 +172,7 @@ class _Files:
     description = ""
 
     def __init__(self) -> None:
-        self._handles: list[int] = []
+        self._handles: dict[str, int] = {}  # by path, while they are being written
         self._owner = os.getpid()
 
     def writing(self, name: str, nbytes: int, what: str) -> _Output:
@@ -179,10 +180,17 @@ class _Files:
             handle, path = self._open(name)
         except OSError as error:
             raise _failure(self._place(name), nbytes, what, error) from error
-        self._handles.append(handle)
+        self._handles[path] = handle
         out = _Output(handle, path, what)
         out.reserve(nbytes)
         return out
+
+    def opened(self) -> list[OpenFile]:
+        """The files, written whole, for whoever reads them from now on and closes them."""
+        found = []
+        while self._handles:
+            found.append(OpenFile(*self._handles.popitem()))
+        return found
 
     def _place(self, name: str) -> str:
         return name
@@ -193,7 +201,7 @@ class _Files:
     def remove(self) -> None:
         if os.getpid() == self._owner:
             while self._handles:
-                os.close(self._handles.pop())
+                os.close(self._handles.popitem()[1])
 
 
 class _MemoryFiles(_Files):

@@ -186,14 +186,14 @@ def test_a_damaged_index_is_named(text, sharded):
 
 def test_an_unreadable_file_is_named(path, monkeypatch):
     file = path / "model.safetensors"
-    real_open = type(path).open
+    real_open = os.open
 
-    def refuse(self, *args, **kwargs):
-        if self == file:
+    def refuse(name, *args, **kwargs):
+        if str(name) == str(file):
             raise PermissionError(13, os.strerror(13))
-        return real_open(self, *args, **kwargs)
+        return real_open(name, *args, **kwargs)
 
-    monkeypatch.setattr(type(path), "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     error = _fails(path)
     assert error.file == str(file)
     assert "Permission denied" in str(error)
@@ -232,24 +232,3 @@ def test_a_checkpoint_of_another_size_than_its_config_is_refused(path):
     _fails(path)
     (path / "config.json").write_text(json.dumps(config))
     assert _logits(path).isfinite().all()
-
-
-def test_a_file_replaced_by_a_shorter_one_while_the_model_runs_is_a_read_error(path):
-    model = _load(path)
-    store = model.emoe.store
-    file = path / "model.safetensors"
-    sound = file.read_bytes()
-    with file.open("r+b") as stream:
-        stream.truncate(len(sound) // 8)
-    with pytest.raises(errors.ReadError) as caught, torch.no_grad():
-        for seed in range(20):
-            model(torch.randint(3, 100, (1, 12), generator=torch.Generator().manual_seed(seed)))
-    assert caught.value.file == str(file)
-    assert caught.value.tensor
-    model.emoe.check_integrity()
-    with file.open("r+b") as stream:
-        stream.write(sound)
-    with torch.no_grad():
-        repaired = model(_ids()).logits
-    assert torch.equal(repaired, _logits(path))
-    assert store is model.emoe.store
