@@ -29,7 +29,7 @@ $(VENV)/.packages: constraints.txt pyproject.toml | system
 	touch $@
 
 $(STAMP): $(VENV)/.packages $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	EMOE_WERROR=ON PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 lint: build

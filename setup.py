@@ -22,6 +22,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DEMOE_CUDA={os.environ.get('EMOE_CUDA', 'auto')}",
             *(f"-D{name}={os.environ[name]}" for name in CUDA_OPTIONS if name in os.environ),
+            f"-DEMOE_WERROR={os.environ.get('EMOE_WERROR', 'OFF')}",
             f"-DEMOE_OUTPUT_DIR={target}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]

@@ -11,7 +11,7 @@ case $kind in
   thread) sanitize="thread" target=$folder/module library=libtsan.so ;;
   *) echo "emulated.sh: '$kind' is not one of: plain, address, thread" >&2; exit 2 ;;
 esac
-cmake -G Ninja -S . -B "$folder" -DPython_EXECUTABLE="$(command -v python)" -DEMOE_CUDA=0 -DEMOE_EMULATED=ON \
+cmake -G Ninja -S . -B "$folder" -DPython_EXECUTABLE="$(command -v python)" -DEMOE_WERROR=ON -DEMOE_CUDA=0 -DEMOE_EMULATED=ON \
   -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DEMOE_OUTPUT_DIR="$target" -DCMAKE_BUILD_TYPE=Release \
   -DEMOE_SANITIZE="$sanitize" >/dev/null
 cmake --build "$folder" --target _C_emulated -- --quiet

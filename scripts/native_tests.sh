@@ -29,7 +29,7 @@ esac
 for kind in "$@"; do
   folder=build/native-tests-$kind
   echo "== $kind"
-  cmake -G Ninja -S . -B "$folder" -DEMOE_TESTS=ON -DEMOE_CUDA=0 -DEMOE_SANITIZE="${SANITIZE[$kind]}" \
+  cmake -G Ninja -S . -B "$folder" -DEMOE_TESTS=ON -DEMOE_WERROR=ON -DEMOE_CUDA=0 -DEMOE_SANITIZE="${SANITIZE[$kind]}" \
     -DCMAKE_BUILD_TYPE=Release >/dev/null
   cmake --build "$folder" -- --quiet
   "${run[@]}" ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 600 -j 2 "${chosen[@]}"
