@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "core/encoding.hpp"
 #include "core/error.hpp"
 
 namespace emoe {
@@ -30,26 +31,29 @@ void require_positive(const char* name, std::int64_t value) {
         refuse(std::string(name) + "=" + std::to_string(value) + ": above 2^24 is taken for a mistake");
 }
 
-bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
-
 void require_float(const char* name, DType dtype) {
-    if (is_float(dtype)) return;
-    refuse(std::string(name) + " '" + std::string(dtype_name(dtype)) + "' is not one of: float32, float16, bfloat16");
+    std::string choices;
+    for (const Encoding& each : kEncodings) {
+        if (each.name == dtype_name(dtype)) return;
+        choices += (choices.empty() ? "" : ", ") + std::string(each.name);
+    }
+    refuse(std::string(name) + " '" + std::string(dtype_name(dtype)) + "' is not one of: " + choices);
 }
 
 struct Part {
     const char* name;
     std::int64_t offset;
-    std::int64_t elements;
+    std::int64_t rows;
+    std::int64_t cols;
 };
 
 // The tensors of one expert; a missing bias has offset -1.
 void fill_parts(const MlpLayout& a, Part (&parts)[4]) {
     const std::int64_t rows = (a.has_gate ? 2 : 1) * a.intermediate;
-    parts[0] = {"gate_up_offset", a.gate_up_offset, rows * a.hidden};
-    parts[1] = {"gate_up_bias_offset", a.gate_up_bias_offset, rows};
-    parts[2] = {"down_offset", a.down_offset, a.hidden_out * a.intermediate};
-    parts[3] = {"down_bias_offset", a.down_bias_offset, a.hidden_out};
+    parts[0] = {"gate_up_offset", a.gate_up_offset, rows, a.hidden};
+    parts[1] = {"gate_up_bias_offset", a.gate_up_bias_offset, 1, rows};
+    parts[2] = {"down_offset", a.down_offset, a.hidden_out, a.intermediate};
+    parts[3] = {"down_bias_offset", a.down_bias_offset, 1, a.hidden_out};
 }
 
 }  // namespace
@@ -97,9 +101,10 @@ void validate(const MlpLayout& layout) {
 std::int64_t slot_extent(const MlpLayout& layout) {
     Part parts[4];
     fill_parts(layout, parts);
+    const Encoding encoding = encoding_of(layout.dtype);
     std::int64_t extent = 0;
     for (const Part& part : parts) {
-        if (part.offset >= 0) extent = std::max(extent, part.offset + part.elements * itemsize(layout.dtype));
+        if (part.offset >= 0) extent = std::max(extent, part.offset + encoding.nbytes(part.rows, part.cols));
     }
     return extent;
 }

@@ -34,7 +34,8 @@ void check(const Piece& p, std::int64_t files) {
         if (value < 0 || value > kMost) refuse(p, std::string(name) + "=" + text(value) + " is out of range");
     }
     if (a.rows < 1 || a.cols < 1) refuse(p, "[" + text(a.rows) + ", " + text(a.cols) + "] has no elements");
-    if (a.rows > kMost / a.cols || p.nbytes != a.rows * a.cols * itemsize(a.src_dtype)) {
+    const Encoding source = encoding_of(a.src_dtype);
+    if (a.rows > kMost / a.cols || !source.holds(a.rows, a.cols) || p.nbytes != source.nbytes(a.rows, a.cols)) {
         refuse(p, "nbytes=" + text(p.nbytes) + " is not [" + text(a.rows) + ", " + text(a.cols) + "] " +
                       std::string(dtype_name(a.src_dtype)));
     }
@@ -49,7 +50,8 @@ void check(const Piece& p, std::int64_t files) {
 
 std::int64_t slot_end(const Piece& p) {
     const ScatterLayout& a = p.layout;
-    return p.dst_offset + ((a.rows - 1) * a.row_stride + (a.cols - 1) * a.col_stride + 1) * itemsize(a.dst_dtype);
+    return p.dst_offset +
+           encoding_of(a.dst_dtype).nbytes((a.rows - 1) * a.row_stride + (a.cols - 1) * a.col_stride + 1);
 }
 
 void append(Record& record, const Piece& p) {

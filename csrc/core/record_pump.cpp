@@ -232,7 +232,7 @@ RecordPump::Cut RecordPump::next_cut(const Job& job) {
                 congruent(each, job.slot.data(), alignment)) {
                 last = in_place;
             } else if (!each.plain && each.end() > last) {
-                last -= (last - each.offset) % itemsize(each.layout.src_dtype);  // elements stay whole
+                last -= encoding_of(each.layout.src_dtype).partial(last - each.offset);  // blocks stay whole
             }
         }
     }
@@ -304,8 +304,8 @@ void RecordPump::scatter_chunk(const Chunk& chunk) {
         if (segment.plain) {
             std::memcpy(place + (from - segment.offset), source, static_cast<std::size_t>(to - from));
         } else {
-            const std::int64_t size = itemsize(segment.layout.src_dtype);
-            scatter(segment.layout, (from - segment.offset) / size, (to - from) / size, source, place);
+            const Encoding encoding = encoding_of(segment.layout.src_dtype);
+            scatter(segment.layout, encoding.blocks(from - segment.offset), encoding.blocks(to - from), source, place);
         }
     }
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/dtype.hpp"
+#include "core/encoding.hpp"
 
 namespace emoe {
 
@@ -130,12 +131,12 @@ inline void scatter(const ScatterLayout& a, std::int64_t first, std::int64_t cou
     using enum DType;
     const auto pair = [](DType from, DType to) { return static_cast<int>(from) * 256 + static_cast<int>(to); };
     if (is_plain_copy(a)) {
-        const std::int64_t size = itemsize(a.src_dtype);
-        std::memcpy(dst + first * size, src, static_cast<std::size_t>(count * size));
+        const Encoding encoding = encoding_of(a.src_dtype);
+        std::memcpy(dst + encoding.nbytes(first), src, static_cast<std::size_t>(encoding.nbytes(count)));
         return;
     }
     if (a.src_dtype == a.dst_dtype) {
-        switch (itemsize(a.src_dtype)) {
+        switch (encoding_of(a.src_dtype).bytes) {
             case 1:
                 return detail::scatter_range<detail::Keep<std::uint8_t>>(a, first, count, src, dst);
             case 2:

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "core/encoding.hpp"
 #include "core/error.hpp"
 
 namespace emoe::cuda {
@@ -28,7 +29,7 @@ bool all_multiples(std::initializer_list<std::int64_t> values, std::int64_t unit
 // What 16-byte loads of the weights ask of a layout.
 bool sixteen_bytes(const MlpLayout& a, std::int64_t slot_bytes) {
     if (!all_multiples({a.gate_up_offset, a.down_offset, slot_bytes}, 16)) return false;
-    const std::int64_t unit = 16 / itemsize(a.dtype);
+    const std::int64_t unit = 16 / encoding_of(a.dtype).bytes;
     if (!all_multiples({a.hidden, a.intermediate}, unit)) return false;
     return !a.transposed || a.hidden_out % unit == 0;
 }
@@ -46,7 +47,7 @@ void require_float(const char* name, DType dtype) {
     refuse(std::string(name) + " '" + std::string(dtype_name(dtype)) + "' is not one of: float32, float16, bfloat16");
 }
 
-void require_aligned(const char* name, std::int64_t offset, int unit) {
+void require_aligned(const char* name, std::int64_t offset, std::int64_t unit) {
     if (offset >= 0) {
         require(offset % unit == 0, name, offset,
                 ("must be a multiple of the element's " + std::to_string(unit) + " bytes on a GPU").c_str());
@@ -59,7 +60,7 @@ void check_layout(const MlpLayout& layout) {
     const std::pair<const char*, std::int64_t> sizes[] = {
         {"hidden", layout.hidden}, {"intermediate", layout.intermediate}, {"hidden_out", layout.hidden_out}};
     for (const auto& [name, size] : sizes) require(size <= kMostWidth, name, size, "above 2^24 on a GPU");
-    const int unit = itemsize(layout.dtype);
+    const std::int64_t unit = encoding_of(layout.dtype).bytes;
     require_aligned("gate_up_offset", layout.gate_up_offset, unit);
     require_aligned("gate_up_bias_offset", layout.gate_up_bias_offset, unit);
     require_aligned("down_offset", layout.down_offset, unit);
@@ -86,7 +87,7 @@ bool supports(const MlpLayout& layout) noexcept {
 }
 
 bool tiles_possible(const MlpLayout& layout, std::int64_t slot_bytes) noexcept {
-    return supports(layout) && itemsize(layout.dtype) == 2 && sixteen_bytes(layout, slot_bytes);
+    return supports(layout) && encoding_of(layout.dtype).bytes == 2 && sixteen_bytes(layout, slot_bytes);
 }
 
 Path path_of(const Mlp& op) noexcept {
@@ -99,7 +100,8 @@ Plan plan(const Mlp& op) {
     require_float("weights_dtype", op.weights_dtype);
     const std::int64_t extent = slot_extent(op.layout);
     require(op.slot_bytes >= extent, "slot_bytes", op.slot_bytes, "smaller than an expert of this layout");
-    require(op.slot_bytes % itemsize(op.layout.dtype) == 0, "slot_bytes", op.slot_bytes, "cuts elements in two");
+    require(encoding_of(op.layout.dtype).partial(op.slot_bytes) == 0, "slot_bytes", op.slot_bytes,
+            "cuts elements in two");
     require(op.experts >= 1 && op.experts <= kMostExperts, "experts", op.experts, "must be 1 to 8192");
     require(op.tokens >= 0, "tokens", op.tokens, "must be at least 0");
     require(op.top_k >= 1, "top_k", op.top_k, "must be at least 1");

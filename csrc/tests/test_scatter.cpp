@@ -96,4 +96,22 @@ TEST("only the three float types convert into each other") {
     CHECK(!can_convert(DType::kFloat8E4M3, DType::kBFloat16));
 }
 
+TEST("an encoding says how many bytes a weight has, and which shapes its blocks make up") {
+    const std::int64_t sizes[] = {4, 2, 2};
+    for (std::size_t i = 0; i < 3; ++i) {
+        CHECK_EQ(kEncodings[i].nbytes(3, 5), 15 * sizes[i]);
+        CHECK(kEncodings[i].holds(3, 5));
+        CHECK_EQ(kEncodings[i].planes, 1);
+    }
+    CHECK_EQ(encoding_of(DType::kInt64).nbytes(2, 2), 32);
+    const Encoding blocks{"blocks", 1, 32, 18, 1};  // 32 elements in 18 bytes, as a block format has them
+    CHECK_EQ(blocks.nbytes(3, 64), 3 * 2 * 18);
+    CHECK(blocks.holds(3, 64) && !blocks.holds(3, 65));
+    CHECK_EQ(blocks.blocks(2 * 18 + 5), 2);
+    CHECK_EQ(blocks.partial(2 * 18 + 5), 5);
+    const Encoding tiles{"tiles", 128, 128, 128 * 128 + 4, 2};  // values and scales apart
+    CHECK_EQ(tiles.nbytes(256, 128), 2 * (128 * 128 + 4));
+    CHECK(!tiles.holds(255, 128));
+}
+
 EMOE_TEST_MAIN
