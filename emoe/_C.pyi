@@ -1,0 +1,306 @@
+"""The native core: slots, transfers and kernels. Addresses, shapes and streams are int (stream 0 is the default one).
+
+What the names of this module promise to their neighbours is in docs/contracts.md; python_tests/test_stub.py compares
+this stub with the module. Errors are those of emoe.errors.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+# (file_id, offset, nbytes, tensor, src_dtype, dst_offset_bytes, dst_dtype, rows, cols, dst_row_stride, dst_col_stride)
+Piece: TypeAlias = tuple[int, int, int, str, str, int, str, int, int, int, int]
+# (device, inode, size, mtime_ns)
+Identity: TypeAlias = tuple[int, int, int, int]
+
+# Transfers: docs/transfer.md
+
+class Slab:
+    """One allocation cut into equal slots."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot, a multiple of 4096."""
+
+class RecordTable:
+    """Where experts lie in files."""
+
+    def __init__(self) -> None: ...
+    def add_file(self, path: str, fd: int | None = None, identity: Identity | None = None) -> int:
+        """Returns the id of the file, which stays open. `fd`: duplicated in place of opening the path; `identity`:
+        (device, inode, size, mtime_ns) that it has to have. ReadError.
+        """
+    def add_record(self, pieces: Sequence[Piece]) -> int:
+        """Returns the id of the record. ConfigError."""
+    def record_bytes(self, record_id: int) -> int:
+        """Bytes to be read from files."""
+
+class Reader:
+    """Reads bytes from files; see make_reader."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def direct(self) -> bool:
+        """False once a file system has refused O_DIRECT."""
+    @property
+    def note(self) -> str:
+        """Why it is not what was preferred, or ""."""
+
+def make_reader(kind: str = "auto", direct: bool = True) -> Reader:
+    """A reader: "auto", "uring" or "pread". Logs where auto falls back. ConfigError; BackendUnavailable."""
+
+def FaultyReader(reader: Reader, *, fail_at: int = -1, errno: int = 5, short_at: int = -1, delay_ms: int = 0) -> Reader:
+    """For tests: read number `fail_at` (from 0, over all workers) fails, number `short_at` gives half its bytes."""
+
+class TransferQueue:
+    """Fills slots with records in the background."""
+
+    def __init__(
+        self, slab: Slab, table: RecordTable, reader: Reader, *, workers: int = 2, prefetch_bytes: int = 64 << 20
+    ) -> None: ...
+    def submit(self, record: int, slot: int, prefetch: bool = False) -> int:
+        """Returns a ticket; never blocks."""
+    def promote(self, ticket: int) -> None:
+        """A queued prefetch becomes a demand."""
+    def cancel(self, ticket: int) -> bool:
+        """True: it never ran and its slot was not touched."""
+    def ticket_of(self, slot: int) -> int | None:
+        """The newest ticket submitted for the slot and not waited for; None: nothing will write to it."""
+    def done(self, ticket: int) -> bool:
+        """True when over in any way; never blocks."""
+    def wait(self, ticket: int) -> None:
+        """Returns when the slot holds the record. ReadError, CancelledError, TransferError."""
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None:
+        """Finishes running jobs, cancels the rest; idempotent."""
+
+# Kernels: docs/kernels.md
+
+def isa() -> str:
+    """The instruction set in use."""
+
+def available_isas() -> list[str]:
+    """What this CPU can run, best first."""
+
+def set_threads(n: int) -> None:
+    """Threads of the kernels, for the whole process."""
+
+def threads() -> int: ...
+
+class MlpLayout:
+    """How one expert's tensors lie in a slot; offsets in bytes, -1: no bias."""
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        hidden_out: int,
+        dtype: str,
+        has_gate: bool,
+        interleaved: bool,
+        transposed: bool,
+        activation: str,
+        *,
+        gate_up_offset: int,
+        down_offset: int,
+        alpha: float = 1.702,
+        limit: float = 0.0,
+        gate_up_bias_offset: int = -1,
+        down_bias_offset: int = -1,
+    ) -> None: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def hidden_out(self) -> int: ...
+    @property
+    def has_gate(self) -> bool: ...
+    @property
+    def interleaved(self) -> bool: ...
+    @property
+    def transposed(self) -> bool: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def limit(self) -> float: ...
+    @property
+    def gate_up_offset(self) -> int: ...
+    @property
+    def gate_up_bias_offset(self) -> int: ...
+    @property
+    def down_offset(self) -> int: ...
+    @property
+    def down_bias_offset(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def slot_extent(self) -> int:
+        """Bytes of the smallest slot that holds the layout."""
+
+def supports(layout: MlpLayout) -> bool: ...
+def gather_mlp(
+    layout: MlpLayout,
+    slab_address: int,
+    slot_bytes: int,
+    slot_of: NDArray[Any],
+    hidden_ptr: int,
+    hidden_dtype: str,
+    tokens: int,
+    index_ptr: int,
+    weights_ptr: int,
+    weights_dtype: str,
+    top_k: int,
+    out_ptr: int,
+    mode: str,
+) -> None: ...
+def combine(pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str) -> None: ...
+def read_seconds(address: int, nbytes: int) -> float:
+    """Seconds to read `nbytes` once with every thread (benchmarks)."""
+
+# A GPU: docs/cuda.md. A build without CUDA has cuda_status only.
+
+def cuda_status() -> dict[str, Any]:
+    """What of CUDA is here: built, architectures, runtime and driver (12080 for 12.8, 0: none), devices, and
+    `problem`, "" where a device can be used.
+    """
+
+def cuda_refusal(layout: MlpLayout) -> str:
+    """ "" where the GPU kernels take the layout, or why not."""
+
+class CudaDevice:
+    """One GPU: memory, copies, kernels."""
+
+    def __init__(self, device: int = 0, *, demand_in_flight: int = 4, prefetch_in_flight: int = 2) -> None:
+        """BackendUnavailable says which of driver, device, build is missing; ConfigError names the devices."""
+    @property
+    def index(self) -> int: ...
+    def slab(self, slots: int, slot_bytes: int) -> Slab:
+        """Slots in this device's memory. BudgetError names what is free."""
+    def allocate(self, nbytes: int) -> int:
+        """Address of cleared device memory."""
+    def free(self, address: int) -> None:
+        """Waits for what still uses it."""
+    def upload(self, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """Host to device, through staging; `src` may change when it returns."""
+    def download(self, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """Device to host; blocks."""
+    def copy(self, dst: int, src: int, nbytes: int, prefetch: bool = False) -> None:
+        """Pinned memory to device, on a lane's stream; blocks while the lane is full. finish_copies() waits for it."""
+    def gather_mlp(
+        self,
+        layout: MlpLayout,
+        slab: Slab,
+        slot_of: NDArray[Any],
+        hidden_ptr: int,
+        hidden_dtype: str,
+        tokens: int,
+        index_ptr: int,
+        weights_ptr: int,
+        weights_dtype: str,
+        top_k: int,
+        out_ptr: int,
+        stream: int,
+    ) -> None:
+        """emoe._C.gather_mlp in mode "pairs" on `stream`; every address but slot_of's is the device's. Returns when
+        the kernels are enqueued, ordered after the copies into their slots and before later ones.
+        """
+    def gather_mlp_resident(
+        self,
+        layout: MlpLayout,
+        slab: Slab,
+        slots: NDArray[Any],
+        table_ptr: int,
+        experts: int,
+        hidden_ptr: int,
+        hidden_dtype: str,
+        tokens: int,
+        index_ptr: int,
+        weights_ptr: int,
+        weights_dtype: str,
+        top_k: int,
+        out_ptr: int,
+        workspace_ptr: int,
+        workspace_bytes: int,
+        stream: int,
+    ) -> None:
+        """gather_mlp with the slot table [experts] int32 in device memory and scratch of the caller's. `slots`: every
+        slot that the table may name, checked here; what the table holds is not. A stream that captures a graph only
+        gets the kernels: begin_read and end_read go around each replay.
+        """
+    @staticmethod
+    def workspace_bytes(
+        layout: MlpLayout, slab: Slab, experts: int, hidden_dtype: str, tokens: int, weights_dtype: str, top_k: int
+    ) -> int:
+        """Bytes of scratch that gather_mlp_resident needs, 256-byte aligned; calls that may overlap need one each."""
+    def capturing(self, stream: int) -> bool:
+        """`stream` captures a graph; TransferError where that was invalidated."""
+    def combine(
+        self, pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str, stream: int
+    ) -> None: ...
+    def begin_read(self, slab: Slab, slots: NDArray[Any], stream: int) -> None:
+        """What `stream` gets next runs after the copies into these slots."""
+    def end_read(self, slab: Slab, slots: NDArray[Any], stream: int) -> None:
+        """Later copies into these slots run after what `stream` got so far."""
+    def copy_rate(self, nbytes: int, copies: int = 8) -> float:
+        """Bytes a second of pinned host-to-device copies of this size, measured now."""
+    def finish_copies(self) -> None: ...
+
+class PinnedCache:
+    """Records in slots of pinned host memory."""
+
+    def __init__(self, slots: int, slot_bytes: int, device: int = 0) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def used(self) -> int:
+        """Slots that somebody uses now."""
+    def holds(self, record: int) -> bool: ...
+
+class DeviceQueue:
+    """Fills slots of a device: file, pinned memory, device."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        slab: Slab,
+        table: RecordTable,
+        reader: Reader,
+        store: PinnedCache,
+        *,
+        workers: int = 2,
+        prefetch_bytes: int = 64 << 20,
+    ) -> None: ...
+    def submit(self, record: int, slot: int, prefetch: bool = False) -> int: ...
+    def submit_host(self, record: int, prefetch: bool = False) -> int:
+        """Only into pinned memory; wait() gives the host slot."""
+    def promote(self, ticket: int) -> None: ...
+    def cancel(self, ticket: int) -> bool: ...
+    def ticket_of(self, slot: int) -> int | None:
+        """The newest ticket submitted for the slot and not waited for; None: nothing will write to it."""
+    def done(self, ticket: int) -> bool: ...
+    def issued(self, ticket: int) -> bool:
+        """order_after() would not block."""
+    def wait(self, ticket: int) -> int:
+        """Blocks until the bytes are there; the host slot of submit_host(), or -1."""
+    def order_after(self, ticket: int, stream: int) -> None:
+        """Blocks until the copy is in its stream; what `stream` gets next runs after it."""
+    def release_host(self, host_slot: int) -> None:
+        """TransferError where it is not held."""
+    def reclaim_host(self) -> None:
+        """Ends every submit_host() and releases every host slot that wait() gave out."""
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
