@@ -83,6 +83,10 @@ class SaveError(EmoeError):
     """The model cannot be saved or given whole here; says why and what to do instead."""
 
 
+class ExpertsElsewhereError(EmoeError):
+    """The weights of experts were asked for where they are not: they are in a store; says what to do instead."""
+
+
 class TraceError(EmoeError):
     """A routing trace is missing a field or has the wrong shape."""
 

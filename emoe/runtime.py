@@ -20,7 +20,7 @@ from emoe.compute import experts
 from emoe.compute.device import Device
 from emoe.compute.records import register_records
 from emoe.compute.slot_tables import SlotTables
-from emoe.errors import BudgetError, ClosedError, ConfigError
+from emoe.errors import BudgetError, ClosedError, ConfigError, SaveError
 from emoe.memory import available_memory, format_bytes
 from emoe.options import Options
 from emoe.planning.plan import Plan
@@ -385,6 +385,12 @@ class Runtime:
         """Raises CacheError unless free + loading + ready + held == slots and the maps agree."""
         self._require_open()
         self.cache.check_integrity()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SaveError(
+            f"{self!r} is neither copied nor pickled: model.save_pretrained(folder) writes the model whole, and "
+            "emoe.from_pretrained(folder) makes another of it"
+        )
 
     def __enter__(self) -> Runtime:
         return self

@@ -211,4 +211,5 @@ def register() -> None:
     """Makes "emoe" a choice of `model.set_experts_implementation`; harmless to call again."""
     from transformers.integrations.moe import ExpertsInterface
 
-    ExpertsInterface.register(IMPLEMENTATION, emoe_experts)
+    # Which slots hold the experts changes from call to call: torch.compile breaks its graph here and traces no slot.
+    ExpertsInterface.register(IMPLEMENTATION, torch.compiler.disable(emoe_experts))

@@ -88,18 +88,20 @@ class _SlotPool:
 class _SlotParameter:
     """Stands where the [E, ...] weight stands in Transformers' eager loop; indexing gives one expert's slot."""
 
-    def __init__(self, pool: _SlotPool, name: str, slot_of: Callable[[int], int]) -> None:
-        self._pool, self._name, self._slot_of = pool, name, slot_of
+    def __init__(self, pool: _SlotPool, name: str, slot_of: Callable[[int], int], dtype: torch.dtype | None) -> None:
+        self._pool, self._name, self._slot_of, self._dtype = pool, name, slot_of, dtype
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
-        return self._pool.tensor(self._slot_of(int(expert)), self._name)
+        return self._pool.tensor(self._slot_of(int(expert)), self._name).to(self._dtype)
 
 
 class _ModuleView:
     """The experts module with its weights taken from slots; everything else is the module's own."""
 
     def __init__(self, module: nn.Module, pool: _SlotPool, slot_of: Callable[[int], int]) -> None:
-        self.__dict__.update({name: _SlotParameter(pool, name, slot_of) for name in pool.names()})
+        for name in pool.names():  # what stands for the parameter has followed `model.to(dtype)`, the slots have not
+            placed = module._parameters.get(name)
+            self.__dict__[name] = _SlotParameter(pool, name, slot_of, None if placed is None else placed.dtype)
         self._module = module
 
     def __getattr__(self, name: str) -> Any:

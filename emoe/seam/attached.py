@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from emoe.seam import load
 from emoe.store import ExpertStore
 
@@ -21,17 +19,16 @@ class Attached:
 
     def __init__(self, model: Any, store: ExpertStore, implementation: str) -> None:
         self._model, self._store = model, store
-        self._implementation = model.get_experts_implementation()
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._training = model.training
         model.requires_grad_(False)
         model.eval()
         self._guard = load.guard_saving(model, store)
         self._packing = load.pack_last_rows(model)
-        model.set_experts_implementation(implementation)
+        self._answers = load.guard_model(model, store, implementation)
 
-    def read(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
-        """All experts as ordinary parameters, for `restore`; the model is not touched.
+    def read(self) -> load.ExpertValues:
+        """All experts, for `restore`; the model is not touched.
 
         Raises:
             ReadError: an expert cannot be read.
@@ -43,12 +40,12 @@ class Attached:
         if self._packing is not None:
             self._packing.remove()
 
-    def restore(self, experts: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    def restore(self, experts: load.ExpertValues) -> None:
         """Gives the model its experts and its own ways back. Cannot fail, and may be called again."""
         # In this order: a forward in another thread finds experts whenever it is not sent to emoe.
         load.put_experts(experts)
         self._guard.remove()
-        self._model.set_experts_implementation(self._implementation)
+        self._answers.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._model.train(self._training)

@@ -18,6 +18,8 @@ from torch import nn
 from emoe.errors import CheckpointError
 from emoe.model.config import read_config
 from emoe.model.structure import experts_modules, find_experts, require_unquantized
+from emoe.seam import elsewhere
+from emoe.seam.guard import ModelGuard
 from emoe.seam.saving import SavingGuard
 from emoe.store import ExpertStore, StoreLayer, read_layer
 from emoe.store.headers import checkpoint_files
@@ -27,12 +29,15 @@ __all__ = [
     "detach_experts",
     "experts_modules",
     "find_experts",
+    "guard_model",
     "guard_saving",
     "load_without_experts",
     "pack_last_rows",
     "put_experts",
     "read_experts",
 ]
+
+ExpertValues = list[tuple[nn.Module, dict[str, torch.Tensor]]]
 
 
 def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> tuple[Any, ExpertStore]:
@@ -74,6 +79,7 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
     store.require_in_place()  # what Transformers read by name is of the same files
     _require_complete(info, str(path_or_id))
     _own_memory(model, store.files())
+    detach_experts(model, store.layers)
     return model, store
 
 
@@ -130,15 +136,13 @@ def _forget(start: int, nbytes: int) -> None:
 
 
 def detach_experts(model: nn.Module, layers: Iterable[StoreLayer]) -> None:
-    """Takes the experts' parameters out of a model and frees them; the modules stay."""
+    """Takes the experts' parameters out of a model and frees them; placeholders without values stay (elsewhere.py)."""
     for layer in layers:
-        module = model.get_submodule(layer.path)
-        for param in layer.params:
-            module._parameters[param.name] = None
+        elsewhere.take_out(model.get_submodule(layer.path), layer)
 
 
 def attach_experts(model: nn.Module, store: ExpertStore) -> None:
-    """Loads every expert back into ordinary parameters on the CPU.
+    """Loads every expert back into ordinary parameters on the CPU, in the dtypes that the model has by now.
 
     Raises:
         ReadError: an expert cannot be read; the model is unchanged.
@@ -146,19 +150,16 @@ def attach_experts(model: nn.Module, store: ExpertStore) -> None:
     put_experts(read_experts(model, store))
 
 
-def read_experts(model: nn.Module, store: ExpertStore) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Every expert as parameters on the CPU, with the module and the name each belongs to."""
-    read: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for number, layer in enumerate(store.layers):
-        module = model.get_submodule(layer.path)
-        read.extend((module, name, nn.Parameter(value)) for name, value in read_layer(store, number).items())
-    return read
+def read_experts(model: nn.Module, store: ExpertStore) -> ExpertValues:
+    """Every expert on the CPU, by the module and the name it belongs to, in the dtypes that the model has by now."""
+    modules = [model.get_submodule(layer.path) for layer in store.layers]
+    return [(module, elsewhere.as_placed(module, read_layer(store, number))) for number, module in enumerate(modules)]
 
 
-def put_experts(read: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> None:
+def put_experts(read: ExpertValues) -> None:
     """Puts what `read_experts` gave where it belongs."""
-    for module, name, parameter in read:
-        module._parameters[name] = parameter
+    for module, values in read:
+        elsewhere.put_back(module, values)
 
 
 def pack_last_rows(model: Any) -> Any:
@@ -176,6 +177,15 @@ def _dense_rows(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | N
     if rows.dim() != 3 or rows.dtype != torch.bfloat16 or rows.stride(0) == rows.shape[1] * rows.stride(1):
         return None
     return (rows.clone(memory_format=torch.contiguous_format), *args[1:])
+
+
+def guard_model(model: Any, store: ExpertStore, implementation: str) -> ModelGuard:
+    """Makes a model run its experts by `implementation`, and answer for what it does not hold (guard.py).
+
+    Returns:
+        A guard; its `remove()` undoes everything.
+    """
+    return ModelGuard(model, store, implementation)
 
 
 def guard_saving(model: Any, store: ExpertStore) -> SavingGuard:

@@ -17,6 +17,7 @@ from torch import nn
 
 from emoe.errors import CheckpointError, ClosedError, SaveError
 from emoe.memory import available_memory, format_bytes
+from emoe.seam import elsewhere
 from emoe.store import ExpertStore, read_layer
 from emoe.store.headers import INDEX_NAME, SINGLE_NAME
 
@@ -62,13 +63,13 @@ class SavingGuard:
             state[f"{prefix}{name}"] = value
 
     def _layer_bytes(self, number: int) -> int:
-        layer = self._store.layers[number]
-        each = sum(param.nbytes for param in layer.params)
-        return each * len(layer.pieces)
+        module = self._model.get_submodule(self._store.layers[number].path)
+        return sum(each.numel() * each.dtype.itemsize for each in elsewhere.placeholders(module).values())
 
     def _read(self, number: int) -> dict[str, Any]:
         try:
-            return read_layer(self._store, number)
+            values = read_layer(self._store, number)
+            return elsewhere.as_placed(self._model.get_submodule(self._store.layers[number].path), values)
         except (CheckpointError, ClosedError) as error:
             raise SaveError(f"the experts of {self._store.layers[number].path} cannot be read: {error}") from error
 
@@ -156,11 +157,12 @@ class SavingGuard:
         parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in self._read(number).items()}
         state: dict[str, Any] = {f"{layer.path}.{name}": value.detach() for name, value in parameters.items()}
         if kwargs.get("save_original_format", True):
+            placed = elsewhere.placeholders(module)
             module._parameters.update(parameters)  # some conversions ask the model for shapes
             try:
                 state = revert_weight_conversion(self._model, state)
             finally:
-                module._parameters.update(dict.fromkeys(parameters))
+                module._parameters.update(placed)
         split = split_torch_state_dict_into_shards(state, max_shard_size=kwargs.get("max_shard_size", "50GB"))
         return [{name: state[name].contiguous() for name in names} for names in split.filename_to_tensors.values()]
 
