@@ -11,6 +11,7 @@ from typing import Any
 from emoe.compute.choose import open_device
 from emoe.compute.device import Device
 from emoe.errors import ConfigError
+from emoe.model import structure
 from emoe.model.config import read_config
 from emoe.options import Options, takes, unknown_option
 from emoe.planning.plan import Plan, plan_checkpoint, plan_for_model
@@ -31,7 +32,9 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
         {options}
         kwargs: values of the config (num_hidden_layers=2), which plan and model then have, and what Transformers'
             `from_pretrained` takes: config (an object, a folder or a JSON file), revision, trust_remote_code,
-            attn_implementation, ...; a device_map that names one device is `device`.
+            attn_implementation, ...; a device_map that names one device is `device`. `auto_class` is the class of
+            Transformers to load with or its name ("AutoModelForImageTextToText"), where it is not the one in the
+            config's `architectures`.
 
     Returns:
         The Transformers model, in evaluation mode and with gradients off; `model.emoe` is its `Runtime`.
@@ -56,7 +59,8 @@ def wrap(model: Any, **kwargs: Any) -> Any:
     """Puts a model that is in memory already inside a byte budget: its experts move to a store, their memory is freed.
 
     Args:
-        model: a Transformers model whose family goes through the experts interface; it is changed in place.
+        model: a Transformers model whose family goes through the experts interface, or a PEFT model around one whose
+            adapters are not on its experts; it is changed in place.
         {options}
 
     Returns:
@@ -71,13 +75,15 @@ def wrap(model: Any, **kwargs: Any) -> Any:
         raise unknown_option(name, "wrap")
     if getattr(model, "emoe", None) is not None:
         raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
+    given, model = model, structure.without_adapters(model)
     device = open_device(options.device)
     plan = plan_for_model(model, options, free=device.free_bytes)
     options = _prepared(options, plan, device, model)
     folder = None if options.store in (None, "ram") else Path(options.store)
     expert_store = write_store(model, folder=folder, ram=options.store == "ram")
     load.detach_experts(model, expert_store.layers)
-    return _start(model, expert_store, plan, options, wrapped=True, device=device)
+    _start(model, expert_store, plan, options, wrapped=True, device=device)
+    return given
 
 
 def _prepared(options: Options, plan: Plan, device: Device, model: Any = None) -> Options:

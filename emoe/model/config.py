@@ -16,9 +16,9 @@ _PLACES = (
     "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
     "trust_remote_code",
 )  # fmt: skip
-# What Transformers' from_pretrained takes itself; every other name is a value of the config.
+# What Transformers' from_pretrained takes itself, and auto_class; every other name is a value of the config.
 _TAKEN = (
-    "adapter_kwargs", "adapter_name", "allow_all_kernels", "attn_implementation", "config", "device_map",
+    "adapter_kwargs", "adapter_name", "auto_class", "allow_all_kernels", "attn_implementation", "config", "device_map",
     "generation_config", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "tqdm_class",
     "use_kernels", "use_safetensors", "variant", "weights_only",
 )  # fmt: skip
@@ -122,22 +122,3 @@ def _require_checkpoint(path_or_id: str | Path) -> None:
         raise ConfigError(f"{path} is a file; give the folder that holds it and config.json")
     elif path.is_absolute() or str(path_or_id).startswith((".", "~")) or len(path.parts) > 2:
         raise CheckpointError(f"there is no folder {str(path_or_id)!r}", file=str(path_or_id))
-
-
-def require_causal(config: Any, name: str) -> None:
-    """UnsupportedModelError where Transformers has no causal language model of this config; says what it is."""
-    from transformers import AutoModelForCausalLM
-
-    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in _own_code(config):
-        return
-    what = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
-    from emoe.model.structure import families_that_work
-
-    raise UnsupportedModelError(
-        f"{name} ({type(config).__name__}) is {what}, and emoe runs causal language models whose experts go through "
-        f"Transformers' experts interface: {', '.join(families_that_work())}"
-    )
-
-
-def _own_code(config: Any) -> dict[str, str]:
-    return getattr(config, "auto_map", None) or {}

@@ -32,12 +32,37 @@ def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     require_unquantized(getattr(model, "config", None), type(model).__name__)
     found = experts_modules(model)
+    for path, module in found:
+        _require_plain(path, module)
     if not found:
+        config = getattr(model, "config", None)
+        kind = ", an encoder-decoder," if getattr(config, "is_encoder_decoder", False) else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no experts that go through Transformers' experts interface. "
+            f"{type(model).__name__} ({type(config).__name__}){kind} has no experts that go through Transformers' experts interface. "
             f"Families that do: {', '.join(families_that_work())}"
         )
     return found
+
+
+def _require_plain(path: str, module: nn.Module) -> None:
+    """UnsupportedModelError where an adapter or a parametrization computes the weights of an experts module."""
+    if path.endswith(".base_layer"):
+        found, remedy = "a PEFT adapter", "model.merge_and_unload() puts it into the weights"
+    elif hasattr(module, "parametrizations"):
+        found, remedy = (
+            "a parametrization",
+            "torch.nn.utils.parametrize.remove_parametrizations puts it into the weights",
+        )
+    elif any(name.endswith("_mask") for name in module._buffers):
+        found, remedy = "a pruning mask", "torch.nn.utils.prune.remove puts it into the weights"
+    else:
+        return
+    raise UnsupportedModelError(f"there is {found} on {path.split('.base_layer')[0]}: {remedy}; then wrap the model")
+
+
+def without_adapters(model: Any) -> Any:
+    """The Transformers model inside a PEFT model; any other model is given back."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def require_unquantized(config: Any, name: str) -> None:

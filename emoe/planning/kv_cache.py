@@ -18,27 +18,39 @@ SHAPE_ONLY = "emoe_shape_only"  # an experts implementation that lets a model ru
 def measure(model: Any, *, context: int, batch: int) -> tuple[int, str]:
     """Bytes of the cache for `batch` sequences of `context` tokens.
 
-    Runs the model's structure on the meta device. Sliding windows are run at the full length; elsewhere two short
-    lengths give the line, which recurrent states, that do not grow, enter once (their reference code loops over every
-    token). Where a family's forward cannot run on the meta device, attention heads of the config are counted.
+    Runs the model's structure on the meta device, or that of its text decoder where the whole does not run on text
+    alone. Sliding windows are run at the full length; elsewhere two short lengths give the line, which recurrent
+    states, that do not grow, enter once (their reference code loops over every token). Where a family's forward cannot
+    run on the meta device, attention heads of the config are counted.
 
     Returns:
         (bytes, a note where the figure is an estimate, else "").
     """
-    try:
-        if getattr(model.config.get_text_config(decoder=True), "sliding_window", None):
-            return _cache_bytes(model, batch, context), ""
-        short, long = (_cache_bytes(model, batch, length) for length in (_PROBE, 2 * _PROBE))
-        if long > 0:
-            per_token = (long - short) // _PROBE
-            return short - per_token * _PROBE + per_token * context, ""
-    except Exception as error:
-        logger.debug("KV cache of %s not measured: %s", type(model).__name__, error)
+    for part in _decoders(model):
+        try:
+            if (measured := _measured(part, context, batch)) > 0:
+                return measured, ""
+        except Exception as error:
+            logger.debug("KV cache of %s not measured: %s", type(part).__name__, error)
     try:
         return _from_config(model, context, batch), "KV cache estimated from the config"
     except Exception as error:
         logger.debug("KV cache of %s not estimated: %s", type(model).__name__, error)
     return 0, "KV cache unknown for this family: leave room for it beside the budget"
+
+
+def _decoders(model: Any) -> list[Any]:
+    """The model, and the part of it that reads text."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return [model] if decoder is None or decoder is model or not hasattr(decoder, "config") else [model, decoder]
+
+
+def _measured(model: Any, context: int, batch: int) -> int:
+    if getattr(model.config.get_text_config(decoder=True), "sliding_window", None):
+        return _cache_bytes(model, batch, context)
+    short, long = (_cache_bytes(model, batch, length) for length in (_PROBE, 2 * _PROBE))
+    per_token = (long - short) // _PROBE
+    return short - per_token * _PROBE + per_token * context
 
 
 def _shape_only(
@@ -55,12 +67,10 @@ def register_shape_only() -> None:
 
 
 def _cache_bytes(model: Any, batch: int, length: int) -> int:
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(model.config)
     register_shape_only()
     with torch.device("meta"), torch.no_grad():
-        clone = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation="eager").eval()
+        clone = type(model)._from_config(config, dtype=model.dtype, attn_implementation="eager").eval()
         clone.set_experts_implementation(dict.fromkeys(clone.get_experts_implementation(), SHAPE_ONLY))
         ids = torch.zeros((batch, length), dtype=torch.long)
         cache = clone(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values

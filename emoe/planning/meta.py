@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 
-from emoe.model.config import read_config, remote_code_refused, require_causal
+from emoe.model import auto
+from emoe.model.config import read_config, remote_code_refused
 
 
 def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> Any:
-    """The causal language model of a checkpoint on the meta device: shapes and dtypes, no memory.
+    """The model of a checkpoint on the meta device: shapes and dtypes, no memory.
 
     Args:
         path_or_id: folder or hub id; only its config is read.
@@ -20,17 +21,15 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
         kwargs: as `emoe.model.config.read_config` takes them.
 
     Raises:
-        ConfigError, CheckpointError, UnsupportedModelError: as `read_config`; or it is no causal language model.
+        ConfigError, CheckpointError, UnsupportedModelError: as `read_config` and `emoe.model.auto.model_class`.
     """
-    from transformers import AutoModelForCausalLM
-
     config, rest = read_config(path_or_id, kwargs)
-    require_causal(config, str(path_or_id))
+    cls = auto.model_class(config, rest.get("auto_class"))
     resolved = _resolve_dtype(dtype, config, Path(path_or_id))
     config = copy.deepcopy(config)  # Transformers writes the dtype into it
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=resolved, trust_remote_code=rest["trust_remote_code"])
+            return auto.from_config(cls, config, dtype=resolved, trust_remote_code=rest["trust_remote_code"])
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise remote_code_refused(str(path_or_id)) from error

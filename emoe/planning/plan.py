@@ -108,7 +108,7 @@ def plan(
         {options}
         calibrate: measure memory and disk rates for the forecast (about a second, then cached).
         free: bytes that are free where the slots will be, for "auto"; the host's memory unless said otherwise.
-        kwargs: what else `from_pretrained` takes, values of the config (num_hidden_layers=2) among it.
+        kwargs: what else `from_pretrained` takes, values of the config (num_hidden_layers=2) and auto_class among it.
 
     Raises:
         BudgetError: the budget is too small; names the smallest that works.

@@ -8,7 +8,7 @@ As torch's own parametrizations do, the module changes its class to one made for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,9 +19,11 @@ from emoe.errors import ExpertsElsewhereError, SaveError
 from emoe.store import StoreLayer
 
 WAY_OUT = (
-    "model.emoe.close() puts them back; what changes them (an adapter, new weights) belongs into the plain model, which "
-    "emoe.wrap, or save_pretrained and emoe.from_pretrained, then take"
+    "model.emoe.close() puts experts back; what changes them (new weights, an adapter and its merge_and_unload) is "
+    "done to the plain model, which emoe.wrap then takes"
 )
+
+CHECK = "_emoe_check"  # attribute of an experts module: called with (module, state dict, prefix) before it is loaded
 
 
 class Placeholder(nn.Parameter):
@@ -39,7 +41,7 @@ class Placeholder(nn.Parameter):
     def make(path: str, shape: tuple[int, ...], dtype: torch.dtype, trainable: bool) -> Placeholder:
         made = torch.Tensor._make_subclass(Placeholder, torch.empty(shape, dtype=dtype, device="meta"), trainable)
         made.path, made.trainable = path, trainable
-        return cast(Placeholder, made)
+        return made
 
     def error(self) -> ExpertsElsewhereError:
         """Says where the values are, and what to do."""
@@ -58,7 +60,7 @@ class Placeholder(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise self.error()
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"<{self.path}: {list(self.shape)} {self.dtype}, in emoe's store>"
 
 
@@ -111,7 +113,8 @@ class _Experts(nn.Module):
             dtype = fn(torch.empty(0, dtype=each.dtype)).dtype
             if dtype != each.dtype:
                 changed = Placeholder.make(each.path, tuple(each.shape), dtype, each.trainable)
-                self._parameters[name] = changed.requires_grad_(each.requires_grad)
+                changed.requires_grad = each.requires_grad
+                self._parameters[name] = changed
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -121,7 +124,9 @@ class _Experts(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        """Values for placeholders were compared with the store by a hook (guard.py)."""
+        """Values for placeholders are compared with the store (guard.py), while the placeholders are still here."""
+        if check := self.__dict__.get(CHECK):
+            check(self, state_dict, prefix)
         with self._emoe_hidden() as hidden:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         names = {f"{prefix}{name}" for name in hidden}
@@ -159,7 +164,8 @@ def take_out(module: nn.Module, layer: StoreLayer) -> None:
             f"{layer.path}.{param.name}", shape, getattr(torch, param.dtype), trainable
         )
     if not isinstance(module, _Experts):
-        module.__class__ = _class_without(type(module), tuple(param.name for param in layer.params))
+        names = tuple(param.name for param in layer.params)
+        module.__class__ = _class_without(cast(Hashable, type(module)), names)
 
 
 def put_back(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
@@ -179,7 +185,7 @@ def as_placed(module: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str
 
 
 @functools.cache
-def _class_without(experts: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _class_without(experts: Any, names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: property(functools.partial(_parameter, name=name)) for name in names}
     body |= {"__module__": experts.__module__, "__qualname__": experts.__qualname__, "__doc__": experts.__doc__}
     return type(experts.__name__, (_Experts, experts), body)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from emoe.errors import CheckpointError, ClosedError, ConfigError, EmoeError, ExpertsElsewhereError
-from emoe.seam.elsewhere import WAY_OUT, Placeholder, as_placed, placeholders
+from emoe.seam.elsewhere import CHECK, WAY_OUT, Placeholder, as_placed, placeholders
 from emoe.store import ExpertStore, read_layer
 
 NO_GRADIENTS = (
@@ -53,10 +53,11 @@ class ModelGuard:
                 module.__dict__.pop(name, None)
         for module, config in zip(self._modules, self._configs, strict=True):
             module.config = config
+            vars(module).pop(CHECK, None)
         self._hooks, self._shadowed = [], []
 
     def _choose_implementation(self) -> None:
-        """Only the experts modules see the name, in configs of their own: the model's own is shared, saved, handed on."""
+        """Only experts modules see the name, in configs of their own: the model's is shared, saved and handed on."""
         own: dict[int, Any] = {}
         for module, config in zip(self._modules, self._configs, strict=True):
             if id(config) not in own:
@@ -86,10 +87,11 @@ class ModelGuard:
 
     def _watch_state_dicts(self) -> None:
         """At the outermost module that takes a state dict, so that nothing has been loaded where it is refused."""
-        for path in sorted({*_ancestors(self._store), *(layer.path for layer in self._store.layers)}):
+        for path in sorted(_ancestors(self._store)):
             module = self._model.get_submodule(path)
             self._hooks.append(module.register_load_state_dict_pre_hook(partial(self._check_state, path)))
         for number, module in enumerate(self._modules):
+            vars(module)[CHECK] = partial(self._check_state, self._store.layers[number].path)
             self._hooks.append(module.register_load_state_dict_post_hook(partial(self._forget_compared, number)))
 
     def _check_state(self, path: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -169,4 +171,4 @@ def _refuse_gradients(module: nn.Module, args: Any, output: Any) -> None:
         value = getattr(output, name, None)
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
             leaf = torch.empty(0, requires_grad=True)
-            output[name] = _NoGradients.apply(value, leaf)  # type: ignore[no-untyped-call]
+            output[name] = _NoGradients.apply(value, leaf)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from emoe.errors import CheckpointError
+from emoe.model import auto
 from emoe.model.config import read_config
 from emoe.model.structure import experts_modules, find_experts, require_unquantized
 from emoe.seam import elsewhere
@@ -41,7 +42,7 @@ ExpertValues = list[tuple[nn.Module, dict[str, torch.Tensor]]]
 
 
 def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> tuple[Any, ExpertStore]:
-    """Loads a causal language model whose experts stay where they are.
+    """Loads a model whose experts stay where they are.
 
     Args:
         path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
@@ -49,15 +50,13 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
         kwargs: as `emoe.model.config.read_config` takes them; the rest is handed to Transformers' `from_pretrained`.
 
     Returns:
-        (the model on the CPU in evaluation mode, its experts' parameters None; where the experts lie).
+        (the model on the CPU in evaluation mode, placeholders for its experts' parameters; where the experts lie).
 
     Raises:
         CheckpointError: a file is missing, truncated, damaged or of another shape or dtype; names file, tensor, bytes.
         UnsupportedModelError: the model has no experts that emoe can manage.
         ConfigError: an option contradicts keeping experts elsewhere.
     """
-    from transformers import AutoModelForCausalLM
-
     from emoe.seam.quantizer import WithoutExperts
 
     config, kwargs = read_config(path_or_id, kwargs)
@@ -67,9 +66,10 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
     )
     if plain and Path(path_or_id).is_dir():
         checkpoint_files(Path(path_or_id))  # before Transformers meets what is wrong with them
-    model, info = AutoModelForCausalLM.from_pretrained(
+    cls = auto.model_class(config, kwargs.pop("auto_class", None))
+    model, info = cls.from_pretrained(
         path_or_id,
-        config=config,
+        config=auto.part_of(config, cls),
         dtype=dtype,
         quantization_config=WithoutExperts(),
         output_loading_info=True,

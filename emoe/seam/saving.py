@@ -62,6 +62,13 @@ class SavingGuard:
         for name, value in self._read(number).items():
             state[f"{prefix}{name}"] = value
 
+    def _without_experts(self) -> dict[str, Any]:
+        self._with_experts = False
+        try:
+            return self._model.state_dict()
+        finally:
+            self._with_experts = True
+
     def _layer_bytes(self, number: int) -> int:
         module = self._model.get_submodule(self._store.layers[number].path)
         return sum(each.numel() * each.dtype.itemsize for each in elsewhere.placeholders(module).values())
@@ -90,6 +97,9 @@ class SavingGuard:
             return
         if kwargs.get("state_dict") is not None:
             self._save_given(save_directory, kwargs)
+            return
+        if getattr(self._model, "_hf_peft_config_loaded", False):  # Transformers then writes the adapters alone
+            self._original(save_directory, **{**kwargs, "state_dict": self._without_experts()})
             return
         folder = Path(save_directory)
         self._refuse_own_folder(folder)
@@ -120,11 +130,7 @@ class SavingGuard:
 
     def _write(self, staging: Path, kwargs: dict[str, Any]) -> None:
         """Writes everything into an empty folder: shards in the scheme of Transformers, and their index."""
-        self._with_experts = False
-        try:
-            self._original(staging, **{**kwargs, "state_dict": self._model.state_dict()})
-        finally:
-            self._with_experts = True
+        self._original(staging, **{**kwargs, "state_dict": self._without_experts()})
         weight_map, total = _collect(staging)
         shards = sorted(set(weight_map.values()))
         for number in range(len(self._store.layers)):
