@@ -60,7 +60,7 @@ class Placeholder(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise self.error()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<{self.path}: {list(self.shape)} {self.dtype}, in emoe's store>"
 
 
