@@ -31,7 +31,7 @@ class Emulated(Gpu):
         return 4 << 30
 
     def place(self, model: Any) -> None:
-        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
             raise ConfigError("device='emulated' takes a model on the CPU")
 
     def call(

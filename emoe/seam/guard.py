@@ -43,6 +43,8 @@ class ModelGuard:
         self._choose_implementation()
         self._watch_state_dicts()
         self._hooks.append(model.register_forward_hook(_refuse_gradients))
+        if hasattr(model, "get_memory_footprint"):
+            vars(model)["get_memory_footprint"] = partial(self._footprint, model.get_memory_footprint)
 
     def remove(self) -> None:
         """Undoes everything; calling it again does nothing."""
@@ -54,7 +56,13 @@ class ModelGuard:
         for module, config in zip(self._modules, self._configs, strict=True):
             module.config = config
             vars(module).pop(CHECK, None)
+        vars(self._model).pop("get_memory_footprint", None)
         self._hooks, self._shadowed = [], []
+
+    def _footprint(self, original: Any, *args: Any, **kwargs: Any) -> int:
+        """Bytes of the parameters and buffers that are in the model, as Transformers' own counts them."""
+        elsewhere = [each for module in self._modules for each in placeholders(module).values()]
+        return int(original(*args, **kwargs)) - sum(each.numel() * each.dtype.itemsize for each in elsewhere)
 
     def _choose_implementation(self) -> None:
         """Only experts modules see the name, in configs of their own: the model's is shared, saved and handed on."""

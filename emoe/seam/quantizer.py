@@ -54,6 +54,9 @@ class _LeaveExpertsOut(HfQuantizer):
                 module._parameters[param.name] = None
                 patterns.add(re.escape(f"{path}.{param.name}"))
             module.__dict__["_is_hf_initialized"] = True  # else Transformers initializes the parameters that are gone
+            around = model.get_submodule(path.rpartition(".")[0])  # qwen3_omni_moe does it from there
+            if not around._parameters and not around._buffers:
+                around.__dict__["_is_hf_initialized"] = True
         self._unexpected = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(self._unexpected or ()) | patterns
         return model

@@ -59,6 +59,7 @@ def test_parameters_are_listed_and_counted_as_in_the_plain_model(name, ways_in):
     forms = {key: (each.shape, each.dtype) for key, each in model.named_parameters()}
     assert forms == {key: (each.shape, each.dtype) for key, each in plain.named_parameters()}
     assert model.num_parameters() == plain.num_parameters()
+    assert model.get_memory_footprint() == structure.unique_bytes(plain) - model.emoe.plan.expert_bytes
     assert not any(each.requires_grad for each in model.parameters())
     assert any(isinstance(each, Placeholder) for each in model.parameters())
 
