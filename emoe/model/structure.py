@@ -38,8 +38,8 @@ def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
         config = getattr(model, "config", None)
         kind = ", an encoder-decoder," if getattr(config, "is_encoder_decoder", False) else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({type(config).__name__}){kind} has no experts that go through Transformers' experts "
-            f"interface. Families that do: {', '.join(families_that_work())}"
+            f"{type(model).__name__} ({type(config).__name__}){kind} has no experts that go through Transformers' "
+            f"experts interface. Families that do: {', '.join(families_that_work())}"
         )
     return found
 
