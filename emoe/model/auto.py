@@ -85,7 +85,7 @@ def part_of(config: Any, cls: Any) -> Any:
     wanted = getattr(cls, "config_class", None)
     if wanted is None or isinstance(config, wanted):
         return config
-    part = getattr(config, getattr(wanted, "base_config_key", "") or "", None)
-    if isinstance(part, wanted):
-        return part
+    for name in getattr(config, "sub_configs", ()):
+        if isinstance(part := getattr(config, name, None), wanted):
+            return part
     raise ConfigError(f"auto_class={cls.__name__} takes a {wanted.__name__}, not a {type(config).__name__}")

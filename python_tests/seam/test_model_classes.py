@@ -101,7 +101,24 @@ def _qwen3_5_moe():
     )
 
 
+def _qwen3_omni_moe_thinker():
+    return tf.Qwen3OmniMoeThinkerConfig(
+        text_config={**TEXT, "rope_parameters": _rope(4, 2, 2)},
+        vision_config={**VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        audio_config={
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "output_dim": families.HIDDEN,
+            "downsample_hidden_size": 16,
+            "num_mel_bins": 16,
+        },
+    )
+
+
 MODELS = {
+    "qwen3_omni_moe": (tf.Qwen3OmniMoeThinkerForConditionalGeneration, _qwen3_omni_moe_thinker),
     "qwen3_vl_moe": (tf.Qwen3VLMoeForConditionalGeneration, _qwen3_vl_moe),
     "gemma4": (tf.Gemma4ForConditionalGeneration, _gemma4),
     "glm4v_moe": (tf.Glm4vMoeForConditionalGeneration, _glm4v_moe),
@@ -152,7 +169,9 @@ def test_the_class_in_the_config_is_loaded_planned_and_computes_the_same(name, s
     assert (_output(emoe.wrap(plain, memory_budget=0.5)) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gemma4", "glm4v_moe", "qwen3_5_moe", "classifier", "causal"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_vl_moe", "gemma4", "glm4v_moe", "qwen3_5_moe", "qwen3_omni_moe", "classifier", "causal"]
+)
 def test_the_cache_of_the_text_model_is_in_the_plan(name, saved):
     model = MODELS[name][0].from_pretrained(saved(name)).eval()
     with torch.no_grad():
@@ -220,6 +239,20 @@ def test_auto_class_names_the_class_or_is_it(auto_class, saved):
     model = emoe.from_pretrained(path, memory_budget=0.5, auto_class=auto_class)
     assert type(model) is tf.Qwen3VLMoeForConditionalGeneration
     assert emoe.plan(path, 0.5, calibrate=False, auto_class=auto_class).kv_bytes == model.emoe.plan.kv_bytes
+
+
+def test_auto_class_may_be_one_part_of_a_composite_model(tmp_path):
+    thinker = _qwen3_omni_moe_thinker()
+    config = tf.Qwen3OmniMoeConfig(thinker_config=thinker.to_dict(), enable_audio_output=False)
+    torch.manual_seed(0)
+    whole = tf.Qwen3OmniMoeForConditionalGeneration(config).eval()
+    families.randomize(whole)
+    whole.save_pretrained(tmp_path)
+    cls = tf.Qwen3OmniMoeThinkerForConditionalGeneration
+    model = emoe.from_pretrained(tmp_path, memory_budget=0.5, auto_class=cls)
+    assert type(model) is cls
+    assert (_output(model) - _output(whole.thinker)).abs().max() < 1e-4
+    assert emoe.plan(tmp_path, 0.5, calibrate=False, auto_class=cls.__name__).kv_bytes == model.emoe.plan.kv_bytes
 
 
 def test_auto_class_goes_before_the_class_in_the_config(saved):
