@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from emoe.errors import ConfigError, one_line
+from emoe.model.config import remote_code_refused
 
 
 @dataclass
@@ -75,6 +76,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files raise anything from OSError to TypeError
+        if "trust_remote_code" in str(error):
+            raise remote_code_refused(model) from error
         why = one_line(error)[:200]
         raise ConfigError(f"{model} has no tokenizer that Transformers can load: {why}") from error
 

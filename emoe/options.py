@@ -519,13 +519,15 @@ def add_arguments(parser: Any, names: Iterable[str], **defaults: Any) -> None:
     """Gives a parser or group of argparse these options: --memory-budget for memory_budget.
 
     Args:
-        defaults: other ones than in the table; a text in `--help` says them.
+        defaults: other ones than in the table; None where the command finds out what is needed.
     """
     for name in names:
         each, row = rows()[name]
         choices = getattr(row.check, "choices", None)
         default = defaults.get(name, each.default)
         notes = [f"choices: {', '.join(choices)}"] if choices else []
+        if default is None and each.default is not None:
+            notes.append(f"default: {each.default}, more where it is needed")
         notes += [] if default is None else [f"default: {default}"]
         text = row.help.replace("`", "'") + (f" ({'; '.join(notes)})" if notes else "")
         parser.add_argument(

@@ -45,14 +45,14 @@ ALLOWED_IMPORTS = {
         "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",
     },
     "__init__": {"entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
-    "generate": set(),
+    "generate": {"model"},
     "analysis": {
         "__init__", "runtime", "routing", "slots", "replay", "sensitivity", "predictor", "tasks", "trace", "memory",
     },
     "demo": {"__init__", "generate", "files", "memory"},
     "cli": {
         "__init__", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity", "predictor", "tasks",
-        "trace", "options", "native", "memory", "files",
+        "trace", "options", "model", "native", "memory", "files",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe import options
 from emoe.errors import CheckpointError, ConfigError, EmoeError, one_line
+from emoe.model.config import require_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,13 +82,12 @@ def share(text: str) -> float:
 def model_path(text: str) -> str:
     """An argparse type: an existing checkpoint folder, or what may be a hub id."""
     path = Path(text).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):  # what is said of those is better
-            raise argparse.ArgumentTypeError(f"{text!r} has no config.json; give a checkpoint folder of Transformers")
-        return str(path)
-    if path.exists() and path.suffix != ".gguf":
-        raise argparse.ArgumentTypeError(f"{text!r} is a file; give the folder that holds config.json")
-    if path.exists():
+    here = path.exists() or text[:1] in ("~", "/")
+    try:
+        require_checkpoint(path if here else text)
+    except EmoeError as error:
+        raise argparse.ArgumentTypeError(one_line(error)) from None
+    if here:
         return str(path)
     if not _HUB_ID.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no folder here, and no hub id such as Qwen/Qwen3-30B-A3B")

@@ -71,10 +71,11 @@ def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dic
     places["trust_remote_code"] = bool(given.get("trust_remote_code"))  # with None Transformers asks at the terminal
     taken = {name: value for name, value in given.items() if name in _TAKEN and name != "config" and value is not None}
     values = {name: value for name, value in given.items() if name not in (*_PLACES, *_TAKEN, *_REFUSED)}
-    if not places.get("subfolder"):
-        _require_checkpoint(path_or_id)
+    require_checkpoint(path_or_id, subfolder=places.get("subfolder"))
     if config is None or isinstance(config, (str, Path)):
         if config is not None:
+            if _is_local(config) and not Path(config).exists():
+                raise CheckpointError(f"config={str(config)!r}: there is no such folder or file", file=str(config))
             config, values = _read(config, {**places, "subfolder": ""}, values)
         else:
             config, values = _read(path_or_id, places, values)
@@ -95,9 +96,12 @@ def _read(path: str | Path, places: dict[str, Any], values: dict[str, Any]) -> t
 
     try:
         config, unused = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **places, **values)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # classes of configs check their values in ways of their own
         if "trust_remote_code" in str(error):
             raise remote_code_refused(str(path)) from error
+        if values:
+            given = ", ".join(f"{name}={value!r}" for name, value in values.items())
+            raise ConfigError(f"{path} with {given}: {one_line(error)[:400]}") from error
         raise CheckpointError(f"{path}: {one_line(error)[:400]}", file=str(path)) from error
     return config, {name: unused[name] for name in values if name in unused}
 
@@ -105,20 +109,38 @@ def _read(path: str | Path, places: dict[str, Any], values: dict[str, Any]) -> t
 def remote_code_refused(name: str) -> ConfigError:
     """What is said where a checkpoint brings Python code of its own."""
     return ConfigError(
-        f"{name} brings Python code of its own, which runs only with trust_remote_code=True (--trust-remote-code); "
+        f"{name} brings Python code of its own, which runs only with trust_remote_code=True ("
+        "--trust-remote-code of emoe run); "
         "read it first. Its experts work where they go through Transformers' experts interface"
     )
 
 
-def _require_checkpoint(path_or_id: str | Path) -> None:
-    """Refuses what is here and is no checkpoint folder; what is not here may be a hub id."""
+def require_checkpoint(path_or_id: str | Path, *, subfolder: str | None = None) -> None:
+    """Refuses what is here and is no checkpoint folder; what is not here may be a hub id.
+
+    Raises:
+        UnsupportedModelError: GGUF; says how it becomes safetensors.
+        ConfigError: a file of another kind.
+        CheckpointError: there is no such folder, or no config.json in it.
+    """
     path = Path(path_or_id)
     if path.is_dir():
-        if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
+        if subfolder or (path / "config.json").is_file():
+            return
+        if found := sorted(path.glob("*.gguf")):
             raise UnsupportedModelError(f"{path} holds {found[0].name} and no config.json: {_CONVERT}")
-    elif path.suffix == ".gguf":
+        raise CheckpointError(
+            f"{str(path)!r} has no config.json; give a checkpoint folder of Transformers", file=str(path)
+        )
+    if path.suffix == ".gguf":
         raise UnsupportedModelError(f"{path} is a GGUF file: {_CONVERT}")
-    elif path.exists():
-        raise ConfigError(f"{path} is a file; give the folder that holds it and config.json")
-    elif path.is_absolute() or str(path_or_id).startswith((".", "~")) or len(path.parts) > 2:
+    if path.exists():
+        raise ConfigError(f"{str(path)!r} is a file; give the folder that holds it and config.json")
+    if _is_local(path_or_id):
         raise CheckpointError(f"there is no folder {str(path_or_id)!r}", file=str(path_or_id))
+
+
+def _is_local(path_or_id: str | Path) -> bool:
+    """Whether it cannot be a hub id."""
+    path = Path(path_or_id)
+    return isinstance(path_or_id, Path) or path.is_absolute() or path_or_id[:1] in (".", "~") or len(path.parts) > 2

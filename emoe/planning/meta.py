@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from emoe.errors import CheckpointError, one_line
 from emoe.model import auto
 from emoe.model.config import read_config, remote_code_refused
 
@@ -30,10 +31,12 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
     try:
         with torch.device("meta"):
             return auto.from_config(cls, config, dtype=resolved, trust_remote_code=rest["trust_remote_code"])
-    except ValueError as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise remote_code_refused(str(path_or_id)) from error
-        raise
+        raise CheckpointError(
+            f"{path_or_id}: Transformers makes no model of its config: {one_line(error)[:400]}", file=str(path_or_id)
+        ) from error
 
 
 def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:
