@@ -17,7 +17,8 @@ from emoe.options import Budget, parse_budget
 @pytest.mark.parametrize(
     ("value", "nbytes"),
     [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), ("1048576", 1 << 20), ("7 b", 7), ("2kib", 2048),
-     (" 3 TB ", 3 * 10**12), (4096, 4096), ("0.1MB", 100_000)],
+     (" 3 TB ", 3 * 10**12), (4096, 4096), ("0.1MB", 100_000), ("8G", 8 << 30), ("8g", 8 << 30), ("512M", 512 << 20),
+     ("1.5 T", 3 << 39), ("64k", 64 << 10), ("8GB", 8 * 10**9), ("8 GB", 8 * 10**9), ("8gb", 8 * 10**9)],
 )  # fmt: skip
 def test_bytes_are_read_from_numbers_and_units(value, nbytes):
     assert parse_budget(value) == Budget("bytes", nbytes=nbytes)
@@ -33,7 +34,7 @@ def test_a_float_is_a_share_and_auto_is_auto():
 @pytest.mark.parametrize(
     "value",
     [True, False, 0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), None, "", "lots", "8 XiB", "-8GiB", "0GiB", "0.5",
-     "8GiB9", "1e9", "0%", "101%", "-5%", "%", "1_000", "8 Gi B", [8], b"8GiB"],
+     "8GiB9", "8 Gi", "8P", "9" * 5000, "9" * 50 + "TB", 1 << 128, float("-inf"), "1e9", "0%", "101%", "-5%", "%", "1_000", "8 Gi B", [8], b"8GiB"],
     ids=repr,
 )  # fmt: skip
 def test_everything_else_is_refused_with_the_value_and_the_choices(value):

@@ -11,7 +11,7 @@ import pytest
 from commands import run, run_json
 
 import emoe
-from emoe import cli
+from emoe import cli, options
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
@@ -117,6 +117,47 @@ def test_run_refuses_a_predictor_that_is_neither_a_file_nor_a_name(model_folder,
     status, _, err = run(capsys, *words)
     assert status == 2
     assert "psychic" in err and "recent" in err
+
+
+def test_run_takes_every_option_that_from_pretrained_takes(model_folder, capsys, monkeypatch):
+    given = {
+        "memory_budget": ("75%", 0.75), "dtype": ("bfloat16", "bfloat16"), "context": ("64", 64), "batch": ("2", 2),
+        "kernels": ("stock", "stock"), "routing": ("biased", "biased"),
+        "bias": ("code=0.5,default=inf", {"code": 0.5, "default": float("inf")}), "max_substituted_mass": ("2%", 0.02),
+        "policy": ("lfu", "lfu"), "predictor": ("recent", "recent"), "period": ("adaptive", "adaptive"),
+        "slack": ("0.25", 0.25), "prefetch": ("look-ahead", "look-ahead"), "sensitivity": (None, None),
+        "reader": ("pread", "pread"), "device": ("cpu", "cpu"), "pinned_memory": ("1G", "1G"), "miss": ("cpu", "cpu"),
+    }  # fmt: skip
+    assert list(given) == list(options.rows("load"))
+    seen = []
+    real = emoe.from_pretrained
+    monkeypatch.setattr(emoe, "from_pretrained", lambda path, **kwargs: seen.append(kwargs) or real(path, **kwargs))
+    words = [part for name, (text, _) in given.items() if text for part in ("--" + name.replace("_", "-"), text)]
+    status, report = run_json(
+        capsys, "run", "--model", model_folder, "--prompt", "w5", "--max-new-tokens", 2, "--task", "code", *words
+    )
+    assert status == 0
+    assert seen == [{name: value for name, (_, value) in given.items()} | {"trust_remote_code": False}]
+    assert report["stats"]["reader"] == "pread"
+    assert (report["plan"]["batch"], report["plan"]["context"], report["plan"]["dtype"]) == (2, 64, "bfloat16")
+
+
+def test_defaults_of_the_command_line_are_those_of_the_table(model_folder, capsys, monkeypatch):
+    seen = []
+    real = emoe.from_pretrained
+    monkeypatch.setattr(emoe, "from_pretrained", lambda path, **kwargs: seen.append(kwargs) or real(path, **kwargs))
+    assert run(capsys, "run", "--model", model_folder, "--prompt", "w5", "--max-new-tokens", 2)[0] == 0
+    assert seen == [
+        {name: each.default for name, (each, _) in options.rows("load").items()} | {"trust_remote_code": False}
+    ]
+
+
+@pytest.mark.parametrize("name", list(options.rows("load")))
+def test_every_option_is_refused_by_the_command_line_as_by_the_api(name, capsys):
+    status, out, err = run(capsys, "run", "--model", "a/b", "--prompt", "x", "--" + name.replace("_", "-"), "?")
+    assert (status, out) == (2, "")
+    assert f"{name}='?' is " in err
+    assert len(err.splitlines()) == 1
 
 
 def test_run_reads_the_prompt_from_a_file_or_standard_input(model_folder, capsys, tmp_path, monkeypatch):

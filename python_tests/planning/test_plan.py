@@ -95,3 +95,28 @@ def test_a_budget_below_the_smallest_is_refused_with_both_values(checkpoint):
         emoe.plan(checkpoint("olmoe"), 1000, calibrate=False)
     assert caught.value.budget == 1000
     assert caught.value.needed and str(caught.value.needed) in str(caught.value)
+
+
+def test_rates_are_measured_and_not_cached_where_the_cache_folder_cannot_be_written(
+    checkpoint, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").touch()
+    read_only = tmp_path / "read-only"
+    (read_only / "bandwidth.json").mkdir(parents=True)  # nobody, not even root, puts a file in a folder's place
+    for folder in ("/proc/nowhere", tmp_path / "file", read_only):
+        monkeypatch.setenv("EMOE_CACHE", str(folder))
+        caplog.clear()
+        assert emoe.plan(checkpoint("olmoe"), 0.5).tokens_per_second is not None
+        (said,) = [record.message for record in caplog.records if "not cached" in record.message]
+        assert str(folder) in said
+    assert [path.name for path in read_only.iterdir()] == ["bandwidth.json"]
+
+
+def test_auto_with_nothing_left_says_what_was_free_and_reserved_and_what_to_ask_for(checkpoint, monkeypatch):
+    from emoe.planning import plan
+
+    monkeypatch.setattr(plan, "available_memory", lambda: 512 << 20)
+    with pytest.raises(errors.BudgetError, match=r"512\.0 MiB are free, 1\.0 GiB stay reserved") as caught:
+        emoe.plan(checkpoint("olmoe"))
+    assert f"memory_budget={caught.value.needed} takes of the reserve" in str(caught.value)
+    assert emoe.plan(checkpoint("olmoe"), caught.value.needed, calibrate=False).budget_bytes == caught.value.needed

@@ -1,0 +1,228 @@
+"""The ways in refuse what they cannot keep before a weight is loaded or a byte of experts written."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from fractions import Fraction
+
+import families
+import numpy as np
+import pytest
+import torch
+
+import emoe
+from emoe import entry, errors
+from emoe.options import Options, rows
+from emoe.predictor.table import GlobalTable
+
+
+class Scores:
+    """A predictor of a model of another shape."""
+
+    names = ()
+
+    def begin(self, task):
+        pass
+
+    def observe(self, picks):
+        pass
+
+    def rank(self):
+        return np.ones((5, 7), dtype=np.float32)
+
+    def anew(self):
+        return self
+
+
+@pytest.fixture
+def other_model(tmp_path_factory):
+    """A predictor's file for a model of another shape."""
+    path = tmp_path_factory.mktemp("files") / "other.safetensors"
+    GlobalTable(np.ones((5, 7), dtype=np.float32)).save(path)
+    return path
+
+
+@pytest.fixture
+def garbage(tmp_path_factory):
+    path = tmp_path_factory.mktemp("files") / "garbage"
+    path.write_bytes(b"no predictor, no profile")
+    return path
+
+
+WRONG = [
+    ({"policy": "lifo"}, "policy='lifo' is not one of: lru, lfu"),
+    ({"policy": "belady"}, "policy='belady'"),
+    ({"reader": "mmap"}, "reader='mmap' is not one of: auto, uring, pread"),
+    ({"predictor": "psychic"}, "neither a file nor one of: recent"),
+    ({"predictor": 3}, "has no method rank"),
+    ({"predictor": Scores()}, r"scores \[5, 7\]"),
+    ({"prefetch": "psychic"}, "one of: look-ahead"),
+    ({"prefetch": Scores()}, "has no method next_layer"),
+    ({"sensitivity": "nowhere.json"}, "sensitivity='nowhere.json' is not a file"),
+    ({"sensitivity": Scores()}, "has no method insensitive"),
+    ({"kernels": "stok"}, "did you mean 'stock'"),
+    ({"miss": "never"}, "miss='never' is not one of: load, cpu, auto"),
+    ({"device": "tpu"}, "device='tpu' is not one of: cpu, cuda"),
+    ({"pinned_memory": "25%"}, "pinned_memory='25%' is not one of: bytes"),
+    ({"pinned_memory": 0}, "pinned_memory=0"),
+    ({"period": 0}, "period=0"),
+    ({"period": "often"}, "nor 'adaptive'"),
+    ({"slack": 1.5}, "slack=1.5 is not a share"),
+    ({"slack": True}, "slack=True is not a share"),
+    ({"context": 0}, "context=0 is not a whole number"),
+    ({"batch": 1.5}, "batch=1.5 is not a whole number"),
+    ({"bias": 0.5}, "goes with routing='biased'"),
+    ({"routing": "biased"}, "needs bias="),
+    ({"routing": "residnet"}, "did you mean 'resident'"),
+    ({"max_substituted_mass": 0.1}, "goes with routing='resident'"),
+    ({"memory_budget": "lots"}, "GiB"),
+    ({"memory_buget": "8GiB"}, "did you mean 'memory_budget'"),
+    ({"perfetch": "look-ahead"}, "did you mean 'prefetch'"),
+]
+
+
+def _refused(call, options, said, other_model, garbage):
+    with pytest.raises(errors.ConfigError, match=said):
+        call(**{"memory_budget": 0.5, **options})
+    for name in ("predictor", "prefetch", "sensitivity"):
+        with pytest.raises(errors.EmoeError):
+            call(memory_budget=0.5, **{name: garbage})
+    with pytest.raises(errors.ConfigError, match=r"scores \[5, 7\]"):
+        call(memory_budget=0.5, predictor=other_model)
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG, ids=[str(options) for options, _ in WRONG])
+def test_wrap_refuses_before_a_byte_is_written_and_leaves_the_model_untouched(
+    options, said, tmp_path, monkeypatch, other_model, garbage
+):
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(entry, "write_store", lambda *_, **__: pytest.fail("experts were written"))
+    model = families.build("olmoe")
+    model.train()
+    before = {name: (tensor.data_ptr(), tensor.requires_grad) for name, tensor in model.named_parameters()}
+    folder = tmp_path / "experts"
+    _refused(lambda **given: emoe.wrap(model, store=folder, **given), options, said, other_model, garbage)
+    assert {name: (tensor.data_ptr(), tensor.requires_grad) for name, tensor in model.named_parameters()} == before
+    assert model.training
+    assert getattr(model, "emoe", None) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG, ids=[str(options) for options, _ in WRONG])
+def test_from_pretrained_refuses_before_a_weight_is_loaded(
+    options, said, checkpoint, monkeypatch, other_model, garbage
+):
+    monkeypatch.setattr(entry.load, "load_without_experts", lambda *_, **__: pytest.fail("weights were loaded"))
+    path = checkpoint("olmoe")
+    _refused(lambda **given: emoe.from_pretrained(path, **given), options, said, other_model, garbage)
+
+
+def test_wrap_refuses_a_store_that_is_a_file_or_no_path(tmp_path):
+    (tmp_path / "file").touch()
+    for store in (tmp_path / "file", 3, ""):
+        with pytest.raises(errors.ConfigError, match="store="):
+            emoe.wrap(families.build("olmoe"), memory_budget=0.5, store=store)
+
+
+def test_wrap_refuses_a_router_it_does_not_know_before_experts_are_written(monkeypatch):
+    monkeypatch.setattr(entry, "write_store", lambda *_, **__: pytest.fail("experts were written"))
+    model = families.build("mixtral")
+    model.model.layers[1].mlp.gate = torch.nn.Linear(families.HIDDEN, families.EXPERTS)
+    for options in ({"routing": "resident"}, {"routing": "biased", "bias": 1}, {"prefetch": "look-ahead"}):
+        with pytest.raises(errors.UnsupportedModelError, match=r"model\.layers\.1\.mlp\.gate"):
+            emoe.wrap(model, memory_budget=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "meant"),
+    [("context", np.int64(64), 64), ("batch", np.int32(2), 2), ("period", np.int16(3), 3),
+     ("slack", np.float32(0.5), 0.5), ("slack", Fraction(1, 4), 0.25), ("memory_budget", np.int64(1 << 31), 1 << 31),
+     ("memory_budget", np.float64(0.5), 0.5), ("memory_budget", np.float32(0.5), 0.5),
+     ("dtype", torch.bfloat16, "bfloat16"), ("dtype", "torch.float16", "float16"),
+     ("dtype", "half", "float16"), ("dtype", None, "auto"), ("device", torch.device("cpu"), "cpu"),
+     ("device", torch.device("cuda", 1), "cuda:1"), ("device", 0, "cuda:0"), ("device", "cpu:0", "cpu"),
+     ("pinned_memory", np.int64(1 << 20), 1 << 20)],
+)  # fmt: skip
+def test_a_value_of_another_type_is_what_it_says(option, value, meant):
+    found = getattr(Options(**{option: value}), option)
+    assert (type(found), found) == (type(meant), meant)
+
+
+def test_a_budget_from_numpy_gives_the_same_plan(checkpoint):
+    path = checkpoint("olmoe")
+    assert emoe.plan(path, np.int64(1 << 31), calibrate=False) == emoe.plan(path, "2G", calibrate=False)
+    assert emoe.plan(path, np.float32(0.5), context=np.int64(64), calibrate=False) == emoe.plan(
+        path, 0.5, context=64, calibrate=False
+    )
+
+
+@pytest.mark.parametrize(
+    "device_map", ["cpu", "cpu:0", torch.device("cpu"), {"": "cpu"}, {"": torch.device("cpu")},
+                   {"model": "cpu", "lm_head": torch.device("cpu")}], ids=str,
+)  # fmt: skip
+def test_a_device_map_that_names_one_device_is_that_device(device_map, checkpoint):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, device_map=device_map)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    model.emoe.close(restore=False)
+    assert emoe.plan(checkpoint("olmoe"), 0.5, device_map=device_map, calibrate=False).resident_share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("device_map", "device"),
+    [(0, "cuda:0"), ({"": 1}, "cuda:1"), ({"": "cuda"}, "cuda"), (torch.device("cuda:1"), "cuda:1")],
+    ids=str,
+)  # fmt: skip
+def test_a_device_map_that_names_a_gpu_is_device(device_map, device):
+    assert Options.split({"device_map": device_map}, "load") == (Options(device=device), {})
+
+
+@pytest.mark.parametrize(
+    "device_map", ["auto", "balanced", "sequential", {}, {"": "disk"}, {"": "meta"}, {"a": "cpu", "b": 0}, [0]], ids=str
+)
+def test_a_device_map_that_names_no_one_device_is_refused_with_the_option_that_does(device_map, checkpoint):
+    with pytest.raises(errors.ConfigError, match=r"device_map=.*does not name one device.*device="):
+        emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, device_map=device_map)
+
+
+def test_a_device_and_a_device_map_that_differ_are_refused():
+    with pytest.raises(errors.ConfigError, match="name two devices"):
+        Options.split({"device_map": {"": 0}, "device": "cpu"}, "load")
+    assert Options.split({"device_map": "cpu", "device": torch.device("cpu")}, "load")[0].device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("function", "way"), [(emoe.from_pretrained, "load"), (emoe.wrap, "wrap"), (emoe.plan, "plan")],
+    ids=["load", "wrap", "plan"],
+)  # fmt: skip
+def test_help_shows_every_option_with_its_default_and_text(function, way):
+    shown = inspect.signature(function).parameters
+    for name, (each, row) in rows(way).items():
+        assert shown[name].default == each.default
+        assert f"\n        {name}: {row.help.split()[0]}" in function.__doc__
+    assert "{options}" not in function.__doc__
+    assert max(map(len, function.__doc__.splitlines())) <= 120
+
+
+def test_plan_takes_what_from_pretrained_takes(checkpoint):
+    given = {"routing": "resident", "kernels": "stock", "device": "cuda", "attn_implementation": "eager"}
+    path = checkpoint("olmoe")
+    assert emoe.plan(path, 0.5, calibrate=False, **given) == emoe.plan(path, 0.5, calibrate=False)
+    with pytest.raises(errors.ConfigError, match=r"auto.*device='cuda'.*bytes or a share"):
+        emoe.plan(path, device="cuda")
+    with pytest.raises(errors.ConfigError, match="did you mean 'context'"):
+        emoe.plan(path, 0.5, contxt=3)
+
+
+def test_options_load_no_arrays():
+    code = "import sys, emoe.options; print({'torch', 'numpy', 'transformers'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_names_in_the_table_are_those_of_the_rooms_that_use_them():
+    from emoe import options, predictor
+    from emoe.slots import policy
+
+    assert tuple(predictor.MADE) == options.PREDICTORS
+    assert {*rows()["policy"][1].check.choices} == {*policy.POLICIES} - {"belady"}  # which needs the future
