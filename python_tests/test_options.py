@@ -34,7 +34,8 @@ def test_a_float_is_a_share_and_auto_is_auto():
 @pytest.mark.parametrize(
     "value",
     [True, False, 0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), None, "", "lots", "8 XiB", "-8GiB", "0GiB", "0.5",
-     "8GiB9", "8 Gi", "8P", "9" * 5000, "9" * 50 + "TB", 1 << 128, float("-inf"), "1e9", "0%", "101%", "-5%", "%", "1_000", "8 Gi B", [8], b"8GiB"],
+     "8GiB9", "8 Gi", "8P", "9" * 5000, "9" * 50 + "TB", 1 << 128,
+     float("-inf"), "1e9", "0%", "101%", "-5%", "%", "1_000", "8 Gi B", [8], b"8GiB"],
     ids=repr,
 )  # fmt: skip
 def test_everything_else_is_refused_with_the_value_and_the_choices(value):
