@@ -11,6 +11,10 @@ class ConfigError(EmoeError, ValueError):
     """An option, environment value or argument is not one of the choices; the message lists them."""
 
 
+class MissingFileError(ConfigError, FileNotFoundError):
+    """A path names no file; says what was looked for there."""
+
+
 class BudgetError(EmoeError):
     """The model cannot run inside the byte budget; names the smallest budget that works.
 
@@ -53,6 +57,10 @@ class ReadError(CheckpointError, OSError):
 
 class StoreError(EmoeError, OSError):
     """Writing experts to the store failed (no space, no permission); nothing half-written is left behind."""
+
+
+class WriteError(EmoeError, OSError):
+    """A file cannot be written (no folder, no space, no permission); what was there before stays as it was."""
 
 
 class CacheError(EmoeError):

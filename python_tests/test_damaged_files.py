@@ -198,7 +198,7 @@ def test_a_file_of_an_earlier_version_is_refused_with_both_versions(made):
         ("task-table", "names", "ab", "'names' is 'ab', expected a list of texts"),
         ("next-use", "names", None, "'names' is None"),
         ("linear", "names", ["a"], r"shape \(2, 2, 4\) does not fit 1 task names"),
-        ("across-requests", "share", float("inf"), "'share' is inf"),
+        ("across-requests", "share", float("inf"), "Infinity is no number"),
         ("keywords", "temperature", 0, "'temperature' is 0.0"),
         ("embeddings", "threshold", 7, "'threshold' is 7.0"),
     ],

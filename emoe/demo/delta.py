@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from emoe.errors import DemoBuildError
+from emoe.files import jsontext
+from emoe.files.arrays import load
 
 FORMAT = "emoe-demo-delta-1"
 FEED_FORWARD = ("gate", "up", "down")
@@ -72,18 +73,21 @@ def load_delta(path: Path) -> Delta:
     Raises:
         DemoBuildError: the file is not a delta of this format.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:
-        raise DemoBuildError(f"{path} is not readable as safetensors ({error}); reinstall emoe") from error
+
+    def fail(why: str) -> DemoBuildError:
+        return DemoBuildError(f"{why}; reinstall emoe")
+
+    metadata, arrays = load(path, "delta of the demo model", fail)
     if metadata.get("format") != FORMAT:
-        raise DemoBuildError(
-            f"{path} has format {metadata.get('format')!r}, this emoe reads {FORMAT!r}; reinstall emoe"
+        raise fail(f"{path} has format {metadata.get('format')!r}, this emoe reads {FORMAT!r}")
+    values = jsontext.parse(metadata.get("shape", ""), lambda why: fail(f"{path} has no shape: {why}"))
+    try:
+        shape = Shape(
+            **{field.name: jsontext.whole_number(values[field.name], field.name, 1, 1 << 20) for field in fields(Shape)}
         )
-    values = json.loads(metadata["shape"])
-    shape = Shape(**{field.name: values[field.name] for field in fields(Shape)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise fail(f"{path} has no shape: {error}") from error
+    stored = {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors = {}
     for name, tensor in stored.items():
         if name.endswith(".scale"):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from emoe.errors import UnsupportedModelError
+from emoe.errors import ConfigError, UnsupportedModelError
 from emoe.model.spec import ParamSpec
 
 _EXPERTS_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed")  # set by Transformers' decorator
@@ -122,13 +122,20 @@ def top_k(model: Any) -> int:
     """Experts a token is routed to.
 
     Raises:
+        ConfigError: the config's number is none from 1 to that of the experts; names it and the range.
         UnsupportedModelError: the config names it in a way emoe does not know.
     """
     config = model.config.get_text_config(decoder=True)
     for name in _TOP_K_NAMES:
         value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
+        if value is None:
+            continue
+        most = min((num_experts(module) for _, module in experts_modules(model)), default=0)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(
+                f"{name}={value!r} of {type(config).__name__} is no number of experts from 1 to {most}, those there are"
+            )
+        return value
     raise UnsupportedModelError(
         f"{type(config).__name__} says nowhere how many experts a token uses; looked for {', '.join(_TOP_K_NAMES)}"
     )

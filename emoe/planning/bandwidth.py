@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from emoe.errors import ConfigError
-from emoe.files import cache_folder, whole
+from emoe import files
+from emoe.errors import CheckpointError, ConfigError, EmoeError, MissingFileError
+from emoe.files import cache_folder, jsontext
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
     device = str(folder.stat().st_dev) if folder else "none"
     known = _read(path) if path else {}
     entry = known.get(device)
-    if entry and not refresh and time.time() - entry["time"] < _DAY:
+    if entry and not refresh and 0 <= time.time() - entry["time"] < _DAY:
         return Rates(entry["memory"], entry["disk"], entry["note"])
     memory = _memory_rate()
     disk = _disk_rate(folder) if folder else 0.0
@@ -55,7 +56,7 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
     known[device] = {"memory": memory, "disk": disk or 1e9, "note": note, "time": time.time()}
     if path:
         try:
-            with whole(path) as file:
+            with files.whole(path) as file:
                 file.write(json.dumps(known).encode())
         except OSError as error:
             logger.warning("emoe: rates of memory and disk are not cached: %s", error)
@@ -72,11 +73,23 @@ def _cache_file() -> Path | None:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured, by device; nothing where the file is not there or not sound."""
     try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError):
+        known = jsontext.read(path, "file of measured rates", CheckpointError)
+        if not isinstance(known, dict):
+            raise ValueError(f"it is {type(known).__name__}, expected an object")
+        for entry in known.values():
+            if not isinstance(entry, dict) or not isinstance(entry.get("note"), str):
+                raise ValueError(f"an entry is {jsontext.shown(entry)}")
+            for name in ("memory", "disk"):
+                jsontext.number(entry.get(name), name, 1, 1e18)
+            jsontext.number(entry.get("time"), "time", 0, 1e18)
+    except MissingFileError:
         return {}
-    return loaded if isinstance(loaded, dict) else {}
+    except (EmoeError, ValueError) as error:
+        logger.warning("emoe: %s is damaged, rates are measured anew: %s", path, error)
+        return {}
+    return known
 
 
 def _memory_rate() -> float:
@@ -88,14 +101,14 @@ def _memory_rate() -> float:
 
 def _disk_rate(folder: Path) -> float:
     """O_DIRECT reads spread over the largest file; 0 where the file system refuses them or there is no file."""
-    files = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, reverse=True)
-    if not files or files[0].stat().st_size < 2 * _BLOCK:
+    found = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, reverse=True)
+    if not found or found[0].stat().st_size < 2 * _BLOCK:
         return 0.0
-    size = files[0].stat().st_size
+    size = found[0].stat().st_size
     blocks = min(_DISK_BYTES, size) // _BLOCK
     step = (size - _BLOCK) // max(1, blocks - 1) // _BLOCK * _BLOCK if blocks > 1 else 0
     try:
-        fd = os.open(files[0], os.O_RDONLY | os.O_DIRECT)
+        fd = os.open(found[0], os.O_RDONLY | os.O_DIRECT)
     except OSError:
         return 0.0
     try:

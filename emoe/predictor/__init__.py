@@ -61,7 +61,7 @@ def load(path: str | Path) -> ExpertPredictor:
 
     Raises:
         CheckpointError: the file is something else, or of a kind that this version does not know; lists the kinds.
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
     """
     from emoe.predictor import files
 

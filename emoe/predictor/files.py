@@ -19,7 +19,7 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], sett
     """Writes the file, whole or not at all.
 
     Raises:
-        OSError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     return files.write(path, FORMAT, kind, tensors, settings)
 
@@ -29,7 +29,7 @@ def kind(path: str | Path) -> str:
 
     Raises:
         CheckpointError: not a predictor's file.
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
     """
     return files.read(path, FORMAT, "predictor", arrays=False)[0]
 
@@ -43,7 +43,7 @@ def read(path: str | Path, kind: str, shapes: Mapping[str, int]) -> tuple[dict[s
     Raises:
         CheckpointError: another kind, the file cannot be read, or a tensor is missing, has other dimensions, is empty
             or holds what is no number.
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
     """
     found, tensors, settings = files.read(path, FORMAT, "predictor")
     if found != kind:

@@ -24,6 +24,7 @@ from emoe.predictor.table import count
 Floats = NDArray[np.float32]
 
 WIDTH = 16  # ids of a layer
+_MOST_LAYERS = 64  # of a file's network; the largest size has far fewer
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ def _shape(tensors: dict[str, NDArray[Any]], width: int) -> Shape:
     """
     L, d_model, E = tensors["head"].shape
     n_layer = sum(name.endswith(".rel_attn.q") for name in tensors)
+    if n_layer > _MOST_LAYERS:  # names cost a file little, and a network much
+        raise ValueError(f"a network of {n_layer} layers, over {_MOST_LAYERS}")
     sizes = {"model.layer.0.rel_attn.q": (1, 3), "model.layer.0.ff.layer_1.weight": (0, 2)}
     found = []
     for name, (axis, dimensions) in sizes.items():

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from emoe import files
 from emoe.errors import CheckpointError, ConfigError
+from emoe.files import jsontext
 
 FORMAT = "emoe-sensitivity"
 VERSION = 1
@@ -111,7 +113,7 @@ class SensitivityProfile:
         """Writes a JSON file.
 
         Raises:
-            OSError: the folder cannot be written.
+            WriteError: the folder cannot be written.
         """
         path = Path(path).expanduser()
         with files.whole(path) as file:
@@ -124,31 +126,47 @@ class SensitivityProfile:
 
         Raises:
             CheckpointError: the file is something else.
-            FileNotFoundError: there is no such file.
+            MissingFileError: there is no such file.
         """
-        path = Path(path).expanduser()
+        fail = partial(CheckpointError, file=str(path))
+        values = jsontext.read(path, "sensitivity profile", fail)
         try:
-            values = json.loads(path.read_text("utf-8"))
-            if values["format"] != FORMAT or int(values["version"]) > VERSION:
-                raise ConfigError(f"format {values['format']!r}, version {values['version']}")
-            rows = values["tasks"]
-            counts = tuple(int(row["prompts"] or 0) for row in rows.values())
+            if not isinstance(values, dict) or values["format"] != FORMAT:
+                raise ValueError(f"not of format {FORMAT!r}")
+            jsontext.whole_number(values["version"], "version", 1, VERSION)
+            rows, meta = values["tasks"], values["meta"]
+            layers = jsontext.whole_number(values["layers"], "layers", 0, 1 << 20)
+            if not isinstance(rows, dict) or not isinstance(meta, dict):
+                raise ValueError("'tasks' and 'meta' are not both objects")
+            counts = tuple(
+                0 if row["prompts"] is None else jsontext.whole_number(row["prompts"], "prompts", 0, 1 << 53)
+                for row in rows.values()
+            )
             return cls(
                 tuple(rows),
-                int(values["layers"]),
-                np.array([row["similarity"] for row in rows.values()], dtype=np.float64),
-                float(values["threshold"]),
-                np.array([row["error"] for row in rows.values()], dtype=np.float64),
+                layers,
+                _numbers(rows, "similarity", layers),
+                jsontext.number(values["threshold"], "threshold", 0, 1),
+                _numbers(rows, "error", layers),
                 counts if all(counts) else (),
-                dict(values["meta"]),
+                meta,
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:  # ConfigError is a ValueError
-            raise CheckpointError(f"{path}: not a sensitivity profile: {error}", file=str(path)) from error
+        except (ValueError, KeyError, TypeError) as error:  # ConfigError is a ValueError
+            raise fail(f"{path}: not a sensitivity profile: {error}") from error
 
     def _row(self, task: str) -> int:
         if task not in self.tasks:
             raise ConfigError(f"task {task!r} was not profiled; profiled were: {', '.join(self.tasks)}")
         return self.tasks.index(task)
+
+
+def _numbers(rows: Mapping[str, Any], name: str, layers: int) -> Floats:
+    """[N, L + 1] of a list in each task's row."""
+    for row in rows.values():
+        if not isinstance(row[name], list) or len(row[name]) != layers + 1:
+            raise ValueError(f"{name!r} is {jsontext.shown(row[name])}, expected {layers + 1} numbers")
+    values = [[jsontext.number(each, name, -1e30, 1e30) for each in row[name]] for row in rows.values()]
+    return np.array(values, dtype=np.float64).reshape(len(rows), layers + 1)
 
 
 def suggest_bias(sensitivity: Mapping[str, float], task: str | None, most: float) -> float:

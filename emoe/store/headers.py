@@ -5,20 +5,22 @@ The safetensors library validates every header; it does not tell offsets, so tho
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emoe.errors import CheckpointError
+from emoe.files import jsontext
 from emoe.model.encoding import encoding
 from emoe.store.opened import OpenFile
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _LARGEST_HEADER = 100_000_000  # bytes; the library's own bound
+_MOST_DIMENSIONS = 64  # torch's own bound
 
 # code in the file -> encoding by name
 DTYPES = {
@@ -84,12 +86,12 @@ def checkpoint_files(folder: Path) -> list[str]:
             file=str(folder / (others[0] if others else SINGLE_NAME)),
         )
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = jsontext.read(index, "index of shards", partial(CheckpointError, file=str(index)))["weight_map"]
+        shards = {tensor: _text(shard) for tensor, shard in weight_map.items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of shards: {error!r}", file=str(index)) from error
     for tensor, shard in shards.items():
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or len(shard.encode()) > 255 or "\0" in shard:
             raise CheckpointError(
                 f"{index} puts {tensor} into {shard!r}, which is no file name", file=str(index), tensor=tensor
             )
@@ -100,6 +102,12 @@ def checkpoint_files(folder: Path) -> list[str]:
     if not shards:
         raise CheckpointError(f"{index} names no shards", file=str(index))
     return [str(folder / shard) for shard in sorted(set(shards.values()))]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{jsontext.shown(value)} is no text")
+    return value
 
 
 def read_headers(files: Iterable[str | Path | OpenFile]) -> dict[str, TensorEntry]:
@@ -170,12 +178,8 @@ def _load_header(opened: OpenFile) -> tuple[dict[str, Any], int]:
         opened.read(memoryview(raw), 8)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}", file=file) from error
-    try:
-        header = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} has a damaged safetensors header: {error}", file=file, offset=8, nbytes=length
-        ) from error
+    fail = partial(CheckpointError, file=file, offset=8, nbytes=length)
+    header = jsontext.parse(raw, lambda why: fail(f"{file} has a damaged safetensors header: {why}"))
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a damaged safetensors header: no object", file=file, offset=8, nbytes=length)
     return header, 8 + length
@@ -186,7 +190,9 @@ def _entry(file: str, name: str, raw: Any, start: int, size: int) -> TensorEntry
         shape = tuple(raw["shape"])
         begin, end = raw["data_offsets"]
         code = raw["dtype"]
-        known = all(type(number) is int and number >= 0 for number in (*shape, begin, end)) and isinstance(code, str)
+        # Bounded before they are multiplied: the product of 100,000 large numbers takes minutes.
+        known = len(shape) <= _MOST_DIMENSIONS and isinstance(code, str)
+        known = known and all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         known = False
     if not known:

@@ -5,7 +5,6 @@ A subclass turns texts into features and features into evidence for each task; t
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from emoe import files
 from emoe.errors import CheckpointError, ConfigError
+from emoe.files import jsontext
 from emoe.tasks.calibration import Confidence, fit_temperature, signals, softmax
 from emoe.tasks.confusion import ConfusionMatrix
 
@@ -184,7 +184,7 @@ class TaskClassifier(ABC):
 
         Raises:
             ConfigError: not fitted.
-            OSError: the folder cannot be written.
+            WriteError: the folder cannot be written.
         """
         if self._head is None:
             raise ConfigError("the classifier knows no tasks yet: fit it before saving")
@@ -207,7 +207,7 @@ class TaskClassifier(ABC):
         Raises:
             CheckpointError: the file is something else, or of a kind that this version does not know.
             ConfigError: an embedding classifier without its model, or with another one.
-            FileNotFoundError: there is no such file.
+            MissingFileError: there is no such file.
         """
         kind, tensors, settings = files.read(path, FORMAT, "task classifier")
         if kind not in KINDS:
@@ -221,7 +221,7 @@ class TaskClassifier(ABC):
             loaded: TaskClassifier = _class(kind)._restore(tensors, settings, model, tokenizer)
             loaded.names = files.texts(settings, "names")
             loaded.threshold = _number(settings, "threshold", 0, 1)
-            loaded._temperature = _number(settings, "temperature", 1e-9, math.inf)
+            loaded._temperature = _number(settings, "temperature", 1e-9, 1e300)
             loaded._confidence = Confidence.from_dict(settings["confidence"])
         except ConfigError:  # which is a ValueError: not the file is wrong, but what it is to be used with
             raise
@@ -260,10 +260,7 @@ class TaskClassifier(ABC):
 
 
 def _number(settings: dict[str, Any], name: str, low: float, high: float) -> float:
-    value = float(settings[name])
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name!r} is {value}, expected {low} to {high}")
-    return value
+    return jsontext.number(settings[name], repr(name), low, high)
 
 
 def _rows(features: list[Any], numbers: NDArray[np.intp]) -> list[Any]:

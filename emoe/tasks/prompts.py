@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from emoe.errors import ConfigError
+from emoe.files import jsontext, lines
 
 SPLITS = ("train", "dev", "test")
 
@@ -38,14 +38,10 @@ def load_prompts(path: str | Path, split: str | None = None, tasks: Sequence[str
         tasks: only these.
 
     Raises:
-        ConfigError: the file cannot be read, a line is not such an object, a task is not in the file, or no prompt is
-            left. Names file and line.
+        ConfigError: the file is not there (then a MissingFileError) or cannot be read, a line is not such an object, a
+            task is not in the file, or no prompt is left. Names file and line.
     """
-    try:
-        lines = Path(path).expanduser().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the prompts {str(path)!r} cannot be read: {error}") from error
-    found = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_prompt(line, f"{path}:{number}") for number, line in lines(path, "file of prompts", ConfigError)]
     return choose(found, path, split, tasks)
 
 
@@ -76,10 +72,7 @@ def choose(
 
 
 def _prompt(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not a JSON object: {error}") from error
+    row = jsontext.parse(line, lambda why: ConfigError(f"{where}: not a JSON object: {why}"))
     row = row if isinstance(row, dict) else {}
     task, prompt, reference = (row.get(name) or "" for name in ("task", "prompt", "reference"))
     if not all(isinstance(each, str) for each in (task, prompt, reference)) or not task or not prompt.strip():
@@ -88,5 +81,5 @@ def _prompt(line: str, where: str) -> Prompt:
         )
     split = row.get("split", "train")
     if split not in SPLITS:
-        raise ConfigError(f"{where}: split {split!r} is not one of: {', '.join(SPLITS)}")
+        raise ConfigError(f"{where}: split {jsontext.shown(split)} is not one of: {', '.join(SPLITS)}")
     return Prompt(task, prompt, reference, split)

@@ -10,42 +10,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.errors import TraceError
+from emoe.files import table
 
 UNKNOWN_PHASE = 255
+_INT16, _INT32, _INT64 = (int(np.iinfo(dtype).max) for dtype in (np.int16, np.int32, np.int64))
+# Places [layers, tokens, picks] for each row. A layer that most tokens skip takes some; a file in which every row names
+# a layer and a token of its own would take the square of its size.
+_PLACES_PER_ROW = 32
+_LOWEST, _HIGHEST = {"expert": -1}, {"turn": _INT32, "phase": UNKNOWN_PHASE, "layer": _INT32, "expert": _INT16}
 
 
 def read(path: Path) -> dict[str, Any]:
     """The fields of `emoe.trace.trace.Trace`.
 
     Raises:
-        TraceError: a column is missing, or a row is not numbers.
+        TraceError: a column is missing, a row is not numbers that fit, or rows are missing by far.
+        MissingFileError: there is no such file.
     """
-    comments, header, rows = _split(path)
+    wanted = ("turn", "phase", "step", "layer", "expert", "weight", "expert_bytes")
+    comments, given = table.read(path, "trace", TraceError, wanted, ("step", "layer", "expert"))
     facts = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in comments]
     meta = {key: value for words in facts if "layer" not in words for key, value in words.items()}
-    missing = [name for name in ("step", "layer", "expert") if name not in header]
-    if missing:
-        raise TraceError(f"{path}: no column {', '.join(missing)}; it has {', '.join(header)}")
-    wanted = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "expert_bytes")
-    try:
-        table = np.loadtxt(rows, delimiter=",", ndmin=2, dtype=np.float64)
-        columns = {name: table[:, header.index(name)] if name in header else np.zeros(len(table)) for name in wanted}
-    except (ValueError, IndexError) as error:
-        raise TraceError(f"{path}: {error}") from error
+    columns: dict[str, Any] = {name: np.zeros(len(given["step"]), dtype=np.int64) for name in wanted}
+    for name, column in given.items():
+        try:
+            columns[name] = (
+                _single(column)
+                if name == "weight"
+                else table.whole_numbers(column, _LOWEST.get(name, 0), _HIGHEST.get(name, _INT64))
+            )
+        except ValueError as error:
+            raise TraceError(f"{path}: {name} {error}") from error
     _, token = np.unique(
         np.stack([columns["turn"], columns["phase"], columns["step"]], axis=1), axis=0, return_inverse=True
     )
     token = token.reshape(-1)
-    layer_ids, layer = np.unique(columns["layer"].astype(np.int64), return_inverse=True)
+    layer_ids, layer = np.unique(columns["layer"], return_inverse=True)
     pick = _position_in_group(layer * (token.max(initial=0) + 1) + token)
     L, T, K = len(layer_ids), int(token.max(initial=-1)) + 1, int(pick.max(initial=-1)) + 1
+    if _PLACES_PER_ROW * (len(token) + 2048) < L * T * K:
+        raise TraceError(f"{path}: {len(token)} rows of {L} layers, {T} tokens and up to {K} picks: most are missing")
     experts = np.full((L, T, K), -1, dtype=np.int16)
-    weights = np.zeros((L, T, K), dtype=np.float32)
-    if len(table) and not -1 <= columns["expert"].min() <= columns["expert"].max() <= np.iinfo(np.int16).max:
-        raise TraceError(f"{path}: expert ids go from {columns['expert'].min():.0f} to {columns['expert'].max():.0f}")
     experts[layer, token, pick] = columns["expert"]
-    weights[layer, token, pick] = columns["weight"]
-    per_token = {name: np.zeros(T) for name in ("turn", "phase")}
+    weights = None
+    if "weight" in given:
+        weights = np.zeros((L, T, K), dtype=np.float32)
+        weights[layer, token, pick] = columns["weight"]
+    per_token = {name: np.zeros(T, dtype=np.int64) for name in ("turn", "phase")}
     for name, array in per_token.items():
         array[token] = columns[name]
     return {
@@ -53,27 +64,18 @@ def read(path: Path) -> dict[str, Any]:
         "num_experts": _count(path, meta, int(experts.max(initial=-1)) + 1),
         "task": np.zeros(T, dtype=np.int32),
         "prompt": per_token["turn"].astype(np.int32),
-        "phase": per_token["phase"].astype(np.uint8)
-        if "phase" in header
-        else np.full(T, UNKNOWN_PHASE, dtype=np.uint8),
-        "weights": weights if "weight" in header else None,
-        "expert_bytes": _expert_bytes(facts, layer_ids, columns, layer),
+        "phase": per_token["phase"].astype(np.uint8) if "phase" in given else np.full(T, UNKNOWN_PHASE, dtype=np.uint8),
+        "weights": weights,
+        "expert_bytes": _expert_bytes(path, facts, layer_ids, columns["expert_bytes"], layer),
         "task_names": (path.name.split(".")[0],),
         "meta": meta,
     }
 
 
-def _split(path: Path) -> tuple[list[str], list[str], list[str]]:
-    """Comment lines without their mark, the header's names, the rows."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise TraceError(f"{path}: not a text file: {error}") from error
-    comments = [line[1:] for line in lines if line.startswith("#")]
-    rows = [line for line in lines if line and not line.startswith("#")]
-    if len(rows) < 2:
-        raise TraceError(f"{path}: no rows")
-    return comments, [name.strip() for name in rows[0].split(",")], rows[1:]
+def _single(column: NDArray[np.float64]) -> NDArray[np.float64]:
+    if (np.abs(column) > np.finfo(np.float32).max).any():
+        raise ValueError(f"{column[np.abs(column).argmax()]:g}, which does not fit into float32")
+    return column
 
 
 def _position_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -87,22 +89,30 @@ def _position_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _expert_bytes(
-    facts: Iterable[dict[str, str]], layer_ids: NDArray[np.int64], columns: dict[str, Any], layer: NDArray[np.int64]
+    path: Path,
+    facts: Iterable[dict[str, str]],
+    layer_ids: NDArray[np.int64],
+    column: NDArray[np.int64],
+    layer: NDArray[np.int64],
 ) -> NDArray[np.int64] | None:
     """From comments "layer=3 expert_bytes=3059712", else the largest read that each layer shows."""
     stated = {}
     for words in facts:
         if "layer" in words and "expert_bytes" in words:
-            stated[int(words["layer"])] = int(words["expert_bytes"])
+            stated[_fact(path, words, "layer", _INT32)] = _fact(path, words, "expert_bytes", _INT64)
     found = np.zeros(len(layer_ids), dtype=np.int64)
-    np.maximum.at(found, layer, columns["expert_bytes"].astype(np.int64))
+    np.maximum.at(found, layer, column)
     for place, number in enumerate(layer_ids):
         found[place] = stated.get(int(number), found[place])
     return found if found.all() else None
 
 
 def _count(path: Path, meta: dict[str, str], default: int) -> int:
-    text = meta.get("n_expert", str(default))
-    if not text.isdecimal():
-        raise TraceError(f"{path}: n_expert={text!r} is no number")
+    return _fact(path, meta, "n_expert", _INT16 + 1) if "n_expert" in meta else default
+
+
+def _fact(path: Path, words: dict[str, str], name: str, high: int) -> int:
+    text = words[name]
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20 and int(text) <= high):
+        raise TraceError(f"{path}: {name}={text[:40]!r} is no number from 0 to {high}")
     return int(text)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-import zipfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emoe.errors import TraceError
-from emoe.files import whole
+from emoe.files import jsontext, npz, whole
 from emoe.trace import csv as trace_csv
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,10 @@ FORMAT = "emoe-trace"
 VERSION = 1
 PREFILL, DECODE, UNKNOWN = 0, 1, trace_csv.UNKNOWN_PHASE
 _PHASES = {"prefill": PREFILL, "decode": DECODE, "unknown": UNKNOWN}
+_MOST_EXPERTS = int(np.iinfo(np.int16).max) + 1
+_MOST_TASKS = 1 << 16  # that a file may number without naming them
+_RESERVED = 1 << 20  # bytes taken on the disk when a recording begins
+_BLOCK = 1 << 20  # ids looked at in one go
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Trace:
 
 
 class TraceRecorder:
-    """Collects routing while a model runs; `emoe.Runtime.record` drives it.
+    """Collects routing while a model runs, in any number of threads; `emoe.Runtime.record` drives it.
 
     Args:
         layers: number of experts modules.
@@ -105,15 +110,17 @@ class TraceRecorder:
         self._meta: dict[str, Any] = {"model": model}
         if expert_bytes is not None:
             self._meta["expert_bytes"] = [int(count) for count in expert_bytes]
+        self._lock = threading.Lock()
         self._steps: list[_Step] = []
-        self._open: _Step | None = None
+        self._thread = _Thread()
+        self._running: set[_Step] = set()
         self._dropped = 0
         self._tasks: dict[str, int] = {}
         self._prompts: dict[Any, int] = {}
         self._mark = _Mark(self._task_id(""), (self._prompt_id(0),), None)
 
     def mark(self, *, task: str | None = None, prompt: Any = None, phase: str | None = None) -> None:
-        """Names the tokens of the forwards that follow.
+        """Names the tokens of the forwards that follow in this thread, and in threads that never marked any.
 
         Args:
             task: name of the task; None leaves it as it is.
@@ -125,23 +132,25 @@ class TraceRecorder:
         """
         if phase is not None and phase not in _PHASES:
             raise TraceError(f"phase={phase!r} is not one of: {', '.join(_PHASES)}")
-        prompts = self._mark.prompts
-        if prompt is not None:
-            each = prompt if isinstance(prompt, (list, tuple)) else (prompt,)
-            if not each:
-                raise TraceError("prompt=[] names no sequence")
-            prompts = tuple(self._prompt_id(name) for name in each)
-        self._mark = _Mark(
-            self._mark.task if task is None else self._task_id(task),
-            prompts,
-            None if phase is None else _PHASES[phase],
-        )
+        with self._lock:
+            before = self._thread.mark or self._mark
+            prompts = before.prompts
+            if prompt is not None:
+                each = prompt if isinstance(prompt, (list, tuple)) else (prompt,)
+                if not each:
+                    raise TraceError("prompt=[] names no sequence")
+                prompts = tuple(self._prompt_id(name) for name in each)
+            self._thread.mark = self._mark = _Mark(
+                before.task if task is None else self._task_id(task),
+                prompts,
+                None if phase is None else _PHASES[phase],
+            )
 
     def record(self, layer: int, index: NDArray[Any], weights: NDArray[Any]) -> None:
-        """One layer of one forward.
+        """One layer of one forward of the calling thread.
 
-        A forward begins with the first layer that the last one already had; one that ended before every layer was seen
-        (an error) is dropped.
+        A thread's layers come in ascending order: the next forward begins with a layer that is not after the last one.
+        A forward of which a layer is missing (an error in it, or it ran already when the recording began) is dropped.
 
         Args:
             layer: number of the experts module.
@@ -157,45 +166,72 @@ class TraceRecorder:
                 f"layer {layer} recorded ids {index.shape} and weights {weights.shape}; "
                 f"expected [T, K] of layers 0 to {self._layers - 1} with K up to {self._top_k}"
             )
-        if self._open is None or layer in self._open.seen or self._open.tokens != T:
-            self._finish()
-            self._open = _Step(T, self._mark, self._layers, self._top_k)
         valid = (index >= 0) & (index < self._num_experts)
-        self._open.experts[layer, :, :K] = np.where(valid, index, -1)
-        self._open.weights[layer, :, :K] = np.where(valid, weights, 0)
-        self._open.seen.add(layer)
-        if len(self._open.seen) == self._layers:
-            self._finish()
+        with self._lock:
+            step = self._thread.step
+            if step is None or layer <= step.last or step.tokens != T:
+                self._finish(step)
+                step = _Step(T, self._thread.mark or self._mark, self._layers, self._top_k)
+                self._thread.step = step
+                self._running.add(step)
+            step.experts[layer, :, :K] = np.where(valid, index, -1)
+            step.weights[layer, :, :K] = np.where(valid, weights, 0)
+            step.last, step.seen = layer, step.seen + 1
+            if layer == self._layers - 1:
+                self._finish(step)
+                self._thread.step = None
 
     def trace(self) -> Trace:
-        """What was recorded so far."""
-        steps = self._steps
-        empty = _Step(0, self._mark, self._layers, self._top_k)
-        return Trace(
-            experts=np.concatenate([step.experts for step in steps or [empty]], axis=1),
-            num_experts=self._num_experts,
-            task=np.concatenate([step.task() for step in steps or [empty]]),
-            prompt=np.concatenate([step.prompt() for step in steps or [empty]]),
-            phase=np.concatenate([step.phase() for step in steps or [empty]]),
-            weights=np.concatenate([step.weights for step in steps or [empty]], axis=1).astype(np.float32),
-            expert_bytes=_as_bytes(self._meta.get("expert_bytes"), self._layers),
-            task_names=tuple(self._tasks),
-            meta={**self._meta, "prompt_names": [str(name) for name in self._prompts]},
-        )
+        """What was recorded so far: whole forwards, in the order they ended."""
+        with self._lock:
+            steps = self._steps or [_Step(0, self._mark, self._layers, self._top_k)]
+            return Trace(
+                experts=np.concatenate([step.experts for step in steps], axis=1),
+                num_experts=self._num_experts,
+                task=np.concatenate([step.task() for step in steps]),
+                prompt=np.concatenate([step.prompt() for step in steps]),
+                phase=np.concatenate([step.phase() for step in steps]),
+                weights=np.concatenate([step.weights for step in steps], axis=1).astype(np.float32),
+                expert_bytes=_as_bytes(self.path, self._meta.get("expert_bytes"), self._layers),
+                task_names=tuple(_as_text(name) for name in self._tasks),
+                meta={**self._meta, "prompt_names": [_as_text(name) for name in self._prompts]},
+            )
 
     def save(self) -> Path:
-        """Writes everything recorded to `path`, whole or not at all."""
-        if self._open is not None:
-            self._finish()
-        if self._dropped:
-            logger.warning("emoe: %d forwards that did not pass every layer are not in the trace", self._dropped)
-        return save_trace(self.trace(), self.path)
+        """Writes everything recorded to `path`, whole or not at all.
 
-    def _finish(self) -> None:
-        step, self._open = self._open, None
-        if step is not None and len(step.seen) == self._layers:
+        Raises:
+            WriteError: the folder cannot be written.
+        """
+        with whole(self.path) as file:
+            self._write(file)
+        return self.path
+
+    @contextmanager
+    def saving(self) -> Iterator[TraceRecorder]:
+        """Writes everything recorded when the block ends well; one that ends in an exception leaves `path` as it was.
+
+        Raises:
+            WriteError: the folder is not there or cannot be written, or the disk is full: before the block runs.
+        """
+        with whole(self.path, reserve=_RESERVED) as file:
+            yield self
+            self._write(file)
+
+    def _write(self, file: IO[bytes]) -> None:
+        with self._lock:
+            dropped = self._dropped + len(self._running)
+        if dropped:
+            logger.warning("emoe: %d forwards that did not pass every layer are not in the trace", dropped)
+        _write(self.trace(), file)
+
+    def _finish(self, step: _Step | None) -> None:
+        if step is None:
+            return
+        self._running.discard(step)
+        if step.seen == self._layers:
             self._steps.append(step)
-        elif step is not None:
+        else:
             self._dropped += 1
 
     def _task_id(self, name: str) -> int:
@@ -203,6 +239,18 @@ class TraceRecorder:
 
     def _prompt_id(self, name: Any) -> int:
         return self._prompts.setdefault(name, len(self._prompts))
+
+
+class _Thread(threading.local):
+    """What a recorder keeps for each thread."""
+
+    mark: _Mark | None = None
+    step: _Step | None = None
+
+
+def _as_text(name: Any) -> str:
+    """A name as a file can hold it: arguments of a command line may be no text."""
+    return str(name).encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -219,7 +267,7 @@ class _Step:
         self.tokens, self.mark = tokens, mark
         self.experts = np.full((layers, tokens, top_k), -1, dtype=np.int16)
         self.weights = np.zeros((layers, tokens, top_k), dtype=np.float16)
-        self.seen: set[int] = set()
+        self.last, self.seen = -1, 0
 
     def task(self) -> NDArray[np.int32]:
         return np.full(self.tokens, self.mark.task, dtype=np.int32)
@@ -241,9 +289,15 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
     """Writes a trace as .npz (docs/traces.md), whole or not at all; an existing file is replaced.
 
     Raises:
-        OSError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     path = Path(path)
+    with whole(path) as file:
+        _write(trace, file)
+    return path
+
+
+def _write(trace: Trace, file: IO[bytes]) -> None:
     meta = {
         **trace.meta,
         "format": FORMAT,
@@ -264,9 +318,7 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
     }
     if trace.weights is not None:
         arrays["weights"] = trace.weights.astype(np.float16)
-    with whole(path) as file:
-        np.savez_compressed(file, **arrays)
-    return path
+    np.savez_compressed(file, **arrays)
 
 
 def load_trace(path: str | Path) -> Trace:
@@ -274,11 +326,9 @@ def load_trace(path: str | Path) -> Trace:
 
     Raises:
         TraceError: a field is missing or has the wrong shape, type or values; names file and field.
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no trace {str(path)!r}")
     trace = Trace(**trace_csv.read(path)) if path.suffix == ".csv" else _load_npz(path)
     check(trace, str(path))
     return trace
@@ -304,8 +354,11 @@ def join(traces: Sequence[Trace]) -> Trace:
     for trace in traces:
         renumber = np.array([names.index(name) for name in trace.task_names], dtype=np.int32)
         tasks.append(renumber[trace.task])
+        high = int(trace.prompt.max(initial=-1))
+        if after + high > np.iinfo(np.int32).max:
+            raise TraceError(f"a trace's prompts are numbered up to {high}; together with those before it is too many")
         prompts.append(trace.prompt + np.int32(after))
-        after += int(trace.prompt.max(initial=-1)) + 1
+        after += high + 1
     top_k = max(trace.top_k for trace in traces)
     weights = None
     if all(trace.weights is not None for trace in traces):
@@ -338,13 +391,17 @@ def check(trace: Trace, source: str) -> None:
     low, high = int(trace.experts.min(initial=0)), int(trace.experts.max(initial=0))
     if low < -1 or high >= trace.num_experts:
         raise TraceError(f"{source}: expert ids go from {low} to {high}, of {trace.num_experts} experts (-1: no pick)")
-    ordered = np.sort(trace.experts, axis=2)
-    twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
-    if twice.any():
-        layer, token = (int(place) for place in np.argwhere(twice)[0][:2])
-        raise TraceError(
-            f"{source}: token {token} names one expert of layer {layer} twice: {trace.experts[layer, token]}"
-        )
+    rows = trace.experts.reshape(trace.layers * T, trace.top_k)
+    step = max(1, _BLOCK // max(1, trace.top_k))
+    for start in range(0, len(rows), step):  # in blocks: a sorted copy of all would double what a trace takes
+        ordered = np.sort(rows[start : start + step], axis=1)
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+        if twice.any():
+            layer, token = divmod(start + int(twice.argmax()), T)
+            raise TraceError(
+                f"{source}: token {token} names one expert of layer {layer} twice: "
+                f"{np.array2string(trace.experts[layer, token], threshold=64)}"
+            )
     if T and not 0 <= int(trace.task.min()) <= int(trace.task.max()) < len(trace.task_names):
         raise TraceError(f"{source}: 'task' goes up to {int(trace.task.max())}, of {len(trace.task_names)} task names")
 
@@ -355,42 +412,32 @@ def _widen(array: Any, top_k: int, filler: int) -> Any:
 
 
 def _load_npz(path: Path) -> Trace:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise TraceError(f"{path}: not a readable .npz file: {error}") from error
+    fields = ("experts", "weights", "task", "prompt", "phase", "meta")
+    arrays, there = npz.read(path, "trace", TraceError, fields)
     if "experts" not in arrays:
-        raise TraceError(f"{path}: no array 'experts'; it has {', '.join(sorted(arrays)) or 'none'}")
-    experts = arrays["experts"]
+        raise TraceError(f"{path}: no array 'experts'; it has {', '.join(there)[:200] or 'none'}")
+    experts = arrays.pop("experts")
     if experts.ndim != 3 or not np.issubdtype(experts.dtype, np.integer):
         raise TraceError(
             f"{path}: 'experts' is {experts.dtype} {list(experts.shape)}, expected integers [layers, tokens, k]"
         )
     meta = _parse_meta(path, arrays.get("meta"))
-    T = experts.shape[1]
-    high = int(experts.max(initial=-1))
-    num_experts = _meta_int(path, meta, "num_experts", high + 1)
-    low, bound = int(experts.min(initial=0)), np.iinfo(np.int16).max
+    # Not max(initial=-1): an unsigned type has no -1.
+    low, high = (int(experts.min()), int(experts.max())) if experts.size else (-1, -1)
+    bound = _MOST_EXPERTS - 1
     if low < -1 or high > bound:
         raise TraceError(f"{path}: expert ids go from {low} to {high}, expected -1 (no pick) to {bound}")
-    names = meta.get("task_names", None)
-    if names is None:
-        names = (
-            [path.stem]
-            if "task" not in arrays
-            else [str(task) for task in range(int(arrays["task"].max(initial=0)) + 1)]
-        )
-    weights = arrays.get("weights")
+    T = experts.shape[1]
+    task = _per_token(path, arrays, "task", T, 0, np.int32)
     return Trace(
-        experts=experts.astype(np.int16, copy=False),
-        num_experts=num_experts,
-        task=_per_token(path, arrays, "task", T, 0, np.int32),
+        experts=np.ascontiguousarray(experts, dtype=np.int16),
+        num_experts=_meta_int(path, meta, "num_experts", high + 1, _MOST_EXPERTS),
+        task=task,
         prompt=_per_token(path, arrays, "prompt", T, 0, np.int32),
         phase=_per_token(path, arrays, "phase", T, UNKNOWN, np.uint8),
-        weights=None if weights is None else weights.astype(np.float32, copy=False),
-        expert_bytes=_as_bytes(meta.get("expert_bytes"), experts.shape[0]),
-        task_names=tuple(str(name) for name in names),
+        weights=_weights(path, arrays.pop("weights", None)),
+        expert_bytes=_as_bytes(path, meta.get("expert_bytes"), experts.shape[0]),
+        task_names=_task_names(path, meta.get("task_names"), task if "task" in arrays else None),
         meta=meta,
     )
 
@@ -398,22 +445,39 @@ def _load_npz(path: Path) -> Trace:
 def _parse_meta(path: Path, array: Any) -> dict[str, Any]:
     if array is None:
         return {}
+    if array.ndim or array.dtype.kind != "U":
+        raise TraceError(f"{path}: 'meta' is {array.dtype.name} {list(array.shape)}, expected one text")
     try:
-        meta = json.loads(str(array))
-    except ValueError as error:
-        raise TraceError(f"{path}: 'meta' is not JSON: {error}") from error
+        text = str(array)
+    except ValueError as error:  # numbers that are no characters
+        raise TraceError(f"{path}: 'meta' is no text: {error}") from error
+    meta = jsontext.parse(text, lambda why: TraceError(f"{path}: 'meta' is not JSON: {why}"))
     if not isinstance(meta, dict):
         raise TraceError(f"{path}: 'meta' is {type(meta).__name__}, expected a JSON object")
-    if meta.get("format") == FORMAT and _meta_int(path, meta, "version", VERSION) > VERSION:
+    if meta.get("format") == FORMAT and _meta_int(path, meta, "version", VERSION, 1 << 31) > VERSION:
         raise TraceError(f"{path}: format version {meta['version']}; this emoe reads up to {VERSION}")
     return meta
 
 
-def _meta_int(path: Path, meta: dict[str, Any], name: str, default: int) -> int:
-    value = meta.get(name, default)
-    if not isinstance(value, int):
-        raise TraceError(f"{path}: '{name}' in meta is {value!r}, expected a whole number")
-    return value
+def _meta_int(path: Path, meta: dict[str, Any], name: str, default: int, high: int) -> int:
+    try:
+        return jsontext.whole_number(meta.get(name, default), f"'{name}' in meta", 0, high)
+    except ValueError as error:
+        raise TraceError(f"{path}: {error}") from error
+
+
+def _task_names(path: Path, names: Any, task: NDArray[np.int32] | None) -> tuple[str, ...]:
+    """Names in meta data; where there are none the file's, or numbers up to the highest."""
+    if names is None:
+        if task is None:
+            return (path.stem,)
+        high = int(task.max(initial=0))
+        if high >= _MOST_TASKS:
+            raise TraceError(f"{path}: 'task' goes up to {high}; over {_MOST_TASKS} tasks need 'task_names' in meta")
+        return tuple(str(number) for number in range(high + 1))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TraceError(f"{path}: 'task_names' in meta is {jsontext.shown(names)}, expected a list of texts")
+    return tuple(names)
 
 
 def _per_token(path: Path, arrays: dict[str, Any], name: str, tokens: int, default: int, dtype: Any) -> Any:
@@ -422,12 +486,33 @@ def _per_token(path: Path, arrays: dict[str, Any], name: str, tokens: int, defau
         return np.full(tokens, default, dtype=dtype)
     if not np.issubdtype(array.dtype, np.integer):
         raise TraceError(f"{path}: '{name}' is {array.dtype}, expected integers")
+    low, high, bounds = int(array.min(initial=0)), int(array.max(initial=0)), np.iinfo(dtype)
+    if low < 0 or high > bounds.max:
+        raise TraceError(f"{path}: '{name}' goes from {low} to {high}, expected 0 to {bounds.max}")
     return array.astype(dtype, copy=False)
 
 
-def _as_bytes(value: Any, layers: int) -> NDArray[np.int64] | None:
+def _weights(path: Path, array: Any) -> NDArray[np.float32] | None:
+    if array is None:
+        return None
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TraceError(f"{path}: 'weights' is {array.dtype}, expected floating-point numbers")
+    with np.errstate(over="ignore"):
+        weights: NDArray[np.float32] = array.astype(np.float32, copy=False)
+    if array.dtype.itemsize > 4 and np.isinf(weights).sum() > np.isinf(array).sum():
+        raise TraceError(f"{path}: 'weights' has values that do not fit into float32")
+    return weights
+
+
+def _as_bytes(path: Path, value: Any, layers: int) -> NDArray[np.int64] | None:
     """Bytes of one expert of each layer; meta data may give one number for all."""
     if value is None:
         return None
-    array = np.asarray(value, dtype=np.int64)
-    return np.full(layers, array, dtype=np.int64) if array.ndim == 0 else array
+    most = int(np.iinfo(np.int64).max)
+    try:
+        if isinstance(value, list):
+            counts = [jsontext.whole_number(each, "'expert_bytes' in meta", 0, most) for each in value]
+            return np.array(counts, dtype=np.int64)
+        return np.full(layers, jsontext.whole_number(value, "'expert_bytes' in meta", 0, most), dtype=np.int64)
+    except ValueError as error:
+        raise TraceError(f"{path}: {error}") from error
