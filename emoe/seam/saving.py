@@ -7,8 +7,6 @@ hold all of them at once that way; the one here writes them layer by layer and p
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from emoe.errors import CheckpointError, ClosedError, SaveError
+from emoe.files import OwnFolder
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import elsewhere
 from emoe.store import ExpertStore, read_layer
@@ -105,16 +104,16 @@ class SavingGuard:
         self._refuse_own_folder(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+            staging = OwnFolder(folder, "saving")
         except OSError as error:
             raise SaveError(f"{folder} cannot be written: {error.strerror or error}") from error
         try:
-            self._write(staging, kwargs)
-            _put_in_place(staging, folder)
+            self._write(staging.path, kwargs)
+            _put_in_place(staging.path, folder)
         except OSError as error:
             raise SaveError(f"saving into {folder} failed: {error.strerror or error}") from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            staging.remove()
 
     def _save_given(self, save_directory: str | Path, kwargs: dict[str, Any]) -> None:
         wanted = {f"{layer.path}.{param.name}" for layer in self._store.layers for param in layer.params}

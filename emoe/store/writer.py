@@ -6,9 +6,9 @@ freed here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from emoe.errors import StoreError, UnsupportedModelError
-from emoe.files import cache_folder
+from emoe.files import OwnNames, cache_folder, nameless
 from emoe.memory import format_bytes
 from emoe.model.spec import ParamSpec, slot_offsets
 from emoe.model.structure import find_experts, num_experts, param_specs
@@ -33,8 +33,9 @@ def write_store(model: nn.Module, folder: Path | None = None, ram: bool = False)
 
     Args:
         model: a Transformers model with its experts in memory; it is not changed.
-        folder: where the files go, created where missing; they are removed by the store's `close`. None takes files
-            without a name in the cache folder: the system frees them when the process ends, however it ends.
+        folder: where the files go, created where missing; they are removed by the store's `close`, and those of a
+            process that was killed by the next store there. None takes files without a name in the cache folder: the
+            system frees them when the process ends, however it ends.
         ram: keep the experts in anonymous memory instead, read through the same interface.
 
     Raises:
@@ -213,7 +214,7 @@ class _MemoryFiles(_Files):
 
 
 class _NamelessFiles(_Files):
-    """Files that lost their name at once: nothing stays on the disk even after a crash."""
+    """Files that have no name: nothing stays on the disk even after a crash."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,8 +225,7 @@ class _NamelessFiles(_Files):
         return str(self._folder)
 
     def _open(self, name: str) -> tuple[int, str]:
-        handle, path = tempfile.mkstemp(prefix=f"{name}-", dir=self._folder)
-        Path(path).unlink()
+        handle = nameless(self._folder)
         return handle, f"/proc/self/fd/{handle}"
 
 
@@ -234,6 +234,7 @@ class _FolderFiles(_Files):
         super().__init__()
         self._folder = folder
         self._made: list[Path] = []
+        self._names: OwnNames | None = None
         self.description = f"folder {folder}"
 
     def _place(self, name: str) -> str:
@@ -243,18 +244,26 @@ class _FolderFiles(_Files):
         missing = [each for each in (self._folder, *self._folder.parents) if not each.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
         self._made.extend(reversed(missing))
+        if self._names is None:
+            self._names = OwnNames(self._folder)
         path = self._folder / name
+        if not path.exists():
+            self._names.announce(name)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._made.append(path)
+        self._names.made(name, handle)
         return handle, str(path)
 
     def remove(self) -> None:
         super().remove()
         if os.getpid() != self._owner:
             return
+        for path in [path for path in self._made if not path.is_dir()]:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if self._names is not None:
+            self._names.remove()
         while self._made:
             path = self._made.pop()
-            try:
-                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
-            except OSError:
-                continue  # somebody put a file of theirs into the folder: it stays
+            with contextlib.suppress(OSError):  # somebody put a file of theirs into the folder: it stays
+                path.rmdir()
