@@ -302,29 +302,41 @@ class Runtime:
     def record(self, path: str | Path) -> Iterator[TraceRecorder]:
         """Records routing decisions while the block runs and writes them to `path` (.npz; see docs/traces.md).
 
-        `recorder.mark(task=..., prompt=...)` names what follows.
+        `recorder.mark(task=..., prompt=...)` names what follows in its thread. Recorders may be open at the same time,
+        and each gets what every thread runs while it is. A block that ends in an exception leaves `path` as it was;
+        `recorder.save()` writes what there is at any time.
+
+        Raises:
+            ClosedError: the runtime is closed.
+            ConfigError: another recorder is open that writes to `path`.
+            WriteError: the folder is not there or cannot be written, or the disk is full: before the block runs.
         """
-        first = self.layers[0]
-        top_k = self.plan.top_k
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the runtime is closed")
+            layers = list(self.layers)
         recorder = TraceRecorder(
-            len(self.layers),
-            top_k,
-            first.num_experts,
+            len(layers),
+            self.plan.top_k,
+            layers[0].num_experts,
             path=path,
             model=type(self._model).__name__,
-            expert_bytes=[layer.layout.nbytes for layer in self.layers],
+            expert_bytes=[layer.layout.nbytes for layer in layers],
         )
         recording = experts.Recording(recorder)
-        with self._lock:
-            self._observers.insert(0, recording)
-            self._told.insert(1, recording)
-        try:
-            yield recorder
-        finally:
+        with recorder.saving():
             with self._lock:
-                self._observers.remove(recording)
-                self._told.remove(recording)
-        recorder.save()
+                others = [each for each in self._observers if isinstance(each, experts.Recording)]
+                if any(each.recorder.path.absolute() == recorder.path.absolute() for each in others):
+                    raise ConfigError(f"another recorder that is open writes to {path}; give each a file of its own")
+                self._observers.insert(0, recording)
+                self._told.insert(1, recording)
+            try:
+                yield recorder
+            finally:
+                with self._lock:
+                    self._observers.remove(recording)
+                    self._told.remove(recording)
 
     def close(self, *, restore: bool | None = None) -> None:
         """Stops transfers, frees the slots and gives the model back; calling it again does nothing.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import families
 import numpy as np
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import emoe
 from emoe import errors
+from emoe.compute.experts import Recording
 
 
 @pytest.fixture
@@ -129,6 +133,85 @@ def test_a_recorded_trace_holds_the_routing_of_every_layer_and_token(checkpoint,
     assert trace.experts.shape == (len(plan.slots_per_layer), ids.shape[1], plan.top_k)
     with np.load(tmp_path / "trace.npz") as raw:
         assert raw["experts"].dtype == np.int16
+
+
+def _picks(trace):
+    return [trace.experts[:, token].tolist() for token in range(trace.tokens)]
+
+
+def test_a_forward_within_another_threads_forward_keeps_its_tokens_apart(checkpoint, tmp_path):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=1.0)
+    texts = [torch.randint(3, 100, (1, 1), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    alone = []
+    for ids in texts:
+        with model.emoe.record(tmp_path / "alone.npz"):
+            _logits(model, ids)
+        alone += _picks(emoe.load_trace(tmp_path / "alone.npz"))
+    inner = iter(texts[1:])
+
+    with ThreadPoolExecutor(1) as other:
+
+        def within(*_):
+            if threading.current_thread() is threading.main_thread():
+                other.submit(_logits, model, next(inner)).result()
+
+        hook = model.model.layers[1].register_forward_pre_hook(within)
+        with model.emoe.record(tmp_path / "both.npz"):
+            _logits(model, texts[0])
+            hook.remove()
+            _logits(model, texts[5])
+    assert _picks(emoe.load_trace(tmp_path / "both.npz")) == [alone[1], alone[0], alone[5]]
+
+
+def test_recorders_that_overlap_each_have_all_that_ran_while_they_were_open(checkpoint, ids, tmp_path):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=1.0)
+    with model.emoe.record(tmp_path / "outer.npz") as outer:
+        outer.mark(task="outer")
+        _logits(model, ids[:, :3])
+        with model.emoe.record(tmp_path / "inner.npz") as inner:
+            inner.mark(task="inner")
+            _logits(model, ids[:, :5])
+            with pytest.raises(errors.ConfigError, match=r"inner\.npz.*a file of its own"):
+                model.emoe.record(tmp_path / "inner.npz").__enter__()
+        _logits(model, ids[:, :2])
+    _logits(model, ids[:, :7])
+    found = {name: emoe.load_trace(tmp_path / f"{name}.npz") for name in ("outer", "inner")}
+    assert {name: trace.tokens for name, trace in found.items()} == {"outer": 10, "inner": 5}
+    assert _picks(found["outer"])[3:8] == _picks(found["inner"])
+    assert {trace.task_names[trace.task[0]] for trace in found.values()} == {"outer", "inner"}
+    assert not any(isinstance(each, Recording) for each in model.emoe._observers)
+
+
+def test_a_trace_that_cannot_be_written_is_said_before_anything_runs(checkpoint, tmp_path):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    with pytest.raises(errors.WriteError, match="there is no folder"), model.emoe.record(tmp_path / "none" / "t.npz"):
+        raise AssertionError("the block ran")
+    assert not any(isinstance(each, Recording) for each in model.emoe._observers)
+    runtime = model.emoe
+    runtime.close()
+    with pytest.raises(errors.ClosedError):
+        runtime.record(tmp_path / "t.npz").__enter__()
+    assert not list(tmp_path.glob("*t.npz*"))
+
+
+def test_a_recording_goes_on_to_its_file_when_the_runtime_closes_within(checkpoint, ids, tmp_path):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    with model.emoe.record(tmp_path / "t.npz"):
+        _logits(model, ids)
+        model.emoe.close()
+        _logits(model, ids)  # an ordinary model again
+    assert emoe.load_trace(tmp_path / "t.npz").tokens == ids.shape[1]
+
+
+@pytest.mark.parametrize("value", [0, -1, 9, 2**40])
+def test_a_number_of_experts_a_token_that_the_model_lacks_is_refused_by_plan_and_load(value, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("olmoe"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": value}))
+    for use in (emoe.plan, emoe.from_pretrained):
+        with pytest.raises(errors.EmoeError, match=rf"num_experts_per_tok={value!r}.* from 1 to 8"):
+            use(folder, memory_budget=0.5)
 
 
 @pytest.mark.parametrize(

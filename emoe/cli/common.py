@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe import options
 from emoe.errors import CheckpointError, ConfigError, EmoeError, one_line
+from emoe.files import content
 from emoe.model.config import require_checkpoint
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127))
+_LARGEST_PROMPT = 64 << 20  # bytes
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,8 +203,9 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         text, source = sys.stdin.read(), "standard input"
     elif file is not None:
         try:
-            text, source = Path(file).expanduser().read_text(encoding="utf-8"), file
-        except (OSError, UnicodeDecodeError) as error:
+            data = content(file, "prompt", ConfigError, most=_LARGEST_PROMPT)
+            text, source = data.decode("utf-8"), file
+        except (ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompt-file {file!r} cannot be read: {error}") from error
     else:
         text, source = prompt or "", "--prompt"

@@ -80,17 +80,17 @@ class Recording:
     """Hands what layers compute to a trace, under the task of the request that begins."""
 
     def __init__(self, recorder: TraceRecorder) -> None:
-        self._recorder = recorder
+        self.recorder = recorder
 
     def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        self._recorder.record(layer, index.cpu().numpy(), weights.float().cpu().numpy())
+        self.recorder.record(layer, index.cpu().numpy(), weights.float().cpu().numpy())
 
     def after(self, layer: int) -> None:
         """A trace holds what was routed."""
 
     def begin(self, request: Request, first: bool) -> None:
         if request.kind is Kind.ASKED and request.task is not None:
-            self._recorder.mark(task=request.task)
+            self.recorder.mark(task=request.task)
 
     def end(self, request: Request, last: bool) -> None:
         """A mark stays until the next."""

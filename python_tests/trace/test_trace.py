@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,6 +94,76 @@ def test_a_forward_that_failed_midway_is_left_out(recorder, caplog):
         recorder.save()
     assert recorder.trace().experts[0].tolist() == [[2, 3]]
     assert "1 forwards" in caplog.text
+
+
+@pytest.fixture
+def threads():
+    """Two other threads, in which a test runs one thing after the other."""
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        yield [lambda *call, pool=pool: pool.submit(*call).result() for pool in (one, two)]
+
+
+def _layer(recorder, layer, id):
+    recorder.record(layer, np.array([[id]]), np.ones((1, 1), dtype=np.float32))
+
+
+def test_layers_of_forwards_in_several_threads_do_not_meet_in_one_token(recorder, threads):
+    one, two = threads
+    one(_layer, recorder, 0, 1)
+    two(_layer, recorder, 0, 2)
+    _layer(recorder, 0, 3)
+    two(_layer, recorder, 1, 2)
+    one(_layer, recorder, 1, 1)
+    one(_layer, recorder, 0, 4)
+    _layer(recorder, 1, 3)
+    one(_layer, recorder, 1, 4)
+    assert recorder.trace().experts[:, :, 0].tolist() == [[2, 1, 3, 4], [2, 1, 3, 4]]
+
+
+def test_a_recording_that_begins_within_a_forward_begins_with_the_next_one(recorder, threads, caplog):
+    _layer(recorder, 1, 7)  # the forward's first layer came before the recorder
+    for token in (1, 2):
+        _layer(recorder, 0, token)
+        _layer(recorder, 1, token)
+    threads[0](_layer, recorder, 0, 3)
+    threads[1](_layer, recorder, 1, 4)
+    with caplog.at_level(logging.WARNING, logger="emoe"):
+        recorder.save()
+    assert recorder.trace().experts[:, :, 0].tolist() == [[1, 2], [1, 2]]
+    assert "3 forwards" in caplog.text
+
+
+def test_a_mark_holds_for_its_thread_and_for_those_that_made_none(recorder, threads):
+    one, two = threads
+    recorder.mark(task="a", prompt="p")
+    one(_forward, recorder, [[0, 1]])  # as the main thread marked it
+    two(lambda: recorder.mark(task="b", prompt="q"))
+    two(_forward, recorder, [[1, 2]])
+    _forward(recorder, [[2, 3]])  # its own still holds
+    one(_forward, recorder, [[3, 4]])  # has none of its own: the latest
+    trace = recorder.trace()
+    assert [trace.task_names[task] for task in trace.task] == ["a", "b", "a", "b"]
+    assert [trace.meta["prompt_names"][prompt] for prompt in trace.prompt] == ["p", "q", "p", "q"]
+
+
+def test_names_that_are_no_text_are_kept_as_far_as_they_are(recorder, tmp_path):
+    recorder.mark(task="caf\udce9", prompt="\ud800!")
+    _forward(recorder, [[0, 1]])
+    recorder.save()
+    trace = load_trace(tmp_path / "trace.npz")
+    assert trace.task_names[trace.task[0]] == "caf?"
+    assert trace.meta["prompt_names"][trace.prompt[0]] == "?!"
+
+
+def test_a_block_that_ends_in_an_exception_leaves_the_file_as_it_was(recorder, tmp_path):
+    (tmp_path / "trace.npz").write_text("old")
+    with pytest.raises(ZeroDivisionError), recorder.saving():
+        _forward(recorder, [[0, 1]])
+        raise ZeroDivisionError
+    assert (tmp_path / "trace.npz").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.npz"]
+    recorder.save()  # what there is, by hand
+    assert load_trace(tmp_path / "trace.npz").tokens == 1
 
 
 def test_a_trace_without_tokens_can_be_written_and_read(recorder, tmp_path):

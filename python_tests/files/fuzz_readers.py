@@ -1,7 +1,7 @@
 """Damages files that users give, by bytes and by meaning, and reads them: nothing but `emoe.errors` may come of it.
 
-    .venv/bin/python python_tests/fuzz_readers.py --minutes 5        every reader in turn, with seeds that go on
-    .venv/bin/python python_tests/fuzz_readers.py --reader trace-csv --seed 7 --cases 1     one case again
+    .venv/bin/python python_tests/files/fuzz_readers.py --minutes 5        every reader in turn, with seeds that go on
+    .venv/bin/python python_tests/files/fuzz_readers.py --reader trace-csv --seed 7 --cases 1     one case again
 
 A case may take 10 s of the processor and 300 MiB; one that stands still ends the run after 100 s. A finding names
 reader and seed, and its file is kept in --keep.
@@ -243,6 +243,8 @@ def _zipped(rng: random.Random, members: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
     usual = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED] * 8
     kind = rng.choice([*usual, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    if sum(map(len, members.values())) > 16 << 20:  # a bomb is a small file
+        kind = zipfile.ZIP_DEFLATED
     with zipfile.ZipFile(out, "w", kind) as archive:
         for name, data in members.items():
             archive.writestr(f"{name}.npy", data)

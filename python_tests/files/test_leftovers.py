@@ -17,7 +17,7 @@ from emoe import errors, files
 from emoe.files import owned
 from emoe.store.writer import write_store
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WAIT = "import sys, time; print('ready', flush=True); time.sleep(100)"
 CHILDREN = {
     "file": "with files.whole(folder / 't.npz') as file:\n    file.write(b'half'); file.flush(); wait()",
