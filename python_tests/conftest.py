@@ -7,6 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Neither the clock nor chance decides whether a property holds; fixtures here make nothing that an example changes.
+settings.register_profile(
+    "emoe",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("emoe")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits, and the tests run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

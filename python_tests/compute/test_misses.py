@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.compute.misses import MissRates, split
@@ -56,7 +56,6 @@ def test_an_expert_that_will_be_used_again_is_moved_sooner():
     assert len(split(rows, RATES, expected_uses=4.0).cpu) < len(split(rows, RATES).cpu)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(st.integers(0, 63), st.integers(1, 64), max_size=7),
     st.floats(0.01, 10),
@@ -71,7 +70,6 @@ def test_every_expert_goes_to_one_place_and_the_step_is_never_longer_than_moving
     assert plan.seconds <= len(rows) * copy + 1e-9
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
 def test_the_greedy_choice_is_at_most_one_expert_worse_than_the_best(counts):
     rows = dict(enumerate(counts))

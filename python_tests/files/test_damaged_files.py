@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_traces import task_trace
 
@@ -77,7 +77,7 @@ def _content(path, read):
 
 def of_every_kind(test):
     every = pytest.mark.parametrize("kind", [*KINDS, *CLASSIFIERS])
-    return every(settings(derandomize=True, deadline=None, max_examples=60)(test))
+    return every(settings(max_examples=60)(test))
 
 
 @of_every_kind
@@ -212,7 +212,6 @@ def test_a_value_that_does_not_fit_is_named(made, kind, name, value, said):
     assert caught.value.file == str(file.path)
 
 
-@settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_sensitivity_profile_is_refused_or_is_one(tmp_path, data):
     path = SensitivityProfile(("a", "b"), 2, np.array([[1, 0.9, 0.5], [1, 0.8, 0.7]])).save(tmp_path / "s.json")

@@ -367,9 +367,9 @@ def test_requests_in_threads_beside_each_other_have_their_own_counts():
 
     def serve(rows):
         with routing.request(task=str(rows)) as request:
-            together.wait(30)
+            together.wait(200)
             _prefill(model, rows)
-            together.wait(30)
+            together.wait(200)
         tallies[rows] = request.tally
 
     with attach(model, _residency(), routing="resident") as routing:

@@ -389,7 +389,7 @@ def test_a_table_is_not_written_in_a_capture():
     assert tables.settled(0, 2) is settled
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

@@ -413,7 +413,7 @@ def test_any_sequence_of_rounds_prefetches_and_faults_keeps_slots_and_bytes_righ
             assert set(_states(self.loader)) <= {"ready", "free"}
             assert self.queue.unwaited() == []
 
-    Walk.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None, derandomize=True)
+    Walk.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
     Walk.TestCase("runTest").runTest()
 
 

@@ -13,7 +13,7 @@ import families
 import pytest
 import safetensors
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -221,7 +221,7 @@ def _programs(draw):
     return shape, steps
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(_programs())
 def test_random_rearrangements_are_right_or_refused(program):
     from emoe.store.strided import InexpressibleError
@@ -275,7 +275,7 @@ def _check_mutant(path: Path) -> None:
             assert 8 <= entry.offset <= entry.offset + entry.nbytes <= path.stat().st_size
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_file_is_refused_or_read_as_the_library_reads_it(small_file, tmp_path, data):
     raw = bytearray(small_file.read_bytes())
@@ -302,7 +302,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(
     header=st.dictionaries(
         st.sampled_from(["a", "b", "__metadata__"]),
