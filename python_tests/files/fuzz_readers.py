@@ -32,10 +32,11 @@ import numpy as np
 import torch
 from made_traces import task_trace
 
-from emoe import bandwidth, files
+from emoe import files
 from emoe.demo.delta import Delta, load_delta, save_delta
 from emoe.demo.delta import Shape as DeltaShape
 from emoe.errors import EmoeError
+from emoe.planning import bandwidth
 from emoe.predictor import KINDS, load
 from emoe.predictor import files as predictor_files
 from emoe.predictor.fitting import TRAINED, fit
@@ -44,7 +45,7 @@ from emoe.store import headers
 from emoe.tasks import KINDS as CLASSIFIERS
 from emoe.tasks import TaskClassifier, load_prompts, make
 from emoe.tasks.classifier import FORMAT
-from emoe.trace import load_trace
+from emoe.trace.trace import load_trace
 
 SECONDS, BYTES = 10.0, 300 << 20  # that a case may take
 VALUES: list[Any] = [

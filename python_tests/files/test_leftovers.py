@@ -39,7 +39,7 @@ def child(tmp_path, monkeypatch):
             f"from pathlib import Path\nfrom emoe import files\nfolder = Path({str(folder)!r})\n"
             f"def wait():\n    {WAIT}\n"
             + ("import families\nfrom emoe.store.writer import write_store\n" if "store =" in CHILDREN[what] else "")
-            + ("from emoe.trace import TraceRecorder\n" if "Recorder" in CHILDREN[what] else "")
+            + ("from emoe.trace.trace import TraceRecorder\n" if "Recorder" in CHILDREN[what] else "")
             + CHILDREN[what]
         )
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python_tests'}", "EMOE_CACHE": str(folder)}

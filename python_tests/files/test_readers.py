@@ -14,14 +14,15 @@ import zipfile
 import numpy as np
 import pytest
 
-from emoe import bandwidth, errors, files, predictor
+from emoe import errors, files, predictor
 from emoe.demo.delta import load_delta
 from emoe.files import jsontext, npz
+from emoe.planning import bandwidth
 from emoe.predictor.table import GlobalTable
 from emoe.sensitivity import SensitivityProfile
 from emoe.store import headers
 from emoe.tasks import TaskClassifier, load_prompts
-from emoe.trace import join, load_trace
+from emoe.trace.trace import join, load_trace
 
 READERS = {
     "npz": load_trace,
