@@ -368,6 +368,7 @@ class Runtime:
             if self._probes is not None:
                 self._probes.close()
             self.routing.close()
+            self.loader.recover()
             self.loader.close()
             self._queue.close()
             for layer in self.layers:
@@ -396,7 +397,9 @@ class Runtime:
     def check_integrity(self) -> None:
         """Raises CacheError unless free + loading + ready + held == slots and the maps agree."""
         self._require_open()
-        self.cache.check_integrity()
+        with self._lock:
+            self.loader.recover()
+            self.cache.check_integrity()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SaveError(

@@ -70,6 +70,9 @@ class FakeQueue:
         if job.state == "cancelled":
             raise CancelledError(f"ticket {ticket} was cancelled")
 
+    def ticket_of(self, slot: int) -> int | None:
+        return next((n for n, job in reversed(list(enumerate(self.jobs))) if job.slot == slot and not job.waited), None)
+
     def advance(self) -> bool:
         """Starts jobs up to the number of workers, demand first, then ends the oldest running one."""
         running = [job for job in self.jobs if job.state == "running"]

@@ -110,7 +110,7 @@ class ExpertLayer:
         self.index, self.module, self.layout = part.number, part.module, part.layout
         self.num_experts = cast(int, part.module.num_experts)
         self.compute = compute
-        self._lock, self._observers = lock, observers
+        self._lock, self._observers, self._loader = lock, observers, part.loader
         self._place, self._width = part.place, _width(part)
 
     @property
@@ -139,13 +139,22 @@ class ExpertLayer:
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise EmoeError("emoe runs inference only and computes no gradients; use torch.no_grad()")
         with self._lock, torch.no_grad():
-            observers = self._observers
-            for observer in observers:
-                observer.before(self.index, hidden, index, weights)
-            result = self.compute(hidden, index, weights)
-            for observer in observers:
-                observer.after(self.index)
-            return result
+            # Whoever has the lock is the only one in the loader: what is left of other calls was cut off.
+            self._loader.recover()
+            try:
+                return self._observed(hidden, index, weights)
+            except BaseException:
+                self._loader.recover()
+                raise
+
+    def _observed(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        observers = self._observers
+        for observer in observers:
+            observer.before(self.index, hidden, index, weights)
+        result = self.compute(hidden, index, weights)
+        for observer in observers:
+            observer.after(self.index)
+        return result
 
     def _check(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         if not (hidden.device == index.device == weights.device == self._place):

@@ -159,6 +159,7 @@ class SlotTables:
         """
         for layer, table in enumerate(self._tables):
             with self._lock:
+                self._loader.recover()
                 experts = range(len(table.slot_of))
                 absent = [expert for expert in experts if self._cache.lookup(layer, expert) is None]
                 with closing(self._loader.rounds(layer, absent[: self._cache.free(layer)])) as rounds:

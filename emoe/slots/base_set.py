@@ -124,7 +124,9 @@ class BaseSet:
         """A request begins; the base set is for the first, and for what runs beside it or within."""
         if not first:
             return
+        self._loader.recover()
         self._finish()  # of one whose begin failed
+        self._clear()  # an interrupted end leaves counts behind
         self._request = request
         self.requests += 1
         predictor = self._options.predictor
@@ -247,14 +249,18 @@ class BaseSet:
         """The router's own picks [T, K] of a layer, before a routing mode exchanges any."""
         if self._options.predictor is None or self._request is None or self._requests.kind is not Kind.ASKED:
             return
-        if layer <= self._last_layer:
+        # Both are never changed after they were made, so no copy: the counting waits for the end of the request.
+        routed = (index, self._residency.mask(layer))
+        if layer <= self._last_layer or not self._forwards:
             if self._waiting_tokens >= BLOCK_TOKENS:
                 self._flush()
-            self._forwards.append([None] * len(self._experts))
+            forward: list[_Routed | None] = [None] * len(self._experts)
+            forward[layer] = routed  # before it is in the list: an interrupt leaves none without a layer
+            self._forwards.append(forward)
             self._waiting_tokens += len(index)
+        else:
+            self._forwards[-1][layer] = routed
         self._last_layer = layer
-        # Both are never changed after they were made, so no copy: the counting waits for the end of the request.
-        self._forwards[-1][layer] = (index, self._residency.mask(layer))
 
     def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         if layer not in self._observed:
@@ -263,6 +269,8 @@ class BaseSet:
             self._next_layer.before(layer, hidden, index)
 
     def after(self, layer: int) -> None:
+        if self._next_layer is not None:
+            self._next_layer.after()
         # Only now: earlier, room for the base set could be made with an expert that this forward needs.
         if self._pending[layer]:
             self._load(layer)

@@ -1,6 +1,10 @@
 """Which expert is in which slot: states, holds and evictions, per layer. Ids only; no bytes, tensors or waiting.
 
 docs/cache.md draws the state machine. Not thread-safe: callers share the runtime's lock.
+
+An update may be cut off between any two of its lines (KeyboardInterrupt). `_state` and `_expert_of` are what `repair`
+goes by; the rest is made from them. So an update counts the version up first, and changes a slot's state before the
+names of what is in it: a slot that is being given away is loading, or free, before anything else says so.
 """
 
 from __future__ import annotations
@@ -164,12 +168,22 @@ class CacheManager:
             CacheFullError: no slot of the layer can be taken.
             CacheError: the expert already has a slot.
         """
+        admission = self.reserve(layer, expert, keep)
+        self.assign(layer, expert, admission)
+        return admission
+
+    def reserve(self, layer: int, expert: int, keep: Collection[int] = frozenset()) -> Admission:
+        """The first half of `admit`: the slot is loading, and everything else as it was until `assign` or `give_back`.
+
+        Raises:
+            CacheFullError, CacheError: as `admit`.
+        """
         slot_of = self._slot_of[layer]
         if expert in slot_of:
             raise self._refusal(layer, expert, "admitted")
         evicted = None
         if self._free[layer]:
-            slot = self._free[layer].pop()
+            slot = self._free[layer][-1]
         else:
             state = self._state
             candidates = {other for other, where in slot_of.items() if state[where] == 0 and other not in keep}
@@ -179,14 +193,28 @@ class CacheManager:
                     f"{self._describe(layer)}, and {len(keep)} experts are to be kept"
                 )
             evicted = self._policies[layer].victim(candidates - self._protected[layer] or candidates)
-            slot = slot_of.pop(evicted)
-            self._policies[layer].forget(evicted)
+            slot = slot_of[evicted]
             self._versions[layer] += 1
-        slot_of[expert] = slot
-        self._expert_of[slot] = expert
         self._state[slot] = _LOADING
-        self._policies[layer].touch(expert, self._steps[layer])
         return Admission(slot, evicted)
+
+    def assign(self, layer: int, expert: int, admission: Admission) -> None:
+        """The second half of `admit`: the slot is the expert's, and what was in it is forgotten."""
+        slot, evicted = admission
+        if evicted is None:
+            self._free[layer].pop()
+        else:
+            del self._slot_of[layer][evicted]
+            self._policies[layer].forget(evicted)
+        self._expert_of[slot] = expert
+        self._slot_of[layer][expert] = slot
+        self._policies[layer].touch(expert, self._steps[layer])
+
+    def give_back(self, layer: int, admission: Admission) -> None:
+        """Takes `reserve` back: nothing was written to the slot."""
+        if admission.evicted is not None:
+            self._versions[layer] += 1
+        self._state[admission.slot] = _FREE if admission.evicted is None else 0
 
     def ready(self, layer: int, expert: int) -> None:
         """The expert's bytes are all in its slot.
@@ -194,8 +222,9 @@ class CacheManager:
         Raises:
             CacheError: it was not loading.
         """
-        self._state[self._loading_slot(layer, expert, "made ready")] = 0
+        slot = self._loading_slot(layer, expert, "made ready")
         self._versions[layer] += 1
+        self._state[slot] = 0
 
     def fail(self, layer: int, expert: int) -> None:
         """The expert's bytes did not arrive: its slot is free.
@@ -216,6 +245,42 @@ class CacheManager:
         if slot is None or self._state[slot] != 0:
             raise self._refusal(layer, expert, "dropped")
         self._forget(layer, expert)
+
+    def loading(self, layer: int) -> list[tuple[int, int]]:
+        """(expert, slot) of a layer's loading slots, also where an update of the slot was cut off.
+
+        Where `admit` was, the expert may be the one that leaves.
+        """
+        return [(self._expert_of[slot], slot) for slot in self._ranges[layer] if self._state[slot] == _LOADING]
+
+    def repair(self, layer: int, loading: Collection[int]) -> None:
+        """Makes a layer whole after an update that was cut off; nobody holds a slot of it any more.
+
+        Args:
+            layer: the layer.
+            loading: slots that are loading indeed; the others that say so are free from now on.
+        """
+        self._versions[layer] += 1
+        slot_of: dict[int, int] = {}
+        free = []
+        for slot in self._ranges[layer]:
+            expert, state = self._expert_of[slot], self._state[slot]
+            lost = state == _LOADING and slot not in loading
+            if state == _FREE or lost or expert == _NOBODY or expert in slot_of:
+                self._state[slot] = _FREE
+                self._expert_of[slot] = _NOBODY
+                free.append(slot)
+            else:
+                self._state[slot] = min(state, 0)
+                slot_of[expert] = slot
+        self._slot_of[layer] = slot_of
+        self._free[layer] = free[::-1]
+        policy = self._policies[layer]
+        known = set(policy.known())
+        for expert in known - slot_of.keys():
+            policy.forget(expert)
+        for expert in sorted(slot_of.keys() - known):
+            policy.touch(expert, self._steps[layer])
 
     def check_integrity(self) -> None:
         """Proves that states, maps, free lists and policies agree.
@@ -251,12 +316,13 @@ class CacheManager:
         return slot
 
     def _forget(self, layer: int, expert: int) -> None:
-        slot = self._slot_of[layer].pop(expert)
-        self._policies[layer].forget(expert)
-        self._expert_of[slot] = _NOBODY
-        self._state[slot] = _FREE
-        self._free[layer].append(slot)
+        slot = self._slot_of[layer][expert]
         self._versions[layer] += 1
+        self._state[slot] = _FREE
+        self._expert_of[slot] = _NOBODY
+        del self._slot_of[layer][expert]
+        self._policies[layer].forget(expert)
+        self._free[layer].append(slot)
 
     def _refusal(self, layer: int, expert: int, verb: str) -> CacheError:
         slot = self._slot_of[layer].get(expert)

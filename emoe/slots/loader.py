@@ -1,6 +1,9 @@
 """When bytes move: rounds over the experts of one forward, and prefetch. The cache says where to, the queue reads.
 
 docs/cache.md tells the story. Not thread-safe: callers share the runtime's lock.
+
+An interrupt may come between any two lines. What it leaves half done is found again by `recover`: `_open` counts up
+before a call changes anything, and down only after it has undone or finished all of it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
-from emoe.errors import CacheFullError, ClosedError, ConfigError, QueueFullError, TransferError
+from emoe.errors import CacheFullError, ClosedError, ConfigError, EmoeError, QueueFullError, TransferError
 from emoe.slots.cache import Admission, CacheManager
 from emoe.slots.watched import WatchedQueue, Watcher
 
@@ -30,6 +33,8 @@ class Queue(Protocol):
     def cancel(self, ticket: int) -> bool: ...
     def done(self, ticket: int) -> bool: ...
     def wait(self, ticket: int) -> None: ...
+    def ticket_of(self, slot: int) -> int | None:
+        """The newest ticket of this slot that was not waited for; None: nothing will write to the slot any more."""
 
 
 class _Load(NamedTuple):
@@ -74,6 +79,11 @@ class Loader:
         self._prefetching: list[dict[int, int]] = [{} for _ in records]  # expert -> ticket, nobody waits for it yet
         self._prefetched: list[set[int]] = [set() for _ in records]  # in a slot by prefetch and not used yet
         self._prefetch_full = False
+        self._promoted = False  # a prefetch that became a demand may still count as one in the queue
+        self._too_large: set[int] = set()  # layers whose experts the queue refused though it had no other prefetch
+        self._behind: tuple[int, Sequence[int], list[int]] | None = None
+        self._open = 0  # calls that have begun and not ended
+        self._epoch = 0  # counts `recover`: what began before it owns nothing any more
         self._closed = False
 
     def capacity(self, layer: int) -> int:
@@ -100,6 +110,8 @@ class Loader:
         if self._closed:
             raise ClosedError("the loader is closed")
         cache, counters = self.cache, self._counters[layer]
+        epoch = self._epoch
+        self._open += 1
         if self._prefetching[layer]:
             self._collect_prefetches(layer)
         group, missing = cache.hold_resident(layer, experts)
@@ -108,21 +120,32 @@ class Loader:
             if self._prefetched[layer]:
                 self._count_prefetch_hits(layer, group)
             if not missing:
+                if self._behind is not None:
+                    self._prefetch_behind()
                 if group:
                     yield group
-                return
-            if together and len(experts) > self.capacity(layer):
+            elif together and len(experts) > self.capacity(layer):
                 raise CacheFullError(
                     f"{len(experts)} experts of layer {layer} cannot be held together in {self.capacity(layer)} slots"
                 )
-            yield from self._load(layer, group, missing, together)
-        finally:
+            else:
+                yield from self._load(layer, group, missing, together)
+        except GeneratorExit:
+            pass  # the caller left early
+        except BaseException:
+            # Whether this was cut off inside an update is not known: `_open` stays, so that `recover` looks.
+            if self._epoch == epoch:
+                self._release(layer, group)
+            raise
+        if self._epoch == epoch:
             for expert, _ in group:
                 cache.release(layer, expert)
+            self._open -= 1
 
     def _load(self, layer: int, group: Group, missing: list[int], together: bool) -> Generator[Group, None, None]:
         """The rounds of a call with misses; `group` is what the caller releases at the end, whatever it holds then."""
         running: deque[_Load] = deque()
+        epoch = self._epoch
         try:
             pending = self._promote(layer, missing, running)
             self._submit(layer, pending, running)
@@ -143,7 +166,9 @@ class Loader:
                 yield list(group)
                 self._release(layer, group)
         finally:
-            self._abandon(layer, running)
+            if self._epoch == epoch:
+                self._abandon(layer, running)
+                self._promoted = False
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
         """Starts reading experts that are in no slot, behind all demand.
@@ -161,36 +186,24 @@ class Loader:
             ConfigError: no such expert.
             ClosedError: the loader was closed.
         """
-        if self._closed:
-            raise ClosedError("the loader is closed")
-        self._collect_prefetches(layer)
-        keep = frozenset(experts)
-        started = 0
-        for expert in experts:
-            if self.cache.lookup(layer, expert) is not None:
-                continue
-            if self._prefetch_full:
-                break
-            record = self._record(layer, expert)
-            try:
-                slot = self._admit(layer, expert, keep)
-            except CacheFullError:
-                break
-            try:
-                ticket = self._queue.submit(record, slot, True)
-            except QueueFullError:
-                self.cache.fail(layer, expert)
-                # Another try before a prefetch ends would only evict one more expert for nothing.
-                self._prefetch_full = True
-                break
-            except BaseException:
-                self.cache.fail(layer, expert)
-                raise
-            self._counters[layer].loads += 1
-            self._prefetching[layer][expert] = ticket
-            self._prefetched[layer].add(expert)
-            started += 1
+        return len(self._prefetch(layer, experts))
+
+    def prefetch_behind(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """As `prefetch`, but not before the next call of `rounds` has submitted all reads of its own.
+
+        Replaces what this was told before and has not begun.
+
+        Returns:
+            A list that will have the experts whose reads were started.
+        """
+        started: list[int] = []
+        self._behind = layer, experts, started
         return started
+
+    def begin_behind(self) -> None:
+        """Begins what `prefetch_behind` was told, where no call of `rounds` did."""
+        if self._behind is not None:
+            self._prefetch_behind()
 
     def cancel_prefetch(self, layer: int | None = None, experts: Collection[int] | None = None) -> int:
         """Takes back prefetches that have not started reading. Returns how many.
@@ -200,13 +213,18 @@ class Loader:
             experts: of these alone; None for all.
         """
         layers = range(len(self._records)) if layer is None else (layer,)
-        return sum(self._cancel_queued(each, experts) for each in layers)
+        self._open += 1
+        cancelled = sum(self._cancel_queued(each, experts) for each in layers)
+        self._open -= 1
+        return cancelled
 
     def finish_prefetch(self, layer: int) -> None:
         """Waits for a layer's prefetches; a failed one frees its slot and is logged."""
         prefetching = self._prefetching[layer]
+        self._open += 1
         for expert in list(prefetching):
             self._end_prefetch(layer, expert, prefetching[expert])
+        self._open -= 1
 
     def prefetching(self, layer: int) -> bool:
         """Whether a prefetch of the layer is under way, or done and not noted in the cache."""
@@ -221,6 +239,22 @@ class Loader:
             yield
         finally:
             self._queue = before
+
+    def recover(self) -> None:
+        """Ends what an interrupt left half done; cheap where there was none.
+
+        Callers say by it that no call of this loader is under way: those that seem to be will never go on, and where
+        their generators are closed later nothing happens. Prefetches under way stay. A slot that may still be written
+        is free only when its read is over, whether or not its ticket was ever seen.
+        """
+        if not self._open:
+            return
+        self._epoch += 1
+        self._behind = None
+        for layer in range(len(self._records)):
+            self._recover(layer)
+        self._prefetch_full = self._promoted = False
+        self._open = 0  # last: an interrupt in here leaves the rest to the next
 
     def snapshot(self) -> dict[str, Any]:
         """Counters since the start (docs/cache.md), summed, and per layer in the list `layers`."""
@@ -252,6 +286,7 @@ class Loader:
             running.append(_Load(expert, ticket))
             prefetched.discard(expert)
             self._prefetch_full = False
+            self._promoted = True
             self.cache.touch(layer, expert)
             self._queue.promote(ticket)
             counters.hits += 1
@@ -275,11 +310,18 @@ class Loader:
             try:
                 ticket = self._queue.submit(self._records[layer][expert], slot, False)
             except BaseException:
-                self.cache.fail(layer, expert)
+                # Python raises an interrupt when the native call has returned: the read may be queued all the same.
+                lost = self._queue.ticket_of(slot)
+                if lost is None:
+                    self.cache.fail(layer, expert)
+                else:
+                    running.append(_Load(expert, lost))
                 raise
             self._counters[layer].loads += 1
             running.append(_Load(expert, ticket))
             pending.popleft()
+        if self._behind is not None:
+            self._prefetch_behind()
 
     def _collect(self, layer: int, group: Group, running: deque[_Load]) -> None:
         """Adds every load that is done to the group."""
@@ -301,11 +343,11 @@ class Loader:
         expert, ticket = running[0]
         try:
             self._queue.wait(ticket)
-        except Exception:
+        except EmoeError:
             running.popleft()
             self.cache.fail(layer, expert)
             raise
-        # An interrupt leaves the load in `running`: its bytes may still be on their way into the slot.
+        # Anything else leaves the load in `running`: its bytes may still be on their way into the slot.
         running.popleft()
         self.cache.ready(layer, expert)
         group.append((expert, self.cache.hold(layer, expert)))
@@ -318,9 +360,9 @@ class Loader:
             self._end(layer, expert, ticket)
 
     def _release(self, layer: int, group: Group) -> None:
-        for expert, _ in group:
+        while group:
+            expert, _ = group.pop()
             self.cache.release(layer, expert)
-        group.clear()
 
     def _make_room(self, layer: int, expert: int) -> None:
         """Waits for a running prefetch of this layer, whose slot can then be taken.
@@ -339,6 +381,60 @@ class Loader:
         self._counters[layer].stall_seconds += time.perf_counter() - started
 
     # Prefetch
+
+    def _prefetch(self, layer: int, experts: Sequence[int]) -> list[int]:
+        if self._closed:
+            raise ClosedError("the loader is closed")
+        self._open += 1
+        self._collect_prefetches(layer)
+        keep = frozenset(experts)
+        started: list[int] = []
+        for expert in experts:
+            if self.cache.lookup(layer, expert) is not None:
+                continue
+            if self._prefetch_full:
+                break
+            record = self._record(layer, expert)
+            # The queue is asked first: until it has taken the read, nobody has lost a slot.
+            try:
+                admission = self.cache.reserve(layer, expert, keep)
+            except CacheFullError:
+                break
+            try:
+                ticket = self._queue.submit(record, admission.slot, True)
+            except QueueFullError as error:
+                self.cache.give_back(layer, admission)
+                self._refused(layer, error)
+                break
+            except BaseException:
+                lost = self._queue.ticket_of(admission.slot)
+                if lost is None:
+                    self.cache.give_back(layer, admission)
+                else:
+                    self._assign(layer, expert, admission)
+                    self._prefetching[layer][expert] = lost
+                raise
+            self._assign(layer, expert, admission)
+            self._counters[layer].loads += 1
+            self._prefetching[layer][expert] = ticket
+            self._prefetched[layer].add(expert)
+            started.append(expert)
+        self._open -= 1
+        return started
+
+    def _prefetch_behind(self) -> None:
+        assert self._behind is not None
+        layer, experts, started = self._behind
+        self._behind = None
+        started += self._prefetch(layer, experts)
+
+    def _refused(self, layer: int, error: QueueFullError) -> None:
+        """No other try before a prefetch ends, where one is under way; without one this record fits at no time."""
+        if self._promoted or any(self._prefetching):
+            self._prefetch_full = any(self._prefetching)
+        elif layer not in self._too_large:
+            self._too_large.add(layer)
+            logger.warning("emoe: experts of layer %d are never prefetched: %s", layer, error)
 
     def _collect_prefetches(self, layer: int) -> None:
         """Makes prefetched experts ready whose bytes have arrived."""
@@ -376,13 +472,37 @@ class Loader:
         return records[expert]
 
     def _admit(self, layer: int, expert: int, keep: frozenset[int] = frozenset()) -> int:
-        admission: Admission = self.cache.admit(layer, expert, keep)
+        admission = self.cache.reserve(layer, expert, keep)
+        self._assign(layer, expert, admission)
+        return admission.slot
+
+    def _assign(self, layer: int, expert: int, admission: Admission) -> None:
+        self.cache.assign(layer, expert, admission)
         if admission.evicted is not None:
             self._counters[layer].evictions += 1
             if admission.evicted in self._prefetched[layer]:
                 self._prefetched[layer].discard(admission.evicted)
                 self._counters[layer].prefetch_wasted += 1
-        return admission.slot
+
+    def _recover(self, layer: int) -> None:
+        prefetching: dict[int, int] = {}
+        kept = set()
+        for expert, slot in self.cache.loading(layer):
+            ticket = self._queue.ticket_of(slot)
+            if ticket is None:
+                continue
+            if self._prefetching[layer].get(expert) == ticket:
+                prefetching[expert] = ticket
+                kept.add(slot)
+                continue
+            self._queue.cancel(ticket)
+            try:
+                self._queue.wait(ticket)
+            except EmoeError as error:  # whose read it was has failed already, by the interrupt
+                logger.debug("emoe: a read of layer %d that nobody waits for: %s", layer, error)
+        self.cache.repair(layer, kept)
+        self._prefetching[layer] = prefetching
+        self._prefetched[layer] &= prefetching.keys() | set(self.cache.resident(layer))
 
     def _end(self, layer: int, expert: int, ticket: int) -> bool:
         """Ends a load without using it. Returns whether its expert is now ready."""
@@ -391,7 +511,7 @@ class Loader:
         except TransferError:  # cancelled
             self.cache.fail(layer, expert)
             return False
-        except Exception as error:
+        except EmoeError as error:
             self.cache.fail(layer, expert)
             self._counters[layer].unused_failed += 1
             logger.warning("emoe: reading expert (%d, %d), which nobody waits for, failed: %s", layer, expert, error)

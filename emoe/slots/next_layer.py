@@ -1,4 +1,7 @@
-"""Prefetch for the next layer while one computes, as long as it is used. Ids only; the loader moves bytes."""
+"""Prefetch for the next layer while one computes, as long as it is used. Ids only; the loader moves bytes.
+
+What is named before a layer computes is read behind what the layer itself has to wait for.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +61,9 @@ class NextLayer:
         scores = np.asarray(self._predictor.next_layer(layer, given))
         # As many as a token picks: with more rows the likeliest of all rows.
         likely = [int(expert) for expert in np.argsort(-scores, kind="stable")[: self._top_k]]
-        absent = [expert for expert in likely if self._loader.cache.lookup(following, expert) is None]
-        count = self._loader.prefetch(following, likely) if absent else 0
-        self._started[following] = absent[:count]
+        if any(self._loader.cache.lookup(following, expert) is None for expert in likely):
+            self._started[following] = self._loader.prefetch_behind(following, likely)
+
+    def after(self) -> None:
+        """The layer has computed."""
+        self._loader.begin_behind()

@@ -63,10 +63,10 @@ class LFU(LRU):
         self._last: dict[int, int] = {}
 
     def touch(self, expert: int, step: int) -> None:
-        super().touch(expert, step)
         if self._last.get(expert) != step:
-            self._last[expert] = step
             self._count[expert] = self._count.get(expert, 0) + 1
+            self._last[expert] = step
+        super().touch(expert, step)  # last: whoever is in the order has a count, wherever this was cut off
 
     def victim(self, candidates: Collection[int]) -> int:
         # min() keeps the first of equals, which is the least recent.

@@ -25,20 +25,19 @@ class CacheResidency:
     ) -> None:
         self._cache = cache
         self._lock = lock if lock is not None else nullcontext()
-        self._masks = [torch.zeros(count, dtype=torch.bool) for count in experts_per_layer]
-        self._versions = [-1] * len(self._masks)
+        # Of each layer, the version and its mask: one object, so that neither is ever without the other.
+        self._masks = [(-1, torch.zeros(count, dtype=torch.bool)) for count in experts_per_layer]
 
     def mask(self, layer: int) -> torch.Tensor:
-        version = self._cache.version(layer)
-        if version != self._versions[layer]:
+        known, mask = self._masks[layer]
+        if known != self._cache.version(layer):
             with self._lock:
-                self._versions[layer] = self._cache.version(layer)
-                resident = self._cache.resident(layer)
+                version, resident = self._cache.version(layer), self._cache.resident(layer)
             # A new tensor, so that a mask handed out before stays what it was.
-            mask = torch.zeros_like(self._masks[layer])
+            mask = torch.zeros_like(mask)
             mask[resident] = True
-            self._masks[layer] = mask
-        return self._masks[layer]
+            self._masks[layer] = version, mask
+        return mask
 
     def room(self, layer: int) -> int:
         return self._cache.free(layer)
