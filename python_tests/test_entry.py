@@ -93,7 +93,7 @@ def _refused(call, options, said, other_model, garbage):
         call(memory_budget=0.5, predictor=other_model)
 
 
-@pytest.mark.parametrize(("options", "said"), WRONG, ids=[str(options) for options, _ in WRONG])
+@pytest.mark.parametrize(("options", "said"), WRONG, ids=[said for _, said in WRONG])
 def test_wrap_refuses_before_a_byte_is_written_and_leaves_the_model_untouched(
     options, said, tmp_path, monkeypatch, other_model, garbage
 ):
@@ -110,7 +110,7 @@ def test_wrap_refuses_before_a_byte_is_written_and_leaves_the_model_untouched(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("options", "said"), WRONG, ids=[str(options) for options, _ in WRONG])
+@pytest.mark.parametrize(("options", "said"), WRONG, ids=[said for _, said in WRONG])
 def test_from_pretrained_refuses_before_a_weight_is_loaded(
     options, said, checkpoint, monkeypatch, other_model, garbage
 ):

@@ -13,6 +13,7 @@ from emoe import native
 from emoe.compute import ops
 from emoe.compute.device import Device
 from emoe.compute.experts import Compute, Part
+from emoe.compute.records import prefetch_bytes
 from emoe.compute.stock import Stock
 from emoe.memory import available_memory
 from emoe.model.layout import SlotLayout
@@ -49,7 +50,7 @@ class CpuDevice(Device):
         return self.module.Slab(slots, slot_bytes)
 
     def queue(self, slab: Any, table: Any, reader: Any, *, records: int, pinned_memory: int | str | None) -> Any:
-        return self.module.TransferQueue(slab, table, reader)
+        return self.module.TransferQueue(slab, table, reader, prefetch_bytes=prefetch_bytes(slab.slot_bytes))
 
     def tables(self, loader: Loader, experts_per_layer: Sequence[int], lock: AbstractContextManager[Any]) -> None:
         return None

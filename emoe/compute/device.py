@@ -19,6 +19,7 @@ from emoe.compute import ops
 from emoe.compute.experts import Compute, Part
 from emoe.compute.gpu_experts import OnDevice
 from emoe.compute.misses import MissRates
+from emoe.compute.records import prefetch_bytes
 from emoe.compute.slot_tables import SlotTables
 from emoe.errors import BudgetError, ConfigError, UnsupportedModelError
 from emoe.memory import available_memory, format_bytes
@@ -139,7 +140,9 @@ class Gpu(Device):
         """A queue that fills the slab through pinned memory of the host."""
         pinned = pinned_slots(pinned_memory, records, slab.slot_bytes)
         store = self.module.PinnedCache(pinned, slab.slot_bytes, self.native.index)
-        return DeviceQueue(self, self.module.DeviceQueue(self.native, slab, table, reader, store), store)
+        bound = prefetch_bytes(slab.slot_bytes)
+        queue = self.module.DeviceQueue(self.native, slab, table, reader, store, prefetch_bytes=bound)
+        return DeviceQueue(self, queue, store)
 
     def tables(
         self, loader: Loader, experts_per_layer: Sequence[int], lock: AbstractContextManager[Any]

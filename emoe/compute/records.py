@@ -11,6 +11,16 @@ from emoe.model.layout import SlotLayout
 from emoe.model.spec import slot_offsets
 from emoe.store import ExpertStore, Piece
 
+# Prefetches that may be queued or running: so many bytes, or so many experts where these are larger (DeepSeek-V3 has
+# 84 MiB). No memory depends on it, they go into slots; it bounds how much is read in vain where a guess was wrong.
+PREFETCH_BYTES = 64 << 20
+PREFETCH_EXPERTS = 8
+
+
+def prefetch_bytes(slot_bytes: int) -> int:
+    """The bound of a queue whose slots have so many bytes."""
+    return max(PREFETCH_BYTES, PREFETCH_EXPERTS * slot_bytes)
+
 
 def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayout]) -> tuple[Any, list[list[int]]]:
     """Tells a native table where every expert lies.
