@@ -5,17 +5,23 @@ Knows no runtime. Forwards are told apart by their thread, tokens of a batch by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from threading import RLock, get_ident
+from threading import RLock, get_ident, local
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from emoe.errors import ClosedError, ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+LOST = "this process was forked while another thread ran the model; load it in this process"
+FORK_SECONDS = 10.0  # a fork waits so long for a layer that runs in another thread
 
 
 class Kind(Enum):
@@ -128,18 +134,22 @@ class Requests:
 
     Args:
         observers: told of a begin in this order, and of an end in the other; may change between two requests.
-        lock: held while they are told.
         everybodys: False: a forward in a thread without a request of its own is none of this object's business.
+        on_lost: called in the child of a fork where the lock could not be had before it.
+
+    Attributes:
+        lock: held while they are told, and whenever a layer computes.
     """
 
     def __init__(
         self,
         observers: list[RequestObserver],
-        lock: AbstractContextManager[Any] | None = None,
         *,
         everybodys: bool = True,
+        on_lost: Callable[[], object] = lambda: None,
     ) -> None:
-        self._observers, self._lock = observers, lock if lock is not None else RLock()
+        self._observers, self._on_lost = observers, on_lost
+        self.lock = RLock()
         self._everybodys = everybodys
         self._nobodys = Request()
         self._open: tuple[_Open, ...] = ()  # in the order of opening; replaced, never changed, as forwards look at it
@@ -147,15 +157,16 @@ class Requests:
         self._asked = 0  # users' that have begun and of whose end not everybody was told
         self._implied: Request | None = None
         self._starts = RequestStart()
-        self._closed = False
+        self._closed = ""  # why no request begins any more
+        _all[:] = [*(each for each in _all if each() is not None), weakref.ref(self)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Modes are copied with their routers, and this with them; nobody holds the copy's lock."""
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {name: value for name, value in vars(self).items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._lock = RLock()
+        self.lock = RLock()
 
     # Whose a forward is
 
@@ -244,7 +255,7 @@ class Requests:
     def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
         entry = _Open(get_ident(), tuple(each for each, _ in requests), tuple(count for _, count in requests))
-        with self._lock:
+        with self.lock:
             self._open = (*self._open, entry)
         try:
             yield
@@ -272,7 +283,7 @@ class Requests:
         """
         if self.kind is not Kind.ASKED:
             return
-        with self._lock:
+        with self.lock:
             if self._asked or self._closed:
                 return
             if self._starts(args, kwargs) or self._implied is None:
@@ -284,10 +295,16 @@ class Requests:
 
     def close(self) -> None:
         """No request begins any more; those that run may end."""
-        self._closed = True
+        self._closed = "the runtime is closed"
 
-    def forked(self) -> None:
-        """In the child of a fork there is one thread; the requests of others are not in it."""
+    def forked(self, held: bool) -> None:
+        """In the child of a fork there is one thread: the requests of others are not in it, nor what they held."""
+        if held or self.lock.acquire(blocking=False):
+            self.lock.release()
+        else:  # its owner is not in this process, and what it was at stays half done
+            self.lock._at_fork_reinit()  # type: ignore[attr-defined]
+            self._closed = LOST
+            self._on_lost()
         here = get_ident()
         gone = [entry for entry in self._open if entry.thread != here]
         self._open = tuple(entry for entry in self._open if entry.thread == here)
@@ -297,9 +314,9 @@ class Requests:
     def _begin(self, request: Request) -> _Open:
         if self.kind is not Kind.ASKED:
             request.kind = Kind.PROBE
-        with self._lock:
+        with self.lock:
             if self._closed:
-                raise ClosedError("the runtime is closed")
+                raise ClosedError(self._closed)
             asked = request.kind is Kind.ASKED
             first = asked and not self._asked
             if first:
@@ -321,7 +338,7 @@ class Requests:
         return entry
 
     def _end(self, request: Request, entry: _Open, told: Sequence[RequestObserver] | None = None) -> None:
-        with self._lock, ExitStack() as stack:
+        with self.lock, ExitStack() as stack:
             self._forget(entry)
             stack.callback(self._over, request)
             last = request.kind is Kind.ASKED and self._asked == 1
@@ -332,7 +349,7 @@ class Requests:
         self._asked -= request.kind is Kind.ASKED
 
     def _forget(self, entry: _Open) -> None:
-        with self._lock:
+        with self.lock:
             self._open = tuple(each for each in self._open if each is not entry)
 
     def _end_implied(self) -> None:
@@ -372,3 +389,32 @@ def continues(text: torch.Tensor, before: torch.Tensor) -> bool:
     if text.shape != (before.shape[0], before.shape[1] + 1):
         return False
     return bool((text[:, None, :-1] == before).all(-1).any(-1).all())
+
+
+_all: list[weakref.ref[Requests]] = []
+_at_fork = local()
+
+
+def _before_fork() -> None:
+    """Waits for the layer that runs, as what it is at would stay half done in the child."""
+    until = time.monotonic() + FORK_SECONDS
+    alive = [each for ref in list(_all) if (each := ref()) is not None]
+    _at_fork.held = [each for each in alive if each.lock.acquire(timeout=max(0.0, until - time.monotonic()))]
+
+
+def _after_in_parent() -> None:
+    for each in _at_fork.held:
+        each.lock.release()
+    del _at_fork.held
+
+
+def _after_in_child() -> None:
+    held = _at_fork.held
+    for ref in _all:
+        each = ref()
+        if each is not None:
+            each.forked(any(each is other for other in held))
+    del _at_fork.held
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

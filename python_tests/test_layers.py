@@ -34,12 +34,12 @@ ALLOWED_IMPORTS = {
     "sensitivity": {"routing", "model", "requests", "files"},
     "slots": {"routing", "sensitivity", "predictor", "options", "requests"},
     "planning": {"store", "model", "options", "memory", "files"},
-    "seam": {"store", "model", "memory"},
+    "seam": {"store", "model", "files", "memory"},
     "compute": {"slots", "store", "trace", "model", "options", "requests", "native", "memory"},
     "replay": {"slots", "predictor", "trace"},
     "runtime": {
         "compute", "planning", "slots", "seam", "routing", "store", "sensitivity", "trace", "requests", "native",
-        "memory", "options",
+        "options",
     },
     "entry": {
         "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",

@@ -179,14 +179,14 @@ def test_recorders_that_overlap_each_have_all_that_ran_while_they_were_open(chec
     assert {name: trace.tokens for name, trace in found.items()} == {"outer": 10, "inner": 5}
     assert _picks(found["outer"])[3:8] == _picks(found["inner"])
     assert {trace.task_names[trace.task[0]] for trace in found.values()} == {"outer", "inner"}
-    assert not any(isinstance(each, Recording) for each in model.emoe._observers)
+    assert not any(isinstance(each, Recording) for each in model.emoe._bank.observers)
 
 
 def test_a_trace_that_cannot_be_written_is_said_before_anything_runs(checkpoint, tmp_path):
     model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
     with pytest.raises(errors.WriteError, match="there is no folder"), model.emoe.record(tmp_path / "none" / "t.npz"):
         raise AssertionError("the block ran")
-    assert not any(isinstance(each, Recording) for each in model.emoe._observers)
+    assert not any(isinstance(each, Recording) for each in model.emoe._bank.observers)
     runtime = model.emoe
     runtime.close()
     with pytest.raises(errors.ClosedError):

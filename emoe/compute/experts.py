@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from emoe.trace.trace import TraceRecorder
 
 IMPLEMENTATION = "emoe"
+CLOSED = "this model's emoe runtime was closed and its experts were not restored"
 
 
 class Part(NamedTuple):
@@ -179,9 +180,9 @@ class ExpertLayer:
                 f"hidden is {hidden.dtype} {list(hidden.shape)}, not floating-point {[len(index), width]}"
             )
 
-    def close(self) -> None:
+    def close(self, reason: str = CLOSED) -> None:
         """Lets go of the slots; a later forward raises ClosedError. The module itself is not touched."""
-        self.compute = Closed()
+        self.compute = Closed(reason)
 
 
 def _width(part: Part) -> int | None:
@@ -199,8 +200,11 @@ class Closed:
 
     name = "closed"
 
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        raise ClosedError("this model's emoe runtime was closed and its experts were not restored")
+        raise ClosedError(self._reason)
 
 
 def emoe_experts(

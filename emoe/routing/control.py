@@ -5,6 +5,7 @@ Nothing is patched: `close()` removes the hooks. Which experts are resident is a
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,6 +30,7 @@ from emoe.routing.settled import SettledRouting, Tables
 
 KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
 _COUNTING = Lock()  # forwards may run in several threads; no mode's own, as modes are copied with their routers
+os.register_at_fork(after_in_child=_COUNTING._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class Routing:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
+from emoe.errors import BudgetError
+from emoe.memory import available_memory, format_bytes
 from emoe.seam import load
 from emoe.store import ExpertStore
+
+logger = logging.getLogger(__name__)
 
 
 class Attached:
@@ -15,37 +23,74 @@ class Attached:
         model: its experts' parameters are detached.
         store: where the experts are.
         implementation: the name of an experts function that is registered with Transformers.
+        layers: what that function finds as `_emoe` on each experts module.
     """
 
-    def __init__(self, model: Any, store: ExpertStore, implementation: str) -> None:
+    def __init__(self, model: Any, store: ExpertStore, implementation: str, layers: Mapping[nn.Module, Any]) -> None:
         self._model, self._store = model, store
+        self._modules = list(layers)
+        self._restored = False
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._training = model.training
         model.requires_grad_(False)
         model.eval()
+        for module, layer in layers.items():
+            vars(module)["_emoe"] = layer
         self._guard = load.guard_saving(model, store)
-        self._packing = load.pack_last_rows(model)
+        self._hooks = [hook for hook in (load.pack_last_rows(model),) if hook is not None]
         self._answers = load.guard_model(model, store, implementation)
 
-    def read(self) -> load.ExpertValues:
-        """All experts, for `restore`; the model is not touched.
+    def read(self, needed: int, restore: bool | None) -> load.ExpertValues | None:
+        """All experts as ordinary parameters, for `leave`; None where they are given up. The model stays as it is.
+
+        Args:
+            needed: bytes of all experts.
+            restore: None: where they fit into the memory that is free beside everything else.
 
         Raises:
+            BudgetError: `restore` and they do not fit.
             ReadError: an expert cannot be read.
         """
-        return load.read_experts(self._model, self._store)
+        free = available_memory()
+        if restore and needed > free:
+            raise BudgetError(
+                f"restoring the experts needs {format_bytes(needed)} beside the slots, {format_bytes(free)} are free; "
+                "close(restore=False) gives them up",
+                needed=needed,
+            )
+        return load.read_experts(self._model, self._store) if restore or (restore is None and needed <= free) else None
 
-    def detach(self) -> None:
-        """Takes the hooks of a running model away; saving is refused from now on, as it has no experts."""
-        if self._packing is not None:
-            self._packing.remove()
+    def before_forward(self, told: Callable[[tuple[Any, ...], dict[str, Any]], object]) -> None:
+        """From now on `told` gets the arguments of each forward of the model before it runs."""
+        hook = self._model.register_forward_pre_hook(lambda _, args, kwargs: told(args, kwargs), with_kwargs=True)
+        self._hooks.append(hook)
 
-    def restore(self, experts: load.ExpertValues) -> None:
-        """Gives the model its experts and its own ways back. Cannot fail, and may be called again."""
+    def close(self) -> None:
+        """Takes the hooks of a running model away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def leave(self, experts: load.ExpertValues | None) -> None:
+        """Gives the model its experts and its own ways back; may be called again.
+
+        Without experts the guard stays, and refuses to save a model that has none.
+        """
+        if experts is None:
+            logger.warning("emoe: closed without restoring; the model has no experts and refuses to run")
+            return
         # In this order: a forward in another thread finds experts whenever it is not sent to emoe.
         load.put_experts(experts)
+        self._model.to("cpu")  # where its experts are now
         self._guard.remove()
         self._answers.remove()
+        for module in self._modules:
+            vars(module).pop("_emoe", None)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._model.train(self._training)
+        self._restored = True
+
+    def let_go(self, runtime: object) -> None:
+        """A model that is whole again no longer names the runtime that ran it."""
+        if self._restored and self._model.emoe is runtime:
+            self._model.emoe = None

@@ -439,10 +439,10 @@ def _picks(model, ids):
         len(model.emoe.layers), model.emoe.plan.top_k, model.emoe.layers[0].num_experts, path="unused"
     )
     recording = Recording(recorder)
-    model.emoe._observers.insert(0, recording)
+    model.emoe._bank.observers.insert(0, recording)
     with torch.no_grad():
         model(ids)
-    model.emoe._observers.remove(recording)
+    model.emoe._bank.observers.remove(recording)
     return recorder.trace().experts
 
 

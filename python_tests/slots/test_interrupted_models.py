@@ -45,7 +45,7 @@ def _logits(model, seed, tokens=3):
 
 def _bytes(model):
     """What is in the slot of each resident expert."""
-    slab, cache = model.emoe._slab, model.emoe.cache
+    slab, cache = model.emoe._bank.slab, model.emoe.cache
     return {
         (number, expert): ctypes.string_at(
             slab.address + cache.lookup(number, expert) * slab.slot_bytes, layer.layout.nbytes

@@ -1,0 +1,182 @@
+"""The experts of one model on one device: slots, what fills them, what computes them. Wired once, taken down once."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+from torch import nn
+
+from emoe.compute.device import Device
+from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part
+from emoe.compute.records import register_records
+from emoe.compute.slot_tables import SlotTables
+from emoe.errors import ConfigError
+from emoe.memory import format_bytes
+from emoe.model.layout import SlotLayout
+from emoe.slots.cache import CacheManager
+from emoe.slots.loader import Loader
+from emoe.slots.resident import CacheResidency
+from emoe.store import ExpertStore
+from emoe.trace.trace import TraceRecorder
+
+logger = logging.getLogger(__name__)
+
+
+class Bank:
+    """Attributes:
+        cache, loader: which expert is in which slot, and what brings it there.
+        residency: the cache as routing sees it.
+        tables: slot tables of a device, None where steps need the host.
+        layers: what Transformers calls, one for each experts module.
+        observers: told of every forward of a layer in this order.
+
+    Args:
+        model: its experts' parameters are detached.
+        layouts: where an expert of each layer lies in a slot.
+        slots_per_layer: how many slots each layer has.
+        policy: of the cache.
+        reader: of the device's native module.
+        kernels, miss, pinned_memory: as in `emoe.from_pretrained`.
+        hostless: routing exchanges every pick that is not resident, so that a device may do without the host.
+        lock: held while any of it is used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ExpertStore,
+        device: Device,
+        layouts: Sequence[SlotLayout],
+        slots_per_layer: Sequence[int],
+        *,
+        policy: str,
+        reader: Any,
+        kernels: str,
+        miss: str,
+        pinned_memory: int | str | None,
+        hostless: bool,
+        lock: RLock,
+    ) -> None:
+        self._store, self._device = store, device
+        self.experts_per_layer = [len(layer.pieces) for layer in store.layers]
+        self.cache = CacheManager(slots_per_layer, policy=policy)
+        self.residency = CacheResidency(self.cache, self.experts_per_layer, lock)
+        self.slab = device.slab(sum(slots_per_layer), max(each.nbytes for each in layouts))
+        self._table, records = register_records(device.module, store, layouts)
+        count = sum(self.experts_per_layer)
+        self._queue = device.queue(self.slab, self._table, reader, records=count, pinned_memory=pinned_memory)
+        self.loader = Loader(self.cache, self._queue, records)
+        self.tables = device.tables(self.loader, self.experts_per_layer, lock) if hostless else None
+        self.observers: list[Observer] = []
+        modules = dict(model.named_modules())
+        parts = [
+            Part(number, modules[layer.path], layer.params, where, self.loader, self.slab, self._queue, device.tensors,
+                 ids, self.tables)
+            for number, (layer, where, ids) in enumerate(zip(store.layers, layouts, records, strict=True))
+        ]  # fmt: skip
+        self.layers = [
+            ExpertLayer(part, compute, lock, self.observers)
+            for part, compute in zip(parts, device.computes(parts, kernels=kernels, miss=miss), strict=True)
+        ]
+
+    def log_start(self, resident_share: float, kernels: str) -> None:
+        """Says what runs, and why some of it does not run natively."""
+        logger.info(
+            "emoe: %s of experts in %d slots, %.0f%% resident, store %s",
+            format_bytes(self.slab.slots * self.slab.slot_bytes),
+            self.slab.slots,
+            100 * resident_share,
+            self._store.description,
+        )
+        if kernels == "native":
+            reasons = Counter(layer.layout.reason for layer in self.layers if layer.kernels == "stock")
+            for reason, count in reasons.items():
+                logger.warning(
+                    "emoe: %d of %d layers run Transformers' own kernels: %s", count, len(self.layers), reason
+                )
+
+    def recorder(self, path: str | Path, model: str, top_k: int) -> TraceRecorder:
+        """A trace of these layers."""
+        nbytes = [layer.layout.nbytes for layer in self.layers]
+        experts = self.layers[0].num_experts
+        return TraceRecorder(len(self.layers), top_k, experts, path=path, model=model, expert_bytes=nbytes)
+
+    def settling(self, mode: str, contract: bool) -> SlotTables:
+        """The slot tables.
+
+        Raises:
+            ConfigError: a step may need the host.
+        """
+        if self.tables is None:
+            raise ConfigError(
+                f"device='{self._device.name}' with routing='{mode}'{' with max_substituted_mass' if contract else ''} "
+                "may need the host in any step; steps without it need a GPU and routing='resident' without a contract"
+            )
+        return self.tables
+
+    def stats(self, *, per_layer: bool) -> dict[str, Any]:
+        """Its part of `Runtime.stats`."""
+        counters, transfer = self.loader.snapshot(), self._queue.stats()
+        layers = counters.pop("layers")
+        routed = counters["hits"] + counters["misses"]
+        result = {
+            "stall_ms": 1e3 * counters.pop("stall_seconds"),
+            **counters,
+            "hit_rate": counters["hits"] / routed if routed else 0.0,
+            "demand_bytes": transfer["demand_bytes"],
+            "prefetch_bytes": transfer["prefetch_bytes"],
+            "read_ms": 1e3 * transfer["read_seconds"],
+            "reader": transfer["reader"],
+            "kernels": dict(Counter(layer.kernels for layer in self.layers)),
+            "device": self._device.name,
+            "isa": self._device.module.isa(),
+            "slots": self.slab.slots,
+            "slot_bytes": self.slab.slot_bytes,
+            **self._device.counts(transfer, [layer.compute for layer in self.layers]),
+        }
+        if per_layer:
+            result["layers"] = [
+                {"path": layer.path, "kernels": each.kernels, **count}
+                for layer, each, count in zip(self._store.layers, self.layers, layers, strict=True)
+            ]
+        return result
+
+    def close(self) -> None:
+        """Ends transfers and gives the slots up; a forward then raises ClosedError. May be called again."""
+        self.give_up()
+        self.loader.recover()
+        self.loader.close()
+        self._queue.close()
+        if self.tables is not None:
+            self.tables.close()
+        self.slab = None
+
+    def give_up(self, reason: str = CLOSED) -> None:
+        """A forward of a layer raises ClosedError from now on."""
+        for layer in self.layers:
+            layer.close(reason)
+
+
+def take_down(steps: list[Callable[[], object]]) -> None:
+    """Runs steps and takes each that is done from the list, up to the last, which is run and stays.
+
+    A step that an interrupt ended is done again, so steps have to bear that; what was raised is raised when all but the
+    last are done. Where even that is cut off, another call goes on with what is left.
+    """
+    raised: list[BaseException] = []
+    while len(steps) > 1:
+        try:
+            steps[0]()
+            del steps[0]
+        except BaseException as error:
+            raised.append(error)
+            if isinstance(error, Exception) and len(raised) > 1:
+                del steps[0]  # not an interrupt: it would fail for ever
+    if raised:
+        raise raised[0]
+    steps[0]()
