@@ -6,6 +6,7 @@ import ctypes
 import errno
 import gc
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -232,13 +233,55 @@ def test_files_and_records_that_do_not_exist_are_refused(reader, shard):
             Setup(shard[0], reader, **options)
 
 
-def test_a_file_that_vanished_after_it_was_added_is_a_read_error(reader, tmp_path):
-    path = tmp_path / "shard"
-    path.write_bytes(bytes(100_000))
-    setup = Setup(path, reader)
+def _numbers(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    path = tmp_path / "numbers"
+    data = np.random.default_rng(1).integers(0, 256, 100_000, dtype=np.uint8)
+    data.tofile(path)
+    return path, data
+
+
+@pytest.mark.parametrize("queued_before", [True, False])
+def test_a_file_that_lost_its_name_after_it_was_added_is_read_on(reader, tmp_path, queued_before):
+    path, data = _numbers(tmp_path)
+    table = C.RecordTable()
+    record = table.add_record([plain(table.add_file(str(path)), 8, 10_000)])
+    slab = C.Slab(1, 10_000)
+    queue = C.TransferQueue(slab, table, reader) if queued_before else None
     path.unlink()
-    with pytest.raises(ReadError, match="cannot open"):
-        setup.queue.wait(setup.queue.submit(0, 0))
+    path.write_bytes(bytes(100_000))
+    queue = queue or C.TransferQueue(slab, table, reader)
+    queue.wait(queue.submit(record, 0))
+    assert np.array_equal(slot_bytes(slab, 0)[:10_000], data[8:10_008])
+
+
+def test_a_descriptor_is_duplicated_and_its_identity_compared(reader, tmp_path):
+    path, data = _numbers(tmp_path)
+    fd = os.open(path, os.O_RDONLY)
+    info = os.fstat(fd)
+    identity = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+    table = C.RecordTable()
+    record = table.add_record([plain(table.add_file("the name in messages", fd, identity), 8, 10_000)])
+    for wrong in range(4):
+        other = tuple(value + (i == wrong) for i, value in enumerate(identity))
+        with pytest.raises(ReadError, match="changed since the model was loaded") as caught:
+            table.add_file(str(path), fd, other)
+        assert caught.value.file == str(path)
+    os.close(fd)
+    slab = C.Slab(1, 10_000)
+    queue = C.TransferQueue(slab, table, reader)
+    queue.wait(queue.submit(record, 0))
+    assert np.array_equal(slot_bytes(slab, 0)[:10_000], data[8:10_008])
+    with path.open("r+b") as stream:
+        stream.write(b"x")
+    with pytest.raises(ReadError, match=r"the name in messages.*it was written to"):
+        queue.wait(queue.submit(record, 0))
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ReadError, match="no regular file"):
+            C.RecordTable().add_file(str(path))
 
 
 def test_a_truncated_file_is_a_read_error_that_says_what_was_wanted_and_what_is_there(reader, tmp_path):
@@ -258,7 +301,8 @@ def test_a_truncated_file_is_a_read_error_that_says_what_was_wanted_and_what_is_
     assert (error.file, error.tensor, error.offset, error.nbytes) == (str(path), "down", 20_000, 6_000)
     assert queue.done(ticket) and queue.stats()["failed"] == 1
     path.write_bytes(bytes(26_000))
-    queue.wait(queue.submit(record, 0))
+    with pytest.raises(ReadError, match=r"changed since the model was loaded .it had 25000 bytes, now 26000."):
+        queue.wait(queue.submit(record, 0))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM])
@@ -344,7 +388,7 @@ def test_a_closed_queue_gives_its_slab_and_files_back(reader, shard):
     before = _descriptors(shard[0])
     setup = Setup(shard[0], reader)
     setup.queue.wait(setup.queue.submit(0, 0))
-    assert _descriptors(shard[0]) == before + 1
+    assert _descriptors(shard[0]) == before + 1 + reader.direct  # the table's own, and one for O_DIRECT
     queue, address = setup.queue, setup.slab.address
     gone = weakref.finalize(setup, lambda: None)
     queue.close()
