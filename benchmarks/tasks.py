@@ -2,7 +2,7 @@
 
     python benchmarks/tasks.py --prompts PATH [--model PATH] [--traces FOLDER] [--json FILE]
 
-Classifiers learn the train split and are shown the test split. The replay runs public traces (docs/replay.md) with the
+Classifiers learn the train split and are shown the test split. The replay runs public traces (docs/traces.md) with the
 task of a share of the prompts exchanged at random; the profile keeps its true tasks.
 """
 

@@ -1,7 +1,7 @@
 """The native core: slots, transfers and kernels. Addresses, shapes and streams are int (stream 0 is the default one).
 
-What the names of this module promise to their neighbours is in docs/contracts.md; python_tests/test_stub.py compares
-this stub with the module. Errors are those of emoe.errors.
+This is the module's reference; python_tests/csrc/test_stub.py compares it with the module. Errors are those of
+emoe.errors, with file, tensor, offset and nbytes where they are about bytes of a file.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
+# A byte range of a file that is a row-major [rows, cols] array; where its elements land: docs/transfer.md.
 # (file_id, offset, nbytes, tensor, src_dtype, dst_offset_bytes, dst_dtype, rows, cols, dst_row_stride, dst_col_stride)
 Piece: TypeAlias = tuple[int, int, int, str, str, int, str, int, int, int, int]
 # (device, inode, size, mtime_ns)
@@ -17,7 +18,7 @@ Identity: TypeAlias = tuple[int, int, int, int]
 # Transfers: docs/transfer.md
 
 class Slab:
-    """One allocation cut into equal slots."""
+    """One allocation cut into equal slots: an anonymous mapping, or device memory."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None: ...
     @property
@@ -26,7 +27,7 @@ class Slab:
     def slots(self) -> int: ...
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot, a multiple of 4096."""
+        """Bytes of one slot: what was asked for, rounded up to 4096."""
 
 class RecordTable:
     """Where experts lie in files."""
@@ -34,7 +35,8 @@ class RecordTable:
     def __init__(self) -> None: ...
     def add_file(self, path: str, fd: int | None = None, identity: Identity | None = None) -> int:
         """Returns the id of the file, which stays open. `fd`: duplicated in place of opening the path; `identity`:
-        (device, inode, size, mtime_ns) that it has to have. ReadError.
+        (device, inode, size, mtime_ns) that it has to have, now and after every read (None: as it is now). ReadError,
+        also where it is no regular file.
         """
     def add_record(self, pieces: Sequence[Piece]) -> int:
         """Returns the id of the record. ConfigError."""
@@ -60,15 +62,17 @@ def FaultyReader(reader: Reader, *, fail_at: int = -1, errno: int = 5, short_at:
     """For tests: read number `fail_at` (from 0, over all workers) fails, number `short_at` gives half its bytes."""
 
 class TransferQueue:
-    """Fills slots with records in the background."""
+    """Fills slots with records in the background; goes on in a child of fork(), under the same tickets."""
 
     def __init__(
         self, slab: Slab, table: RecordTable, reader: Reader, *, workers: int = 2, prefetch_bytes: int = 64 << 20
     ) -> None: ...
     def submit(self, record: int, slot: int, prefetch: bool = False) -> int:
-        """Returns a ticket; never blocks."""
+        """Returns a ticket, to be waited for once; never blocks. QueueFullError where a prefetch passes
+        `prefetch_bytes`. Jobs of a lane run in order of submission; demand overtakes queued prefetches.
+        """
     def promote(self, ticket: int) -> None:
-        """A queued prefetch becomes a demand."""
+        """A queued prefetch becomes a demand; nothing happens to one that runs or is over."""
     def cancel(self, ticket: int) -> bool:
         """True: it never ran and its slot was not touched."""
     def ticket_of(self, slot: int) -> int | None:
@@ -76,8 +80,13 @@ class TransferQueue:
     def done(self, ticket: int) -> bool:
         """True when over in any way; never blocks."""
     def wait(self, ticket: int) -> None:
-        """Returns when the slot holds the record. ReadError, CancelledError, TransferError."""
-    def stats(self) -> dict[str, Any]: ...
+        """Returns when the slot holds the record, and forgets the ticket; releases the GIL. ReadError, CancelledError;
+        TransferError where it was waited for before.
+        """
+    def stats(self) -> dict[str, Any]:
+        """demand_bytes, prefetch_bytes, demand_jobs, prefetch_jobs, cancelled, failed, read_seconds, wait_seconds,
+        reader, queued.
+        """
     def close(self) -> None:
         """Finishes running jobs, cancels the rest; idempotent."""
 
@@ -87,7 +96,7 @@ def isa() -> str:
     """The instruction set in use."""
 
 def available_isas() -> list[str]:
-    """What this CPU can run, best first."""
+    """What this CPU can run, best first: of "avx512bf16", "avx512", "avx2", "scalar"."""
 
 def set_threads(n: int) -> None:
     """Threads of the kernels, for the whole process."""
@@ -162,8 +171,16 @@ def gather_mlp(
     top_k: int,
     out_ptr: int,
     mode: str,
-) -> None: ...
-def combine(pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str) -> None: ...
+) -> None:
+    """Adds w[t, k] * mlp_e(x[t]) of every pair whose expert has a slot: docs/kernels.md has the arithmetic.
+
+    `slot_of`: int32 [E], -1: not in this call. `index`: int64 [T, K]; ids outside [0, E) are skipped. `out`: float32,
+    zero beforehand; mode "pairs": [T, K, H] at (t, rank of the id among the token's), "accumulate": added to [T, H].
+    """
+
+def combine(pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str) -> None:
+    """Sums pairs [T, K, H] float32 over K in ascending order into [T, H]."""
+
 def read_seconds(address: int, nbytes: int) -> float:
     """Seconds to read `nbytes` once with every thread (benchmarks)."""
 
@@ -178,7 +195,10 @@ def cuda_refusal(layout: MlpLayout) -> str:
     """ "" where the GPU kernels take the layout, or why not."""
 
 class CudaDevice:
-    """One GPU: memory, copies, kernels."""
+    """One GPU: memory, copies, kernels. A slot may be given away once the kernels that read it are enqueued.
+
+    BackendUnavailable in a child of fork().
+    """
 
     def __init__(self, device: int = 0, *, demand_in_flight: int = 4, prefetch_in_flight: int = 2) -> None:
         """BackendUnavailable says which of driver, device, build is missing; ConfigError names the devices."""
@@ -248,7 +268,7 @@ class CudaDevice:
         self, pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str, stream: int
     ) -> None: ...
     def begin_read(self, slab: Slab, slots: NDArray[Any], stream: int) -> None:
-        """What `stream` gets next runs after the copies into these slots."""
+        """What `stream` gets next runs after the copies into these slots (integers, cheapest in ascending order)."""
     def end_read(self, slab: Slab, slots: NDArray[Any], stream: int) -> None:
         """Later copies into these slots run after what `stream` got so far."""
     def copy_rate(self, nbytes: int, copies: int = 8) -> float:
@@ -271,7 +291,7 @@ class PinnedCache:
     def holds(self, record: int) -> bool: ...
 
 class DeviceQueue:
-    """Fills slots of a device: file, pinned memory, device."""
+    """Fills slots of a device: file, pinned memory, device. As TransferQueue where nothing else is said."""
 
     def __init__(
         self,
@@ -295,7 +315,7 @@ class DeviceQueue:
     def issued(self, ticket: int) -> bool:
         """order_after() would not block."""
     def wait(self, ticket: int) -> int:
-        """Blocks until the bytes are there; the host slot of submit_host(), or -1."""
+        """Blocks until the bytes are there; the host slot of submit_host(), held until release_host(), or -1."""
     def order_after(self, ticket: int, stream: int) -> None:
         """Blocks until the copy is in its stream; what `stream` gets next runs after it."""
     def release_host(self, host_slot: int) -> None:

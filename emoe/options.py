@@ -232,7 +232,7 @@ class Given:
             if not hasattr(value, self.method):
                 raise ConfigError(
                     f"{name}: {type(value).__name__} has no method {self.method}(); docs/predictors.md and "
-                    "docs/sensitivity.md say what has"
+                    "docs/tasks.md say what has"
                 )
             return value
         if str(value) in self.names:
@@ -360,7 +360,7 @@ class Options:
     policy: Any = _row("lru", OneOf(("lru", "lfu"), or_function=True), "which expert leaves when a slot is needed")
     predictor: Any = _row(
         None, Given("rank", "emoe train-predictor", PREDICTORS),
-        """what chooses the experts to keep (docs/residency.md): a file of `emoe train-predictor`, "recent", which needs
+        """what chooses the experts to keep (docs/slots.md): a file of `emoe train-predictor`, "recent", which needs
         none, or an `emoe.ExpertPredictor`; none: the policy alone""",
         "FILE",
     )  # fmt: skip

@@ -114,7 +114,7 @@ class Runtime:
             (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
             kernels (layers served by "native", "stock" or a device), device, slots, resident_share, budget_bytes,
             `sensitivity` (what `probe` found, or None), `routing` (`emoe.routing.Routing.stats`), `prediction` (what
-            the predictor did: docs/residency.md). On a GPU also: host_hits and host_misses (records in pinned memory or
+            the predictor did: docs/slots.md). On a GPU also: host_hits and host_misses (records in pinned memory or
             not), on_cpu (missing experts that the CPU computed), settled (forwards of layers that asked the device for
             no value; what they used is not in hits).
 
@@ -136,7 +136,7 @@ class Runtime:
     def probe(self, share: float = SHARE) -> OnlineSensitivity:
         """From now on a share of each task's requests is probed as it ends: how far substitution moves its answer.
 
-        A probe reads the request's text twice, with substitution and without (docs/sensitivity.md says what stands for
+        A probe reads the request's text twice, with substitution and without (docs/tasks.md says what stands for
         substitution in each mode, and what it costs). Only blocks of `request` with a text of their own are probed.
 
         Args:

@@ -20,7 +20,7 @@ class Job:
 
 
 class FakeQueue:
-    """Interface of `emoe._C.TransferQueue` as docs/contracts.md states it.
+    """Interface of `emoe._C.TransferQueue` as emoe/_C.pyi states it.
 
     Args:
         workers: jobs that `advance` starts before it ends the first.

@@ -10,7 +10,7 @@ void bind_cuda(pybind11::module_& module);
 }  // namespace emoe
 
 PYBIND11_MODULE(EMOE_MODULE, module) {
-    module.doc() = "Native core of emoe: slots, transfers and kernels. docs/contracts.md is its reference.";
+    module.doc() = "Native core of emoe: slots, transfers and kernels. emoe/_C.pyi is its reference.";
     emoe::register_errors();
     emoe::bind_transfer(module);
     emoe::bind_ops(module);

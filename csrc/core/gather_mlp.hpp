@@ -1,5 +1,5 @@
 // The fused expert MLP as data: how one expert lies in a slot, and one call over a batch of routed tokens.
-// Knows bytes and sizes only. docs/contracts.md states the arithmetic.
+// Knows bytes and sizes only. docs/kernels.md states the arithmetic.
 #pragma once
 
 #include <cstddef>

@@ -60,7 +60,7 @@ std::size_t workspace_bytes(const Mlp& op);
 // Sorts the pairs by expert on the device (ties by position) and lists the tiles; writes into `workspace`.
 void route(const Mlp& op, void* workspace, cudaStream_t stream);
 
-// w[t,k] * mlp_e(x[t]) for every pair whose expert has a slot, in docs/contracts.md's order. `route` of the same op
+// w[t,k] * mlp_e(x[t]) for every pair whose expert has a slot, in docs/kernels.md's order. `route` of the same op
 // with the same workspace comes before it on the stream.
 // Both: ConfigError where the op contradicts itself or the layout is refused, TransferError where a launch fails.
 void gather_mlp(const Mlp& op, void* workspace, cudaStream_t stream);

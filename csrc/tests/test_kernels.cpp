@@ -182,7 +182,7 @@ TEST("every activation agrees with the fp64 reference in every unit, on both pat
 }
 
 TEST("a row's bits do not depend on the other rows, up to 8 rows of an expert and again from 9") {
-    static_assert(cpu::kNarrowRows == 8, "docs/kernels.md and docs/contracts.md name this number");
+    static_assert(cpu::kNarrowRows == 8, "docs/kernels.md names this number");
     for_each_isa([](const cpu::Kernels& kernels) {
         for (const DType dtype : {F32, BF16, F16}) {
             for (const bool transposed : {false, true}) {

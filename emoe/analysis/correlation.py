@@ -1,6 +1,6 @@
 """How much of expert use is known from elsewhere: from other layers, from earlier tokens, from other prompts.
 
-Numbers of one trace; no model. docs/analysis.md defines each measure. Experiment 1 of arXiv 2503.06823.
+Numbers of one trace; no model. docs/traces.md defines each measure. Experiment 1 of arXiv 2503.06823.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def render(analysis: Analysis) -> str:
         body = section(analysis)
         if body:
             parts.append(f"<h2>{escape(name)}</h2>\n{body}")
-    parts.append(f"<p><small>emoe {__version__}. Definitions: docs/analysis.md. All figures: {JSON}.</small></p>")
+    parts.append(f"<p><small>emoe {__version__}. Definitions: docs/traces.md. All figures: {JSON}.</small></p>")
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(title)}</title>"
     body = "\n".join(parts)
     return (

@@ -17,7 +17,7 @@ examples:
 Without --model and --trace it builds the demo model and runs that. Writes report.html (open it in a browser),
 report.json and, where a model ran, trace.npz and timeline.json (open it at https://ui.perfetto.dev). The report has:
 correlation of expert use between layers, tokens and prompts; quality and time with a base set refreshed every p
-requests; hit rate of each policy against the budget; overlap of the tasks' hot sets. docs/analysis.md defines all
+requests; hit rate of each policy against the budget; overlap of the tasks' hot sets. docs/traces.md defines all
 measures. Prompts are JSON lines: {"task": "math", "prompt": "...", "reference": "an answer to be scored"}.
 """
 

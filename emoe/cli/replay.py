@@ -29,7 +29,7 @@ examples:
 Slots start empty. Several traces of one model run one after the other. belady knows the future: no policy that loads
 its misses hits more. task-table, base+slack and next-use learn from the first half of each trace, and all policies
 then run on the second; a predictor from a file wants --profile as it was trained with. Policies and options:
-docs/replay.md. 'emoe run --trace FILE.npz' records a trace.
+docs/traces.md. 'emoe run --trace FILE.npz' records a trace.
 """
 
 

@@ -1,4 +1,4 @@
-"""The demo model: a real Mixture-of-Experts model, carved from SmolLM2-135M-Instruct (docs/demo_model.md)."""
+"""The demo model: a real Mixture-of-Experts model, carved from SmolLM2-135M-Instruct (docs/quality.md)."""
 
 from emoe.demo.builder import VERSION, build, facts
 

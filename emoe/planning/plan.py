@@ -28,7 +28,7 @@ AUTO_RESERVE_BYTES = 1 << 30
 AUTO_RESERVE_SHARE = 0.1
 
 # Hit rate of a per-layer LRU at a resident share, middle of the range over four domains of public Qwen3-30B traces
-# (docs/cache.md; `emoe replay` prints such figures for any trace). Used for the optimistic end of the forecast.
+# (docs/slots.md; `emoe replay` prints such figures for any trace). Used for the optimistic end of the forecast.
 RECURRENT_HIT_RATE = ((0.0, 0.0), (0.2, 0.75), (0.3, 0.84), (0.4, 0.90), (0.5, 0.945), (1.0, 1.0))
 
 

@@ -2,7 +2,7 @@
 
 Plain policies are those of `emoe.slots.policy`. `rows` runs them on all layers and budgets at once, `sequence` on one
 set of slots for all layers, `reference` through `emoe.slots.cache` itself; the first two are tested against it.
-`predicted` has the policies that predict, `mix` chooses profile and prompts. docs/replay.md explains all of them.
+`predicted` has the policies that predict, `mix` chooses profile and prompts. docs/traces.md explains all of them.
 """
 
 from __future__ import annotations

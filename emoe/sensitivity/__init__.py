@@ -1,7 +1,7 @@
 """How much a task's answers change when its tokens go to other experts: profiled offline, or estimated while serving.
 
 Knows models, routers and texts; nothing of budgets or residency policies. What a request is, it is told.
-docs/sensitivity.md defines both.
+docs/tasks.md defines both.
 """
 
 from emoe.sensitivity.online import Estimate, OnlineSensitivity

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestProbes:
-    """Probes a share of each task's requests as they end (docs/sensitivity.md).
+    """Probes a share of each task's requests as they end (docs/tasks.md).
 
     Args:
         model: as `Prober` takes it.

@@ -1,1 +1,1 @@
-"""Which expert is in memory: slots, who leaves them, what is prefetched. Ids only; docs/cache.md."""
+"""Which expert is in memory: slots, who leaves them, what is prefetched. Ids only; docs/slots.md."""

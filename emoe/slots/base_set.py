@@ -1,6 +1,6 @@
 """Keeps the experts in slots that a predictor names: watches requests, chooses the base set, has it loaded, reports.
 
-docs/residency.md tells the story. Decides about ids; bytes are moved by the loader. Callers hold the runtime's lock.
+docs/slots.md tells the story. Decides about ids; bytes are moved by the loader. Callers hold the runtime's lock.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ class BaseSet:
         predictor.observe(picks)
 
     def stats(self) -> dict[str, Any]:
-        """Counts and states; docs/residency.md says what each means."""
+        """Counts and states; docs/slots.md says what each means."""
         ours, shadow = self._switch.rates()
         covered, picks = sum(each[0] for each in self._covered), sum(each[1] for each in self._covered)
         predictor = self._options.predictor

@@ -1,6 +1,6 @@
 """Which expert is in which slot: states, holds and evictions, per layer. Ids only; no bytes, tensors or waiting.
 
-docs/cache.md draws the state machine. Not thread-safe: callers share the runtime's lock.
+docs/slots.md draws the state machine. Not thread-safe: callers share the runtime's lock.
 
 An update may be cut off between any two of its lines (KeyboardInterrupt). `_state` and `_expert_of` are what `repair`
 goes by; the rest is made from them. So an update counts the version up first, and changes a slot's state before the

@@ -1,6 +1,6 @@
 """When bytes move: rounds over the experts of one forward, and prefetch. The cache says where to, the queue reads.
 
-docs/cache.md tells the story. Not thread-safe: callers share the runtime's lock.
+docs/slots.md tells the story. Not thread-safe: callers share the runtime's lock.
 
 An interrupt may come between any two lines. What it leaves half done is found again by `recover`: `_open` counts up
 before a call changes anything, and down only after it has undone or finished all of it.
@@ -44,7 +44,7 @@ class _Load(NamedTuple):
 
 @dataclass(slots=True)
 class _Counters:
-    """Of one layer; docs/cache.md says what each counts."""
+    """Of one layer; docs/slots.md says what each counts."""
 
     hits: int = 0
     misses: int = 0
@@ -257,7 +257,7 @@ class Loader:
         self._open = 0  # last: an interrupt in here leaves the rest to the next
 
     def snapshot(self) -> dict[str, Any]:
-        """Counters since the start (docs/cache.md), summed, and per layer in the list `layers`."""
+        """Counters since the start (docs/slots.md), summed, and per layer in the list `layers`."""
         layers = [asdict(counters) for counters in self._counters]
         total: dict[str, Any] = {field.name: sum(each[field.name] for each in layers) for field in fields(_Counters)}
         total["layers"] = layers

@@ -14,7 +14,7 @@ from emoe.predictor import KINDS, ExpertPredictor, class_of, files, load, make
 
 
 class Sensitivity(Protocol):
-    """What the load score asks of a sensitivity profile (docs/sensitivity.md)."""
+    """What the load score asks of a sensitivity profile (docs/tasks.md)."""
 
     def insensitive(self, task: str) -> NDArray[np.bool_]:
         """[L] True where wrong experts do not hurt the task."""

@@ -17,7 +17,7 @@ class Refresh:
     """Every `period` prompts, or when observed routing says that another base set would have served better.
 
     A task that the base set was not chosen for does not wait for either: what is best for a mixture of tasks has seven
-    points fewer hits than LRU on the public traces (docs/residency.md).
+    points fewer hits than LRU on the public traces (docs/slots.md).
 
     Args:
         period: prompts, or "adaptive".

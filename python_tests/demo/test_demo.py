@@ -310,7 +310,7 @@ def test_the_demo_model_is_nearly_as_good_as_the_dense_one_and_owes_it_to_its_ro
     own, reference = quality.perplexity(model, rows), quality.perplexity(dense, rows)
     with quality.random_routing(model):
         drawn = quality.perplexity(model, rows)
-    # 1.27 and 1.79 on 8,192 tokens (docs/demo_model.md), 1.37 and 1.86 on the 1,280 here.
+    # 1.27 and 1.79 on 8,192 tokens (docs/quality.md), 1.37 and 1.86 on the 1,280 here.
     assert own <= 1.4 * reference
     assert drawn >= 1.4 * own
 
