@@ -386,7 +386,7 @@ def show(result: dict[str, Any]) -> Table:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of docs/quality.md."""
+    """One table; docs/quality.md has it in two."""
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row, result["expert_bytes"]) for row in result["rows"])]
     return f"{_title(result)}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -420,7 +420,7 @@ def main() -> None:
     parser = arguments(__doc__, shares=[0.2, 0.4, 0.6, 0.8], answers=2)
     parser.add_argument("--contract", type=float, help="max_substituted_mass in place of each share's own")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--markdown", action="store_true", help="the table as docs/quality.md has it")
+    parser.add_argument("--markdown", action="store_true", help="a table, which docs/quality.md has in two")
     args = parser.parse_args()
     path = args.model or str(demo.build())
     result = tune(args, path) if args.tune else measure(args, path)
