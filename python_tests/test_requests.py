@@ -150,7 +150,7 @@ def test_a_copy_has_requests_of_its_own():
         copied = copy.deepcopy(requests)
         with copied.request(Request("chat")):
             assert (requests.current.task, copied.current.task) == ("code", "chat")
-            assert _in_thread(lambda: requests._lock.acquire(blocking=False))
+            assert copied.current.within.task == "code" and copied.current.within is not requests.current
 
 
 def test_a_closed_object_begins_no_request_and_ends_those_that_run():
