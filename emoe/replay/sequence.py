@@ -5,13 +5,13 @@ Ids count through the layers: layer * num_experts + expert. A step is one layer 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from heapq import heappop, heappush
 
 import numpy as np
 
 from emoe.replay.counts import Counts
+from emoe.slots.policy import LRU
 from emoe.trace.trace import Trace
 
 
@@ -37,22 +37,12 @@ def _walk(trace: Trace) -> Iterator[tuple[int, list[int]]]:
 
 
 def _lru(trace: Trace, slots: int) -> tuple[list[int], int]:
-    order: OrderedDict[int, None] = OrderedDict()
+    lru = LRU()
+    serve = lru.serve
     loads = [0] * trace.layers
     for layer, picks in _walk(trace):
-        missing = []
-        for pick in picks:
-            if pick in order:
-                order.move_to_end(pick)
-            else:
-                missing.append(pick)
-        if missing:
-            loads[layer] += len(missing)
-            for pick in missing:
-                if len(order) == slots:
-                    order.popitem(last=False)
-                order[pick] = None
-    return loads, sum(loads) - len(order)
+        loads[layer] += len(serve(picks, slots))
+    return loads, sum(loads) - len(lru.known())
 
 
 def _lfu(trace: Trace, slots: int) -> tuple[list[int], int]:

@@ -159,6 +159,18 @@ class CacheManager:
             raise self._refusal(layer, expert, "released")
         self._state[slot] -= 1
 
+    def release_all(self, layer: int, held: Iterable[tuple[int, int]]) -> None:
+        """Takes one hold of each back, (expert, slot) as `hold_resident` gave them; the way out of every forward.
+
+        Raises:
+            CacheError: as `release`.
+        """
+        state, expert_of = self._state, self._expert_of
+        for expert, slot in held:
+            if state[slot] <= 0 or expert_of[slot] != expert:
+                raise self._refusal(layer, expert, "released")
+            state[slot] -= 1
+
     def admit(self, layer: int, expert: int, keep: Collection[int] = frozenset()) -> Admission:
         """Gives the expert a slot that is free, or whose expert the policy evicts; the slot is then loading.
 

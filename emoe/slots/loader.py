@@ -138,8 +138,7 @@ class Loader:
                 self._release(layer, group)
             raise
         if self._epoch == epoch:
-            for expert, _ in group:
-                cache.release(layer, expert)
+            cache.release_all(layer, group)
             self._open -= 1
 
     def _load(self, layer: int, group: Group, missing: list[int], together: bool) -> Generator[Group, None, None]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -32,11 +33,12 @@ class LRU:
     """Least recently used: evicts the expert whose last touch is longest ago."""
 
     def __init__(self) -> None:
-        self._order: dict[int, None] = {}  # dicts keep insertion order: oldest first
+        self._order: OrderedDict[int, None] = OrderedDict()  # oldest first
 
     def touch(self, expert: int, step: int) -> None:
-        self._order.pop(expert, None)
+        # Two operations, neither of which takes the expert out: an interrupt may cost its touch, never its place.
         self._order[expert] = None
+        self._order.move_to_end(expert)
 
     def victim(self, candidates: Collection[int]) -> int:
         for expert in self._order:
@@ -49,6 +51,30 @@ class LRU:
 
     def known(self) -> Collection[int]:
         return self._order.keys()
+
+    def serve(self, experts: Iterable[int], slots: int) -> list[int]:
+        """One step of a cache of so many slots that is only counted: hits are touched, then misses, the oldest leave.
+
+        Args:
+            experts: distinct.
+            slots: at least 0.
+
+        Returns:
+            Those that missed.
+        """
+        order = self._order
+        missed = []
+        for expert in experts:
+            if expert in order:
+                order.move_to_end(expert)
+            else:
+                missed.append(expert)
+        if missed:
+            for expert in missed:
+                order[expert] = None
+            for _ in range(len(order) - slots):
+                order.popitem(last=False)
+        return missed
 
 
 class LFU(LRU):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.errors import ConfigError
+from emoe.slots.policy import LRU
 
 PATIENCE = 20  # requests that a predictor has to show itself
 MARGIN = 0.005  # share of picks by which LRU has to be ahead; two equals differ by less over 20 requests
@@ -40,18 +41,17 @@ class ShadowLRU:
                 raise ConfigError(f"layer {layer}: {slots} slots for {experts} experts")
         self._slots = tuple(slots_per_layer)
         self._between = between_requests
-        # A dict keeps its insertion order: the first key is the least recent.
-        self._held: list[dict[int, None]] = [{} for _ in slots_per_layer]
+        self._lru = [LRU() for _ in slots_per_layer]
         self._start: list[frozenset[int]] = [frozenset() for _ in slots_per_layer]
 
     def begin(self) -> None:
         """A request begins; matters with `between_requests` alone."""
         if self._between:
-            self._start = [frozenset(held) for held in self._held]
+            self._start = [frozenset(lru.known()) for lru in self._lru]
 
     def held(self, layer: int) -> list[int]:
         """The experts in a layer's slots, the least recent first."""
-        return list(self._held[layer])
+        return list(self._lru[layer].known())
 
     def observe(self, picks: NDArray[np.integer]) -> int:
         """One forward of all layers: [L, T, K] expert ids, -1 for no pick. Returns how many of them hit."""
@@ -60,21 +60,11 @@ class ShadowLRU:
     def observe_layer(self, layer: int, picks: NDArray[np.integer]) -> int:
         """One forward of one layer: [T, K]. A pick hits where its expert had a slot before the forward."""
         ids = picks.reshape(-1).tolist()
-        held = self._held[layer]
-        before = self._start[layer] if self._between else held
+        before = self._start[layer] if self._between else self._lru[layer].known()
         hits = sum(expert in before for expert in ids)  # -1 is in neither
         # In the order of their last use; within it hits come before misses, as a cache serves them.
         used = [expert for expert in reversed(dict.fromkeys(reversed(ids))) if expert >= 0]
-        missed = [expert for expert in used if expert not in held]
-        for expert in used:
-            if expert in held:
-                del held[expert]
-                held[expert] = None
-        held.update(dict.fromkeys(missed))
-        over = len(held) - self._slots[layer]
-        if over > 0:
-            for expert in list(held)[:over]:
-                del held[expert]
+        self._lru[layer].serve(used, self._slots[layer])
         return hits
 
 

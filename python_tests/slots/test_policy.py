@@ -84,3 +84,14 @@ def test_an_unknown_policy_is_refused_with_the_choices():
 def test_belady_by_name_is_refused_where_the_future_is_not_known():
     with pytest.raises(ConfigError, match="emoe replay"):
         CacheManager([2], policy="belady")
+
+
+def test_lru_serves_hits_before_misses_and_the_oldest_leave():
+    lru = LRU()
+    assert lru.serve([3, 1, 2], 3) == [3, 1, 2]
+    assert lru.serve([4, 3], 3) == [4]
+    assert list(lru.known()) == [2, 3, 4]
+    assert lru.serve([5, 6, 7, 8], 3) == [5, 6, 7, 8]
+    assert list(lru.known()) == [6, 7, 8]
+    assert lru.serve([1], 0) == [1]
+    assert not lru.known()
