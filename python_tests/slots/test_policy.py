@@ -87,7 +87,7 @@ def test_belady_by_name_is_refused_where_the_future_is_not_known():
 
 
 def test_lru_serves_hits_before_misses_and_the_oldest_leave():
-    lru = LRU()
+    lru = policy.LRU()
     assert lru.serve([3, 1, 2], 3) == [3, 1, 2]
     assert lru.serve([4, 3], 3) == [4]
     assert list(lru.known()) == [2, 3, 4]
