@@ -49,15 +49,7 @@ class Runtime:
         base: the `emoe.slots.base_set.BaseSet` that keeps the experts a predictor names.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        store: ExpertStore,
-        plan: Plan,
-        options: Options,
-        *,
-        device: Device,
-    ) -> None:
+    def __init__(self, model: Any, store: ExpertStore, plan: Plan, options: Options, *, device: Device) -> None:
         self.plan, self.store = plan, store
         self._model, self._device = model, device
         # Told of every request in this order, and of its end in the other: the base set, which has its experts brought,
@@ -227,23 +219,10 @@ class Runtime:
             ConfigError: another recorder is open that writes to `path`.
             WriteError: the folder is not there or cannot be written, or the disk is full: before the block runs.
         """
-        with self._lock:
-            self._require_open()
-            recording = experts.Recording(self._bank.recorder(path, type(self._model).__name__, self.plan.top_k))
-        recorder = recording.recorder
-        with recorder.saving():
-            with self._lock:
-                others = [each.recorder for each in self._bank.observers if isinstance(each, experts.Recording)]
-                if any(each.path.absolute() == recorder.path.absolute() for each in others):
-                    raise ConfigError(f"another recorder that is open writes to {path}; give each a file of its own")
-                self._bank.observers.insert(0, recording)
-                self._told.insert(1, recording)
-            try:
-                yield recorder
-            finally:
-                with self._lock:
-                    self._bank.observers.remove(recording)
-                    self._told.remove(recording)
+        self._require_open()
+        recorder = self._bank.recorder(path, type(self._model).__name__, self.plan.top_k)
+        with recorder.saving(), self._bank.recorded(recorder, self._told, self._require_open):
+            yield recorder
 
     def close(self, *, restore: bool | None = None) -> None:
         """Stops transfers, frees the slots and gives the model back; calling it again does nothing.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 from torch import nn
 
 from emoe.compute.device import Device
-from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part
+from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part, Recording
 from emoe.compute.records import register_records
 from emoe.compute.slot_tables import SlotTables
 from emoe.errors import ConfigError
 from emoe.memory import format_bytes
 from emoe.model.layout import SlotLayout
+from emoe.requests import RequestObserver
 from emoe.slots.cache import CacheManager
 from emoe.slots.loader import Loader
 from emoe.slots.resident import CacheResidency
@@ -62,7 +64,7 @@ class Bank:
         hostless: bool,
         lock: RLock,
     ) -> None:
-        self._store, self._device = store, device
+        self._store, self._device, self._lock = store, device, lock
         self.experts_per_layer = [len(layer.pieces) for layer in store.layers]
         self.cache = CacheManager(slots_per_layer, policy=policy)
         self.residency = CacheResidency(self.cache, self.experts_per_layer, lock)
@@ -105,6 +107,36 @@ class Bank:
         nbytes = [layer.layout.nbytes for layer in self.layers]
         experts = self.layers[0].num_experts
         return TraceRecorder(len(self.layers), top_k, experts, path=path, model=model, expert_bytes=nbytes)
+
+    @contextmanager
+    def recorded(
+        self, recorder: TraceRecorder, told: list[RequestObserver], check: Callable[[], None]
+    ) -> Iterator[None]:
+        """In the block, layers and requests tell the recorder what they do.
+
+        Args:
+            told: of requests; the recorder is second in it.
+            check: raises where none of it runs any more.
+
+        Raises:
+            ConfigError: another recorder is open that writes to its path.
+        """
+        recording = Recording(recorder)
+        with self._lock:
+            check()
+            others = [each.recorder for each in self.observers if isinstance(each, Recording)]
+            if any(each.path.absolute() == recorder.path.absolute() for each in others):
+                raise ConfigError(
+                    f"another recorder that is open writes to {recorder.path}; give each a file of its own"
+                )
+            self.observers.insert(0, recording)
+            told.insert(1, recording)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.observers.remove(recording)
+                told.remove(recording)
 
     def settling(self, mode: str, contract: bool) -> SlotTables:
         """The slot tables.
