@@ -113,6 +113,7 @@ def answer(
     max_new_tokens: int,
     write: Callable[[str], None],
     temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> Answer:
     """Generates and streams; an interrupt ends the answer early and is noted in it.
 
@@ -120,6 +121,7 @@ def answer(
         input_ids: [1, S].
         write: takes each finished piece of text.
         temperature: 0 takes the likeliest token each time.
+        repetition_penalty: as in Transformers: what logits of tokens that were there are divided by; 1 changes nothing.
     """
     result = Answer(prompt_tokens=input_ids.shape[1])
     options: dict[str, Any] = {"do_sample": temperature > 0}
@@ -136,6 +138,7 @@ def answer(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
+            repetition_penalty=repetition_penalty,
             streamer=stream,
             **options,
         )

@@ -13,14 +13,16 @@ from emoe.cli import common
 if TYPE_CHECKING:
     from rich.table import Table
 
+# What a model of 135 million parameters can answer.
 PROMPTS = {
-    "math": "A baker sells 24 rolls in the morning and half as many in the afternoon. How many rolls is that?",
-    "code": "Write a Python function that returns the largest number in a list.",
-    "summarization": "Summarize in one sentence: The library on Mill Street was closed for two years because its roof "
-    "leaked. The town repaired it with money that readers gave, and on Sunday it opened again with a concert.",
-    "translation": "Translate to French: Good morning, how are you?",
-    "chat": "Hello! What can you help me with?",
+    "math": "What is 11 + 6?",
+    "facts": "What is the capital of Japan? Answer in one word.",
+    "grammar": "Correct the grammar: She walk to school every day.",
+    "reading": "Maria bought bread at the market. Where did Maria buy bread?",
+    "summarization": "Summarize in a few words: The city will build a new park near the river next year.",
+    "chat": "Why is water important? Answer in one sentence.",
 }
+REPETITION_PENALTY = 1.04  # without one, small models go round in circles; with much of one they ramble
 
 _EPILOG = """\
 examples:
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per answer at most (default: 48)",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this in place of the five prompts of different tasks")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this in place of the six prompts of different tasks")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +72,12 @@ def run(args: argparse.Namespace) -> int:
 
     def answer(budget: int | str | float, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
         job = session.Job(
-            str(folder), budget, tuple(prompts.values()), args.max_new_tokens, context=_context(args, prompts)
+            str(folder),
+            budget,
+            tuple(prompts.values()),
+            args.max_new_tokens,
+            context=_context(args, prompts),
+            repetition_penalty=REPETITION_PENALTY,
         )
         return session.run(job, on_event)
 
@@ -100,17 +107,20 @@ def _table(limited: dict[str, Any], whole: dict[str, Any], identical: bool) -> T
     from emoe.memory import format_bytes
 
     table = Table(title="a part of the experts in memory, and all of them", title_justify="left")
-    table.add_column("")
+    table.add_column("experts in memory")
     table.add_column(common.percent(limited["plan"]["resident_share"]), justify="right")
     table.add_column(common.percent(whole["plan"]["resident_share"]), justify="right")
 
     def row(name: str, value: Callable[[dict[str, Any]], str]) -> None:
         table.add_row(name, value(limited), value(whole))
 
-    row("whole model", lambda r: format_bytes(r["plan"]["model_bytes"]))
-    row("its routed experts", lambda r: format_bytes(r["plan"]["expert_bytes"]))
-    row("budget", lambda r: format_bytes(r["plan"]["budget_bytes"]))
-    row("experts in memory", lambda r: format_bytes(r["plan"]["slab_bytes"]))
+    row("bytes of the model", lambda r: format_bytes(r["plan"]["model_bytes"]))
+    row("of these in memory", lambda r: format_bytes(_weights_in_memory(r["plan"])))
+    table.add_row("same tokens", "yes" if identical else "NO", "")
+    table.add_section()
+    row("routed experts of the model", lambda r: format_bytes(r["plan"]["expert_bytes"]))
+    row("slots for them in memory", lambda r: format_bytes(r["plan"]["slab_bytes"]))
+    row("budget (with KV cache)", lambda r: format_bytes(r["plan"]["budget_bytes"]))
     table.add_section()
     row("peak memory of the process", lambda r: format_bytes(r["peak_bytes"]))
     row("less Python and torch before loading", lambda r: format_bytes(r["peak_bytes"] - r["start_bytes"]))
@@ -119,6 +129,9 @@ def _table(limited: dict[str, Any], whole: dict[str, Any], identical: bool) -> T
     row("read from disk", lambda r: format_bytes(r["stats"]["bytes_read"]))
     row("stalled", lambda r: f"{r['stats']['stall_ms'] / 1e3:.1f} s")
     row("decode", lambda r: f"{r['tokens_per_second']:.1f} tokens/s" if r["tokens_per_second"] else "-")
-    table.add_section()
-    table.add_row("identical tokens", "yes" if identical else "NO", "")
     return table
+
+
+def _weights_in_memory(plan: dict[str, Any]) -> int:
+    """Of everything but the routed experts, and of those that have slots; the slots are whole pages and take more."""
+    return int(plan["model_bytes"] - plan["expert_bytes"] * (1 - plan["resident_share"]))

@@ -24,6 +24,7 @@ class Job:
     Attributes:
         memory_budget: as in `emoe.from_pretrained`.
         context: tokens of KV cache the plan leaves room for.
+        repetition_penalty: as in `generate.answer`.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Job:
     prompts: tuple[str, ...]
     max_new_tokens: int
     context: int = 512
+    repetition_penalty: float = 1.0
 
 
 def run(job: Job, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def _answer_all(job: Job, emit: Callable[[str, Any], None]) -> dict[str, Any]:
             generate.encode(tokenizer, prompt),
             max_new_tokens=job.max_new_tokens,
             write=lambda piece: emit("text", piece),
+            repetition_penalty=job.repetition_penalty,
         )
         if answer.interrupted:
             raise KeyboardInterrupt

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -279,6 +280,37 @@ def test_the_shipped_facts_and_delta_agree():
     assert builder.DELTA.stat().st_size < 8 << 20
 
 
+RIGHT = {"math": "17", "facts": "Tokyo", "grammar": "She walks to school every day.", "reading": "at the market"}
+
+
+def _answered(share: float, tokens: list[int]) -> dict[str, Any]:
+    plan = {"resident_share": share, "model_bytes": 300 << 20, "expert_bytes": 100 << 20}
+    plan |= {"budget_bytes": 320 << 20, "slab_bytes": int(share * 110 * 2**20)}
+    stats = {"hit_rate": 0.5, "bytes_read": 1 << 20, "stall_ms": 10.0}
+    report = {"answers": [{"token_ids": tokens, "text": "x"}], "tokens_per_second": 2.0, "plan": plan, "stats": stats}
+    return report | {"peak_bytes": 500 << 20, "start_bytes": 200 << 20}
+
+
+@pytest.mark.parametrize(("tokens", "status", "same"), [([5, 6], 0, "yes"), ([5, 7], 1, "NO")])
+def test_the_table_begins_with_the_bytes_and_whether_the_tokens_are_the_same(monkeypatch, capfd, tokens, status, same):
+    jobs = []
+
+    def run_job(job, on_event):
+        jobs.append(job)
+        return _answered(job.memory_budget, [5, 6] if job.memory_budget == 1.0 else tokens)
+
+    monkeypatch.setattr(demo, "build", lambda: Path("model"))
+    monkeypatch.setattr(session, "run", run_job)
+    assert cli.main(["demo"]) == status
+    lines = capfd.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]
+    assert rows[0] == ["bytes of the model", "300.0 MiB", "300.0 MiB"]
+    assert rows[1] == ["of these in memory", "225.0 MiB", "300.0 MiB"]
+    assert rows[2][:2] == ["same tokens", same]
+    assert [job.memory_budget for job in jobs] == [0.25, 1.0]
+    assert jobs[0].repetition_penalty == jobs[1].repetition_penalty > 1.0
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, worker_root) -> tuple[Path, torch.nn.Module]:
     """The real demo model's folder and the dense model it comes from; skips where the wheel cannot be fetched."""
@@ -318,14 +350,17 @@ def test_the_demo_model_is_nearly_as_good_as_the_dense_one_and_owes_it_to_its_ro
 @pytest.mark.slow
 def test_the_demo_command_gives_the_same_tokens_with_a_quarter_of_the_experts(real, capfd, monkeypatch):
     monkeypatch.setenv("EMOE_CACHE", str(real[0].parent))
-    assert cli.main(["demo", "--json", "--max-new-tokens", "8"]) == 0
+    assert cli.main(["demo", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     limited, whole = report["runs"]["limited"], report["runs"]["whole"]
     assert report["identical_tokens"]
     assert limited["plan"]["resident_share"] <= 0.25
     assert whole["plan"]["resident_share"] == 1.0
     assert limited["peak_bytes"] < whole["peak_bytes"]
-    assert all(answer["text"].strip() for answer in limited["answers"])
+    answers = dict(zip(report["prompts"], (answer["text"] for answer in limited["answers"]), strict=True))
+    for task, words in RIGHT.items():
+        assert words in answers[task], task
+    assert all(len(answer["token_ids"]) < 48 for answer in limited["answers"]), "an answer that goes on and on"
 
 
 @pytest.mark.slow
