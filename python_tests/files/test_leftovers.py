@@ -18,7 +18,7 @@ from emoe.files import owned
 from emoe.store.writer import write_store
 
 ROOT = Path(__file__).parents[2]
-WAIT = "import sys, time; print('ready', flush=True); time.sleep(100)"
+WAIT = "import sys, time; print('ready', flush=True); time.sleep(3600)"
 CHILDREN = {
     "file": "with files.whole(folder / 't.npz') as file:\n    file.write(b'half'); file.flush(); wait()",
     "folder": "own = files.OwnFolder(folder, 'saving'); (own.path / 'x').write_text('half'); wait()",
