@@ -322,7 +322,8 @@ class Options:
         "auto", _budget,
         """everything the model keeps in memory (other weights, expert slots, staging, the KV cache of `context` tokens
         times `batch`): bytes ("8GiB", "8G" for the same, "500MB", a whole number), a share of the routed experts (0.25
-        or 25%), or "auto" for what is free now less a reserve, which is logged""",
+        or 25%), or "auto" for what is free now less a reserve, which is logged. Python, torch and what torch computes
+        with while it runs (activations: the more the longer a prompt) come on top""",
         "BYTES", read=_text_number, ways=("load", "wrap", "plan"),
     )  # fmt: skip
     dtype: Any = _row(
