@@ -21,6 +21,7 @@ from typing import IO
 from emoe.errors import EmoeError, WriteError
 
 _MARK = ".emoe-"
+_GET_VERSION = 0x80087601  # FS_IOC_GETVERSION of linux/fs.h
 _OURS = re.compile(r"\..*\.emoe-[a-z0-9_]{8}")
 
 
@@ -125,7 +126,7 @@ class OwnNames:
 
     def made(self, name: str, handle: int) -> None:
         """Called after it is made."""
-        os.write(self._handle, f"{os.fstat(handle).st_ino} {name}\n".encode())
+        os.write(self._handle, f"{_which(handle)} {name}\n".encode())
 
     def remove(self) -> None:
         """Forgets the names; the files stay. Calling it again does nothing."""
@@ -209,15 +210,29 @@ def _remove_left(path: Path) -> None:
 def _remove_named(path: Path, handle: int) -> None:
     """The files that `OwnNames` wrote down, where they still are those."""
     for line in os.read(handle, 1 << 20).decode("utf-8", "replace").splitlines():
-        inode, _, name = line.partition(" ")
+        which, _, name = line.partition(" ")
         if not name or Path(name).name != name:
             continue
         with contextlib.suppress(OSError):
-            there = os.lstat(path.parent / name)
-            # Announced and not yet made for certain: what is empty then is no loss.
-            ours = str(there.st_ino) == inode or (inode == "0" and not there.st_size)
-            if stat.S_ISREG(there.st_mode) and ours:
-                (path.parent / name).unlink()
+            there = os.open(path.parent / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                found = os.fstat(there)
+                # Announced and not yet made for certain: what is empty then is no loss.
+                ours = _which(there) == which or (which == "0" and not found.st_size)
+                if stat.S_ISREG(found.st_mode) and ours and _is_at(path.parent / name, there):
+                    (path.parent / name).unlink()
+            finally:
+                os.close(there)
+
+
+def _which(handle: int) -> str:
+    """Tells a file from every other, also from a later one that the file system gave the same inode."""
+    generation = bytearray(8)
+    try:
+        fcntl.ioctl(handle, _GET_VERSION, generation)
+    except OSError:  # a file system that counts no generations, such as tmpfs, whose inodes do not come back
+        return str(os.fstat(handle).st_ino)
+    return f"{os.fstat(handle).st_ino}:{generation.hex()}"
 
 
 def _is_at(path: Path, handle: int) -> bool:
