@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from emoe.predictor.shadow import ShadowLRU
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from emoe import tasks
+from emoe.slots.shadow import ShadowLRU
 
 SHADOW, CLASSIFIER = 20e-6, 0.05  # seconds at most
 TEXTS = {

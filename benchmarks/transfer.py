@@ -289,7 +289,9 @@ def copies_to(name: str, quick: bool) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help=f"exit with 1 where a ratio is below {TARGET:.0%}")
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit with 1 where a ratio is below {100 * TARGET:.0f} %%"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and bytes")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--workers", type=int, default=2)

@@ -164,7 +164,8 @@ def test_a_budget_from_numpy_gives_the_same_plan(checkpoint):
 )  # fmt: skip
 def test_a_device_map_that_names_one_device_is_that_device(device_map, checkpoint):
     model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, device_map=device_map)
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    # Placeholders stand on the meta device for what is in the store.
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu", "meta"}
     model.emoe.close(restore=False)
     assert emoe.plan(checkpoint("olmoe"), 0.5, device_map=device_map, calibrate=False).resident_share == 0.5
 

@@ -49,9 +49,10 @@ def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:
 
 def _first_dtype(folder: Path) -> torch.dtype:
     """Where neither caller nor config says: that of the first floating-point tensor, as Transformers does."""
-    from emoe.store.headers import checkpoint_files, read_header
+    from emoe.store.headers import INDEX_NAME, SINGLE_NAME, checkpoint_files, read_header
 
-    for file in checkpoint_files(folder) if folder.is_dir() else []:
+    here = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))  # else a config alone is planned
+    for file in checkpoint_files(folder) if here else []:
         for entry in read_header(file).values():
             if entry.is_float:
                 return cast(torch.dtype, getattr(torch, entry.dtype))

@@ -15,7 +15,7 @@ from typing import Any
 from emoe.errors import CheckpointError
 from emoe.files import jsontext
 from emoe.model.encoding import encoding
-from emoe.store.opened import OpenFile
+from emoe.store.opened import OpenFile, spare_descriptor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -214,6 +214,7 @@ def _validate_with_library(opened: OpenFile, names: set[str]) -> None:
     from safetensors import SafetensorError, safe_open
 
     file, own = opened.path, Path(f"/proc/self/fd/{opened.fd}")
+    spare_descriptor()  # the library's own complaint about too few names no class
     try:
         with safe_open(own if own.exists() else file, framework="pt") as tensors:
             same = set(tensors.keys()) == names

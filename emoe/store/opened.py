@@ -138,3 +138,17 @@ def _of(info: os.stat_result) -> Identity:
 def _changed(then: Identity, now: Identity) -> str:
     what = "it was written to" if now.size == then.size else f"it had {then.size} bytes, now {now.size}"
     return f"changed since the model was loaded ({what}); load the model again"
+
+
+def spare_descriptor() -> None:
+    """Sees to it that a library can open a few files more, raising the soft limit where it has to."""
+    spare: list[int] = []
+    try:
+        while len(spare) < 8:
+            spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            _more_descriptors()
+    finally:
+        for fd in spare:
+            os.close(fd)

@@ -112,11 +112,8 @@ def test_rates_are_measured_and_not_cached_where_the_cache_folder_cannot_be_writ
     assert [path.name for path in read_only.iterdir()] == ["bandwidth.json"]
 
 
-def test_auto_with_nothing_left_says_what_was_free_and_reserved_and_what_to_ask_for(checkpoint, monkeypatch):
-    from emoe.planning import plan
-
-    monkeypatch.setattr(plan, "available_memory", lambda: 512 << 20)
+def test_auto_with_nothing_left_says_what_was_free_and_reserved_and_what_to_ask_for(checkpoint):
     with pytest.raises(errors.BudgetError, match=r"512\.0 MiB are free, 1\.0 GiB stay reserved") as caught:
-        emoe.plan(checkpoint("olmoe"))
+        emoe.plan(checkpoint("olmoe"), free=lambda: 512 << 20)
     assert f"memory_budget={caught.value.needed} takes of the reserve" in str(caught.value)
     assert emoe.plan(checkpoint("olmoe"), caught.value.needed, calibrate=False).budget_bytes == caught.value.needed
