@@ -154,7 +154,6 @@ class Requests:
         self._nobodys = Request()
         self._open: tuple[_Open, ...] = ()  # in the order of opening; replaced, never changed, as forwards look at it
         self._kinds: dict[int, Kind] = {}  # of threads whose forwards are not users'
-        self._asked = 0  # users' that have begun and of whose end not everybody was told
         self._implied: Request | None = None
         self._starts = RequestStart()
         self._closed = ""  # why no request begins any more
@@ -220,6 +219,11 @@ class Requests:
     def running(self) -> bool:
         """Whether a user's request has begun and not ended."""
         return bool(self._asked) or self._implied is not None
+
+    @property
+    def _asked(self) -> int:
+        """Users' requests that have begun and not ended."""
+        return sum(entry.rows is None and entry.requests[0].kind is Kind.ASKED for entry in self._open)
 
     def _entry(self) -> _Open | None:
         entries = self._open
@@ -306,9 +310,7 @@ class Requests:
             self._closed = LOST
             self._on_lost()
         here = get_ident()
-        gone = [entry for entry in self._open if entry.thread != here]
         self._open = tuple(entry for entry in self._open if entry.thread == here)
-        self._asked -= sum(entry.rows is None and entry.requests[0].kind is Kind.ASKED for entry in gone)
         self._kinds = {thread: kind for thread, kind in self._kinds.items() if thread == here}
 
     def _begin(self, request: Request) -> _Open:
@@ -325,7 +327,6 @@ class Requests:
             request.within = None if own is None else own.requests[0]
             entry = _Open(get_ident(), (request,), None)
             self._open = (*self._open, entry)
-            self._asked += asked
             told: list[RequestObserver] = []
             try:
                 for observer in self._observers:
@@ -339,14 +340,10 @@ class Requests:
 
     def _end(self, request: Request, entry: _Open, told: Sequence[RequestObserver] | None = None) -> None:
         with self.lock, ExitStack() as stack:
-            self._forget(entry)
-            stack.callback(self._over, request)
             last = request.kind is Kind.ASKED and self._asked == 1
+            self._forget(entry)
             for observer in self._observers if told is None else told:
                 stack.callback(observer.end, request, last)
-
-    def _over(self, request: Request) -> None:
-        self._asked -= request.kind is Kind.ASKED
 
     def _forget(self, entry: _Open) -> None:
         with self.lock:
