@@ -77,7 +77,7 @@ class Bank:
         self.observers: list[Observer] = []
         modules = dict(model.named_modules())
         parts = [
-            Part(number, modules[layer.path], layer.params, where, self.loader, self.slab, self._queue, device.tensors,
+            Part(number, modules[layer.path], layer.form, where, self.loader, self.slab, self._queue, device.tensors,
                  ids, self.tables)
             for number, (layer, where, ids) in enumerate(zip(store.layers, layouts, records, strict=True))
         ]  # fmt: skip

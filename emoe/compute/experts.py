@@ -16,7 +16,7 @@ from torch import nn
 
 from emoe.errors import ClosedError, ConfigError, EmoeError, UnsupportedModelError
 from emoe.model.layout import SlotLayout
-from emoe.model.spec import ParamSpec
+from emoe.model.spec import ExpertForm
 from emoe.requests import Kind, Request
 from emoe.slots.loader import Loader
 
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     Attributes:
         number: counted over experts modules.
         module: Transformers' experts module; its expert parameters are detached.
-        params: parameters of one expert.
+        form: of one expert.
         layout: where each lies in a slot, and the native layout where there is one.
         loader, slab, queue: of the runtime.
         place: where tensors have to be.
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
     number: int
     module: nn.Module
-    params: Sequence[ParamSpec]
+    form: ExpertForm
     layout: SlotLayout
     loader: Loader
     slab: Any
@@ -189,7 +189,7 @@ def _width(part: Part) -> int | None:
     """Channels of a token; None where a family's own code alone knows."""
     if part.layout.native is not None:
         return cast(int, part.layout.native["hidden"])
-    for param in part.params:
+    for param in part.form.params:
         if param.name in ("gate_up_proj", "up_proj") and len(param.shape) == 2:
             return param.shape[0 if part.module.is_transposed else 1]
     return None

@@ -43,8 +43,8 @@ def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayo
         if piece.file not in files:
             file = store.opened(piece.file)
             files[piece.file] = table.add_file(file.path, file.fd, file.identity)
-        dtype = dtypes[piece.param]
-        start = where.offsets[piece.param] + encoding(dtype).nbytes((piece.dst_offset,))
+        dtype = dtypes[piece.stored]
+        start = where.offsets[piece.stored] + encoding(dtype).nbytes((piece.dst_offset,))
         return (
             files[piece.file], piece.offset, piece.nbytes, piece.tensor, piece.src_dtype,
             start, dtype, piece.rows, piece.cols, piece.dst_row_stride, piece.dst_col_stride,
@@ -52,14 +52,14 @@ def register_records(module: Any, store: ExpertStore, layouts: Sequence[SlotLayo
 
     records = []
     for layer, where in zip(store.layers, layouts, strict=True):
-        if slot_offsets(layer.params) != (where.offsets, where.nbytes):
-            found = ", ".join(f"{param.name} {param.dtype} {list(param.shape)}" for param in layer.params)
+        if slot_offsets(layer.form.stored) != (where.offsets, where.nbytes):
+            found = ", ".join(f"{each.name} {each.dtype} {list(each.shape)}" for each in layer.form.stored)
             raise CheckpointError(
                 f"the experts of {layer.path} are {found}, not what the budget was planned for; dtype= says which "
                 "dtype to load",
                 tensor=layer.path,
             )
-        dtypes = {param.name: param.dtype for param in layer.params}
+        dtypes = {each.name: each.dtype for each in layer.form.stored}
         records.append(
             [table.add_record([native_piece(piece, where, dtypes) for piece in pieces]) for pieces in layer.pieces]
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import nn
 from emoe.compute import ops
 from emoe.compute.experts import Part
 from emoe.errors import ConfigError
+from emoe.model.decode import parameter
 from emoe.model.layout import SlotLayout
-from emoe.model.spec import ParamSpec
+from emoe.model.spec import ExpertForm
 from emoe.slots.loader import Loader
 
 
@@ -26,8 +27,8 @@ class Stock:
     def __init__(self, part: Part) -> None:
         self._layer, self._experts, self._loader = part.number, len(part.records), part.loader
         self._module = part.module
-        self._dtypes = {getattr(torch, param.dtype) for param in part.params}
-        self._pool = _SlotPool(part.slab, part.layout, part.params)
+        self._dtypes = {getattr(torch, param.dtype) for param in part.form.params}
+        self._pool = _SlotPool(part.slab, part.layout, part.form)
         self._eager: Callable[..., torch.Tensor] = type(part.module).forward.__wrapped__  # type: ignore[attr-defined]
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -65,24 +66,33 @@ class Stock:
 
 
 class _SlotPool:
-    """The slab seen as torch tensors: `tensor(slot, name)` is the parameter of the expert in that slot."""
+    """The slab seen as torch tensors: `tensor(slot, name)` is the parameter of the expert in that slot.
 
-    def __init__(self, slab: Any, layout: SlotLayout, params: Sequence[ParamSpec]) -> None:
+    What is encoded is decoded at each access, into memory of its own.
+    """
+
+    def __init__(self, slab: Any, layout: SlotLayout, form: ExpertForm) -> None:
         buffer = (ctypes.c_char * (slab.slots * slab.slot_bytes)).from_address(slab.address)
         self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
         self._slab = slab  # keeps the memory alive
-        self._params = {
-            param.name: (layout.offsets[param.name], param.nbytes, param.shape, getattr(torch, param.dtype))
-            for param in params
+        self._form = form
+        self._arrays = {
+            each.name: (layout.offsets[each.name], each.nbytes, each.shape, getattr(torch, each.dtype))
+            for each in form.stored
         }
 
     def tensor(self, slot: int, name: str) -> torch.Tensor:
-        offset, nbytes, shape, dtype = self._params[name]
+        if name in self._arrays:
+            return self._array(slot, name)
+        return parameter(self._form, name, lambda stored: self._array(slot, stored))
+
+    def _array(self, slot: int, name: str) -> torch.Tensor:
+        offset, nbytes, shape, dtype = self._arrays[name]
         start = slot * self._slab.slot_bytes + offset
         return self._bytes[start : start + nbytes].view(dtype).view(shape)
 
     def names(self) -> list[str]:
-        return list(self._params)
+        return [param.name for param in self._form.params]
 
 
 class _SlotParameter:

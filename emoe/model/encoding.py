@@ -1,16 +1,59 @@
-"""How numbers lie as bytes: every encoding once, by name. csrc/core/encoding.hpp is the same table for the native side.
+"""How numbers lie as bytes: every encoding once, by name. csrc/core/encoding.hpp has the same codes for the kernels.
 
-An encoding cuts a matrix [rows, cols] into blocks and stores each block in planes, such as codes and scales.
-A plain dtype has blocks of one element and one plane. Whoever needs bytes asks here; nobody multiplies by an item size.
+A matrix [rows, cols], outputs by inputs, is stored in planes: arrays beside one another, such as codes and scales. A
+plain dtype has one plane with an element for each number. Whoever needs bytes asks here; nobody multiplies by an item
+size. How codes become numbers is in decode.py; what files call the planes, in store/companions.py and store/gguf.py.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from emoe.errors import UnsupportedModelError
+
+# Bytes of an element, by torch's name of the dtype.
+ITEMSIZE = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+}  # fmt: skip
+# The kernels compute with these plain dtypes, and the transfer converts between them.
+COMPUTED = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One array of an encoding.
+
+    Attributes:
+        name: "values", "blocks", "codes", "scales", "zeros" or "factor".
+        dtype: of its elements.
+        block: rows and columns of the matrix that share `count` elements; 0 stands for all there are.
+        count: elements of a block.
+        transposed: the array has a row for each (block of) input, not output.
+        cut: the last block of a row or column may be cut off by the matrix's edge.
+    """
+
+    name: str
+    dtype: str
+    block: tuple[int, int] = (1, 1)
+    count: int = 1
+    transposed: bool = False
+    cut: bool = False
+
+    def shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Of the array for a matrix [rows, cols]."""
+        high, wide = self.block[0] or rows, self.block[1] or cols
+        down, across = -(-rows // high), -(-cols // wide)
+        return (across, down * self.count) if self.transposed else (down, across * self.count)
+
+    def holds(self, rows: int, cols: int) -> bool:
+        """Whether a matrix [rows, cols] is a whole number of blocks, or may be cut."""
+        high, wide = self.block
+        return self.cut or not ((high and rows % high) or (wide and cols % wide))
 
 
 @dataclass(frozen=True)
@@ -18,76 +61,159 @@ class Encoding:
     """One row of the table.
 
     Attributes:
-        name: torch's name for a plain dtype, else the format's.
-        block: rows and columns of a block.
-        planes: name of each plane and the bytes that a block takes of it.
+        name: torch's name for a plain dtype, else what `encoding` takes.
+        codes: how a code becomes a number, a word that the native side knows (`encoding.hpp`).
+        planes: in the order in which they lie in a slot.
+        scale: what the scales are: "float32", "bfloat16", "float16", "e8m0" (a power of two, 2^(byte - 127)) or "e4m3";
+            "" where codes hold their own or there are none.
     """
 
     name: str
-    block: tuple[int, int]
-    planes: tuple[tuple[str, int], ...]
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block, all planes."""
-        return sum(nbytes for _, nbytes in self.planes)
+    codes: str
+    planes: tuple[Plane, ...]
+    scale: str = ""
 
     @property
     def plain(self) -> bool:
         """Whether every element is a number of its own, as in a torch tensor."""
-        return self.block == (1, 1) and len(self.planes) == 1
+        return self.planes[0].name == "values"
 
-    def nbytes(self, shape: Sequence[int]) -> int:
-        """Bytes of an array; its last axis are the columns, those before it together the rows.
+    def plane(self, name: str) -> Plane | None:
+        """The plane of that name, None where there is none."""
+        return next((plane for plane in self.planes if plane.name == name), None)
+
+    def shapes(self, rows: int, cols: int) -> dict[str, tuple[int, int]]:
+        """Of the array of each plane.
 
         Raises:
-            UnsupportedModelError: rows or columns are no multiple of the block's.
+            UnsupportedModelError: the matrix is no whole number of blocks.
+        """
+        for plane in self.planes:
+            if not plane.holds(rows, cols):
+                high, wide = plane.block
+                raise UnsupportedModelError(
+                    f"[{rows}, {cols}] cannot be {self.name}: its blocks have {high or 'all'} rows and "
+                    f"{wide or 'all'} columns"
+                )
+        return {plane.name: plane.shape(rows, cols) for plane in self.planes}
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of an array, all planes; its last axis are the columns, those before it together the rows.
+
+        Raises:
+            UnsupportedModelError: it is no whole number of blocks.
         """
         cols = shape[-1] if shape else 1
         rows = math.prod(shape[:-1])
-        high, wide = self.block
-        if rows % high or cols % wide:
-            raise UnsupportedModelError(
-                f"{list(shape)} cannot be {self.name}: its blocks have {high} rows and {wide} columns"
-            )
-        return rows // high * (cols // wide) * self.block_bytes
+        shapes = self.shapes(rows, cols)
+        return sum(math.prod(shapes[plane.name]) * ITEMSIZE[plane.dtype] for plane in self.planes)
 
 
-def _plain(name: str, nbytes: int) -> Encoding:
-    return Encoding(name, (1, 1), (("values", nbytes),))
+def _blocks(name: str, values: int, nbytes: int) -> Encoding:
+    """A format of GGUF: so many numbers of a row in so many bytes, scales among them."""
+    return Encoding(name, name, (Plane("blocks", "uint8", (1, values), nbytes),))
 
 
-# The kernels compute with the first three; the others are what files hold besides.
+def _nibbles(scales: Plane, *more: Plane) -> tuple[Plane, ...]:
+    """Two codes a byte, the low four bits first."""
+    return (Plane("codes", "uint8", (1, 2)), scales, *more)
+
+
+# Encodings without a parameter, plain ones first and among them those of COMPUTED.
 ENCODINGS = {
     each.name: each
     for each in (
-        _plain("float32", 4),
-        _plain("float16", 2),
-        _plain("bfloat16", 2),
-        _plain("float64", 8),
-        _plain("float8_e4m3fn", 1),
-        _plain("float8_e5m2", 1),
-        _plain("int64", 8),
-        _plain("int32", 4),
-        _plain("int16", 2),
-        _plain("int8", 1),
-        _plain("uint64", 8),
-        _plain("uint32", 4),
-        _plain("uint16", 2),
-        _plain("uint8", 1),
-        _plain("bool", 1),
+        *(Encoding(name, name, (Plane("values", name),)) for name in ITEMSIZE),
+        _blocks("q8_0", 32, 34),
+        _blocks("q4_0", 32, 18),
+        _blocks("q4_1", 32, 20),
+        _blocks("q5_0", 32, 22),
+        _blocks("q5_1", 32, 24),
+        _blocks("q2_k", 256, 84),
+        _blocks("q3_k", 256, 110),
+        _blocks("q4_k", 256, 144),
+        _blocks("q5_k", 256, 176),
+        _blocks("q6_k", 256, 210),
+        _blocks("iq4_nl", 32, 18),
+        _blocks("iq4_xs", 256, 136),
+        _blocks("gguf_mxfp4", 32, 17),
+        Encoding("mxfp4", "e2m1", _nibbles(Plane("scales", "uint8", (1, 32))), "e8m0"),
+        # The factor of a tensor multiplies (modelopt) or divides (compressed-tensors).
+        *(
+            Encoding(
+                name, codes,
+                _nibbles(Plane("scales", "float8_e4m3fn", (1, 16)), Plane("factor", "float32", (0, 0))), "e4m3",
+            )
+            for name, codes in (("nvfp4", "e2m1"), ("nvfp4_divided", "e2m1_divided"))
+        ),
     )
-}
-COMPUTED = ("float32", "float16", "bfloat16")
+}  # fmt: skip
+
+_SCALE_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "e8m0": "uint8"}
+_SCALE = "|".join(_SCALE_DTYPES)
+_BYTES = re.compile(rf"(e4m3|e5m2|int8)-(row|tensor|[1-9]\d{{0,5}}x[1-9]\d{{0,5}})-({_SCALE})")
+_BITS = re.compile(rf"(int4|awq|gptq|gptq_v2)-(row|[1-9]\d{{0,5}})-({_SCALE})(-zeros)?")
+_BYTE_DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "int8": "int8"}
 
 
+@functools.cache
 def encoding(name: str) -> Encoding:
-    """The encoding of that name.
+    """The encoding of that name: one of `ENCODINGS`, or one with parameters.
+
+    A byte each, times a scale: "e4m3-128x128-float32", "e4m3-row-bfloat16", "int8-tensor-float32", "e4m3-1x32-e8m0".
+    Four bits each, in groups along the inputs: "int4-32-bfloat16", "int4-32-float16-zeros" (compressed-tensors),
+    "awq-128-float16", "gptq-128-float16" (zeros stored less one), "gptq_v2-128-float16".
 
     Raises:
         UnsupportedModelError: there is none; names the choices.
     """
-    try:
+    if name in ENCODINGS:
         return ENCODINGS[name]
-    except KeyError:
-        raise UnsupportedModelError(f"encoding {name!r} is not one of: {', '.join(ENCODINGS)}") from None
+    if found := _BYTES.fullmatch(name):
+        codes, block, scale = found.groups()
+        sizes = {"row": (1, 0), "tensor": (0, 0)}.get(block) or tuple(map(int, block.split("x")))
+        scales = Plane("scales", _SCALE_DTYPES[scale], (sizes[0], sizes[1]), cut=True)
+        return Encoding(name, codes, (Plane("codes", _BYTE_DTYPES[codes]), scales), scale)
+    if found := _BITS.fullmatch(name):
+        codes, group, scale, zeros = found.groups()
+        if codes == "int4" or not zeros:
+            return _four_bits(name, codes, 0 if group == "row" else int(group), scale, zeros is not None)
+    raise UnsupportedModelError(
+        f"encoding {name!r} is not one of: {', '.join(ENCODINGS)}, nor like e4m3-128x128-float32, int8-row-bfloat16, "
+        "int4-32-bfloat16, awq-128-float16, gptq-128-float16"
+    )
+
+
+def _four_bits(name: str, codes: str, group: int, scale: str, zeros: bool) -> Encoding:
+    """Eight codes in an int32, along the inputs (int4, gptq) or outputs (awq); zeros are packed along the outputs."""
+    along = codes != "int4"
+    planes = [
+        Plane("codes", "int32", (8, 1) if codes == "awq" else (1, 8), transposed=along, cut=codes == "int4"),
+        Plane("scales", _SCALE_DTYPES[scale], (1, group), transposed=along, cut=codes == "int4"),
+    ]
+    if along or zeros:
+        planes.append(Plane("zeros", "int32", (8, group), transposed=along, cut=codes == "int4"))
+    return Encoding(name, codes, tuple(planes), scale)
+
+
+@dataclass(frozen=True)
+class EncodedMatrix:
+    """A weight matrix of an expert as it lies in a slot, and which rows of a parameter it makes.
+
+    Attributes:
+        encoding: by name.
+        rows, cols: outputs and inputs.
+        planes: the stored array (`ExpertForm.stored`) of each plane.
+        param: the parameter that it is part of.
+        start, step: its row r is row `start + r * step` of the parameter, its column where that is `transposed`.
+        transposed: the parameter is [inputs, outputs].
+    """
+
+    encoding: str
+    rows: int
+    cols: int
+    planes: Mapping[str, str] = field(hash=False)
+    param: str
+    start: int = 0
+    step: int = 1
+    transposed: bool = False

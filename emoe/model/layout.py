@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from emoe.model.encoding import COMPUTED
-from emoe.model.spec import ParamSpec, slot_offsets
+from emoe.model.encoding import COMPUTED, encoding
+from emoe.model.spec import ExpertForm, ParamSpec, slot_offsets
 
 # A probe of few experts and channels; tokens sweep three decades, so that gates reach every clamp and both tails.
 _EXPERTS, _HIDDEN, _INTERMEDIATE, _TOKENS, _TOP_K = 3, 4, 6, 48, 2
@@ -54,16 +54,16 @@ class SlotLayout:
     reason: str
 
 
-def describe(module: nn.Module, params: tuple[ParamSpec, ...]) -> SlotLayout:
+def describe(module: nn.Module, form: ExpertForm) -> SlotLayout:
     """Lays out one expert of an experts module.
 
     Args:
         module: Transformers' experts module; its parameters may be on the meta device or gone.
-        params: parameters of one expert.
+        form: of one expert.
     """
-    offsets, nbytes = slot_offsets(params)
+    offsets, nbytes = slot_offsets(form.stored)
     try:
-        native = _native(module, {param.name: param for param in params}, offsets)
+        native = _native(module, form, offsets)
     except _NotNativeError as reason:
         return SlotLayout(nbytes, offsets, None, str(reason))
     return SlotLayout(nbytes, offsets, native, "")
@@ -73,32 +73,71 @@ class _NotNativeError(Exception):
     pass
 
 
-def _native(module: Any, params: dict[str, ParamSpec], offsets: dict[str, int]) -> dict[str, Any]:
+def _native(module: Any, form: ExpertForm, offsets: dict[str, int]) -> dict[str, Any]:
     name = type(module).__name__
+    params = {param.name: param for param in form.params}
     up = "gate_up_proj" if module.has_gate else "up_proj"
     expected = [up, "down_proj", *([f"{up}_bias", "down_proj_bias"] if module.has_bias else [])]
     if set(expected) != set(params):
         raise _NotNativeError(f"{name} keeps the parameters {', '.join(params)}, not {', '.join(expected)}.")
     dtypes = sorted({param.dtype for param in params.values()})
-    if len(dtypes) > 1 or dtypes[0] not in COMPUTED:
+    if not form.matrices and (len(dtypes) > 1 or dtypes[0] not in COMPUTED):
         raise _NotNativeError(f"Its weights are {' and '.join(dtypes)}, not one of {', '.join(COMPUTED)}.")
     hidden, rows = _matrix(params[up], module)
     intermediate, hidden_out = _matrix(params["down_proj"], module)
     if rows != intermediate * (2 if module.has_gate else 1):
         raise _NotNativeError(f"{name}: {up} and down_proj do not fit each other.")
+    sizes = {"hidden": hidden, "intermediate": intermediate, "hidden_out": hidden_out}
+    found = {"has_gate": bool(module.has_gate), **_recognise(module, up)}
+    if form.matrices:
+        return {**sizes, **found, **_encoded(form, offsets, up, intermediate, hidden_out, found)}
     return {
-        "hidden": hidden,
-        "intermediate": intermediate,
-        "hidden_out": hidden_out,
+        **sizes,
         "dtype": dtypes[0],
-        "has_gate": bool(module.has_gate),
         "transposed": bool(module.is_transposed),
-        **_recognise(module, up),
+        **found,
         "gate_up_offset": offsets[up],
         "down_offset": offsets["down_proj"],
         "gate_up_bias_offset": offsets.get(f"{up}_bias", -1),
         "down_bias_offset": offsets.get("down_proj_bias", -1),
     }
+
+
+def _encoded(
+    form: ExpertForm, offsets: dict[str, int], up: str, intermediate: int, hidden_out: int, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The three matrices of an expert whose weights are encoded, as `_C.Weights` takes them."""
+    step = 2 if found["interleaved"] else 1
+    weights = {"gate": _rows(form, offsets, up, 0, step, intermediate)}
+    if found["has_gate"]:
+        weights["up"] = _rows(form, offsets, up, 1 if found["interleaved"] else intermediate, step, intermediate)
+    return {**weights, "down": _rows(form, offsets, "down_proj", 0, 1, hidden_out)}
+
+
+def _rows(form: ExpertForm, offsets: dict[str, int], param: str, first: int, step: int, count: int) -> dict[str, Any]:
+    """Where rows first, first + step, ... of a parameter lie, in one matrix."""
+    for matrix in form.matrices:
+        start, its_step = (first - matrix.start) / matrix.step, step / matrix.step
+        last = start + (count - 1) * its_step
+        if matrix.param == param and start >= 0 and start % 1 == its_step % 1 == 0 and last < matrix.rows:
+            how = encoding(matrix.encoding)
+            scales = how.plane("scales")
+            weights = {
+                "codes": how.codes,
+                "rows": matrix.rows,
+                "depth": matrix.cols,
+                "first": int(start),
+                "step": int(its_step),
+                "count": count,
+                "planes": {plane: offsets[name] for plane, name in matrix.planes.items()},
+                "scale": how.scale,
+                "scale_block": (0, 0) if scales is None else scales.block,
+            }
+            bias = next((each for each in form.stored if each.name == f"{param}_bias"), None)
+            if bias is not None:
+                weights["bias"] = (offsets[bias.name] + first * encoding(bias.dtype).nbytes((1,)), step, bias.dtype)
+            return weights
+    raise _NotNativeError(f"Rows {first}, {first + step}, ... of {param} lie in several matrices.")
 
 
 def _matrix(param: ParamSpec, module: Any) -> tuple[int, int]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from emoe.model.encoding import encoding
+from emoe.model.encoding import EncodedMatrix, encoding
 
 SLOT_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load of the kernels
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A parameter of one expert, e.g. ("gate_up_proj", (2I, H), "bfloat16"); the dtype, an
-    encoding by name, is the one it runs in.
+    """A parameter of one expert, e.g. ("gate_up_proj", (2I, H), "bfloat16"), or an array of an encoded one; the
+    dtype, a plain encoding by name, is the one it runs in.
     """
 
     name: str
@@ -22,15 +22,46 @@ class ParamSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it, all planes."""
+        """Bytes of it."""
         return encoding(self.dtype).nbytes(self.shape)
 
 
-def slot_offsets(params: Iterable[ParamSpec]) -> tuple[dict[str, int], int]:
-    """Where each parameter of one expert starts in a slot, and the bytes of the whole; both multiples of 64."""
+@dataclass(frozen=True)
+class ExpertForm:
+    """What one expert of a layer is, and how it lies in a slot.
+
+    Attributes:
+        params: as the module has them, in the dtype that the model runs in.
+        stored: what a slot holds: the parameters themselves, or the planes of those that are encoded.
+        matrices: how planes make parameters; a parameter that is stored as it is has none.
+    """
+
+    params: tuple[ParamSpec, ...]
+    stored: tuple[ParamSpec, ...]
+    matrices: tuple[EncodedMatrix, ...] = ()
+
+    @classmethod
+    def plain(cls, params: tuple[ParamSpec, ...]) -> ExpertForm:
+        """Every parameter stored as it is."""
+        return cls(params, params)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one expert as stored, without what aligns it."""
+        return sum(each.nbytes for each in self.stored)
+
+    @property
+    def encodings(self) -> tuple[str, ...]:
+        """Names, each once: of the matrices, else of the parameters."""
+        names = [each.encoding for each in self.matrices] or [each.dtype for each in self.stored]
+        return tuple(dict.fromkeys(names))
+
+
+def slot_offsets(stored: Iterable[ParamSpec]) -> tuple[dict[str, int], int]:
+    """Where each array of one expert starts in a slot, and the bytes of the whole; both multiples of 64."""
     offsets: dict[str, int] = {}
     end = 0
-    for param in params:
-        offsets[param.name] = end
-        end += -(-param.nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    for each in stored:
+        offsets[each.name] = end
+        end += -(-each.nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
     return offsets, end

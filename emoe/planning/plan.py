@@ -13,7 +13,7 @@ from typing import Any
 from emoe.errors import BudgetError, ConfigError
 from emoe.memory import available_memory, format_bytes
 from emoe.model import layout, structure
-from emoe.model.spec import ParamSpec
+from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.options import Budget, Options, parse_budget, takes
 from emoe.planning import bandwidth, kv_cache
 from emoe.planning.meta import meta_model
@@ -149,7 +149,8 @@ def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None
     budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
     specs = [structure.param_specs(module) for _, module in found]
-    layouts = tuple(layout.describe(module, params) for (_, module), params in zip(found, specs, strict=True))
+    forms = [ExpertForm.plain(params) for params in specs]
+    layouts = tuple(layout.describe(module, form) for (_, module), form in zip(found, forms, strict=True))
     slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
     experts = tuple(structure.num_experts(module) for _, module in found)
     bytes_of = [_param_bytes(params) for params in specs]

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from emoe.errors import ClosedError, ReadError
-from emoe.model.spec import ParamSpec
+from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.store.opened import OpenFile
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous range of a file: a row-major [rows, cols] array of `src_dtype`, and where it goes in a parameter.
+    """A contiguous range of a file: a row-major [rows, cols] array of `src_dtype`, and where it goes in a slot.
 
-    Element (r, c) is element `dst_offset + r * dst_row_stride + c * dst_col_stride` of the expert's `param`.
+    Element (r, c) is element `dst_offset + r * dst_row_stride + c * dst_col_stride` of the expert's array `stored`.
     `offset` and `nbytes` are bytes of the file, the dst_* are elements.
     """
 
@@ -33,7 +33,7 @@ class Piece:
     nbytes: int
     tensor: str
     src_dtype: str
-    param: str
+    stored: str
     rows: int
     cols: int
     dst_offset: int
@@ -43,11 +43,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoreLayer:
-    """One experts module: its path in the model, the parameters of one expert, and `pieces[expert]`."""
+    """One experts module: its path in the model, what one expert is, and `pieces[expert]`."""
 
     path: str
-    params: tuple[ParamSpec, ...]
+    form: ExpertForm
     pieces: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def params(self) -> tuple[ParamSpec, ...]:
+        """Parameters of one expert, as the module has them."""
+        return self.form.params
 
 
 class ExpertStore:
@@ -120,23 +125,34 @@ def read_expert(store: ExpertStore, layer: int, expert: int) -> dict[str, torch.
     """Reads one expert with plain Python: the slow reference of the native transfer.
 
     Returns:
-        name -> tensor of the parameter's shape and dtype.
+        name -> tensor of the parameter's shape and dtype; what is encoded is decoded.
 
     Raises:
         ReadError: a file cannot be read, is too short or has changed; names file, tensor and bytes.
         ClosedError: the store was closed.
     """
+    from emoe.model.decode import parameter
+
+    form, stored = store.layers[layer].form, read_stored(store, layer, expert)
+    return {
+        param.name: stored[param.name] if param.name in stored else parameter(form, param.name, stored.__getitem__)
+        for param in form.params
+    }
+
+
+def read_stored(store: ExpertStore, layer: int, expert: int) -> dict[str, torch.Tensor]:
+    """The arrays of one expert as a slot holds them, by name. Raises as `read_expert`."""
     import torch
 
     if store.closed:
         raise ClosedError(f"the store of experts ({store.description}) is closed")
     where = store.layers[layer]
     out = {
-        param.name: torch.empty(param.shape, dtype=getattr(torch, param.dtype), device="cpu") for param in where.params
+        each.name: torch.empty(each.shape, dtype=getattr(torch, each.dtype), device="cpu") for each in where.form.stored
     }
     for piece in where.pieces[expert]:
         values = torch.frombuffer(_read(piece, store.opened(piece.file)), dtype=getattr(torch, piece.src_dtype))
-        target = out[piece.param].view(-1)
+        target = out[piece.stored].view(-1)
         strides = (piece.dst_row_stride, piece.dst_col_stride)
         torch.as_strided(target, (piece.rows, piece.cols), strides, piece.dst_offset).copy_(
             values.view(piece.rows, piece.cols)

@@ -15,7 +15,7 @@ import torch
 
 from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.model.encoding import encoding
-from emoe.model.spec import ParamSpec
+from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
 from emoe.store.headers import TensorEntry, read_headers
@@ -78,7 +78,9 @@ def _index(opened: list[OpenFile], meta_model: Any) -> ExpertStore:
                     tensor=target,
                 )
             _add_pieces(pieces, param, target, tensors[target], count, meta_model)
-        layers.append(StoreLayer(path, params, tuple(tuple(sorted(each, key=_place)) for each in pieces)))
+        layers.append(
+            StoreLayer(path, ExpertForm.plain(params), tuple(tuple(sorted(each, key=_place)) for each in pieces))
+        )
     return ExpertStore(layers, f"checkpoint {_folder(names)}", opened=opened)
 
 
@@ -246,7 +248,7 @@ def _add_pieces(
                     nbytes=encoded.nbytes((block.rows, block.cols)),
                     tensor=source.name,
                     src_dtype=source.dtype,
-                    param=param.name,
+                    stored=param.name,
                     rows=block.rows,
                     cols=block.cols,
                     dst_offset=block.dst_offset,

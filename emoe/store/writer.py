@@ -20,7 +20,7 @@ from torch import nn
 from emoe.errors import StoreError, UnsupportedModelError
 from emoe.files import OwnNames, cache_folder, nameless
 from emoe.memory import format_bytes
-from emoe.model.spec import ParamSpec, slot_offsets
+from emoe.model.spec import ExpertForm, ParamSpec, slot_offsets
 from emoe.model.structure import find_experts, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
 from emoe.store.opened import OpenFile
@@ -103,7 +103,7 @@ def _write_layer(
             start = expert * record_bytes
             pieces.append(tuple(_piece(out.path, start + offsets[param.name], path, expert, param) for param in params))
             progress(record_bytes)
-    return StoreLayer(path, params, tuple(pieces))
+    return StoreLayer(path, ExpertForm.plain(params), tuple(pieces))
 
 
 def _piece(file: str, offset: int, path: str, expert: int, param: ParamSpec) -> Piece:
@@ -115,7 +115,7 @@ def _piece(file: str, offset: int, path: str, expert: int, param: ParamSpec) -> 
         nbytes=param.nbytes,
         tensor=f"{path}.{param.name}[{expert}]",
         src_dtype=param.dtype,
-        param=param.name,
+        stored=param.name,
         rows=rows,
         cols=cols,
         dst_offset=0,

@@ -15,7 +15,7 @@ from transformers.integrations.moe import use_experts_implementation
 from emoe import native
 from emoe.compute import ops
 from emoe.model import layout, structure
-from emoe.model.spec import ParamSpec
+from emoe.model.spec import ExpertForm, ParamSpec
 
 NAMES = sorted(families.FAMILIES)
 GATES = {
@@ -39,7 +39,7 @@ def _experts(name, dtype=torch.float32):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_is_recognised_on_the_meta_device(name):
     module = _experts(name)
-    found = layout.describe(module, structure.param_specs(module))
+    found = layout.describe(module, ExpertForm.plain(structure.param_specs(module)))
     expected = GATES.get(name, "silu")
     if expected is None:
         assert found.native is None
@@ -54,9 +54,11 @@ def test_every_family_is_recognised_on_the_meta_device(name):
 
 
 def test_the_numbers_of_a_clamped_gate_are_the_modules_own():
-    found = layout.describe(module := _experts("minimax_m3_text"), structure.param_specs(module)).native
+    found = layout.describe(
+        module := _experts("minimax_m3_text"), ExpertForm.plain(structure.param_specs(module))
+    ).native
     assert (found["alpha"], found["limit"]) == (module.swiglu_alpha, 1.5)
-    found = layout.describe(module := _experts("hy_v4"), structure.param_specs(module)).native
+    found = layout.describe(module := _experts("hy_v4"), ExpertForm.plain(structure.param_specs(module))).native
     assert found["limit"] == 1.5
 
 
@@ -65,7 +67,7 @@ def test_the_numbers_of_a_clamped_gate_are_the_modules_own():
 def test_offsets_are_aligned_disjoint_and_inside_the_slot(name, dtype):
     module = _experts(name, dtype)
     params = structure.param_specs(module)
-    found = layout.describe(module, params)
+    found = layout.describe(module, ExpertForm.plain(params))
     ends = 0
     for param in params:
         start = found.offsets[param.name]
@@ -116,7 +118,7 @@ def _plain(act):
 )
 def test_an_unknown_class_is_judged_by_its_activation(act, expected):
     module = _plain(act)
-    found = layout.describe(module, structure.param_specs(module))
+    found = layout.describe(module, ExpertForm.plain(structure.param_specs(module)))
     assert (found.native["activation"] if found.native else None) == expected
     assert bool(found.reason) == (expected is None)
 
@@ -133,7 +135,7 @@ def test_two_modules_of_one_class_with_other_numbers_are_told_apart():
         config = Config()
         config.swiglu_limit = limit
         module = DeepseekV4Experts(config)
-        limits.append(layout.describe(module, structure.param_specs(module)).native["limit"])
+        limits.append(layout.describe(module, ExpertForm.plain(structure.param_specs(module))).native["limit"])
     assert limits == [2.0, 3.0]
 
 
@@ -154,7 +156,7 @@ def test_a_forward_that_weights_before_the_activation_is_not_taken_over():
             return eager(self, hidden, index, weights.square())
 
     module = use_experts_implementation(Scaled)(_Config())
-    found = layout.describe(module, structure.param_specs(module))
+    found = layout.describe(module, ExpertForm.plain(structure.param_specs(module)))
     assert found.native is None
     assert "Scaled" in found.reason
 
@@ -170,7 +172,7 @@ def test_a_normalised_expert_runs_transformers_own_code():
 
     with torch.device("meta"):
         module = MuseSparkExperts(Config())
-    found = layout.describe(module, structure.param_specs(module))
+    found = layout.describe(module, ExpertForm.plain(structure.param_specs(module)))
     assert found.native is None
     assert "normalises" in found.reason
 
@@ -179,9 +181,9 @@ def test_mixed_and_foreign_dtypes_run_transformers_own_code():
     module = _plain(nn.SiLU())
     params = structure.param_specs(module)
     mixed = (params[0], ParamSpec(params[1].name, params[1].shape, "bfloat16"))
-    assert "bfloat16 and float32" in layout.describe(module, mixed).reason
+    assert "bfloat16 and float32" in layout.describe(module, ExpertForm.plain(mixed)).reason
     double = tuple(ParamSpec(param.name, param.shape, "float64") for param in params)
-    assert "float64" in layout.describe(module, double).reason
+    assert "float64" in layout.describe(module, ExpertForm.plain(double)).reason
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if GATES.get(name, "silu")])
@@ -190,7 +192,7 @@ def test_the_native_kernel_computes_what_the_family_computes(name):
     model = families.build(name)
     module = structure.find_experts(model)[-1][1]
     params = structure.param_specs(module)
-    found = layout.describe(module, params)
+    found = layout.describe(module, ExpertForm.plain(params))
     slab = native.load().Slab(module.num_experts, found.nbytes)
     memory = torch.frombuffer(_view(slab), dtype=torch.uint8)
     for expert in range(module.num_experts):

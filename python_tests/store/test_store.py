@@ -29,7 +29,7 @@ from transformers.core_model_loading import (
 
 from emoe import errors
 from emoe.model import structure
-from emoe.model.spec import slot_offsets
+from emoe.model.spec import ExpertForm, slot_offsets
 from emoe.planning import meta
 from emoe.store import ExpertStore, Piece, StoreLayer, read_expert, read_layer
 from emoe.store.checkpoint import index_checkpoint
@@ -445,7 +445,7 @@ def test_a_short_file_is_a_read_error_with_all_that_is_known(tmp_path):
     file = tmp_path / "short.bin"
     file.write_bytes(bytes(10))
     piece = Piece(str(file), 4, 16, "t", "float32", "w", 1, 4, 0, 4, 1)
-    store = ExpertStore([StoreLayer("layer", (), ((piece,),))], "test")
+    store = ExpertStore([StoreLayer("layer", ExpertForm.plain(()), ((piece,),))], "test")
     with pytest.raises(errors.ReadError, match="ends after 6") as caught:
         read_expert(store, 0, 0)
     assert (caught.value.file, caught.value.tensor) == (str(file), "t")
