@@ -102,21 +102,25 @@ def test_a_queue_that_was_used_goes_on_in_the_child_and_in_the_parent(tmp_path, 
 def test_jobs_that_were_queued_or_running_at_the_fork_are_read_again_under_their_tickets(tmp_path, reader):
     records = Records(tmp_path, C.FaultyReader(reader, delay_ms=50), workers=1)
     tickets = [records.queue.submit(record, record, record % 2 == 1) for record in range(5)]
-    cancelled = records.queue.submit(5, 5, True)
-    assert records.queue.cancel(cancelled)
+    last = records.queue.submit(5, 5, True)
+    cancelled = records.queue.cancel(last)  # not where a worker that woke up late has taken all of them at once
+    wanted = range(5 if cancelled else 6)
+
+    def wait():
+        for ticket in tickets if cancelled else [*tickets, last]:
+            records.queue.wait(ticket)
+        return all(records.holds(record, record) for record in wanted)
 
     def child():
         assert [records.queue.ticket_of(slot) for slot in range(5)] == tickets
-        assert records.queue.done(cancelled)
+        assert not cancelled or records.queue.done(last)
         records.queue.promote(tickets[3])
-        for ticket in tickets:
-            records.queue.wait(ticket)
-        return all(records.holds(record, record) for record in range(5)), records.queue.stats()["prefetch_jobs"]
+        right, stats = wait(), records.queue.stats()
+        # In which lane number 3 ended depends on whether the child's worker was there before it was promoted.
+        return right, stats["demand_jobs"] + stats["prefetch_jobs"] - len(wanted), stats["queued"]
 
-    assert _in_child(child) == "(True, 1)"
-    for ticket in tickets:
-        records.queue.wait(ticket)
-    assert all(records.holds(record, record) for record in range(5))
+    assert _in_child(child) == "(True, 0, 0)"
+    assert wait()
 
 
 def test_a_ticket_that_another_thread_waits_for_at_the_fork_can_be_waited_for_in_the_child(tmp_path, reader):
