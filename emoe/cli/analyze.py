@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.trace and args.prompts:
         raise ConfigError("--prompts are run through a model; with --trace there is none")
-    if args.prompts and not args.prompts.is_file():
+    if args.prompts and (not args.prompts.exists() or args.prompts.is_dir()):
         raise ConfigError(f"--prompts {str(args.prompts)!r} is no file")
     args.out.mkdir(parents=True, exist_ok=True)
     from emoe import generate

@@ -194,7 +194,7 @@ def checkpoint_errors(model: str) -> Iterator[None]:
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str:
-    """The prompt of --prompt or --prompt-file; "-" is standard input.
+    """The prompt of --prompt or --prompt-file, which may be a pipe; "-" is standard input.
 
     Raises:
         ConfigError: it is empty, or the file is not there or not UTF-8.
@@ -203,7 +203,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         text, source = sys.stdin.read(), "standard input"
     elif file is not None:
         try:
-            data = content(file, "prompt", ConfigError, most=_LARGEST_PROMPT)
+            data = content(file, "prompt", ConfigError, most=_LARGEST_PROMPT, piped=True)
             text, source = data.decode("utf-8"), file
         except (ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompt-file {file!r} cannot be read: {error}") from error

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what to answer; '-' reads standard input")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file; '-' is standard input")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file or a pipe with the prompt; '-' is standard input")
 
     text = parser.add_argument_group("generation")
     text.add_argument(

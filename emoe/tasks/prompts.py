@@ -11,6 +11,7 @@ from emoe.errors import ConfigError
 from emoe.files import jsontext, lines
 
 SPLITS = ("train", "dev", "test")
+_MOST_PIPED = 1 << 30  # bytes of prompts that come through a pipe
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def load_prompts(path: str | Path, split: str | None = None, tasks: Sequence[str
     """Reads JSON lines with `task` and `prompt`, and where they are there `reference` and `split`.
 
     Args:
+        path: a file or a pipe.
         split: only this one.
         tasks: only these.
 
@@ -41,7 +43,8 @@ def load_prompts(path: str | Path, split: str | None = None, tasks: Sequence[str
         ConfigError: the file is not there (then a MissingFileError) or cannot be read, a line is not such an object, a
             task is not in the file, or no prompt is left. Names file and line.
     """
-    found = [_prompt(line, f"{path}:{number}") for number, line in lines(path, "file of prompts", ConfigError)]
+    numbered = lines(path, "file of prompts", ConfigError, piped=_MOST_PIPED)
+    found = [_prompt(line, f"{path}:{number}") for number, line in numbered]
     return choose(found, path, split, tasks)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -171,7 +172,12 @@ def test_run_reads_the_prompt_from_a_file_or_standard_input(model_folder, capsys
     _, from_file = run_json(capsys, *words, "--prompt-file", file)
     monkeypatch.setattr(sys, "stdin", io.StringIO("w9 w10"))
     _, from_stdin = run_json(capsys, *words, "--prompt", "-")
-    assert from_file["token_ids"] == from_stdin["token_ids"]
+    read, write = os.pipe()  # what a shell makes of <(...)
+    os.write(write, b"w9 w10\n")
+    os.close(write)
+    _, from_pipe = run_json(capsys, *words, "--prompt-file", f"/dev/fd/{read}")
+    os.close(read)
+    assert from_file["token_ids"] == from_stdin["token_ids"] == from_pipe["token_ids"]
 
 
 def test_plan_shows_bytes_and_refuses_with_the_smallest_budget(model_folder, capsys):

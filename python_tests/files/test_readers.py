@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import os
 import socket
 import struct
+import subprocess
+import sys
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -24,6 +29,7 @@ from emoe.store import headers
 from emoe.tasks import TaskClassifier, load_prompts
 from emoe.trace.trace import join, load_trace
 
+CONTENT = importlib.import_module("emoe.files.content")  # the package has a function of that name
 READERS = {
     "npz": load_trace,
     "csv": load_trace,
@@ -63,7 +69,8 @@ def test_a_path_without_a_file_is_missing_in_both_languages(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("what", ["folder", "pipe", "link to a pipe", "device", "socket", "empty"])
-def test_what_is_no_regular_file_is_refused_at_once(kind, what, tmp_path, bounded):
+def test_what_is_no_regular_file_is_refused_at_once(kind, what, tmp_path, bounded, monkeypatch):
+    monkeypatch.setattr(CONTENT, "WRITER_SECONDS", 0.05)  # prompts may come through a pipe
     path = tmp_path / f"it.{kind}"
     with socket.socket(socket.AF_UNIX) as server:
         if what == "folder":
@@ -81,6 +88,76 @@ def test_what_is_no_regular_file_is_refused_at_once(kind, what, tmp_path, bounde
             path.touch()
         with pytest.raises(errors.EmoeError, match=r"it\."):
             bounded(READERS[kind], path)
+
+
+def _prompt_lines(count):
+    return b"".join(json.dumps({"task": "code", "prompt": f"{n} " * 200}).encode() + b"\n" for n in range(count))
+
+
+@contextlib.contextmanager
+def _writing(open_it, *pieces):
+    """A thread that writes these bytes, or sleeps for that many seconds, to what it opens."""
+
+    def write():
+        with open_it() as pipe:
+            for piece in pieces:
+                time.sleep(piece) if isinstance(piece, float) else (pipe.write(piece), pipe.flush())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    yield
+    writer.join()
+
+
+def test_prompts_may_come_through_a_pipe_that_is_named_or_is_not(tmp_path):
+    data = _prompt_lines(500)  # more than a pipe holds
+    named = tmp_path / "prompts"
+    os.mkfifo(named)
+    with _writing(lambda: named.open("wb"), data[:1000], 0.05, data[1000:]):
+        assert len(load_prompts(named)) == 500
+    read, write = os.pipe()
+    with _writing(lambda: os.fdopen(write, "wb"), 0.05, data):
+        assert len(load_prompts(f"/dev/fd/{read}")) == 500
+    os.close(read)
+
+
+def test_a_pipe_whose_writer_comes_late_or_takes_his_time_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(CONTENT, "WRITER_SECONDS", 0.5)
+    named = tmp_path / "prompt"
+    os.mkfifo(named)
+
+    def late():
+        time.sleep(0.1)
+        return named.open("wb")
+
+    with _writing(late, 0.7, b"how are you"):
+        assert files.content(named, "prompt", errors.ConfigError, most=100, piped=True) == b"how are you"
+
+
+def test_a_pipe_without_a_writer_or_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(CONTENT, "WRITER_SECONDS", 0.05)
+    named = tmp_path / "prompt"
+    os.mkfifo(named)
+    with pytest.raises(errors.ConfigError, match=r"prompt: the prompt is a pipe that nobody writes to"):
+        files.content(named, "prompt", errors.ConfigError, most=100, piped=True)
+    read, write = os.pipe()
+    os.write(write, bytes(101))
+    with pytest.raises(errors.ConfigError, match="more than the 100 bytes"):
+        files.content(f"/dev/fd/{read}", "prompt", errors.ConfigError, most=100, piped=True)
+    os.close(read)
+    os.close(write)
+
+
+def test_devices_are_refused_where_pipes_are_taken_but_for_standard_input():
+    with pytest.raises(errors.ConfigError, match="is a device; give a regular file"):
+        files.content("/dev/zero", "prompt", errors.ConfigError, most=100, piped=True)
+    program = (
+        "from emoe import errors, files; print(files.content('/dev/stdin', 'it', errors.ConfigError, most=9, piped=1))"
+    )
+    for given, said in ((b"hello", "bytearray(b'hello')"), (None, "bytearray(b'')")):
+        how = {"stdin": subprocess.DEVNULL} if given is None else {"input": given}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, check=True, **how)
+        assert done.stdout.decode().strip() == said
 
 
 @pytest.mark.parametrize("path", ["a\0b.npz", "\ud800.csv", "~nobody-of-that-name/x.npz", "x" * 5000 + ".csv"])
