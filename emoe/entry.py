@@ -18,6 +18,7 @@ from emoe.planning.plan import Plan, plan_checkpoint, plan_for_model
 from emoe.routing import find_routers
 from emoe.runtime import Runtime
 from emoe.seam import load
+from emoe.seam.elsewhere import GIVEN_UP
 from emoe.slots.options import opened
 from emoe.store import ExpertStore
 from emoe.store.writer import write_store
@@ -73,8 +74,7 @@ def wrap(model: Any, **kwargs: Any) -> Any:
     options, unknown = Options.split(kwargs, "wrap")
     for name in unknown:
         raise unknown_option(name, "wrap")
-    if getattr(model, "emoe", None) is not None:
-        raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
+    _require_experts(model)
     given, model = model, structure.without_adapters(model)
     device = open_device(options.device)
     plan = plan_for_model(model, options, free=device.free_bytes)
@@ -84,6 +84,15 @@ def wrap(model: Any, **kwargs: Any) -> Any:
     load.detach_experts(model, expert_store.layers)
     _start(model, expert_store, plan, options, wrapped=True, device=device)
     return given
+
+
+def _require_experts(model: Any) -> None:
+    runtime = getattr(model, "emoe", None)
+    if runtime is None:
+        return
+    if isinstance(runtime, Runtime) and runtime.closed:
+        raise ConfigError(f"this model has no experts to run: {GIVEN_UP}")
+    raise ConfigError("this model already runs under emoe; call model.emoe.close() first")
 
 
 def _prepared(options: Options, plan: Plan, device: Device, model: Any = None) -> Options:

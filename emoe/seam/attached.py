@@ -76,6 +76,7 @@ class Attached:
         Without experts the guard stays, and refuses to save a model that has none.
         """
         if experts is None:
+            self._answers.give_up()
             logger.warning("emoe: closed without restoring; the model has no experts and refuses to run")
             return
         # In this order: a forward in another thread finds experts whenever it is not sent to emoe.

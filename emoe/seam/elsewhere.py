@@ -23,6 +23,11 @@ WAY_OUT = (
     "done to the plain model, which emoe.wrap then takes"
 )
 
+GIVEN_UP = (
+    "the experts were given up when emoe was closed without restoring them; load the model anew with "
+    "emoe.from_pretrained, or load the plain model for emoe.wrap"
+)
+
 CHECK = "_emoe_check"  # attribute of an experts module: called with (module, state dict, prefix) before it is loaded
 
 
@@ -32,10 +37,12 @@ class Placeholder(nn.Parameter):
     Attributes:
         path: its name in the model.
         trainable: whether the parameter it stands for required gradients.
+        given_up: the store is gone.
     """
 
     path: str
     trainable: bool
+    given_up: bool = False
 
     @staticmethod
     def make(path: str, shape: tuple[int, ...], dtype: torch.dtype, trainable: bool) -> Placeholder:
@@ -45,6 +52,8 @@ class Placeholder(nn.Parameter):
 
     def error(self) -> ExpertsElsewhereError:
         """Says where the values are, and what to do."""
+        if self.given_up:
+            return ExpertsElsewhereError(f"{self.path} has no values: {GIVEN_UP}")
         return ExpertsElsewhereError(f"{self.path} is in emoe's store, not in the model: {WAY_OUT}")
 
     @classmethod
@@ -113,7 +122,7 @@ class _Experts(nn.Module):
             dtype = fn(torch.empty(0, dtype=each.dtype)).dtype
             if dtype != each.dtype:
                 changed = Placeholder.make(each.path, tuple(each.shape), dtype, each.trainable)
-                changed.requires_grad = each.requires_grad
+                changed.requires_grad, changed.given_up = each.requires_grad, each.given_up
                 self._parameters[name] = changed
         return self
 
@@ -143,6 +152,8 @@ class _Experts(nn.Module):
 
 def _no_copy(module: nn.Module) -> SaveError:
     first = next(iter(placeholders(module).values()), None)
+    if first is not None and first.given_up:
+        return SaveError(f"{first.path} is neither copied nor pickled: {GIVEN_UP}")
     return SaveError(
         f"{first.path if first is not None else type(module).__name__} is in emoe's store and is neither copied nor "
         "pickled: save_pretrained(folder) writes the model whole, and emoe.from_pretrained(folder) makes another of it"

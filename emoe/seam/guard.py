@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from emoe.errors import CheckpointError, ClosedError, ConfigError, EmoeError, ExpertsElsewhereError
-from emoe.seam.elsewhere import CHECK, WAY_OUT, Placeholder, as_placed, placeholders
+from emoe.seam.elsewhere import CHECK, GIVEN_UP, WAY_OUT, Placeholder, as_placed, placeholders
 from emoe.store import ExpertStore, read_layer
 
 NO_GRADIENTS = (
@@ -37,6 +37,7 @@ class ModelGuard:
         self._model, self._store, self._implementation = model, store, implementation
         self._modules = [model.get_submodule(layer.path) for layer in store.layers]
         self._configs = [module.config for module in self._modules]
+        self._given_up = False
         self._compared: dict[tuple[int, str], weakref.ref[Any]] = {}
         self._hooks: list[Any] = []
         self._shadowed: list[nn.Module] = []
@@ -58,6 +59,13 @@ class ModelGuard:
             vars(module).pop(CHECK, None)
         vars(self._model).pop("get_memory_footprint", None)
         self._hooks, self._shadowed = [], []
+
+    def give_up(self) -> None:
+        """The experts will not come back: answers say so from now on."""
+        self._given_up = True
+        for module in self._modules:
+            for each in placeholders(module).values():
+                each.given_up = True
 
     def _footprint(self, original: Any, *args: Any, **kwargs: Any) -> int:
         """Bytes of the parameters and buffers that are in the model, as Transformers' own counts them."""
@@ -88,6 +96,8 @@ class ModelGuard:
         """
         asked = experts_implementation if isinstance(experts_implementation, dict) else {"": experts_implementation}
         if any(name != self._implementation for name in asked.values()):
+            if self._given_up:
+                raise ConfigError(f"experts_implementation={experts_implementation!r} cannot run: {GIVEN_UP}")
             raise ConfigError(
                 f"experts_implementation={experts_implementation!r} cannot run: the experts are in emoe's store. "
                 "kernels='stock' runs Transformers' own loop under emoe; model.emoe.close() gives the plain model back"
@@ -123,6 +133,8 @@ class ModelGuard:
         try:
             stored = as_placed(self._modules[number], read_layer(self._store, number))
         except (CheckpointError, ClosedError) as error:
+            if self._given_up:
+                raise ExpertsElsewhereError(f"{path} takes no values: {GIVEN_UP}") from error
             raise ExpertsElsewhereError(f"{path} is in a store that cannot be read: {error}") from error
         for name, value in new.items():
             if not _equal(value, stored[name]):

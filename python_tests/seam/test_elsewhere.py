@@ -9,11 +9,12 @@ import pickle
 import families
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM
 
 import emoe
-from emoe.errors import ConfigError, EmoeError, ExpertsElsewhereError, SaveError, UnsupportedModelError
+from emoe.errors import ClosedError, ConfigError, EmoeError, ExpertsElsewhereError, SaveError, UnsupportedModelError
 from emoe.model import structure
 from emoe.seam.elsewhere import Placeholder
 
@@ -179,6 +180,28 @@ def test_a_state_dict_after_a_close_without_experts_is_refused(model):
     model.emoe.close(restore=False)
     with pytest.raises(ExpertsElsewhereError, match="closed"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: emoe.wrap(model, memory_budget=0.5),
+        lambda model: emoe.wrap(PeftModel(model, LoraConfig(target_modules=["q_proj"])), memory_budget=0.5),
+        lambda model: model.load_state_dict(families.build("olmoe").state_dict()),
+        lambda model: model.set_experts_implementation("eager"),
+        lambda model: copy.deepcopy(model),
+        lambda model: _experts(model)[1].down_proj,
+        lambda model: _experts(model.double())[1].down_proj,
+    ],
+    ids=["wrap", "wrap with adapter", "state dict", "implementation", "copy", "parameter", "dtype"],
+)
+def test_a_model_that_gave_its_experts_up_says_so_and_not_that_close_brings_them_back(ask, model):
+    model.emoe.close(restore=False)
+    with pytest.raises(EmoeError, match="given up when emoe was closed without restoring them; load the model anew"):
+        ask(model)
+    model.emoe.close()
+    with pytest.raises(ClosedError, match="were not restored"):
+        _logits(model)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", {"": "eager"}])
