@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from functools import partial
+from operator import attrgetter
 from threading import RLock, get_ident, local
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from emoe.errors import ClosedError, ConfigError
 
@@ -111,6 +113,7 @@ class Request:
 
 
 Span = tuple[Request, slice]
+T = TypeVar("T")
 
 
 class RequestObserver(Protocol):
@@ -123,10 +126,63 @@ class RequestObserver(Protocol):
         """A request is over; `last`: no other of a user runs. Those that began before the observer came end too."""
 
 
-class _Open(NamedTuple):
-    thread: int
-    requests: tuple[Request, ...]
-    rows: tuple[int, ...] | None  # of each request in a batch; None: all are the one request's
+@dataclass(eq=False, slots=True)
+class _Open:
+    """What a block says of forwards while it runs.
+
+    Attributes:
+        requests: whose they are; none where only `kind` is said.
+        rows: of each request in a batch; None: all are the one request's.
+        kind: what they are good for.
+        thread: that of the block.
+        running: the block.
+        untold: observers that are to be told of its end, the next one last; None: it has not ended.
+    """
+
+    requests: tuple[Request, ...] = ()
+    rows: tuple[int, ...] | None = None
+    kind: Kind = Kind.ASKED
+    thread: int = 0
+    running: weakref.ref[Any] | None = None  # a copy has the same: what it says in a copy is over with the block
+    untold: list[RequestObserver] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the block is over, with an end or without."""
+        return self.running is None or self.running() is None
+
+    @property
+    def open(self) -> bool:
+        """Whether it holds for forwards."""
+        return self.untold is None and not self.over
+
+    @property
+    def asked(self) -> bool:
+        """Whether it is a user's request that has begun and not ended."""
+        return self.rows is None and self.requests[0].kind is Kind.ASKED and self.open
+
+
+class _Found(property):
+    """`__enter__` and `__exit__` of `_Block`, which a `with` statement finds without a frame of Python."""
+
+    def __call__(self, block: Any, *raised: Any) -> Any:
+        return self.__get__(block)(*raised)  # ExitStack asks the class for them
+
+
+class _Block(AbstractContextManager[T]):
+    """The context manager of one `with` statement.
+
+    An interrupt may come when `__exit__` has begun and has done nothing. So that the block is over all the same,
+    `leave` is held by nobody but the statement that runs it, also one in a generator: the frames that a traceback
+    keeps (`sys.last_traceback`) have no reference to it, nor to this object. Those of an ExitStack do.
+    """
+
+    def __init__(self, entry: _Open, enter: Callable[[_Open], T], leave: Callable[..., None]) -> None:
+        self.enter, self.leave = partial(enter, entry), partial(leave, entry)
+        entry.running = weakref.ref(self.leave)
+
+    __enter__ = _Found(attrgetter("enter"))
+    __exit__ = _Found(attrgetter("leave"))
 
 
 class Requests:
@@ -153,7 +209,7 @@ class Requests:
         self._everybodys = everybodys
         self._nobodys = Request()
         self._open: tuple[_Open, ...] = ()  # in the order of opening; replaced, never changed, as forwards look at it
-        self._kinds: dict[int, Kind] = {}  # of threads whose forwards are not users'
+        self._kinds: tuple[_Open, ...] = ()  # of threads whose forwards are not users'
         self._implied: Request | None = None
         self._starts = RequestStart()
         self._closed = ""  # why no request begins any more
@@ -206,39 +262,34 @@ class Requests:
     @property
     def kind(self) -> Kind:
         """What forwards of this thread are good for: ASKED where they are users'."""
-        return self._kinds.get(get_ident(), Kind.ASKED) if self._kinds else Kind.ASKED
+        own = _innermost(self._kinds) if self._kinds else None
+        return Kind.ASKED if own is None else own.kind
 
     @property
     def routed(self) -> bool:
         """Whether forwards of this thread are changed and counted by routing modes."""
         if self.kind is Kind.EXACT:
             return False
-        return self._everybodys or self._own() is not None
+        return self._everybodys or _innermost(self._open) is not None
 
     @property
     def running(self) -> bool:
         """Whether a user's request has begun and not ended."""
-        return bool(self._asked) or self._implied is not None
+        return self._asked or self._implied is not None
 
     @property
-    def _asked(self) -> int:
-        """Users' requests that have begun and not ended."""
-        return sum(entry.rows is None and entry.requests[0].kind is Kind.ASKED for entry in self._open)
+    def _asked(self) -> bool:
+        return any(entry.asked for entry in self._open)
 
     def _entry(self) -> _Open | None:
         entries = self._open
         if not entries:
             return None
-        return self._own() or entries[-1]
-
-    def _own(self) -> _Open | None:
-        here = get_ident()
-        return next((entry for entry in reversed(self._open) if entry.thread == here), None)
+        return _innermost(entries) or next((entry for entry in reversed(entries) if entry.open), None)
 
     # A request's life
 
-    @contextmanager
-    def request(self, request: Request) -> Iterator[Request]:
+    def request(self, request: Request) -> AbstractContextManager[Request]:
         """What runs in the block is this request.
 
         That is what its own thread runs, and threads without a request of their own while it was opened last.
@@ -246,39 +297,16 @@ class Requests:
         Raises:
             ClosedError: the runtime was closed.
         """
-        entry = self._begin(request)
-        try:
-            yield request
-        except BaseException:
-            request.failed = True
-            raise
-        finally:
-            self._end(request, entry)
+        return _Block(_Open((request,)), self._begin, self._leave)
 
-    @contextmanager
-    def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
+    def rows(self, requests: Sequence[tuple[Request, int]]) -> AbstractContextManager[None]:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
-        entry = _Open(get_ident(), tuple(each for each, _ in requests), tuple(count for _, count in requests))
-        with self.lock:
-            self._open = (*self._open, entry)
-        try:
-            yield
-        finally:
-            self._forget(entry)
+        entry = _Open(tuple(each for each, _ in requests), tuple(count for _, count in requests))
+        return _Block(entry, self._announce, self._forget)
 
-    @contextmanager
-    def of_kind(self, kind: Kind) -> Iterator[None]:
+    def of_kind(self, kind: Kind) -> AbstractContextManager[None]:
         """In the block, forwards of this thread are of this kind."""
-        here = get_ident()
-        before = self._kinds.get(here)
-        self._kinds[here] = kind
-        try:
-            yield
-        finally:
-            if before is None:
-                del self._kinds[here]
-            else:
-                self._kinds[here] = before
+        return _Block(_Open(kind=kind), self._turn, self._forget)
 
     def forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A forward of the model is about to run; outside blocks of `request` it may begin one.
@@ -288,6 +316,7 @@ class Requests:
         if self.kind is not Kind.ASKED:
             return
         with self.lock:
+            self._end_left()
             if self._asked or self._closed:
                 return
             if self._starts(args, kwargs) or self._implied is None:
@@ -311,49 +340,94 @@ class Requests:
             self._on_lost()
         here = get_ident()
         self._open = tuple(entry for entry in self._open if entry.thread == here)
-        self._kinds = {thread: kind for thread, kind in self._kinds.items() if thread == here}
+        self._kinds = tuple(entry for entry in self._kinds if entry.thread == here)
 
-    def _begin(self, request: Request) -> _Open:
+    def _begin(self, entry: _Open) -> Request:
+        (request,) = entry.requests
         if self.kind is not Kind.ASKED:
             request.kind = Kind.PROBE
+        entry.thread, entry.untold = get_ident(), None
         with self.lock:
             if self._closed:
                 raise ClosedError(self._closed)
-            asked = request.kind is Kind.ASKED
-            first = asked and not self._asked
+            self._end_left()
+            first = request.kind is Kind.ASKED and not self._asked
             if first:
                 self._end_implied()
-            own = self._own()
+            own = _innermost(self._open)
             request.within = None if own is None else own.requests[0]
-            entry = _Open(get_ident(), (request,), None)
-            self._open = (*self._open, entry)
             told: list[RequestObserver] = []
             try:
+                self._open = (*self._open, entry)
                 for observer in self._observers:
                     observer.begin(request, first)
                     told.append(observer)
             except BaseException:
                 request.failed = True
-                self._end(request, entry, told)
+                self._end(entry, told)
                 raise
-        return entry
+            return request
 
-    def _end(self, request: Request, entry: _Open, told: Sequence[RequestObserver] | None = None) -> None:
+    def _leave(self, entry: _Open, *raised: object) -> None:
+        if raised[0] is not None:
+            entry.requests[0].failed = True
+        self._end(entry, self._observers)
+
+    def _end(self, entry: _Open, told: Sequence[RequestObserver]) -> None:
         with self.lock, ExitStack() as stack:
-            last = request.kind is Kind.ASKED and self._asked == 1
-            self._forget(entry)
-            for observer in self._observers if told is None else told:
-                stack.callback(observer.end, request, last)
+            if entry.untold is None:  # else an interrupt came while they were told
+                entry.untold = list(told)
+            last = entry.requests[0].kind is Kind.ASKED and not self._asked
+            stack.callback(self._forget_told, entry)
+            for _ in entry.untold:
+                stack.callback(self._tell_end, entry, entry.untold, last)
 
-    def _forget(self, entry: _Open) -> None:
+    def _tell_end(self, entry: _Open, untold: list[RequestObserver], last: bool) -> None:
+        untold.pop().end(entry.requests[0], last)
+
+    def _forget_told(self, entry: _Open) -> None:
+        if not entry.untold:  # an interrupt may have come before all of them were on the stack
+            self._forget(entry)
+
+    def _end_left(self) -> None:
+        """Ends requests whose block is over, where an interrupt came before their end."""
+        if self._kinds:
+            self._kinds = tuple(each for each in self._kinds if not each.over)
+        for entry in self._open:
+            if not entry.over:
+                continue
+            if entry.rows is not None:
+                self._forget(entry)
+                continue
+            entry.requests[0].failed = True
+            self._end(entry, self._observers)
+
+    def _announce(self, entry: _Open) -> None:
+        entry.thread = get_ident()
+        with self.lock:
+            self._open = (*self._open, entry)
+
+    def _turn(self, entry: _Open) -> None:
+        entry.thread = get_ident()
+        with self.lock:
+            self._kinds = (*(each for each in self._kinds if each.open), entry)
+
+    def _forget(self, entry: _Open, *raised: object) -> None:
         with self.lock:
             self._open = tuple(each for each in self._open if each is not entry)
+            self._kinds = tuple(each for each in self._kinds if each is not entry)
 
     def _end_implied(self) -> None:
         request, self._implied = self._implied, None
         if request is not None:
             for observer in reversed(self._observers):
                 observer.end(request, True)
+
+
+def _innermost(entries: Sequence[_Open]) -> _Open | None:
+    """The last of this thread that is open."""
+    here = get_ident()
+    return next((entry for entry in reversed(entries) if entry.thread == here and entry.open), None)
 
 
 class RequestStart:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import threading
+from collections import Counter
 
 import pytest
 import torch
+from interrupts import interrupted
 
 import emoe
 from emoe.errors import ClosedError, ConfigError
@@ -198,3 +202,103 @@ def test_requests_in_threads_are_probed_each_with_its_own_text():
     assert (stats["probes"], stats["unusable"]) == (2, 0)
     assert sorted(online.tasks) == ["chat", "code"]
     model.emoe.close(restore=False)
+
+
+def _steps(requests):
+    with requests.request(Request("generator")):
+        yield requests.current.task
+        yield requests.current.task
+
+
+def _blocks(requests):
+    with requests.request(Request("outer")):
+        requests.forward((torch.tensor([[5, 6]]),), {})
+        with requests.request(Request("inner")):
+            requests.spans(3)
+        with requests.rows([(Request("row"), 1), (Request("other"), 2)]):
+            requests.spans(3)
+    with requests.of_kind(Kind.EXACT), requests.of_kind(Kind.PROBE), requests.request(Request("probe")):
+        requests.forward((torch.tensor([[5, 6]]),), {})
+    steps = _steps(requests)
+    assert next(steps) == next(steps) == "generator"
+    steps.close()
+
+
+def _stacked_blocks(requests):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(requests.request(Request("outer")))
+        stack.enter_context(requests.rows([(Request("row"), 1), (Request("other"), 2)]))
+        stack.enter_context(requests.of_kind(Kind.PROBE))
+        assert requests.kind is Kind.PROBE and requests.batched
+        stack.enter_context(requests.request(Request("probe")))
+
+
+def _assert_over(requests, told):
+    """However the blocks ended: no request is open, and the next is the first."""
+    assert requests.kind is Kind.ASKED and not requests._asked
+    assert requests.current is _in_thread(lambda: requests.current) is requests._nobodys and not requests.batched
+    with requests.request(Request("next")) as request:
+        assert requests.current is request and request.within is None
+    assert told[-4:] == [
+        ("one", "begin", "next", True), ("two", "begin", "next", True),
+        ("two", "end", "next", True), ("one", "end", "next", True),
+    ]  # fmt: skip
+    assert requests._open == requests._kinds == ()
+    times = Counter(each[:3] for each in told)
+    assert max(times.values()) == 1
+    begun, ended = ({(name, task) for name, what, task in times if what == each} for each in ("begin", "end"))
+    # One observer at most was being told at that moment.
+    assert len(begun - ended) <= 1 and len(ended - begun) <= 1
+
+
+@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
+@pytest.mark.parametrize(("blocks", "keeps"), [(_blocks, True), (_blocks, False), (_stacked_blocks, False)])
+def test_an_interrupt_at_any_moment_leaves_no_request_open(blocks, keeps, opcodes):
+    at = 0
+    while True:
+        told, kept = [], []
+        requests = Requests([Observer("one", told), Observer("two", told)])
+
+        def run(requests=requests, kept=kept):
+            try:
+                blocks(requests)
+            except KeyboardInterrupt as interrupt:
+                if keeps:
+                    kept.append(interrupt)  # as sys.last_traceback does, with all frames
+                raise
+
+        where = interrupted(run, at, ["requests.py"], opcodes=opcodes)
+        if blocks is _stacked_blocks:
+            gc.collect(1)  # its frames are in a circle with the interrupt
+        _assert_over(requests, told)
+        assert bool(kept) == bool(where and keeps)
+        if not where:
+            break
+        at += 1 if keeps else 3
+    assert at > (1000 if opcodes else 100)
+
+
+def test_a_request_that_was_cut_off_ends_as_failed_before_the_next_begins():
+    told = []
+    requests = Requests([Observer("one", told)])
+    request = Request("cut off")
+    block = requests.request(request)
+    assert block.__enter__() is request and requests.current is request
+    del block
+    assert requests.current is not request and not requests.running
+    with requests.request(Request("next")):
+        assert request.failed
+    assert [each[1:] for each in told] == [
+        ("begin", "cut off", True), ("end", "cut off", True), ("begin", "next", True), ("end", "next", True)
+    ]  # fmt: skip
+
+
+def test_what_a_copy_has_of_a_block_is_over_with_the_block():
+    requests = Requests([])
+    with requests.request(Request("code")), requests.of_kind(Kind.PROBE):
+        other = copy.deepcopy(requests)
+        assert other.kind is Kind.PROBE and other.current.task == "code"
+    assert other.kind is Kind.ASKED and not other.running and other.current.task is None
+    with other.request(Request("chat")) as request:
+        assert request.within is None and other.running
+    assert other._open == ()

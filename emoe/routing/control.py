@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Any
 
@@ -82,6 +82,7 @@ class Routing:
 
     def start(self) -> None:
         """Puts the hooks on the routers."""
+        self.close()  # hooks that an interrupt left there
         for site in self.sites:
             if site.rule is not None:
                 self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
@@ -112,13 +113,11 @@ class Routing:
         """
         return self._requests.request(Request(task, name))
 
-    @contextmanager
-    def rows(self, requests: Sequence[tuple[Request, int]]) -> Iterator[None]:
+    def rows(self, requests: Sequence[tuple[Request, int]]) -> AbstractContextManager[None]:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
         if self._settled is not None:
             self._settled.current([request for request, _ in requests], batch=True)
-        with self._requests.rows(requests):
-            yield
+        return self._requests.rows(requests)
 
     def begin(self, request: Request, first: bool) -> None:
         self._tell_settled()

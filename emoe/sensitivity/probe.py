@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emoe.errors import ConfigError
 from emoe.model.structure import find_experts, num_experts
-from emoe.requests import Kind, Request, Requests
+from emoe.requests import Kind, Requests
 from emoe.routing import Routing, parse_options, random_residency
 from emoe.sensitivity.progressive import next_token_probabilities
 
@@ -98,8 +98,14 @@ class Prober:
             self._drawn.draw(self._share, self._seed + number)
         started = time.perf_counter()
         with self._unseen():
-            with self._substituting(task) as request:
-                changed = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
+            try:
+                if self._own is None:
+                    self._routing.start()
+                with self._routing.request(task, "probe") as request:
+                    changed = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
+            finally:
+                if self._own is None:
+                    self._routing.close()
             with self._exact():
                 untouched = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
         distance = 1 - torch.minimum(changed, untouched).sum(-1).mean().item()
@@ -109,17 +115,6 @@ class Prober:
     def _unseen(self) -> AbstractContextManager[Any]:
         """A runtime's predictor is to learn nothing from picks that were drawn, nor count a probe as a request."""
         return self._of_kind(Kind.PROBE)
-
-    @contextmanager
-    def _substituting(self, task: str | None) -> Iterator[Request]:
-        if self._own is None:
-            self._routing.start()
-        try:
-            with self._routing.request(task, "probe") as request:
-                yield request
-        finally:
-            if self._own is None:
-                self._routing.close()
 
     def _exact(self) -> AbstractContextManager[Any]:
         return self._of_kind(Kind.EXACT)
