@@ -238,8 +238,10 @@ class Runtime:
         Raises:
             BudgetError: restore=True and the experts do not fit.
             ReadError: an expert could not be read; `restore=False` gives them up.
+            EmoeError: a signal handler calls it in the middle of a forward of the same thread.
         """
         with self._lock:
+            self.loader.require_idle()
             if self._steps is None:
                 read = self._attached.read(self.plan.expert_bytes, restore)
                 self._steps = [

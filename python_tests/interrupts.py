@@ -27,22 +27,48 @@ def interrupted(
         opcodes: bytecodes count in the place of lines.
         error: what is raised.
     """
+
+    def handler() -> None:
+        raise error
+
+    where = []
+    try:
+        where.append(handled(run, at, rooms, handler, opcodes=opcodes, where=where))
+    except error:
+        assert where, "an interrupt that was not raised here"
+    return where[0]
+
+
+def handled(
+    run: Callable[[], Any],
+    at: int,
+    rooms: Sequence[str],
+    handler: Callable[[], Any],
+    *,
+    opcodes: bool = False,
+    where: list[str] | None = None,
+) -> str:
+    """As `interrupted`, with a handler that is called before that line, as Python calls one of a signal.
+
+    Args:
+        where: gets where it was before the handler is called.
+    """
     inside = tuple(str(ROOT / room) for room in rooms)
     event = "opcode" if opcodes else "line"
-    left, where = at, ""
+    left, found = at, [] if where is None else where
 
     def local(frame: FrameType, what: str, arg: Any) -> Any:
-        nonlocal left, where
+        nonlocal left
         if what == event:
             left -= 1
-            if left < 0 and (opcodes or not _leaves_with(frame)):
-                where = f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
+            if left < 0 and not found and (opcodes or not _leaves_with(frame)):
+                found.append(f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}")
                 sys.settrace(None)
-                raise error
+                handler()
         return local
 
     def every(frame: FrameType, what: str, arg: Any) -> Any:
-        if where or not frame.f_code.co_filename.startswith(inside):
+        if found or not frame.f_code.co_filename.startswith(inside):
             return None
         frame.f_trace_opcodes = opcodes
         return local
@@ -51,11 +77,9 @@ def interrupted(
     sys.settrace(every)
     try:
         run()
-    except error:
-        assert where, "an interrupt that was not raised here"
     finally:
         sys.settrace(before)
-    return where
+    return found[0] if found else ""
 
 
 def _leaves_with(frame: FrameType) -> bool:

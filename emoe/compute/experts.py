@@ -135,18 +135,22 @@ class ExpertLayer:
             ClosedError: the runtime was closed.
             ConfigError: a shape or dtype does not fit.
             UnsupportedModelError: tensors are on another device.
+            EmoeError: this runs in a signal handler, in the middle of a layer of the same model.
         """
         self._check(hidden, index, weights)
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise EmoeError("emoe runs inference only and computes no gradients; use torch.no_grad()")
         with self._lock, torch.no_grad():
-            # Whoever has the lock is the only one in the loader: what is left of other calls was cut off.
-            self._loader.recover()
+            # Whoever has the lock is the only one in the loader, but for a signal handler in the middle of a forward,
+            # which is refused: what is left of other calls was cut off.
+            self._loader.begin()
             try:
                 return self._observed(hidden, index, weights)
             except BaseException:
                 self._loader.recover()
                 raise
+            finally:
+                self._loader.over()
 
     def _observed(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         observers = self._observers

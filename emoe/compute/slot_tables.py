@@ -159,19 +159,25 @@ class SlotTables:
         """
         for layer, table in enumerate(self._tables):
             with self._lock:
-                self._loader.recover()
-                experts = range(len(table.slot_of))
-                absent = [expert for expert in experts if self._cache.lookup(layer, expert) is None]
-                with closing(self._loader.rounds(layer, absent[: self._cache.free(layer)])) as rounds:
-                    for _ in rounds:
-                        pass
-                self._loader.finish_prefetch(layer)
+                self._loader.begin()
+                try:
+                    self._fill(layer, len(table.slot_of))
+                finally:
+                    self._loader.over()
                 slots = len(self._cache.slots(layer))
                 if self.settled(layer, top_k) is None and slots < top_k:
                     raise ConfigError(
                         f"layer {layer} has {slots} slots, fewer than the {top_k} experts of a token: each step needs "
                         "the host"
                     )
+
+    def _fill(self, layer: int, experts: int) -> None:
+        """Free slots get the experts of the lowest ids, and no prefetch is under way."""
+        absent = [expert for expert in range(experts) if self._cache.lookup(layer, expert) is None]
+        with closing(self._loader.rounds(layer, absent[: self._cache.free(layer)])) as rounds:
+            for _ in rounds:
+                pass
+        self._loader.finish_prefetch(layer)
 
     @contextmanager
     def replaying(self, slab: Any, top_k: int) -> Iterator[None]:

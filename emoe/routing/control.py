@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ from emoe.routing.select import Choice, choose, to_fill
 from emoe.routing.settled import SettledRouting, Tables
 
 KEPT_REQUESTS = 256  # finished requests that `stats()` still lists
-_COUNTING = Lock()  # forwards may run in several threads; no mode's own, as modes are copied with their routers
+# Forwards may run in several threads, and in a signal handler that comes in the middle of a count, which then waits for
+# nobody (and may lose its own counts). No mode's own, as modes are copied with their routers.
+_COUNTING = RLock()
 os.register_at_fork(after_in_child=_COUNTING._at_fork_reinit)  # type: ignore[attr-defined]
 
 
@@ -350,7 +352,8 @@ class Routing:
         if self._settled is not None:
             self._settled.read()
         total = Tally()
-        for tally in self._tasks.values():
+        tasks = dict(self._tasks)  # forwards go on
+        for tally in tasks.values():
             total.add(tally.rows, tally.picks, tally.absent, tally.substituted, tally.misses, tally.mass)
         result = {
             "mode": self.options.mode,
@@ -358,8 +361,7 @@ class Routing:
             "exact_layers": sum(site.rule is None for site in self.sites),
             **total.to_dict(),
             "tasks": {
-                task or "": {**tally.to_dict(), "bias": _for_json(self._bias_of(task))}
-                for task, tally in self._tasks.items()
+                task or "": {**tally.to_dict(), "bias": _for_json(self._bias_of(task))} for task, tally in tasks.items()
             },
             "requests": [request.to_dict() for request in self._finished],
         }

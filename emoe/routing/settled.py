@@ -6,7 +6,7 @@ Nothing here depends on a value of a tensor, so a step can be captured in a CUDA
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from threading import Lock
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -102,7 +102,7 @@ class _DeviceCounts:
         self._sums: list[torch.Tensor | None] = []
         self._owners: list[Request | None] = []
         self._taken: list[list[list[float]]] = []  # of each place, sums that were handed on
-        self._reading = Lock()
+        self._reading = RLock()
 
     def own(self, place: int, request: Request) -> None:
         while len(self._owners) <= place:

@@ -124,7 +124,13 @@ class BaseSet:
         """A request begins; the base set is for the first, and for what runs beside it or within."""
         if not first:
             return
-        self._loader.recover()
+        self._loader.begin()
+        try:
+            self._begin(request)
+        finally:
+            self._loader.over()
+
+    def _begin(self, request: Request) -> None:
         self._finish()  # of one whose begin failed
         self._clear()  # an interrupted end leaves counts behind
         self._request = request
@@ -170,8 +176,13 @@ class BaseSet:
 
     def end(self, request: Request, last: bool = True) -> None:
         """The last that ran ended: what they showed goes to the predictor, the shadow and the drift test."""
-        if last:
+        if not last:
+            return
+        self._loader.begin()
+        try:
             self._finish()
+        finally:
+            self._loader.over()
 
     def _finish(self) -> None:
         if self._request is None:

@@ -3,17 +3,20 @@
 docs/slots.md tells the story. Not thread-safe: callers share the runtime's lock.
 
 An interrupt may come between any two lines. What it leaves half done is found again by `recover`: `_open` counts up
-before a call changes anything, and down only after it has undone or finished all of it.
+before a call changes anything, and down only after it has undone or finished all of it. Who runs the model in a signal
+handler is told from it by the stack: the call that was left half done is still on it (`begin`).
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from emoe.errors import CacheFullError, ClosedError, ConfigError, EmoeError, QueueFullError, TransferError
@@ -83,6 +86,7 @@ class Loader:
         self._too_large: set[int] = set()  # layers whose experts the queue refused though it had no other prefetch
         self._behind: tuple[int, Sequence[int], list[int]] | None = None
         self._open = 0  # calls that have begun and not ended
+        self._turn: FrameType | None = None  # of the caller that began and is not over, or was cut off
         self._epoch = 0  # counts `recover`: what began before it owns nothing any more
         self._closed = False
 
@@ -239,13 +243,58 @@ class Loader:
         finally:
             self._queue = before
 
+    def begin(self) -> None:
+        """The caller's turn begins, and is over when it calls `over` or was cut off; `recover` comes first.
+
+        Raises:
+            EmoeError: as `recover`.
+        """
+        caller = sys._getframe(1)
+        self._require_idle(caller)
+        self._turn = caller
+        self._recover_all()
+
+    def over(self) -> None:
+        """The caller's turn is over."""
+        self._turn = None
+
     def recover(self) -> None:
         """Ends what an interrupt left half done; cheap where there was none.
 
         Callers say by it that no call of this loader is under way: those that seem to be will never go on, and where
         their generators are closed later nothing happens. Prefetches under way stay. A slot that may still be written
         is free only when its read is over, whether or not its ticket was ever seen.
+
+        Raises:
+            EmoeError: another's turn is not over: this runs in the middle of it.
         """
+        caller = sys._getframe(1)
+        self._require_idle(caller)
+        before, self._turn = self._turn, caller
+        try:
+            self._recover_all()
+        finally:
+            self._turn = caller if before is caller else None
+
+    def require_idle(self) -> None:
+        """Raises EmoeError where this runs in the middle of somebody's turn, and changes nothing."""
+        self._require_idle(sys._getframe(1))
+
+    def _require_idle(self, caller: FrameType) -> None:
+        # Callers have the runtime's lock, so a turn that goes on is one of this thread: its frame is on the stack. A
+        # turn that was cut off is in no more than a traceback.
+        if self._turn is None:
+            return
+        frame = caller.f_back
+        while frame is not None:
+            if frame is self._turn:
+                raise EmoeError(
+                    "this model is in the middle of a forward in this very thread: what interrupted it there (a signal "
+                    "handler) cannot use the model; have it set a flag, and use the model when the forward is over"
+                )
+            frame = frame.f_back
+
+    def _recover_all(self) -> None:
         if not self._open:
             return
         self._epoch += 1

@@ -110,7 +110,7 @@ class TraceRecorder:
         self._meta: dict[str, Any] = {"model": model}
         if expert_bytes is not None:
             self._meta["expert_bytes"] = [int(count) for count in expert_bytes]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may begin a request in the middle of a record
         self._steps: list[_Step] = []
         self._thread = _Thread()
         self._running: set[_Step] = set()

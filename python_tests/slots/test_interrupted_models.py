@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
 import signal
 
 import pytest
 import torch
-from interrupts import interrupted
+from interrupts import handled, interrupted
 
 import emoe
 from emoe import native, runtime
 from emoe.compute import records
+from emoe.errors import EmoeError
 from emoe.requests import Kind
 
 ROOMS = ("slots", "compute", "routing")
@@ -133,6 +135,121 @@ def test_after_signals_at_random_moments_tokens_are_right(options, checkpoint, t
             assert torch.equal(_logits(model, seed), own[seed])
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_a_signal_handler_that_runs_the_model_gets_right_tokens_or_an_error_and_so_does_the_forward(
+    options, checkpoint, truth
+):
+    logits, expected = truth
+    model = _load(checkpoint("qwen3_moe"), **options)
+    own = _own(model, logits)
+    exact = "routing" not in options
+    rnd = random.Random(3)
+    reach, right, refused = 500, 0, 0
+
+    def handler():
+        nonlocal right, refused
+        seed = rnd.randrange(6)
+        try:
+            with model.emoe.request("handler") if rnd.random() < 0.5 else contextlib.nullcontext():
+                found = _logits(model, seed)
+        except EmoeError as error:
+            assert "in the middle of a forward in this very thread" in str(error)
+            refused += 1
+            if rnd.random() < 0.3:
+                raise
+            return
+        right += 1
+        assert not exact or torch.equal(found, own[seed])
+
+    for _ in range(MOMENTS):
+        seed = rnd.randrange(6)
+        try:
+            found = []
+            where = handled(lambda: found.append(_logits(model, seed)), rnd.randrange(reach), ROOMS, handler)  # noqa: B023
+        except EmoeError:
+            where, found = "raised", [own[seed]]
+        if not where:
+            reach = max(100, reach * 9 // 10)
+        assert not exact or torch.equal(found[0], own[seed]), where
+        assert torch.isfinite(found[0]).all()
+        _assert_idle(model)
+        assert all(expected[key] == value for key, value in _bytes(model).items()), where
+        assert model.emoe.requests.kind is Kind.ASKED and not model.emoe.requests._asked
+    assert refused and right + refused > MOMENTS // 3
+    model.emoe.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"predictor": "recent", "prefetch": "look-ahead"}, {"kernels": "stock"}])
+def test_handlers_of_real_signals_that_run_the_model_never_make_a_wrong_token(options, checkpoint, truth):
+    model = _load(checkpoint("qwen3_moe"), **options)
+    own = _own(model, truth[0])
+    seen = []
+
+    def handler(*_):
+        try:
+            seen.append(torch.equal(_logits(model, 5), own[5]))
+        except EmoeError:
+            seen.append(None)
+
+    rnd = random.Random(4)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for _ in range(60):
+            signal.setitimer(signal.ITIMER_REAL, rnd.uniform(1e-4, 8e-3))
+            for seed in range(4):
+                assert torch.equal(_logits(model, seed), own[seed])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    _assert_idle(model)
+    assert False not in seen and True in seen
+
+
+@pytest.mark.parametrize("room", ["routing/control.py", "requests.py", "trace/trace.py"])
+def test_a_signal_handler_in_the_middle_of_a_count_waits_for_nobody(room, checkpoint, tmp_path):
+    model = _load(checkpoint("qwen3_moe"), routing="biased", bias=1.0, max_substituted_mass=0.1)
+    with model.emoe.record(tmp_path / "trace.npz"):
+        _logits(model, 0, tokens=1)
+
+        def handler():
+            with contextlib.suppress(EmoeError), model.emoe.request("handler"):
+                _logits(model, 1, tokens=1)
+            model.emoe.stats()
+
+        at, where, seen = 0, "first", set()
+        while where:
+            with model.emoe.request("code"):
+                where = handled(lambda: _logits(model, 0, tokens=1), at, [room], handler)
+            seen.add(where)
+            at += 5
+    assert len(seen) > 5
+    assert not model.emoe.requests.running
+    _assert_idle(model)
+    tasks = model.emoe.stats()["routing"]["tasks"]
+    assert tasks["code"]["rows"] >= len(seen) and tasks["handler"]["rows"] > 0
+
+
+@pytest.mark.parametrize("call", ["close", "check_integrity", "stats"])
+def test_what_a_signal_handler_asks_of_a_runtime_in_the_middle_of_a_layer_is_answered_or_refused(
+    call, checkpoint, truth
+):
+    model = _load(checkpoint("qwen3_moe"))
+    own = _own(model, truth[0])
+    answered = []
+
+    def handler():
+        try:
+            answered.append(getattr(model.emoe, call)())
+        except EmoeError as error:
+            assert "in the middle of a forward" in str(error)
+
+    for at in range(0, 50, 3):
+        assert handled(lambda: answered.append(_logits(model, 1)), at, ["compute/cpu.py"], handler)
+        assert torch.equal(answered.pop(), own[1])
+    assert bool(answered) == (call == "stats")
+    _assert_idle(model)
 
 
 class _Losing:

@@ -9,7 +9,7 @@ import pytest
 from fake_queue import FakeQueue
 from interrupts import interrupted
 
-from emoe.errors import QueueFullError
+from emoe.errors import EmoeError, QueueFullError
 from emoe.slots.cache import CacheManager
 from emoe.slots.loader import Loader
 
@@ -164,6 +164,32 @@ def test_recovering_leaves_prefetches_under_way_alone():
     assert loader.cache.lookup(0, 1) is not None
     assert queue.jobs[0].state == queue.jobs[1].state == "queued"
     assert _read(loader, 0, [1, 2]) == {1: 1, 2: 2}
+
+
+def test_a_turn_in_the_middle_of_another_is_refused_and_one_that_was_cut_off_is_not():
+    loader, queue = _loader()
+
+    def turn(inside, cut=None):
+        loader.begin()
+        with closing(loader.rounds(0, [0, 1])) as rounds:
+            held = next(rounds)
+            for ask in inside:
+                with pytest.raises(EmoeError, match="in the middle of a forward in this very thread"):
+                    ask()
+            assert all(loader.cache.state(slot) == "held" for _, slot in held)
+            if cut is not None:
+                raise cut
+        loader.over()
+
+    asks = [lambda: loader.begin(), lambda: loader.recover(), lambda: loader.require_idle(), lambda: turn([])]
+    turn(asks)
+    try:
+        turn([], KeyboardInterrupt())
+    except KeyboardInterrupt:  # its traceback has the frame of the turn
+        turn(asks)
+        loader.recover()
+    _assert_whole(loader, queue)
+    assert loader._turn is None
 
 
 def test_a_call_that_was_given_up_does_nothing_when_it_is_closed_later():
