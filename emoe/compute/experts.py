@@ -113,6 +113,8 @@ class ExpertLayer:
         self.compute = compute
         self._lock, self._observers, self._loader = lock, observers, part.loader
         self._place, self._width = part.place, _width(part)
+        # Of a module whose parameters stand for what is in the store.
+        self._check_values = getattr(part.module, "_emoe_check_values", None)
 
     @property
     def kernels(self) -> str:
@@ -135,6 +137,7 @@ class ExpertLayer:
             ClosedError: the runtime was closed.
             ConfigError: a shape or dtype does not fit.
             UnsupportedModelError: tensors are on another device.
+            ExpertsElsewhereError: somebody put values where the module's parameters stand.
             EmoeError: this runs in a signal handler, in the middle of a layer of the same model.
         """
         self._check(hidden, index, weights)
@@ -153,6 +156,8 @@ class ExpertLayer:
                 self._loader.over()
 
     def _observed(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self._check_values is not None:
+            self._check_values()
         observers = self._observers
         for observer in observers:
             observer.before(self.index, hidden, index, weights)
@@ -186,7 +191,7 @@ class ExpertLayer:
 
     def close(self, reason: str = CLOSED) -> None:
         """Lets go of the slots; a later forward raises ClosedError. The module itself is not touched."""
-        self.compute = Closed(reason)
+        self.compute, self._check_values = Closed(reason), None
 
 
 def _width(part: Part) -> int | None:

@@ -73,6 +73,10 @@ class Placeholder(nn.Parameter):
         return f"<{self.path}: {list(self.shape)} {self.dtype}, in emoe's store>"
 
 
+class Stored(nn.Parameter):
+    """Values read from the store, in a placeholder's place for a moment; forwards of other threads go on beside it."""
+
+
 def _placeholders(value: Any) -> Iterator[Placeholder]:
     if isinstance(value, Placeholder):
         yield value
@@ -105,6 +109,9 @@ def _harmless() -> frozenset[Any]:
 class _Experts(nn.Module):
     """What is put in front of an experts module's own class; only parameters that are `Placeholder` are treated."""
 
+    _emoe_names: tuple[str, ...]
+    _emoe_path: str
+
     @contextmanager
     def _emoe_hidden(self) -> Iterator[dict[str, Placeholder]]:
         """In the block the module has none of its placeholders."""
@@ -114,6 +121,21 @@ class _Experts(nn.Module):
             yield hidden
         finally:
             self._parameters.update(hidden)
+
+    def _emoe_check_values(self) -> None:
+        """Asked before each forward, which computes with what the store has.
+
+        Raises:
+            ExpertsElsewhereError: somebody put values in a placeholder's place without a call of the module:
+                `torch.func.functional_call`, or who else writes into `_parameters`.
+        """
+        for name in self._emoe_names:
+            value = self._parameters.get(name)
+            if value is not None and not isinstance(value, (Placeholder, Stored)):
+                raise ExpertsElsewhereError(
+                    f"{self._emoe_path}.{name} was given values for this forward (functional_call does so), which "
+                    f"would be ignored: the experts are in emoe's store. Leave it out; {WAY_OUT}"
+                )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         with self._emoe_hidden() as hidden:
@@ -174,6 +196,7 @@ def take_out(module: nn.Module, layer: StoreLayer) -> None:
         module._parameters[param.name] = Placeholder.make(
             f"{layer.path}.{param.name}", shape, getattr(torch, param.dtype), trainable
         )
+    vars(module)["_emoe_path"] = layer.path
     if not isinstance(module, _Experts):
         names = tuple(param.name for param in layer.params)
         module.__class__ = _class_without(cast(Hashable, type(module)), names)
@@ -187,6 +210,7 @@ def put_back(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
         module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
     if isinstance(module, _Experts) and not placeholders(module):
         module.__class__ = type(module).__mro__[2]
+        vars(module).pop("_emoe_path", None)
 
 
 def as_placed(module: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -198,6 +222,7 @@ def as_placed(module: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str
 @functools.cache
 def _class_without(experts: Any, names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: property(functools.partial(_parameter, name=name)) for name in names}
+    body |= {"_emoe_names": names}
     body |= {"__module__": experts.__module__, "__qualname__": experts.__qualname__, "__doc__": experts.__doc__}
     return type(experts.__name__, (_Experts, experts), body)
 

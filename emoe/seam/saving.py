@@ -159,7 +159,7 @@ class SavingGuard:
 
         layer = self._store.layers[number]
         module = self._model.get_submodule(layer.path)
-        parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in self._read(number).items()}
+        parameters = {name: elsewhere.Stored(value, requires_grad=False) for name, value in self._read(number).items()}
         state: dict[str, Any] = {f"{layer.path}.{name}": value.detach() for name, value in parameters.items()}
         if kwargs.get("save_original_format", True):
             placed = elsewhere.placeholders(module)

@@ -10,8 +10,9 @@ import families
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, core_model_loading
 
 import emoe
 from emoe.errors import ClosedError, ConfigError, EmoeError, ExpertsElsewhereError, SaveError, UnsupportedModelError
@@ -180,6 +181,65 @@ def test_a_state_dict_after_a_close_without_experts_is_refused(model):
     model.emoe.close(restore=False)
     with pytest.raises(ExpertsElsewhereError, match="closed"):
         model.load_state_dict(state)
+
+
+GIVEN = "was given values for this forward .functional_call does so., which would be ignored"
+
+
+@pytest.mark.parametrize("kernels", ["native", "stock"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_functional_call_with_an_expert_parameter_is_refused_and_any_other_is_right(name, kernels, ways_in):
+    model, plain = ways_in(name, kernels=kernels)
+    before = _logits(model)
+    path, module = _experts(model)
+    own = {key for key, each in model.named_parameters() if isinstance(each, Placeholder)}
+    assert len(own) >= 4
+    for key in own:
+        new = {key: torch.zeros_like(plain.get_parameter(key))}
+        for given in (new, dict(model.named_parameters()) | new):
+            with torch.no_grad(), pytest.raises(ExpertsElsewhereError, match=rf"{key} {GIVEN}"):
+                functional_call(model, given, (IDS,))
+    with torch.no_grad(), pytest.raises(ExpertsElsewhereError, match=GIVEN):
+        functional_call(model, dict(plain.named_parameters()), (IDS,))
+    other = {key: 2 * each.detach() for key, each in plain.named_parameters() if key not in own and "norm" in key}
+    with torch.no_grad():
+        expected = functional_call(plain, other, (IDS,)).logits
+        assert (functional_call(model, other, (IDS,)).logits - expected).abs().max() < 1e-3
+        assert (
+            functional_call(model, dict(model.named_parameters()) | other, (IDS,)).logits - expected
+        ).abs().max() < 1e-3
+    assert not torch.equal(before, expected)
+    assert torch.equal(_logits(model), before)
+    model.emoe.close()
+    with torch.no_grad():
+        changed = {f"{path}.{key}": 0 * each.detach() for key, each in module.named_parameters()}
+        expected = functional_call(plain, changed, (IDS,)).logits
+        assert (functional_call(model, changed, (IDS,)).logits - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("make", [torch.nn.Parameter, torch.Tensor.clone], ids=["parameter", "tensor"])
+def test_values_written_into_a_module_past_its_attributes_are_refused_until_they_are_gone(make, model):
+    before = _logits(model)
+    path, module = _experts(model)
+    placed = module._parameters["down_proj"]
+    module._parameters["down_proj"] = make(torch.zeros(placed.shape))
+    with pytest.raises(ExpertsElsewhereError, match=rf"{path}.down_proj {GIVEN}"):
+        _logits(model)
+    module._parameters["down_proj"] = placed
+    assert torch.equal(_logits(model), before)
+
+
+def test_a_forward_beside_a_save_is_not_taken_for_one_with_given_values(model, monkeypatch, tmp_path):
+    expected, found = _logits(model), []
+    revert = core_model_loading.revert_weight_conversion
+
+    def beside(*args, **kwargs):
+        found.append(torch.equal(_logits(model), expected))
+        return revert(*args, **kwargs)
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", beside)
+    model.save_pretrained(tmp_path / "saved")
+    assert len(found) > 1 and all(found)
 
 
 @pytest.mark.parametrize(
