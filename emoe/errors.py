@@ -51,6 +51,10 @@ class CheckpointError(EmoeError):
         self.nbytes = nbytes
 
 
+class UnsupportedEncodingError(CheckpointError, UnsupportedModelError):
+    """A tensor is sound, in a format that emoe does not compute with; names it, and what is read instead."""
+
+
 class ReadError(CheckpointError, OSError):
     """Reading expert bytes failed: an I/O error, or fewer bytes than the checkpoint promises."""
 

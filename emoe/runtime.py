@@ -243,7 +243,7 @@ class Runtime:
         with self._lock:
             self.loader.require_idle()
             if self._steps is None:
-                read = self._attached.read(self.plan.expert_bytes, restore)
+                read = self._attached.read(restore)
                 self._steps = [
                     self.requests.close, self._unhook, self._bank.close, lambda: self._attached.leave(read),
                     self.store.close, lambda: self._attached.let_go(self),

@@ -5,6 +5,8 @@ And what Transformers' `from_pretrained` may be told beside it: options that emo
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from emoe.errors import CheckpointError, ConfigError, UnsupportedModelError, one
 from emoe.options import one_device, unknown_option
 
 # Where Transformers looks for files; for the config as for the weights.
-_PLACES = (
+PLACES = (
     "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
     "trust_remote_code",
 )  # fmt: skip
@@ -67,10 +69,10 @@ def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dic
     if given.get("device_map") is not None and one_device(given["device_map"]) != "cpu":
         raise ConfigError(f"device_map={given['device_map']!r} is no option here: device= says where a model runs")
     config = given.get("config")
-    places = {name: given[name] for name in _PLACES if given.get(name) is not None}
+    places = {name: given[name] for name in PLACES if given.get(name) is not None}
     places["trust_remote_code"] = bool(given.get("trust_remote_code"))  # with None Transformers asks at the terminal
     taken = {name: value for name, value in given.items() if name in _TAKEN and name != "config" and value is not None}
-    values = {name: value for name, value in given.items() if name not in (*_PLACES, *_TAKEN, *_REFUSED)}
+    values = {name: value for name, value in given.items() if name not in (*PLACES, *_TAKEN, *_REFUSED)}
     require_checkpoint(path_or_id, subfolder=places.get("subfolder"))
     if config is None or isinstance(config, (str, Path)):
         if config is not None:
@@ -87,8 +89,19 @@ def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dic
     for name in values:
         if hasattr(config, name):
             raise ConfigError(f"{name}= beside a config object is ambiguous; set config.{name} in its place")
-        raise unknown_option(name, "load", (*_PLACES, *_TAKEN, *config.to_dict()))
+        raise unknown_option(name, "load", (*PLACES, *_TAKEN, *config.to_dict()))
     return config, {**places, **taken}
+
+
+def without_quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:
+    """A copy of a config as it would be were the weights plain, and what it says of their encodings, wherever in it."""
+    config, found = copy.deepcopy(config), None
+    for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        said = getattr(each, "__dict__", {}).pop("quantization_config", None)
+        if said is not None:
+            found = found or (dict(said) if isinstance(said, Mapping) else said.to_dict())
+            each.__dict__.pop("expert_dtype", None)  # DeepSeek-V4's
+    return config, found
 
 
 def _read(path: str | Path, places: dict[str, Any], values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ import torch
 
 from emoe.errors import CheckpointError, one_line
 from emoe.model import auto
-from emoe.model.config import read_config, remote_code_refused
+from emoe.model.config import read_config, remote_code_refused, without_quantization
 
 
 def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> Any:
@@ -27,7 +26,7 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
     config, rest = read_config(path_or_id, kwargs)
     cls = auto.model_class(config, rest.get("auto_class"))
     resolved = _resolve_dtype(dtype, config, Path(path_or_id))
-    config = copy.deepcopy(config)  # Transformers writes the dtype into it
+    config, _ = without_quantization(config)  # a copy: Transformers writes the dtype into it
     try:
         with torch.device("meta"):
             return auto.from_config(cls, config, dtype=resolved, trust_remote_code=rest["trust_remote_code"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 from emoe.errors import BudgetError, ConfigError
 from emoe.memory import available_memory, format_bytes
 from emoe.model import layout, structure
+from emoe.model.config import read_config
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.options import Budget, Options, parse_budget, takes
-from emoe.planning import bandwidth, kv_cache
+from emoe.planning import bandwidth, encoded, kv_cache
 from emoe.planning.meta import meta_model
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,13 @@ RECURRENT_HIT_RATE = ((0.0, 0.0), (0.2, 0.75), (0.3, 0.84), (0.4, 0.90), (0.5, 0
 class Plan:
     """How a model is laid out in a budget. Bytes unless named otherwise.
 
-    `layouts` says of each layer where an expert's parameters lie in a slot; it is not in `to_dict`.
+    `dtype` is the one that the model runs in, `encodings` are those that its experts are stored in. `layouts` says of
+    each layer where an expert's parameters lie in a slot; it is not in `to_dict`.
     """
 
     model: str
     dtype: str
+    encodings: tuple[str, ...]
     budget_bytes: int
     non_expert_bytes: int
     expert_bytes: int
@@ -134,10 +137,12 @@ def plan_checkpoint(
     **kwargs: Any,
 ) -> Plan:
     """`plan` with options that are checked; kwargs as `emoe.model.config.read_config` takes them."""
-    model = meta_model(path_or_id, dtype=options.dtype, **kwargs)
+    config, rest = read_config(path_or_id, kwargs)
+    model = meta_model(path_or_id, dtype=options.dtype, config=config, **rest)
     folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
+    forms = encoded.forms(folder, model, config, rest)
     rates = bandwidth.measure(folder) if calibrate else None
-    return _plan(model, str(path_or_id), options, rates, free)
+    return _plan(model, str(path_or_id), options, rates, free, forms)
 
 
 def plan_for_model(model: Any, options: Options, *, free: Callable[[], int] = available_memory) -> Plan:
@@ -145,17 +150,26 @@ def plan_for_model(model: Any, options: Options, *, free: Callable[[], int] = av
     return _plan(model, type(model).__name__, options, None, free)
 
 
-def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None, free: Callable[[], int]) -> Plan:
+def _plan(
+    model: Any,
+    name: str,
+    options: Options,
+    rates: bandwidth.Rates | None,
+    free: Callable[[], int],
+    forms: Sequence[ExpertForm] | None = None,
+) -> Plan:
+    """`forms` are those of encoded experts; None where every parameter is stored as it is."""
     budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
     specs = [structure.param_specs(module) for _, module in found]
-    forms = [ExpertForm.plain(params) for params in specs]
+    forms = forms or [ExpertForm.plain(params) for params in specs]
     layouts = tuple(layout.describe(module, form) for (_, module), form in zip(found, forms, strict=True))
     slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
     experts = tuple(structure.num_experts(module) for _, module in found)
-    bytes_of = [_param_bytes(params) for params in specs]
+    bytes_of = [form.nbytes for form in forms]
     expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
-    non_expert = structure.unique_bytes(model) - expert_bytes
+    in_model = sum(count * _param_bytes(params) for count, params in zip(experts, specs, strict=True))
+    non_expert = structure.unique_bytes(model) - in_model
     kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
     fixed = non_expert + STAGING_BYTES + kv
     smallest = fixed + len(experts) * slot_bytes
@@ -172,6 +186,7 @@ def _plan(model: Any, name: str, options: Options, rates: bandwidth.Rates | None
     return Plan(
         model=name,
         dtype=specs[0][0].dtype,
+        encodings=tuple(dict.fromkeys(name for form in forms for name in form.encodings)),
         budget_bytes=planned if budget.kind == "fraction" else (budget.nbytes or planned),
         non_expert_bytes=non_expert,
         expert_bytes=expert_bytes,

@@ -40,18 +40,17 @@ class Attached:
         self._hooks = [hook for hook in (load.pack_last_rows(model),) if hook is not None]
         self._answers = load.guard_model(model, store, implementation)
 
-    def read(self, needed: int, restore: bool | None) -> load.ExpertValues | None:
+    def read(self, restore: bool | None) -> load.ExpertValues | None:
         """All experts as ordinary parameters, for `leave`; None where they are given up. The model stays as it is.
 
         Args:
-            needed: bytes of all experts.
             restore: None: where they fit into the memory that is free beside everything else.
 
         Raises:
             BudgetError: `restore` and they do not fit.
             ReadError: an expert cannot be read.
         """
-        free = available_memory()
+        free, needed = available_memory(), load.decoded_bytes(self._model, self._store)
         if restore and needed > free:
             raise BudgetError(
                 f"restoring the experts needs {format_bytes(needed)} beside the slots, {format_bytes(free)} are free; "

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,16 +18,19 @@ from torch import nn
 
 from emoe.errors import CheckpointError
 from emoe.model import auto
-from emoe.model.config import read_config
-from emoe.model.structure import experts_modules, find_experts, require_unquantized
+from emoe.model.config import PLACES, read_config, without_quantization
+from emoe.model.structure import experts_modules, find_experts
 from emoe.seam import elsewhere
 from emoe.seam.guard import ModelGuard
 from emoe.seam.saving import SavingGuard
 from emoe.store import ExpertStore, StoreLayer, read_layer
+from emoe.store.checkpoint import read_checkpoint
 from emoe.store.headers import checkpoint_files
+from emoe.store.unread import Unread
 
 __all__ = [
     "attach_experts",
+    "decoded_bytes",
     "detach_experts",
     "experts_modules",
     "find_experts",
@@ -57,30 +61,100 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
         UnsupportedModelError: the model has no experts that emoe can manage.
         ConfigError: an option contradicts keeping experts elsewhere.
     """
-    from emoe.seam.quantizer import WithoutExperts
-
     config, kwargs = read_config(path_or_id, kwargs)
-    require_unquantized(config, str(path_or_id))
     plain = not any(kwargs.get(name) for name in ("subfolder", "variant")) and not getattr(
         config, "transformers_weights", None
     )
     if plain and Path(path_or_id).is_dir():
         checkpoint_files(Path(path_or_id))  # before Transformers meets what is wrong with them
     cls = auto.model_class(config, kwargs.pop("auto_class", None))
-    model, info = cls.from_pretrained(
-        path_or_id,
-        config=auto.part_of(config, cls),
-        dtype=dtype,
-        quantization_config=WithoutExperts(),
-        output_loading_info=True,
-        **kwargs,
-    )
+    config, quantization = without_quantization(config)
+    try:
+        model, info = _load(
+            cls, path_or_id, partial(_plain_store, quantization), auto.part_of(config, cls), dtype, **kwargs
+        )
+        _own_memory(model, model._emoe_store.files())
+    except _EncodedError as found:
+        model, info = _load_decoded(path_or_id, found, **kwargs)
     store = cast(ExpertStore, model.__dict__.pop("_emoe_store"))
     store.require_in_place()  # what Transformers read by name is of the same files
     _require_complete(info, str(path_or_id))
-    _own_memory(model, store.files())
     detach_experts(model, store.layers)
     return model, store
+
+
+class _EncodedError(Exception):
+    """What Transformers was asked to load has encoded weights."""
+
+    def __init__(self, model: Any, store: ExpertStore, rest: dict[str, Unread]) -> None:
+        super().__init__(store.description)
+        self.cls, self.config, self.store, self.rest = type(model), model.config, store, rest
+
+
+def _plain_store(quantization: dict[str, Any] | None, model: Any, files: list[str]) -> ExpertStore:
+    found = read_checkpoint(files, model, quantization)
+    if found.rest is not None:
+        raise _EncodedError(model, found.store, found.rest)
+    return found.store
+
+
+def _load(cls: Any, path: Any, make: Any, config: Any, dtype: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    from emoe.seam.quantizer import WithoutExperts
+
+    model, info = cls.from_pretrained(
+        path, config=config, dtype=dtype, quantization_config=WithoutExperts(make), output_loading_info=True, **kwargs
+    )
+    return model, info
+
+
+def _load_decoded(path_or_id: str | Path, found: _EncodedError, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """What is outside experts comes as a state dict whose tensors are decoded when Transformers takes them."""
+    try:
+        return load_from_state(found.cls, found.config, lambda *_: found.store, found.rest, path_or_id, **kwargs)
+    except BaseException:
+        found.store.close()
+        raise
+
+
+def load_from_state(
+    cls: Any,
+    config: Any,
+    make: Callable[[Any, list[str]], ExpertStore],
+    state: Mapping[str, Any],
+    path_or_id: str | Path,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Loads a model without its experts from tensors that are at hand, or given when they are asked for (`Unread`).
+
+    Args:
+        cls: the model's own class, not an Auto one.
+        config: with the dtype to run in, and without quantization_config.
+        make: as `WithoutExperts` takes it.
+        state: tensors outside experts, by the names of the checkpoint.
+        path_or_id: what the model is called, and where its generation config is, if it has one.
+        kwargs: as `emoe.model.config.read_config` gives them.
+
+    Returns:
+        (the model, whose store is still its attribute `_emoe_store`; what Transformers says of the loading).
+    """
+    places = {name: kwargs.pop(name) for name in PLACES if name in kwargs}
+    for name in ("use_safetensors", "variant", "weights_only"):
+        kwargs.pop(name, None)
+    given = kwargs.pop("generation_config", None) or _generation_config(path_or_id, places)
+    model, info = _load(cls, None, make, config, config.dtype, state_dict=state, generation_config=given, **kwargs)
+    model.config.name_or_path = model.name_or_path = str(path_or_id)
+    return model, info
+
+
+def _generation_config(path_or_id: str | Path, places: dict[str, Any]) -> Any:
+    """That of a checkpoint, None where it has none and Transformers makes one."""
+    from transformers import GenerationConfig
+
+    where = {name: value for name, value in places.items() if name not in ("code_revision", "trust_remote_code")}
+    try:
+        return GenerationConfig.from_pretrained(path_or_id, **where)
+    except OSError:
+        return None
 
 
 def _require_complete(info: dict[str, Any], name: str) -> None:
@@ -154,6 +228,14 @@ def read_experts(model: nn.Module, store: ExpertStore) -> ExpertValues:
     """Every expert on the CPU, by the module and the name it belongs to, in the dtypes that the model has by now."""
     modules = [model.get_submodule(layer.path) for layer in store.layers]
     return [(module, elsewhere.as_placed(module, read_layer(store, number))) for number, module in enumerate(modules)]
+
+
+def decoded_bytes(model: nn.Module, store: ExpertStore) -> int:
+    """Bytes of what `read_experts` gives."""
+    modules = [model.get_submodule(layer.path) for layer in store.layers]
+    return sum(
+        each.numel() * each.dtype.itemsize for module in modules for each in elsewhere.placeholders(module).values()
+    )
 
 
 def put_experts(read: ExpertValues) -> None:

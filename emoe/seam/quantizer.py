@@ -8,23 +8,34 @@ the model.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emoe.model.structure import experts_modules, find_experts
-from emoe.store.checkpoint import index_checkpoint
+from emoe.store import ExpertStore
+from emoe.store.unread import Unread
 
 METHOD = "emoe_without_experts"
 
 
 @register_quantization_config(METHOD)
 class WithoutExperts(QuantizationConfigMixin):
-    """Handed to `from_pretrained(quantization_config=...)` by emoe; not meant for configs on disk."""
+    """Handed to `from_pretrained(quantization_config=...)` by emoe; not meant for configs on disk.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        make: gives the store of the experts, called with the model on the meta device, its experts' parameters
+            included, and the files that Transformers found (none where it is handed a state dict).
+    """
+
+    def __init__(self, make: Callable[[Any, list[str]], ExpertStore], **kwargs: Any) -> None:
         self.quant_method = METHOD
+        self.make = make
+
+    def __deepcopy__(self, memo: Any) -> WithoutExperts:
+        return self  # Transformers copies the config that it has put this into; what is loaded is not to be copied
 
 
 @register_quantizer(METHOD)
@@ -43,11 +54,17 @@ class _LeaveExpertsOut(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         return weight_conversions
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        if not isinstance(param, Unread):
+            return super().get_new_dtype(converter, param, dtype)
+        param.dtype = dtype if param.is_float else None
+        return param.dtype
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         own_config = model.config.__dict__.pop("quantization_config", None)  # find_experts refuses quantized models
         find_experts(model)
+        model._emoe_store = self.quantization_config.make(model, list(checkpoint_files or []))
         model.config.quantization_config = own_config
-        model._emoe_store = index_checkpoint(checkpoint_files or [], model)
         patterns = set()
         for layer, (path, module) in zip(model._emoe_store.layers, experts_modules(model), strict=True):
             for param in layer.params:

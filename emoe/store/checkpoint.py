@@ -1,28 +1,51 @@
-"""Where a checkpoint's experts lie: safetensors headers read through Transformers' own conversion mapping.
+"""Where a checkpoint's weights lie: safetensors headers read through Transformers' own conversion mapping.
 
 Transformers keeps, for every family, how names and tensors of a checkpoint become parameters. Its operations run here
-on `StridedTensor`s, so that no family's layout is written down a second time. No tensor is read.
+on `StridedTensor`s, so that no family's layout is written down a second time. Of encoded weights (companions.py) they
+move the numbers that these stand for; experts come out as whole matrices. No tensor of an expert is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from emoe.errors import CheckpointError, UnsupportedModelError
-from emoe.model.encoding import encoding
+from emoe.model.encoding import COMPUTED, EncodedMatrix, encoding
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
+from emoe.store.companions import EncodedWeight, Group, encoded, grouped, is_encoded, is_of_activations
+from emoe.store.declared import Declared, declared
 from emoe.store.headers import TensorEntry, read_headers
 from emoe.store.opened import OpenFile
-from emoe.store.strided import InexpressibleError, ShapeError, StridedTensor, blocks_of_experts
+from emoe.store.strided import (
+    InexpressibleError,
+    Rows,
+    ShapeError,
+    Source,
+    StridedTensor,
+    blocks_of_experts,
+    matrices_of_experts,
+)
+from emoe.store.unread import Unread, read_bytes
 
-READABLE = ("float32", "float16", "bfloat16")  # the transfer converts between these
+
+class Indexed(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        store: its experts.
+        rest: every tensor by name, read when indexed, for Transformers to load what is outside experts; None where
+            nothing is encoded, and Transformers reads the files itself.
+    """
+
+    store: ExpertStore
+    rest: dict[str, Unread] | None
 
 
 @dataclass
@@ -30,35 +53,65 @@ class _Sources:
     """What the checkpoint holds for one converter and target: tensors in natural order, by source pattern."""
 
     converter: Any  # transformers' WeightConverter; None: the tensor is the parameter
-    by_pattern: dict[str, list[TensorEntry]] = field(default_factory=dict)
+    by_pattern: dict[str, list[Source]] = field(default_factory=dict)
 
 
 def index_checkpoint(files: Iterable[str | Path], meta_model: Any) -> ExpertStore:
-    """Finds every expert of a checkpoint.
+    """The store of `read_checkpoint`, without what is outside experts."""
+    return read_checkpoint(files, meta_model).store
+
+
+def read_checkpoint(
+    files: Iterable[str | Path], meta_model: Any, quantization: Mapping[str, Any] | None = None
+) -> Indexed:
+    """Finds every expert of a checkpoint, and how to read the rest.
 
     Args:
         files: its safetensors files.
         meta_model: the model on the meta device, experts' parameters included; its dtypes are the ones to run in.
+        quantization: what its config says of encodings.
 
     Raises:
         CheckpointError: a file is damaged, or a tensor is missing or of another shape or dtype than the model's; names
             file, tensor and bytes. Tensors outside experts are checked for shape and dtype as well.
-        UnsupportedModelError: the model has no experts, or its conversion does more than move elements.
+        UnsupportedModelError: the model has no experts, or its conversion does more than move elements; `quantization`
+            speaks of encodings and nothing is encoded; a tensor is in a format that emoe does not compute with.
     """
     opened: list[OpenFile] = []
     try:
         for file in files:
             opened.append(OpenFile(str(Path(file).absolute())))  # the working folder may be another one later
-        return _index(opened, meta_model)
+        return _index(opened, meta_model, quantization)
     except BaseException:
         for each in opened:
             each.close()
         raise
 
 
-def _index(opened: list[OpenFile], meta_model: Any) -> ExpertStore:
+def encoded_forms(
+    files: Iterable[str | Path], meta_model: Any, quantization: Mapping[str, Any] | None = None
+) -> list[ExpertForm] | None:
+    """What an expert of each layer is, None where nothing is encoded. Arguments and errors as of `read_checkpoint`."""
+    files = list(files)
+    if quantization is None and not is_encoded(grouped(read_headers(files))):
+        return None
+    store, _ = read_checkpoint(files, meta_model, quantization)
+    store.close()
+    return [layer.form for layer in store.layers]
+
+
+def _index(opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, Any] | None) -> Indexed:
     names = [file.path for file in opened]
-    sources = _sources(read_headers(opened), meta_model)
+    files = {file.path: file for file in opened}
+    found = grouped(read_headers(opened))
+    said = declared(quantization, _folder(names) or None)
+    if quantization is not None and not is_encoded(found):
+        raise UnsupportedModelError(
+            f"config.json says that the weights of {_folder(names)} are quantized ({said.method}), and none is in a "
+            "format that emoe reads; where they are plain, take quantization_config out of the config"
+        )
+    read = lambda entry: read_bytes(files[entry.file], entry)  # noqa: E731
+    sources, weights = _sources(found, meta_model, said, read)
     layers = []
     for path, module in experts_modules(meta_model):
         params = param_specs(module)
@@ -67,8 +120,7 @@ def _index(opened: list[OpenFile], meta_model: Any) -> ExpertStore:
         for target in (f"{path}.{param.name}" for param in params):
             for first in _first_targets(target, sources):
                 _require_all_experts(sources[first], count, target)
-                tensors.update(_converted(first, sources[first], meta_model))
-        pieces: list[list[Piece]] = [[] for _ in range(count)]
+                tensors.update(_converted(first, sources[first], module, meta_model))
         for param in params:
             target = f"{path}.{param.name}"
             if target not in tensors:
@@ -77,11 +129,16 @@ def _index(opened: list[OpenFile], meta_model: Any) -> ExpertStore:
                     file=_folder(names),
                     tensor=target,
                 )
-            _add_pieces(pieces, param, target, tensors[target], count, meta_model)
-        layers.append(
-            StoreLayer(path, ExpertForm.plain(params), tuple(tuple(sorted(each, key=_place)) for each in pieces))
-        )
-    return ExpertStore(layers, f"checkpoint {_folder(names)}", opened=opened)
+            _require_shape(param, target, tensors[target], count)
+        layers.append(_layer(path, params, tensors, count, meta_model))
+    rest = None
+    if is_encoded(found):
+        rest = {
+            name: Unread(weights.get(name, each.first if isinstance(each, Group) else each), files)
+            for name, each in found.items()
+            if not is_of_activations(name)
+        }
+    return Indexed(ExpertStore(layers, f"checkpoint {_folder(names)}", opened=opened), rest)
 
 
 def _place(piece: Piece) -> tuple[str, int]:
@@ -93,8 +150,10 @@ def _folder(files: Sequence[str]) -> str:
     return str(Path(files[0]).parent) if files else ""
 
 
-def _sources(entries: dict[str, TensorEntry], model: Any) -> dict[str, _Sources]:
-    """Model key -> tensors of the checkpoint, exactly as Transformers assigns them when it loads.
+def _sources(
+    entries: Mapping[str, TensorEntry | Group], model: Any, said: Declared, read: Callable[[TensorEntry], bytes]
+) -> tuple[dict[str, _Sources], dict[str, EncodedWeight]]:
+    """Model key -> weights of the checkpoint, exactly as Transformers assigns them when it loads; and those encoded.
 
     The order matters: some renamings wait for a key that sorts before those they act on.
     """
@@ -106,26 +165,65 @@ def _sources(entries: dict[str, TensorEntry], model: Any) -> dict[str, _Sources]
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    rows_first = _rows_first(model)
     found: dict[str, _Sources] = {}
+    weights: dict[str, EncodedWeight] = {}
     for name in sorted(entries, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if key not in state and name in state:
             key, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         if key not in state:
             continue  # of a part that this model does not have
+        entry = entries[name]
+        source: Source
+        if isinstance(entry, Group):
+            source = weights[name] = encoded(entry, said, read)
+        else:
+            source = entry
+        _check_dtype(source, key, state[key])
         if pattern is None:
-            _check_plain(entries[name], key, state[key])
+            _check_shape(source, key, state[key], key in rows_first)
         converter = None if pattern is None else by_pattern[pattern]
         target = found.setdefault(key, _Sources(converter))
-        target.by_pattern.setdefault(pattern or name, []).append(entries[name])
-    return found
+        target.by_pattern.setdefault(pattern or name, []).append(source)
+    return found, weights
 
 
-def _check_plain(entry: TensorEntry, key: str, parameter: torch.Tensor) -> None:
-    if entry.shape != tuple(parameter.shape):
-        raise entry.error(f"has not the shape {list(parameter.shape)} that the config gives {key}")
-    if entry.is_float != parameter.is_floating_point():
-        raise entry.error(f"cannot become {key}, which is {str(parameter.dtype).removeprefix('torch.')}")
+def _rows_first(model: Any) -> set[str]:
+    """Keys of experts' weights that a model keeps [inputs, outputs]: those that are stored by rows are turned."""
+    return {
+        f"{path}.{param.name}"
+        for path, module in experts_modules(model)
+        if module.is_transposed
+        for param in param_specs(module)
+        if len(param.shape) == 2
+    }
+
+
+def _check_dtype(source: Source, key: str, parameter: torch.Tensor) -> None:
+    if isinstance(source, EncodedWeight):
+        if not parameter.is_floating_point():
+            raise source.error(f"cannot become {key}, which is {str(parameter.dtype).removeprefix('torch.')}")
+    elif source.is_float != parameter.is_floating_point():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        codes = ""
+        if parameter.is_floating_point():
+            codes = "; where it holds codes, their scale is missing, or of a format that emoe does not read"
+        raise source.error(f"cannot become {key}, which is {dtype}{codes}")
+
+
+def _check_shape(source: Source, key: str, parameter: torch.Tensor, turned: bool) -> None:
+    shape = _turned(source.shape) if _is_turned(source, turned) else source.shape
+    if tuple(shape) != tuple(parameter.shape):
+        raise source.error(f"has not the shape {list(parameter.shape)} that the config gives {key}")
+
+
+def _is_turned(source: Source, by_module: bool) -> bool:
+    return by_module and isinstance(source, EncodedWeight) and source.by_rows
+
+
+def _turned(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _first_targets(target: str, sources: dict[str, _Sources]) -> list[str]:
@@ -183,11 +281,13 @@ def _with_id(name: list[str], names: list[list[str]], expert: int) -> str:
     return ".".join([*name[:part], str(expert), *name[part + 1 :]]) if part >= 0 else f"{'.'.join(name)} ({expert})"
 
 
-def _converted(first: str, source: _Sources, model: Any) -> dict[str, StridedTensor]:
+def _converted(first: str, source: _Sources, module: Any, model: Any) -> dict[str, StridedTensor]:
     """Model key -> tensor after the family's own operations, as WeightConverter.convert gives it."""
     converter = source.converter
     if converter is None:
-        return {first: StridedTensor.of(next(iter(source.by_pattern.values()))[0])}
+        only = next(iter(source.by_pattern.values()))[0]
+        whole = StridedTensor.of(only)
+        return {first: whole.transpose(-1, -2) if _is_turned(only, module.is_transposed) else whole}
     tensors: dict[str, Any] = {
         pattern: [StridedTensor.of(entry) for entry in entries] for pattern, entries in source.by_pattern.items()
     }
@@ -221,22 +321,113 @@ def _inexpressible(operation: Any, target: str, model: Any, error: Exception) ->
     )
 
 
-def _add_pieces(
-    pieces: list[list[Piece]], param: ParamSpec, target: str, tensor: StridedTensor, count: int, model: Any
-) -> None:
+def _require_shape(param: ParamSpec, target: str, tensor: StridedTensor, count: int) -> None:
     if tuple(tensor.shape) != (count, *param.shape):
-        source = tensor.regions[0].source
-        raise source.error(
+        raise tensor.regions[0].source.error(
             f"and its like give {target} the shape {list(tensor.shape)}; the config says {[count, *param.shape]}"
         )
-    try:
-        blocks = blocks_of_experts(tensor)
-    except InexpressibleError as error:
-        raise _inexpressible("rearrangement", target, model, error) from error
+
+
+def _layer(
+    path: str, params: tuple[ParamSpec, ...], tensors: Mapping[str, StridedTensor], count: int, model: Any
+) -> StoreLayer:
+    """Parameters as they are, or where any weight is encoded, matrices and what they lie beside."""
+    pieces: list[list[Piece]] = [[] for _ in range(count)]
+    weights = [param for param in params if len(param.shape) == 2]
+    if not any(
+        isinstance(region.source, EncodedWeight)
+        for param in params
+        for region in tensors[f"{path}.{param.name}"].regions
+    ):
+        weights = []
+    stored: list[ParamSpec] = []
+    matrices: list[EncodedMatrix] = []
+    for param in params:
+        target = f"{path}.{param.name}"
+        try:
+            if param in weights:
+                arrays, its_matrices = _add_matrices(pieces, param, target, matrices_of_experts(tensors[target]))
+                stored += arrays
+                matrices += its_matrices
+            else:
+                stored.append(param)
+                _add_pieces(pieces, param, target, tensors[target])
+        except InexpressibleError as error:
+            raise _inexpressible("rearrangement", target, model, error) from error
+    form = ExpertForm(params, tuple(stored), tuple(matrices))
+    return StoreLayer(path, form, tuple(tuple(sorted(each, key=_place)) for each in pieces))
+
+
+def _add_matrices(
+    pieces: list[list[Piece]], param: ParamSpec, target: str, rows_of: list[list[Rows]]
+) -> tuple[list[ParamSpec], list[EncodedMatrix]]:
+    """Planes of a parameter's matrices, the same for every expert, and copies that put them into a slot."""
+    made: list[EncodedMatrix] = []
+    for expert, its_rows in enumerate(rows_of):
+        matrices = [_matrix(rows, number, param, target) for number, rows in enumerate(its_rows)]
+        made = made or matrices
+        for matrix, first, rows in zip(matrices, made, its_rows, strict=False):
+            if matrix != first:
+                raise rows.source.error(
+                    f"differs from expert 0's {rows_of[0][0].source.name}, {first.encoding}: experts of a layer have "
+                    "to be encoded alike"
+                )
+        for rows, matrix in zip(its_rows, matrices, strict=True):
+            pieces[expert] += _planes(rows, matrix)
+    arrays = []
+    for matrix in made:
+        shapes = encoding(matrix.encoding).shapes(matrix.rows, matrix.cols)
+        for plane in encoding(matrix.encoding).planes:
+            arrays.append(ParamSpec(matrix.planes[plane.name], shapes[plane.name], plane.dtype))
+    return arrays, made
+
+
+def _matrix(rows: Rows, number: int, param: ParamSpec, target: str) -> EncodedMatrix:
+    source = rows.source
+    name = source.encoding if isinstance(source, EncodedWeight) else param.dtype
+    if isinstance(source, TensorEntry):
+        _require_readable(source, param, target)
+    return EncodedMatrix(
+        name,
+        source.shape[-2],
+        source.shape[-1],
+        {plane.name: f"{param.name}.{number}.{plane.name}" for plane in encoding(name).planes},
+        param.name,
+        rows.start,
+        rows.step,
+        rows.transposed,
+    )
+
+
+def _planes(rows: Rows, matrix: EncodedMatrix) -> list[Piece]:
+    source, how = rows.source, encoding(matrix.encoding)
+    if isinstance(source, TensorEntry):
+        count = matrix.rows * matrix.cols
+        nbytes = encoding(source.dtype).nbytes((count,))
+        return [_copy(source, rows.matrix * nbytes, nbytes, source.dtype, matrix.planes["values"], count)]
+    copies = []
+    for plane in how.planes:
+        start, nbytes = source.place(plane.name, rows.matrix)
+        entry = source.planes[plane.name]
+        count = nbytes // encoding(plane.dtype).nbytes((1,))
+        copies.append(_copy(entry, start - entry.offset, nbytes, plane.dtype, matrix.planes[plane.name], count))
+    return copies
+
+
+def _copy(entry: TensorEntry, start: int, nbytes: int, dtype: str, stored: str, count: int) -> Piece:
+    return Piece(entry.file, entry.offset + start, nbytes, entry.name, dtype, stored, 1, count, 0, count, 1)
+
+
+def _require_readable(source: TensorEntry, param: ParamSpec, target: str) -> None:
+    if not ((source.dtype in COMPUTED and param.dtype in COMPUTED) or source.dtype == param.dtype):
+        raise source.error(f"cannot become {target} in {param.dtype}: emoe reads experts of {', '.join(COMPUTED)}")
+
+
+def _add_pieces(pieces: list[list[Piece]], param: ParamSpec, target: str, tensor: StridedTensor) -> None:
+    blocks = blocks_of_experts(tensor)
     for source in {region.source.name: region.source for region in tensor.regions}.values():
-        readable = source.dtype in READABLE and param.dtype in READABLE
-        if not (readable or source.dtype == param.dtype):
-            raise source.error(f"cannot become {target} in {param.dtype}: emoe reads experts of {', '.join(READABLE)}")
+        if isinstance(source, TensorEntry):
+            _require_readable(source, param, target)
     for expert, its_blocks in enumerate(blocks):
         for block in its_blocks:
             source = block.source

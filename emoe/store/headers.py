@@ -5,6 +5,7 @@ The safetensors library validates every header; it does not tell offsets, so tho
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from emoe.errors import CheckpointError
 from emoe.files import jsontext
-from emoe.model.encoding import encoding
+from emoe.model.encoding import COMPUTED, encoding
 from emoe.store.opened import OpenFile, spare_descriptor
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,6 +31,7 @@ DTYPES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
@@ -40,6 +42,8 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+# What emoe has no encoding for; an element's bits, by code in the file, which stays the dtype's name.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class TensorEntry:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype.startswith(("float", "bfloat"))
+        """Whether its elements are numbers of their own, not codes that need a scale."""
+        return self.dtype in ("float64", *COMPUTED)
 
     def error(self, why: str) -> CheckpointError:
         """A CheckpointError about this tensor."""
@@ -205,7 +210,13 @@ def _entry(file: str, name: str, raw: Any, start: int, size: int) -> TensorEntry
         raise entry.error(
             f"reaches beyond the end of the file, which has {size} bytes: the file is truncated or damaged"
         )
-    if code in DTYPES and (wanted := encoding(dtype).nbytes(shape)) != entry.nbytes:
+    if code in DTYPES:
+        wanted = encoding(dtype).nbytes(shape)
+    elif code in _BITS:
+        wanted = -(-math.prod(shape) * _BITS[code] // 8)
+    else:
+        raise entry.error(f"is of a dtype that emoe does not know; it knows {', '.join((*DTYPES, *_BITS))}")
+    if wanted != entry.nbytes:
         raise entry.error(f"should take {wanted} bytes")
     return entry
 

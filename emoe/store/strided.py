@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from emoe.store.companions import EncodedWeight
 from emoe.store.headers import TensorEntry
+
+# What lies in a file. Of an encoded weight it is the numbers that are moved here, not their bytes.
+Source = TensorEntry | EncodedWeight
 
 # More ranges than this for one parameter of one expert would be read element by element: taken for inexpressible.
 MOST_PIECES = 1 << 16
@@ -37,7 +41,7 @@ class Axis(NamedTuple):
 class Region:
     """A part of a tensor that lies in one tensor of a file: one axis per dimension, from element `offset` on."""
 
-    source: TensorEntry
+    source: Source
     offset: int
     axes: tuple[Axis, ...]
 
@@ -54,7 +58,7 @@ class StridedTensor:
         self.regions = tuple(regions)
 
     @classmethod
-    def of(cls, entry: TensorEntry) -> StridedTensor:
+    def of(cls, entry: Source) -> StridedTensor:
         """The tensor as it lies in its file."""
         strides = [math.prod(entry.shape[dim + 1 :]) for dim in range(len(entry.shape))]
         axes = tuple(Axis(size, 0, 1, stride) for size, stride in zip(entry.shape, strides, strict=True))
@@ -298,6 +302,76 @@ def _unmerge_one(region: Region, dim: int, inner_size: int) -> list[Region]:
     return parts
 
 
+class Rows(NamedTuple):
+    """A whole matrix of a tensor: its row r is row `start + r * step` of a parameter, or column if `transposed`."""
+
+    source: Source
+    matrix: int
+    start: int
+    step: int
+    transposed: bool
+
+
+class _Run(NamedTuple):
+    """Rows of a matrix that are neighbours in it, and lie `step` apart in a parameter."""
+
+    first: int
+    length: int
+    start: int
+    step: int
+
+
+def matrices_of_experts(tensor: StridedTensor) -> list[list[Rows]]:
+    """For each index of dimension 0 of [E, a, b], the matrices that make up the rest, by where their rows start.
+
+    Raises:
+        InexpressibleError: a part is no whole matrix with its rows and columns in their order.
+    """
+    found: list[dict[tuple[str, int, bool], tuple[Source, list[_Run]]]] = [{} for _ in range(tensor.shape[0])]
+    for region in tensor.regions:
+        source, experts = region.source, region.axes[0]
+        transposed, rows = _row_axis(source, region.axes[1:], tensor.shape[1:])
+        for k in range(experts.size):
+            matrix, inside = divmod(region.offset + k * experts.stride, math.prod(source.shape[-2:]))
+            first, column = divmod(inside, source.shape[-1])
+            if column or (rows.size > 1 and rows.stride != source.shape[-1]):
+                raise InexpressibleError(f"{source.name} is cut, or its rows come in another order")
+            its = found[experts.start + k * experts.step].setdefault((source.name, matrix, transposed), (source, []))
+            its[1].append(_Run(first, rows.size, rows.start, rows.step))
+    return [
+        sorted(
+            (_whole(source, matrix, transposed, runs) for (_, matrix, transposed), (source, runs) in each.items()),
+            key=lambda rows: rows.start,
+        )
+        for each in found
+    ]
+
+
+def _row_axis(source: Source, axes: Sequence[Axis], shape: Sequence[int]) -> tuple[bool, Axis]:
+    """Whether columns are the parameter's first dimension, and where the rows are."""
+    if len(axes) != 2 or len(source.shape) < 2:
+        raise InexpressibleError(f"{source.name} is no matrix")
+    for transposed in (False, True):
+        rows, cols = reversed(axes) if transposed else axes
+        whole = cols.size == source.shape[-1] == shape[0 if transposed else 1]
+        if whole and (cols.start, cols.step) == (0, 1) and (cols.stride == 1 or cols.size == 1):
+            return transposed, rows
+    raise InexpressibleError(f"columns of {source.name} are cut, or come in another order")
+
+
+def _whole(source: Source, matrix: int, transposed: bool, runs: list[_Run]) -> Rows:
+    runs = sorted(runs)
+    head, done = runs[0], 0
+    step = head.step if head.length > 1 or len(runs) == 1 else runs[1].start - head.start
+    for run in runs:
+        if run.first != done or run.start != head.start + done * step or (run.length > 1 and run.step != step):
+            break
+        done += run.length
+    if done != source.shape[-2] or step < 1:
+        raise InexpressibleError(f"rows of {source.name} are cut, or come in another order")
+    return Rows(source, matrix, head.start, step, transposed)
+
+
 class Block(NamedTuple):
     """A contiguous run of a file tensor: `rows * cols` elements from `start`; where they go, in elements."""
 
@@ -314,11 +388,13 @@ def blocks_of_experts(tensor: StridedTensor) -> list[list[Block]]:
     """For each index of dimension 0, the contiguous file ranges that make up the rest, in file order.
 
     Raises:
-        InexpressibleError: an expert would fall into more than MOST_PIECES ranges.
+        InexpressibleError: an expert would fall into more than MOST_PIECES ranges, or is encoded.
     """
     strides = [math.prod(tensor.shape[dim + 1 :]) for dim in range(1, tensor.ndim)]
     blocks: list[list[Block]] = [[] for _ in range(tensor.shape[0])]
     for region in tensor.regions:
+        if not isinstance(region.source, TensorEntry):
+            raise InexpressibleError(f"{region.source.name} is encoded")
         experts, rest = region.axes[0], region.axes[1:]
         dst = sum(axis.start * stride for axis, stride in zip(rest, strides, strict=True))
         moves = [

@@ -1,0 +1,130 @@
+"""What the config of a quantized checkpoint says of blocks and groups: read wherever it is, to confirm what shapes say.
+
+No method is told by its name: some checkpoints have none, or one that names another format than their experts have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from emoe.errors import CheckpointError
+from emoe.files import jsontext
+
+# Beside config.json: of modelopt, AutoGPTQ and AutoAWQ.
+_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# Rows and columns that share a scale; 0 stands for all there are.
+TENSOR, ROW = (0, 0), (1, 0)
+
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Attributes:
+    where: what says it, for messages; "" where nothing does.
+    method: as it calls itself.
+    bytes: rows and columns that share a scale, of weights with a byte each.
+    bits: columns that share a scale, of weights with four bits each; 0 stands for a whole row.
+    widths: bits of a weight.
+    zeros: "gptq" or "gptq_v2" where that is said.
+    """
+
+    where: str = ""
+    method: str = ""
+    bytes: frozenset[Block] = field(default=frozenset())
+    bits: frozenset[int] = field(default=frozenset())
+    widths: frozenset[int] = field(default=frozenset())
+    zeros: str = ""
+
+
+NOTHING = Declared()
+
+
+def shown(block: Block) -> str:
+    """A block in words."""
+    return {TENSOR: "one scale", ROW: "a scale a row"}.get(block, f"blocks of {block[0]}x{block[1]}")
+
+
+def declared(quantization: Mapping[str, Any] | None, folder: str | Path | None = None) -> Declared:
+    """What a config says, and where it says nothing, a file of the quantizer beside it.
+
+    Args:
+        quantization: `quantization_config` of the config, wherever in it.
+        folder: of the checkpoint's files.
+
+    Raises:
+        CheckpointError: such a file is no JSON.
+    """
+    if quantization is not None:
+        return _declared(quantization, "config.json")
+    for name in _FILES if folder is not None else ():
+        path = Path(folder or "") / name
+        if path.is_file():
+            found = jsontext.read(path, "config of a quantizer", partial(CheckpointError, file=str(path)))
+            if isinstance(found, dict):
+                return _declared(found, name)
+    return NOTHING
+
+
+def _declared(said: Mapping[str, Any], where: str) -> Declared:
+    blocks: set[Block] = set()
+    groups: set[int] = set()
+    widths: set[int] = set()
+    for weights in _statements(said):
+        width = _width(weights)
+        widths |= {width} if width else set()
+        block = _block(weights)
+        if block is not None and (width == 8 or "weight_block_size" in weights):
+            blocks.add(block)
+        elif block is not None and block[0] <= 1 and width in (4, 0):
+            groups.add(block[1])
+    method = said.get("quant_method") or said.get("quant_algo") or (said.get("quantization") or {}).get("quant_algo")
+    zeros = said.get("checkpoint_format") if said.get("checkpoint_format") in ("gptq", "gptq_v2") else ""
+    if not zeros and method == "gptq":
+        zeros = "gptq"  # before there were two
+    name = str(getattr(method, "value", method) or "an unknown method")
+    return Declared(where, name, frozenset(blocks), frozenset(groups), frozenset(widths), str(zeros))
+
+
+def _statements(said: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Every part that speaks of weights, never of activations."""
+    yield said
+    for group in _parts(said.get("config_groups")):
+        if isinstance(group.get("weights"), Mapping):
+            yield group["weights"]
+    for key in ("quantized_layers", "dynamic"):
+        yield from _parts(said.get(key))
+    if isinstance(inner := said.get("quantization"), Mapping):
+        yield from _statements(inner)
+
+
+def _parts(values: Any) -> list[Mapping[str, Any]]:
+    return [each for each in values.values() if isinstance(each, Mapping)] if isinstance(values, Mapping) else []
+
+
+def _width(weights: Mapping[str, Any]) -> int:
+    for key in ("num_bits", "bits", "w_bit"):
+        if isinstance(weights.get(key), int):
+            return int(weights[key])
+    algorithm = str(weights.get("quant_algo") or "")
+    return 0 if not algorithm or algorithm.startswith("MIXED") else 4 if "4" in algorithm else 8
+
+
+def _block(weights: Mapping[str, Any]) -> Block | None:
+    for key in ("weight_block_size", "block_structure"):
+        size = weights.get(key)
+        if isinstance(size, str) and (found := re.fullmatch(r"(\d+)x(\d+)", size)):
+            size = [int(each) for each in found.groups()]
+        if isinstance(size, (list, tuple)) and len(size) == 2 and all(type(each) is int and each > 0 for each in size):
+            return size[0], size[1]
+    if weights.get("strategy") in ("tensor", "channel"):
+        return TENSOR if weights["strategy"] == "tensor" else ROW
+    for key in ("group_size", "q_group_size"):
+        if type(size := weights.get(key)) is int and size != 0:
+            return 1, max(size, 0)
+    return None
