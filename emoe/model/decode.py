@@ -47,8 +47,9 @@ def parameter(form: ExpertForm, name: str, stored: Callable[[str], torch.Tensor]
     for matrix in form.matrices:
         if matrix.param == name:
             values = decode(matrix, {plane: stored(its_name) for plane, its_name in matrix.planes.items()})
-            whole = out.T if matrix.transposed else out
-            whole[matrix.start : matrix.start + matrix.rows * matrix.step : matrix.step] = values.to(out.dtype)
+            whole, taken = out.T if matrix.transposed else out, matrix.taken
+            rows = slice(matrix.start, matrix.start + len(taken) * matrix.step, matrix.step)
+            whole[rows] = values[taken.start : taken.stop : taken.step].to(out.dtype)
     return out
 
 

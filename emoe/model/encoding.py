@@ -205,8 +205,10 @@ class EncodedMatrix:
         rows, cols: outputs and inputs.
         planes: the stored array (`ExpertForm.stored`) of each plane.
         param: the parameter that it is part of.
-        start, step: its row r is row `start + r * step` of the parameter, its column where that is `transposed`.
+        start, step: its row k is row `start + k * step` of the parameter, its column where that is `transposed`.
         transposed: the parameter is [inputs, outputs].
+        first, every, count: where only some of the rows are meant: `count` of them, `first`, `first + every`, ...; a
+            count of 0 is all rows.
     """
 
     encoding: str
@@ -217,3 +219,11 @@ class EncodedMatrix:
     start: int = 0
     step: int = 1
     transposed: bool = False
+    first: int = 0
+    every: int = 1
+    count: int = 0
+
+    @property
+    def taken(self) -> range:
+        """The rows that are meant."""
+        return range(self.first, self.first + (self.count or self.rows) * self.every, self.every)

@@ -89,6 +89,8 @@ def _native(module: Any, form: ExpertForm, offsets: dict[str, int]) -> dict[str,
         raise _NotNativeError(f"{name}: {up} and down_proj do not fit each other.")
     sizes = {"hidden": hidden, "intermediate": intermediate, "hidden_out": hidden_out}
     found = {"has_gate": bool(module.has_gate), **_recognise(module, up)}
+    if any(matrix.transposed != module.is_transposed for matrix in form.matrices):
+        raise _NotNativeError("Its encoded weights have a row for each input, not output.")
     if form.matrices:
         return {**sizes, **found, **_encoded(form, offsets, up, intermediate, hidden_out, found)}
     return {
@@ -119,15 +121,15 @@ def _rows(form: ExpertForm, offsets: dict[str, int], param: str, first: int, ste
     for matrix in form.matrices:
         start, its_step = (first - matrix.start) / matrix.step, step / matrix.step
         last = start + (count - 1) * its_step
-        if matrix.param == param and start >= 0 and start % 1 == its_step % 1 == 0 and last < matrix.rows:
+        if matrix.param == param and start >= 0 and start % 1 == its_step % 1 == 0 and last < len(matrix.taken):
             how = encoding(matrix.encoding)
             scales = how.plane("scales")
             weights = {
                 "codes": how.codes,
                 "rows": matrix.rows,
                 "depth": matrix.cols,
-                "first": int(start),
-                "step": int(its_step),
+                "first": matrix.first + int(start) * matrix.every,
+                "step": int(its_step) * matrix.every,
                 "count": count,
                 "planes": {plane: offsets[name] for plane, name in matrix.planes.items()},
                 "scale": how.scale,

@@ -7,6 +7,7 @@ move the numbers that these stand for; experts come out as whole matrices. No te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from emoe.errors import CheckpointError, UnsupportedModelError
-from emoe.model.encoding import COMPUTED, EncodedMatrix, encoding
+from emoe.model.encoding import COMPUTED, EncodedMatrix, Encoding, encoding
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
@@ -341,76 +342,87 @@ def _layer(
     ):
         weights = []
     stored: list[ParamSpec] = []
-    matrices: list[EncodedMatrix] = []
+    planes = _Planes(count)
     for param in params:
         target = f"{path}.{param.name}"
         try:
             if param in weights:
-                arrays, its_matrices = _add_matrices(pieces, param, target, matrices_of_experts(tensors[target]))
-                stored += arrays
-                matrices += its_matrices
+                planes.add(param, target, matrices_of_experts(tensors[target]))
             else:
                 stored.append(param)
                 _add_pieces(pieces, param, target, tensors[target])
         except InexpressibleError as error:
             raise _inexpressible("rearrangement", target, model, error) from error
-    form = ExpertForm(params, tuple(stored), tuple(matrices))
+    stored += planes.arrays()
+    for its, more in zip(pieces, planes.pieces, strict=True):
+        its += more
+    form = ExpertForm(params, tuple(stored), tuple(planes.matrices))
     return StoreLayer(path, form, tuple(tuple(sorted(each, key=_place)) for each in pieces))
 
 
-def _add_matrices(
-    pieces: list[list[Piece]], param: ParamSpec, target: str, rows_of: list[list[Rows]]
-) -> tuple[list[ParamSpec], list[EncodedMatrix]]:
-    """Planes of a parameter's matrices, the same for every expert, and copies that put them into a slot."""
-    made: list[EncodedMatrix] = []
-    for expert, its_rows in enumerate(rows_of):
-        matrices = [_matrix(rows, number, param, target) for number, rows in enumerate(its_rows)]
-        made = made or matrices
-        for matrix, first, rows in zip(matrices, made, its_rows, strict=False):
-            if matrix != first:
-                raise rows.source.error(
-                    f"differs from expert 0's {rows_of[0][0].source.name}, {first.encoding}: experts of a layer have "
-                    "to be encoded alike"
-                )
-        for rows, matrix in zip(its_rows, matrices, strict=True):
-            pieces[expert] += _planes(rows, matrix)
-    arrays = []
-    for matrix in made:
-        shapes = encoding(matrix.encoding).shapes(matrix.rows, matrix.cols)
-        for plane in encoding(matrix.encoding).planes:
-            arrays.append(ParamSpec(matrix.planes[plane.name], shapes[plane.name], plane.dtype))
-    return arrays, made
+class _Planes:
+    """The planes of a layer's matrices, the same for every expert, and the copies that put them into a slot.
+
+    A matrix that several parameters take rows of lies there once.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.matrices: list[EncodedMatrix] = []
+        self.pieces: list[list[Piece]] = [[] for _ in range(experts)]
+        self._known: list[dict[tuple[str, int], str]] = [{} for _ in range(experts)]
+
+    def add(self, param: ParamSpec, target: str, rows_of: list[list[Rows]]) -> None:
+        """Takes the rows that make up a parameter of each expert."""
+        made: list[EncodedMatrix] = []
+        for expert, its_rows in enumerate(rows_of):
+            matrices = [
+                self._matrix(expert, rows, f"{param.name}.{n}", param, target) for n, rows in enumerate(its_rows)
+            ]
+            made = made or matrices
+            for matrix, first, rows in zip(matrices, made, its_rows, strict=False):
+                if matrix != first or matrix.planes != first.planes or len(matrices) != len(made):
+                    raise rows.source.error(
+                        f"differs from expert 0's {rows_of[0][0].source.name}, {first.encoding}: experts of a layer "
+                        "have to be encoded alike"
+                    )
+        self.matrices += made
+
+    def _matrix(self, expert: int, rows: Rows, name: str, param: ParamSpec, target: str) -> EncodedMatrix:
+        source, key = rows.source, (rows.source.name, rows.matrix)
+        if isinstance(source, TensorEntry):
+            _require_readable(source, param, target)
+        high, wide = source.shape[-2:]
+        how = encoding(source.encoding if isinstance(source, EncodedWeight) else param.dtype)
+        base = self._known[expert].setdefault(key, name)
+        names = {plane.name: f"{base}.{plane.name}" for plane in how.planes}
+        if base == name:
+            self.pieces[expert] += _plane_pieces(rows, how, names)
+        part = (0, 1, 0) if rows.length == high else (rows.first, rows.every, rows.length)
+        return EncodedMatrix(how.name, high, wide, names, param.name, rows.start, rows.step, rows.transposed, *part)
+
+    def arrays(self) -> list[ParamSpec]:
+        """What the planes are in a slot, each once."""
+        found = {}
+        for matrix in self.matrices:
+            how = encoding(matrix.encoding)
+            shapes = how.shapes(matrix.rows, matrix.cols)
+            for plane in how.planes:
+                found[matrix.planes[plane.name]] = ParamSpec(matrix.planes[plane.name], shapes[plane.name], plane.dtype)
+        return list(found.values())
 
 
-def _matrix(rows: Rows, number: int, param: ParamSpec, target: str) -> EncodedMatrix:
+def _plane_pieces(rows: Rows, how: Encoding, names: Mapping[str, str]) -> list[Piece]:
     source = rows.source
-    name = source.encoding if isinstance(source, EncodedWeight) else param.dtype
     if isinstance(source, TensorEntry):
-        _require_readable(source, param, target)
-    return EncodedMatrix(
-        name,
-        source.shape[-2],
-        source.shape[-1],
-        {plane.name: f"{param.name}.{number}.{plane.name}" for plane in encoding(name).planes},
-        param.name,
-        rows.start,
-        rows.step,
-        rows.transposed,
-    )
-
-
-def _planes(rows: Rows, matrix: EncodedMatrix) -> list[Piece]:
-    source, how = rows.source, encoding(matrix.encoding)
-    if isinstance(source, TensorEntry):
-        count = matrix.rows * matrix.cols
+        count = math.prod(source.shape[-2:])
         nbytes = encoding(source.dtype).nbytes((count,))
-        return [_copy(source, rows.matrix * nbytes, nbytes, source.dtype, matrix.planes["values"], count)]
+        return [_copy(source, rows.matrix * nbytes, nbytes, source.dtype, names["values"], count)]
     copies = []
     for plane in how.planes:
         start, nbytes = source.place(plane.name, rows.matrix)
         entry = source.planes[plane.name]
         count = nbytes // encoding(plane.dtype).nbytes((1,))
-        copies.append(_copy(entry, start - entry.offset, nbytes, plane.dtype, matrix.planes[plane.name], count))
+        copies.append(_copy(entry, start - entry.offset, nbytes, plane.dtype, names[plane.name], count))
     return copies
 
 

@@ -351,8 +351,8 @@ def _two_a_byte(group: Group, core: str, ends: Sequence[str], said: Declared) ->
     else:
         raise _unsupported(
             entry,
-            f"has scales {scale.name} of {scale.dtype}; two codes in a byte are NVFP4 with float8_e4m3fn, or MXFP4 with a "
-            "byte of exponent",
+            f"has scales {scale.name} of {scale.dtype}; two codes in a byte are NVFP4 with float8_e4m3fn, or MXFP4 "
+            "with a byte of exponent",
         )
     _refuse_others(group, (core, *ends, factor, "_shape"), f"{name} has nothing of that kind")
     wanted = encoding(name).plane("scales").block[1]  # type: ignore[union-attr]
@@ -433,8 +433,8 @@ def _require_in_order(entry: TensorEntry, cols: int, size: int, read: Read) -> N
     if not np.array_equal(np.frombuffer(read(entry), np.int32), np.arange(cols, dtype=np.int32) // (size or cols)):
         raise _unsupported(
             entry,
-            f"puts columns into groups in an order of its own (act-order, desc_act); emoe reads groups of {size or cols} "
-            "columns that are neighbours, as desc_act=False makes them",
+            f"puts columns into groups in an order of its own (act-order, desc_act); emoe reads groups of "
+            f"{size or cols} columns that are neighbours, as desc_act=False makes them",
         )
 
 

@@ -22,6 +22,8 @@ Source = TensorEntry | EncodedWeight
 
 # More ranges than this for one parameter of one expert would be read element by element: taken for inexpressible.
 MOST_PIECES = 1 << 16
+# A parameter of one expert is made of no more matrices: gate and up, or two halves of each.
+_MOST_MATRICES = 4
 
 
 class InexpressibleError(Exception):
@@ -303,19 +305,16 @@ def _unmerge_one(region: Region, dim: int, inner_size: int) -> list[Region]:
 
 
 class Rows(NamedTuple):
-    """A whole matrix of a tensor: its row r is row `start + r * step` of a parameter, or column if `transposed`."""
+    """Rows `first`, `first + every`, ... of a matrix, `length` of them.
+
+    They are rows `start`, `start + step`, ... of a parameter, or columns if `transposed`.
+    """
 
     source: Source
     matrix: int
-    start: int
-    step: int
     transposed: bool
-
-
-class _Run(NamedTuple):
-    """Rows of a matrix that are neighbours in it, and lie `step` apart in a parameter."""
-
     first: int
+    every: int
     length: int
     start: int
     step: int
@@ -325,26 +324,22 @@ def matrices_of_experts(tensor: StridedTensor) -> list[list[Rows]]:
     """For each index of dimension 0 of [E, a, b], the matrices that make up the rest, by where their rows start.
 
     Raises:
-        InexpressibleError: a part is no whole matrix with its rows and columns in their order.
+        InexpressibleError: columns are cut or come in another order, or rows in one that is no even step.
     """
-    found: list[dict[tuple[str, int, bool], tuple[Source, list[_Run]]]] = [{} for _ in range(tensor.shape[0])]
+    found: list[list[Rows]] = [[] for _ in range(tensor.shape[0])]
     for region in tensor.regions:
         source, experts = region.source, region.axes[0]
         transposed, rows = _row_axis(source, region.axes[1:], tensor.shape[1:])
+        every, apart = divmod(rows.stride, source.shape[-1]) if rows.size > 1 else (1, 0)
         for k in range(experts.size):
             matrix, inside = divmod(region.offset + k * experts.stride, math.prod(source.shape[-2:]))
             first, column = divmod(inside, source.shape[-1])
-            if column or (rows.size > 1 and rows.stride != source.shape[-1]):
-                raise InexpressibleError(f"{source.name} is cut, or its rows come in another order")
-            its = found[experts.start + k * experts.step].setdefault((source.name, matrix, transposed), (source, []))
-            its[1].append(_Run(first, rows.size, rows.start, rows.step))
-    return [
-        sorted(
-            (_whole(source, matrix, transposed, runs) for (_, matrix, transposed), (source, runs) in each.items()),
-            key=lambda rows: rows.start,
-        )
-        for each in found
-    ]
+            if column or apart:
+                raise InexpressibleError(f"columns of {source.name} are cut, or come in another order")
+            found[experts.start + k * experts.step].append(
+                Rows(source, matrix, transposed, first, every, rows.size, rows.start, rows.step)
+            )
+    return [_joined(rows) for rows in found]
 
 
 def _row_axis(source: Source, axes: Sequence[Axis], shape: Sequence[int]) -> tuple[bool, Axis]:
@@ -359,17 +354,28 @@ def _row_axis(source: Source, axes: Sequence[Axis], shape: Sequence[int]) -> tup
     raise InexpressibleError(f"columns of {source.name} are cut, or come in another order")
 
 
-def _whole(source: Source, matrix: int, transposed: bool, runs: list[_Run]) -> Rows:
-    runs = sorted(runs)
-    head, done = runs[0], 0
-    step = head.step if head.length > 1 or len(runs) == 1 else runs[1].start - head.start
-    for run in runs:
-        if run.first != done or run.start != head.start + done * step or (run.length > 1 and run.step != step):
-            break
-        done += run.length
-    if done != source.shape[-2] or step < 1:
-        raise InexpressibleError(f"rows of {source.name} are cut, or come in another order")
-    return Rows(source, matrix, head.start, step, transposed)
+def _joined(rows: list[Rows]) -> list[Rows]:
+    """Those that follow one another at one step, in the file and in the parameter, are one."""
+    joined: list[Rows] = []
+    for each in sorted(rows, key=lambda rows: rows.start):
+        if joined and (longer := _continued(joined[-1], each)) is not None:
+            joined[-1] = longer
+        else:
+            joined.append(each)
+    if len(joined) > _MOST_MATRICES:
+        raise InexpressibleError(f"rows of {rows[0].source.name} come in another order")
+    return joined
+
+
+def _continued(head: Rows, tail: Rows) -> Rows | None:
+    every = head.every if head.length > 1 else tail.first - head.first
+    step = head.step if head.length > 1 else tail.start - head.start
+    same = (head.source.name, head.matrix, head.transposed) == (tail.source.name, tail.matrix, tail.transposed)
+    same = same and (tail.length == 1 or (tail.every, tail.step) == (every, step))
+    follows = (tail.first, tail.start) == (head.first + head.length * every, head.start + head.length * step)
+    if not (same and follows and every > 0):
+        return None
+    return head._replace(every=every, step=step, length=head.length + tail.length)
 
 
 class Block(NamedTuple):
