@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.options import Budget, Options, parse_budget, takes
 from emoe.planning import bandwidth, encoded, kv_cache
 from emoe.planning.meta import meta_model
+from emoe.store.checkpoint import Forms
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ RECURRENT_HIT_RATE = ((0.0, 0.0), (0.2, 0.75), (0.3, 0.84), (0.4, 0.90), (0.5, 0
 class Plan:
     """How a model is laid out in a budget. Bytes unless named otherwise.
 
-    `dtype` is the one that the model runs in, `encodings` are those that its experts are stored in. `layouts` says of
-    each layer where an expert's parameters lie in a slot; it is not in `to_dict`.
+    `dtype` is the one that the model runs in, `encodings` are those of its experts. `non_expert_bytes` are in memory,
+    `non_expert_stored_bytes` in the files. `layouts` says of each layer where an expert's parameters lie in a slot; it
+    is not in `to_dict`.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Plan:
     encodings: tuple[str, ...]
     budget_bytes: int
     non_expert_bytes: int
+    non_expert_stored_bytes: int
     expert_bytes: int
     bytes_per_expert: int
     slot_bytes: int
@@ -64,8 +67,8 @@ class Plan:
 
     @property
     def model_bytes(self) -> int:
-        """Weights of the whole model."""
-        return self.non_expert_bytes + self.expert_bytes
+        """Weights of the whole model, encoded ones as their files have them."""
+        return self.non_expert_stored_bytes + self.expert_bytes
 
     @property
     def slab_bytes(self) -> int:
@@ -139,10 +142,10 @@ def plan_checkpoint(
     """`plan` with options that are checked; kwargs as `emoe.model.config.read_config` takes them."""
     config, rest = read_config(path_or_id, kwargs)
     model = meta_model(path_or_id, dtype=options.dtype, config=config, **rest)
+    forms, note = encoded.forms(path_or_id, model, config, rest)
     folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
-    forms = encoded.forms(folder, model, config, rest)
     rates = bandwidth.measure(folder) if calibrate else None
-    return _plan(model, str(path_or_id), options, rates, free, forms)
+    return _plan(model, str(path_or_id), options, rates, free, forms, note)
 
 
 def plan_for_model(model: Any, options: Options, *, free: Callable[[], int] = available_memory) -> Plan:
@@ -156,13 +159,14 @@ def _plan(
     options: Options,
     rates: bandwidth.Rates | None,
     free: Callable[[], int],
-    forms: Sequence[ExpertForm] | None = None,
+    stored: Forms | None = None,
+    note: str = "",
 ) -> Plan:
-    """`forms` are those of encoded experts; None where every parameter is stored as it is."""
+    """`stored` is what weights are in their files, None where every parameter is stored as it is; `note` says whence."""
     budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
     specs = [structure.param_specs(module) for _, module in found]
-    forms = forms or [ExpertForm.plain(params) for params in specs]
+    forms = stored.experts if stored is not None else [ExpertForm.plain(params) for params in specs]
     layouts = tuple(layout.describe(module, form) for (_, module), form in zip(found, forms, strict=True))
     slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
     experts = tuple(structure.num_experts(module) for _, module in found)
@@ -173,7 +177,7 @@ def _plan(
     kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
     fixed = non_expert + STAGING_BYTES + kv
     smallest = fixed + len(experts) * slot_bytes
-    notes = [kv_note] if kv_note else []
+    notes = [each for each in (note, kv_note) if each]
     slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free)
     top_k = structure.top_k(model)
     warnings = []
@@ -189,6 +193,7 @@ def _plan(
         encodings=tuple(dict.fromkeys(name for form in forms for name in form.encodings)),
         budget_bytes=planned if budget.kind == "fraction" else (budget.nbytes or planned),
         non_expert_bytes=non_expert,
+        non_expert_stored_bytes=non_expert - (stored.saved if stored is not None else 0),
         expert_bytes=expert_bytes,
         bytes_per_expert=max(bytes_of),
         slot_bytes=slot_bytes,

@@ -8,7 +8,7 @@ move the numbers that these stand for; experts come out as whole matrices. No te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from emoe.model.encoding import COMPUTED, EncodedMatrix, Encoding, encoding
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
-from emoe.store.companions import EncodedWeight, Group, encoded, grouped, is_encoded, is_of_activations
+from emoe.store.companions import EncodedWeight, Group, Read, encoded, grouped, is_encoded, is_of_activations
 from emoe.store.declared import Declared, declared
 from emoe.store.headers import TensorEntry, read_headers
 from emoe.store.opened import OpenFile
@@ -33,7 +33,7 @@ from emoe.store.strided import (
     blocks_of_experts,
     matrices_of_experts,
 )
-from emoe.store.unread import Unread, read_bytes
+from emoe.store.unread import Unread, read_bytes, read_from_path
 
 
 class Indexed(NamedTuple):
@@ -47,6 +47,18 @@ class Indexed(NamedTuple):
 
     store: ExpertStore
     rest: dict[str, Unread] | None
+
+
+class Forms(NamedTuple):
+    """What the weights of a checkpoint are.
+
+    Attributes:
+        experts: what an expert of each layer is.
+        saved: bytes by which weights outside experts are smaller in their files than in the model's dtype.
+    """
+
+    experts: list[ExpertForm]
+    saved: int
 
 
 @dataclass
@@ -90,29 +102,65 @@ def read_checkpoint(
 
 
 def encoded_forms(
-    files: Iterable[str | Path], meta_model: Any, quantization: Mapping[str, Any] | None = None
-) -> list[ExpertForm] | None:
-    """What an expert of each layer is, None where nothing is encoded. Arguments and errors as of `read_checkpoint`."""
-    files = list(files)
-    if quantization is None and not is_encoded(grouped(read_headers(files))):
+    entries: Mapping[str, TensorEntry], meta_model: Any, quantization: Mapping[str, Any] | None, folder: str
+) -> Forms | None:
+    """What the weights are by their headers alone, wherever the files are; None where nothing is encoded.
+
+    Args:
+        entries: of the headers.
+        meta_model, quantization: as of `read_checkpoint`.
+        folder: of the files, for messages and what a quantizer may have left beside them.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `read_checkpoint`.
+    """
+    if quantization is None and not is_encoded(grouped(entries)):
         return None
-    store, _ = read_checkpoint(files, meta_model, quantization)
-    store.close()
-    return [layer.form for layer in store.layers]
+    read = read_from_path if Path(folder).is_dir() else None
+    found = _find(entries, meta_model, quantization, folder, read)
+    return Forms([layer.form for layer in found.layers], found.saved)
+
+
+class _Found(NamedTuple):
+    layers: list[StoreLayer]
+    names: Mapping[str, TensorEntry | Group]
+    weights: Mapping[str, EncodedWeight]
+    saved: int
 
 
 def _index(opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, Any] | None) -> Indexed:
-    names = [file.path for file in opened]
     files = {file.path: file for file in opened}
-    found = grouped(read_headers(opened))
-    said = declared(quantization, _folder(names) or None)
-    if quantization is not None and not is_encoded(found):
+    folder = str(Path(opened[0].path).parent) if opened else ""
+
+    def read(entry: TensorEntry) -> bytes:
+        return read_bytes(files[entry.file], entry)
+
+    found = _find(read_headers(opened), meta_model, quantization, folder, read)
+    rest = None
+    if is_encoded(found.names):
+        rest = {
+            name: Unread(found.weights.get(name, each.first if isinstance(each, Group) else each), files)
+            for name, each in found.names.items()
+            if not is_of_activations(name)
+        }
+    return Indexed(ExpertStore(found.layers, f"checkpoint {folder}", opened=opened), rest)
+
+
+def _find(
+    entries: Mapping[str, TensorEntry],
+    meta_model: Any,
+    quantization: Mapping[str, Any] | None,
+    folder: str,
+    read: Read | None,
+) -> _Found:
+    names = grouped(entries)
+    said = declared(quantization, folder or None)
+    if quantization is not None and not is_encoded(names):
         raise UnsupportedModelError(
-            f"config.json says that the weights of {_folder(names)} are quantized ({said.method}), and none is in a "
-            "format that emoe reads; where they are plain, take quantization_config out of the config"
+            f"config.json says that the weights of {folder} are quantized ({said.method}), and none is in a format "
+            "that emoe reads; where they are plain, take quantization_config out of the config"
         )
-    read = lambda entry: read_bytes(files[entry.file], entry)  # noqa: E731
-    sources, weights = _sources(found, meta_model, said, read)
+    sources, weights = _sources(names, meta_model, said, read)
     layers = []
     for path, module in experts_modules(meta_model):
         params = param_specs(module)
@@ -126,20 +174,22 @@ def _index(opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, A
             target = f"{path}.{param.name}"
             if target not in tensors:
                 raise CheckpointError(
-                    f"{_folder(names)} holds no tensor for the experts' parameter {target}",
-                    file=_folder(names),
-                    tensor=target,
+                    f"{folder} holds no tensor for the experts' parameter {target}", file=folder, tensor=target
                 )
             _require_shape(param, target, tensors[target], count)
         layers.append(_layer(path, params, tensors, count, meta_model))
-    rest = None
-    if is_encoded(found):
-        rest = {
-            name: Unread(weights.get(name, each.first if isinstance(each, Group) else each), files)
-            for name, each in found.items()
-            if not is_of_activations(name)
-        }
-    return Indexed(ExpertStore(layers, f"checkpoint {_folder(names)}", opened=opened), rest)
+    return _Found(layers, names, weights, _saved(sources, layers, meta_model))
+
+
+def _saved(sources: Mapping[str, _Sources], layers: Iterable[StoreLayer], model: Any) -> int:
+    experts = tuple(f"{layer.path}." for layer in layers)
+    state, saved = model.state_dict(), 0
+    for key, source in sources.items():
+        for each in (each for entries in source.by_pattern.values() for each in entries):
+            if isinstance(each, EncodedWeight) and not key.startswith(experts):
+                planes = sum(plane.nbytes for plane in each.planes.values())
+                saved += math.prod(each.shape) * state[key].dtype.itemsize - planes
+    return saved
 
 
 def _place(piece: Piece) -> tuple[str, int]:
@@ -147,12 +197,8 @@ def _place(piece: Piece) -> tuple[str, int]:
     return piece.file, piece.offset
 
 
-def _folder(files: Sequence[str]) -> str:
-    return str(Path(files[0]).parent) if files else ""
-
-
 def _sources(
-    entries: Mapping[str, TensorEntry | Group], model: Any, said: Declared, read: Callable[[TensorEntry], bytes]
+    entries: Mapping[str, TensorEntry | Group], model: Any, said: Declared, read: Read | None
 ) -> tuple[dict[str, _Sources], dict[str, EncodedWeight]]:
     """Model key -> weights of the checkpoint, exactly as Transformers assigns them when it loads; and those encoded.
 
@@ -254,10 +300,11 @@ def _require_all_experts(source: _Sources, count: int, target: str) -> None:
             continue
         if missing:
             name = _with_id(names[0], names, missing[0])
+            folder = str(Path(entries[0].file).parent)
             raise CheckpointError(
-                f"{_folder([entries[0].file])} lacks tensor {name}, one of {count} that make {target}"
+                f"{folder} lacks tensor {name}, one of {count} that make {target}"
                 + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""),
-                file=_folder([entries[0].file]),
+                file=folder,
                 tensor=name,
             )
         raise entries[-1].error(f"is one of {len(entries)} experts of {target}; the config says {count}")

@@ -163,13 +163,14 @@ def is_encoded(found: Mapping[str, TensorEntry | Group]) -> bool:
     return any(isinstance(each, Group) for each in found.values())
 
 
-def encoded(group: Group, said: Declared, read: Read) -> EncodedWeight:
+def encoded(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
     """What the tensors of a group are.
 
     Args:
         group: of `grouped`.
         said: what the config says.
-        read: gives a tensor's bytes; asked for shapes and orders of groups (8 bytes a dimension, 4 an input).
+        read: gives a tensor's bytes; asked for shapes and orders of groups (8 bytes a dimension, 4 an input). None
+            where there are headers alone: what only bytes tell is taken to be as usual.
 
     Raises:
         CheckpointError: a scale, or what it scales, is missing or of another shape or dtype; the config says another
@@ -383,7 +384,7 @@ def _group_size(scale: TensorEntry, cols: int, groups: int, said: Declared) -> i
     return cols // groups
 
 
-def _packed_words(group: Group, said: Declared, read: Read) -> EncodedWeight:
+def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
     """compressed-tensors: eight codes of four bits in an int32, along the inputs."""
     entry, scale = group.parts["_packed"], _scale(group, ("_scale",))
     _refuse_others(
@@ -391,7 +392,7 @@ def _packed_words(group: Group, said: Declared, read: Read) -> EncodedWeight:
     )
     lead = _matrices(entry)
     rows, cols = entry.shape[-2], 8 * entry.shape[-1]
-    if "_shape" in group.parts:
+    if "_shape" in group.parts and read is not None:
         rows, cols = _written_shape(group.parts["_shape"], read)
         if -(-cols // 8) != entry.shape[-1] or rows != entry.shape[-2]:
             bits = 32 * entry.shape[-1] / max(1, cols)
@@ -426,11 +427,13 @@ def _written_shape(entry: TensorEntry, read: Read) -> Block:
     return rows, cols
 
 
-def _require_in_order(entry: TensorEntry, cols: int, size: int, read: Read) -> None:
+def _require_in_order(entry: TensorEntry, cols: int, size: int, read: Read | None) -> None:
     """Where columns of a group lie anywhere, a kernel would have to gather them."""
     if entry.dtype != "int32" or math.prod(entry.shape) != cols:
         raise entry.error(f"is not the group of each of {cols} columns")
-    if not np.array_equal(np.frombuffer(read(entry), np.int32), np.arange(cols, dtype=np.int32) // (size or cols)):
+    if read is not None and not np.array_equal(
+        np.frombuffer(read(entry), np.int32), np.arange(cols, dtype=np.int32) // (size or cols)
+    ):
         raise _unsupported(
             entry,
             f"puts columns into groups in an order of its own (act-order, desc_act); emoe reads groups of "
@@ -438,7 +441,7 @@ def _require_in_order(entry: TensorEntry, cols: int, size: int, read: Read) -> N
         )
 
 
-def _along_inputs(group: Group, said: Declared, read: Read) -> EncodedWeight:
+def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
     """AWQ packs eight outputs into an int32, GPTQ eight inputs; both keep a row for each input."""
     known = (".qweight", ".scales", ".qzeros", ".g_idx")
     _refuse_others(group, known, "AWQ and GPTQ have nothing of that kind")
@@ -474,10 +477,10 @@ def _along_inputs(group: Group, said: Declared, read: Read) -> EncodedWeight:
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)
 
 
-def _zeros_of_gptq(zeros: TensorEntry, said: Declared, read: Read) -> str:
+def _zeros_of_gptq(zeros: TensorEntry, said: Declared, read: Read | None) -> str:
     if said.zeros:
         return said.zeros
-    found = set(read(zeros))
+    found = {0x77} if read is None else set(read(zeros))
     for byte, name in ((0x77, "gptq"), (0x88, "gptq_v2")):
         if found == {byte}:  # symmetric: all zeros are 8
             return name

@@ -130,6 +130,24 @@ def read_headers(files: Iterable[str | Path | OpenFile]) -> dict[str, TensorEntr
     return found
 
 
+def remote_headers(repo: str, *, revision: str | None = None, token: Any = None) -> dict[str, TensorEntry] | None:
+    """All tensors of a checkpoint on the hub, of which only headers are fetched; None where it cannot be asked."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        files = get_safetensors_metadata(repo, revision=revision, token=token).files_metadata
+    except (OSError, ValueError):  # offline, not there, no safetensors
+        return None
+    return {
+        name: TensorEntry(
+            f"{repo}/{file}", name, DTYPES.get(info.dtype, info.dtype), tuple(info.shape), info.data_offsets[0],
+            info.data_offsets[1] - info.data_offsets[0],
+        )
+        for file, header in files.items()
+        for name, info in header.tensors.items()
+    }  # fmt: skip
+
+
 def read_header(file: str | Path | OpenFile) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file; all is read through one descriptor, so that no two files can be mixed.
 

@@ -98,6 +98,15 @@ def read_bytes(file: OpenFile, entry: TensorEntry) -> bytes:
     return bytes(data)
 
 
+def read_from_path(entry: TensorEntry) -> bytes:
+    """As `read_bytes`, of a file that is not open."""
+    file = OpenFile(entry.file)
+    try:
+        return read_bytes(file, entry)
+    finally:
+        file.close()
+
+
 def read_into(file: OpenFile, entry: TensorEntry, into: memoryview, start: int) -> None:
     """Bytes of a tensor from `start` on. Raises as `Unread`."""
 

@@ -1,0 +1,552 @@
+"""Quantized checkpoints: experts read as they lie, the rest decoded, the numbers those that the encoder knows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import families
+import pytest
+import quantized
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantized import FORMATS, Format, byte, either, fp8, fused, int4, mxfp4, nvfp4, shaped
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import emoe
+from emoe import errors
+from emoe.store import read_layer
+from emoe.store.headers import read_headers
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """written(name of a format) -> folder with `quantized` and `plain`, written on first use."""
+    root = tmp_path_factory.mktemp("quantized")
+
+    def get(name: str) -> Path:
+        folder = root / name.replace("/", "-")
+        if not folder.exists():
+            quantized.write(folder, FORMATS[name])
+        return folder
+
+    return get
+
+
+def _ids(rows: int = 2, length: int = 20) -> torch.Tensor:
+    return torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def _load(path: Path, budget: float = 0.5, dtype: torch.dtype = torch.float32, **options):
+    return emoe.from_pretrained(path, memory_budget=budget, dtype=dtype, kernels="stock", **options)
+
+
+@torch.no_grad()
+def _logits(model) -> torch.Tensor:
+    return model(_ids()).logits
+
+
+def _truth(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32).eval()
+
+
+def _assert_same(logits: torch.Tensor, truth: torch.Tensor) -> None:
+    assert ((logits - truth).norm() / truth.norm()).item() <= 1e-5
+
+
+def _assert_runs_as_the_truth(folder: Path, **options) -> None:
+    model = _load(folder / "quantized", **options)
+    _assert_same(_logits(model), _logits(_truth(folder)))
+    model.emoe.close(restore=False)
+
+
+def _fails(path: Path, error=errors.CheckpointError, **options) -> errors.CheckpointError:
+    with pytest.raises(error) as caught:
+        _load(path, **options)
+    return caught.value
+
+
+def _change(path: Path, change) -> None:
+    """Rewrites every file of a checkpoint; `change` gets all tensors, and those it leaves stay where they were."""
+    files = {file: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    tensors = {name: value.clone() for found in files.values() for name, value in found.items()}
+    where = {name: file for file, found in files.items() for name in found}
+    change(tensors)
+    for file in files:
+        mine = {name: value for name, value in tensors.items() if where.get(name, next(iter(files))) == file}
+        save_file(mine, file, metadata={"format": "pt"})
+
+
+# --- every format ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_runs_as_transformers_does_on_the_numbers_that_it_stands_for(name, written):
+    folder, form = written(name), FORMATS[name]
+    truth = _truth(folder)
+    layer = truth.config.get_text_config()
+    experts = getattr(layer, "num_experts", None) or getattr(layer, "num_local_experts", None) or layer.n_routed_experts
+    results, tokens = [], []
+    for budget in (1e-9, 2 / experts, 0.5, 1.0):  # one slot a layer, those of a token, half, all
+        model = _load(folder / "quantized", budget)
+        assert model.emoe.plan.encodings == (form.encoding,)
+        assert not hasattr(model.config, "quantization_config")
+        results.append(_logits(model))
+        tokens.append(model.generate(_ids(1), max_new_tokens=6, do_sample=False))
+        model.emoe.close(restore=False)
+    _assert_same(results[0], _logits(truth))
+    assert all(torch.equal(results[0], each) for each in results[1:])
+    wanted = truth.generate(_ids(1), max_new_tokens=6, do_sample=False)
+    assert all(torch.equal(wanted, each) for each in tokens)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4", "deepseek-v4", "gptq", "q4_0"])
+def test_what_is_outside_experts_is_decoded_to_the_dtype_of_the_model(name, written):
+    model = _load(written(name) / "quantized", dtype=torch.bfloat16)
+    truth = _truth(written(name)).bfloat16().state_dict()
+    outside = {key: value for key, value in model.state_dict().items() if ".experts." not in key}
+    for key, value in outside.items():
+        if "correction_bias" not in key and "hc" not in key and value.is_floating_point():
+            assert value.dtype == torch.bfloat16, key
+            assert torch.equal(value, truth[key]), key
+    assert QUERY.replace("q_proj", "o_proj") in outside or "deepseek" in name
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "deepseek-v4", "mxfp4 compressed"])
+def test_a_rest_in_bfloat16_runs_in_float32_as_well(name, tmp_path):
+    quantized.write(tmp_path, FORMATS[name], rest=torch.bfloat16)
+    _assert_runs_as_the_truth(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(families.FAMILIES))
+def test_experts_of_every_family_are_matrices_through_its_own_conversion(name, tmp_path):
+    form = Format(either(byte("_scale_inv", 32, 32)), "e4m3-32x32-float32", family=name)
+    quantized.write(tmp_path, form)
+    model = _load(tmp_path / "quantized")
+    assert form.encoding in model.emoe.plan.encodings
+    _assert_same(_logits(model), _logits(_truth(tmp_path)))
+
+
+def test_weights_kept_inputs_by_outputs_are_left_to_the_kernels_of_the_family(tmp_path):
+    form = Format(fused(byte("_scale_inv", 32, 32)), "e4m3-32x32-float32", family="gpt_oss")
+    quantized.write(tmp_path, form)
+    model = _load(tmp_path / "quantized")
+    assert {each.native for each in model.emoe.plan.layouts} == {None}
+    assert "a row for each input" in model.emoe.plan.layouts[0].reason
+
+
+def test_an_expert_lies_in_a_slot_as_in_its_files(written):
+    model = _load(written("fp8 blocks bfloat16") / "quantized")
+    store = model.emoe.store
+    form = store.layers[0].form
+    assert [(each.name, each.dtype, each.shape) for each in form.stored] == [
+        ("gate_up_proj.0.codes", "float8_e4m3fn", (160, 128)), ("gate_up_proj.0.scales", "bfloat16", (2, 1)),
+        ("gate_up_proj.1.codes", "float8_e4m3fn", (160, 128)), ("gate_up_proj.1.scales", "bfloat16", (2, 1)),
+        ("down_proj.0.codes", "float8_e4m3fn", (128, 160)), ("down_proj.0.scales", "bfloat16", (1, 2)),
+    ]  # fmt: skip
+    assert form.nbytes == 3 * 160 * 128 + (2 + 2 + 2) * 2 == model.emoe.plan.bytes_per_expert
+    for piece in store.layers[0].pieces[0]:
+        assert piece.rows * piece.cols == piece.nbytes // (2 if piece.src_dtype == "bfloat16" else 1)
+    assert {piece.tensor for piece in store.layers[1].pieces[3]} >= {GATE, f"{GATE}_scale_inv"}
+
+
+# --- mixed -----------------------------------------------------------------------------------------------------------
+
+_KINDS = {
+    "gate_proj": byte("_scale_inv", 128, 128), "up_proj": mxfp4(("_packed", "_scale")), "down_proj": int4(32),
+    "q_proj": byte("_scale", 0, 0), "o_proj": nvfp4(divided=False),
+}  # fmt: skip
+
+
+def _by_kind(name: str):
+    if ".experts." not in name and "self_attn" not in name:
+        return None
+    return next((encode for kind, encode in _KINDS.items() if f".{kind}." in name), None)
+
+
+def test_each_weight_has_an_encoding_of_its_own(tmp_path):
+    quantized.write(tmp_path, FORMATS["fp8 blocks"], config={}, which=_by_kind)
+    _assert_runs_as_the_truth(tmp_path)
+    plan = emoe.plan(tmp_path / "quantized", calibrate=False, kernels="stock")
+    assert plan.encodings == ("e4m3-128x128-float32", "mxfp4", "int4-32-bfloat16")
+
+
+def test_layers_and_matrices_may_be_plain_beside_others_that_are_not(tmp_path):
+    def which(name: str):
+        plain = "layers.0." in name or "up_proj" in name or "experts" not in name
+        return None if plain else byte("_scale_inv", 128, 128)
+
+    quantized.write(tmp_path, FORMATS["fp8 blocks"], config={}, which=which)
+    _assert_runs_as_the_truth(tmp_path)
+    plan = emoe.plan(tmp_path / "quantized", calibrate=False, dtype=torch.float32, kernels="stock")
+    assert plan.encodings == ("float32", "e4m3-128x128-float32")
+
+
+def test_experts_of_one_layer_in_two_encodings_are_refused_by_both(tmp_path):
+    def which(name: str):
+        if "experts" not in name:
+            return None
+        return byte("_scale_inv", 1, 0) if "layers.1.mlp.experts.3.gate" in name else byte("_scale_inv", 64, 64)
+
+    quantized.write(tmp_path, FORMATS["fp8 blocks"], config={}, which=which)
+    error = _fails(tmp_path / "quantized")
+    assert error.tensor == GATE
+    assert "e4m3-row-float32" in str(error) and "e4m3-64x64-float32" in str(error)
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_config_in_the_text_config_is_found_and_taken_out(tmp_path):
+    path = quantized.write(tmp_path, FORMATS["int4"], config={})
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"] = {"quantization_config": FORMATS["int4"].config}
+    from emoe.model.config import without_quantization
+    from transformers import Qwen3_5MoeConfig
+
+    composite = Qwen3_5MoeConfig(text_config={"quantization_config": FORMATS["int4"].config})
+    plain, found = without_quantization(composite)
+    assert found == FORMATS["int4"].config
+    assert not hasattr(plain.text_config, "quantization_config") and hasattr(
+        composite.text_config, "quantization_config"
+    )
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_a_config_of_the_quantizer_beside_confirms_or_is_refused_with_both_blocks(file, tmp_path):
+    said = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}}
+    path = quantized.write(tmp_path, FORMATS["nvfp4"], config={}, files={file: said})
+    _assert_runs_as_the_truth(tmp_path)
+    (path / file).write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 32}}))
+    error = _fails(path)
+    assert file in str(error) and "groups of 16" in str(error) and "says 32" in str(error)
+    (path / file).write_text("{half")
+    assert _fails(path).file == str(path / file)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "words"),
+    [
+        ("fp8 blocks", fp8(64, 64), ("blocks of 128x128", "blocks of 64x64")),
+        ("fp8 blocks 64", fp8(128, 128), ("blocks of 64x64", "blocks of 128x128")),
+        ("fp8 channel", fp8(128, 128), ("a scale a row", "blocks of 128x128")),
+        ("fp8 tensor", quantized.compressed("x", num_bits=8, strategy="channel"), ("one scale", "a scale a row")),
+        ("mxfp8", fp8(1, 64), ("blocks of 1x32", "blocks of 1x64")),
+        ("int4", quantized.compressed("x", num_bits=4, strategy="group", group_size=64), ("groups of 32", "says 64")),
+        ("int4", quantized.compressed("x", num_bits=8, strategy="group", group_size=32), ("4 bits", "[8]")),
+        ("awq", {"quant_method": "awq", "bits": 4, "group_size": 64}, ("groups of 32", "says 64")),
+        ("gptq", {"quant_method": "gptq", "bits": 8, "group_size": 32}, ("4 bits", "[8]")),
+    ],
+)  # fmt: skip
+def test_a_config_that_says_another_block_is_refused_with_both(name, said, words, tmp_path):
+    path = quantized.write(tmp_path, FORMATS[name], config=said)
+    error = _fails(path)
+    assert error.file and error.tensor
+    assert all(word in str(error) for word in (*words, "config.json")), error
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4 compressed", "int4", "awq", "gpt-oss", "deepseek-v4"])
+def test_no_config_at_all_is_no_obstacle(name, tmp_path):
+    quantized.write(tmp_path, FORMATS[name], config={})
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def test_groups_of_mixed_checkpoints_may_say_different_things(tmp_path):
+    said = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            "group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}},
+            "group_1": {"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}},
+            "group_2": {"weights": {"num_bits": 8, "strategy": "block", "block_structure": [128, 128]}},
+            "group_3": {"weights": {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}},
+        },
+    }
+    quantized.write(tmp_path, FORMATS["fp8 blocks"], config=said, which=_by_kind)
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def test_a_config_of_quantization_over_plain_weights_is_refused_by_its_method(tmp_path):
+    path = quantized.write(tmp_path, FORMATS["fp8 blocks"], which=lambda _: None)
+    with pytest.raises(errors.UnsupportedModelError, match=r"\(fp8\).*take quantization_config out"):
+        _load(path)
+
+
+# --- GPTQ ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_symmetric_zeros_tell_the_version_where_no_config_does(version, tmp_path):
+    form = Format(quantized.along_inputs(version, 32, symmetric=True), f"{version}-32-float16")
+    path = quantized.write(tmp_path, form, config={})
+    _assert_runs_as_the_truth(tmp_path)
+    assert emoe.plan(path, calibrate=False, kernels="stock").encodings == (form.encoding,)
+
+
+def test_other_zeros_without_a_config_are_refused(tmp_path):
+    error = _fails(quantized.write(tmp_path, FORMATS["gptq"], config={}))
+    assert error.tensor.endswith(".qzeros") and "gptq_v2" in str(error)
+
+
+def test_groups_in_an_order_of_their_own_are_refused_by_name(tmp_path):
+    form = Format(quantized.along_inputs("gptq", 32, order=True), "", FORMATS["gptq"].config)
+    error = _fails(quantized.write(tmp_path, form), errors.UnsupportedEncodingError)
+    assert isinstance(error, errors.UnsupportedModelError)
+    assert error.tensor.endswith(".g_idx") and "desc_act=False" in str(error)
+
+
+def test_eight_bits_in_words_are_refused_by_name(tmp_path):
+    def widen(tensors):
+        for name in list(tensors):
+            if name.endswith("_shape"):
+                tensors[name] = torch.tensor([tensors[name][0], tensors[name][1] // 2])
+
+    error = _fails(quantized.write(tmp_path, FORMATS["int4"], change=widen), errors.UnsupportedEncodingError)
+    assert "holds 8 bits" in str(error)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+_ONE_EXPERT = (
+    "model.layers.1.mlp.experts.3.gate_proj",
+    "model.layers.1.mlp.experts.gate_up_proj",
+    "layers.1.ffn.experts.3.w1",
+)
+_LINEAR = ("model.layers.0.self_attn.q_proj", "layers.0.attn.wq_a")
+
+
+def _parts(tensors: dict, bases: tuple[str, ...]) -> list[str]:
+    ends = ("g_idx", "input_scale", "input_global_scale", "_shape", "_bias")
+    return [name for name in tensors if name.startswith(bases) and not name.endswith(ends)]
+
+
+@pytest.mark.parametrize("bases", [_ONE_EXPERT, _LINEAR], ids=["expert", "attention"])
+@pytest.mark.parametrize("name", [each for each in FORMATS if not each.startswith("q")])
+def test_no_weight_runs_without_one_of_its_tensors(name, bases, written, tmp_path):
+    path = shutil.copytree(written(name) / "quantized", tmp_path / "model")
+    tensors = read_headers(sorted(path.glob("*.safetensors")))
+    (path / "model.safetensors.index.json").unlink()
+    names = _parts(tensors, bases)
+    if len(names) < 2:
+        pytest.skip("these are plain")
+    for gone in names:
+        copy = shutil.copytree(path, tmp_path / f"{len(gone)}-{names.index(gone)}")
+        _change(copy, lambda found, gone=gone: found.pop(gone))
+        _reindex(copy)
+        error = _fails(copy)
+        assert error.file.startswith(str(copy)), error
+        base = gone.rpartition(".")[0]
+        assert error.tensor.startswith(base) or base in str(error), error
+        assert error.tensor == gone or error.nbytes > 0 or ".experts." in gone, error
+
+
+def _reindex(path: Path) -> None:
+    files = sorted(path.glob("*.safetensors"))
+    where = {name: file.name for file in files for name in load_file(file)}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def _take(tensors, name):
+    return next(each for each in tensors if each == name)
+
+
+_DAMAGES = {
+    "a scale of doubles": ("fp8 blocks", f"{GATE}_scale_inv", lambda t: t.double(), "float64"),
+    "a scale of another grid": ("fp8 blocks", f"{GATE}_scale_inv", lambda t: torch.ones(3, 5), "[3, 5]"),
+    "a scale with no element": ("fp8 blocks", f"{GATE}_scale_inv", lambda t: torch.ones(0, 1), "no scale"),
+    "a scale of three axes": ("fp8 blocks", f"{GATE}_scale_inv", lambda t: torch.ones(2, 1, 3), "no scale"),
+    "codes of another shape": ("fp8 blocks", GATE, lambda t: t[:-40].clone(), "scales for"),
+    "codes that are plain": ("fp8 blocks", GATE, lambda t: t.float(), "is plain, yet"),
+    "codes of another kind": ("fp8 blocks", GATE, lambda t: t.view(torch.uint8), "float32"),
+    "a linear layer transposed": ("fp8 blocks", QUERY.replace("q_", "k_"), lambda t: t.T.contiguous(), "for"),
+    "groups of another size": ("mxfp4 compressed", f"{GATE}_scale", lambda t: t[:, :-1].clone(), "which are"),
+    "a packed half": ("mxfp4 compressed", f"{GATE}_packed", lambda t: t[:, :-16].clone(), "which are"),
+    "a factor for each row": ("nvfp4", f"{GATE}_scale_2", lambda t: t.expand(160).clone(), "which take 4 bytes"),
+    "a factor in bfloat16": ("nvfp4", f"{GATE}_scale_2", lambda t: t.bfloat16(), "float32"),
+    "a shape of three": ("int4", f"{GATE}_shape", lambda t: torch.tensor([1, 2, 3]), "two numbers"),
+    "a shape below zero": ("int4", f"{GATE}_shape", lambda t: -t, "says the shape"),
+    "scales of fewer rows": ("int4", f"{GATE}_scale", lambda t: t[:-1].clone(), "rows are"),
+    "zeros of integers": ("int4 zeros", f"{GATE}_zero_point", lambda t: t.to(torch.int8), "int32"),
+    "zeros of fewer rows": ("int4 zeros", f"{GATE}_zero_point", lambda t: t[:-1].clone(), "bytes"),
+    "zeros of fewer groups": ("awq", GATE.replace("weight", "qzeros"), lambda t: t[:-1].clone(), "4 bits for each"),
+    "an order of more inputs": ("gptq", GATE.replace("weight", "g_idx"), lambda t: t.repeat(2), "group of each"),
+    "half a block": ("q8_0", f"{GATE}_q8_0", lambda t: t[:, :-7].clone(), "whole number of blocks"),
+    "blocks of fewer rows": ("q8_0", f"{GATE}_q8_0", lambda t: t[:-1].clone(), "shape"),
+    "a fused weight of fewer experts": (
+        "fp8 fused", "model.layers.1.mlp.experts.gate_up_proj_scale_inv", lambda t: t[:-1].clone(), "no scale",
+    ),
+    "scales of gpt-oss of fewer rows": (
+        "gpt-oss", "model.layers.1.mlp.experts.gate_up_proj_scales", lambda t: t[:, :-1].clone(), "which are",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_a_tensor_of_another_shape_or_dtype_is_named_with_its_bytes(damage, written, tmp_path):
+    name, tensor, change, said = _DAMAGES[damage]
+    path = shutil.copytree(written(name) / "quantized", tmp_path / "model")
+    _change(path, lambda found: found.update({tensor: change(found[_take(found, tensor)])}))
+    error = _fails(path)
+    assert said in str(error), error
+    assert tensor in str(error), error
+    assert error.offset > 0 and error.nbytes >= 0 and str(error.nbytes) in str(error)
+    assert Path(error.file).parent == path
+
+
+def test_codes_with_nothing_beside_them_are_never_taken_for_numbers(tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8):
+        for name in (GATE, QUERY):
+            path = quantized.write(
+                tmp_path / f"{dtype}-{name}",
+                FORMATS["fp8 blocks"],
+                config={},
+                which=lambda _: None,
+                change=lambda found, name=name, dtype=dtype: found.update({name: found[name].to(dtype)}),
+            )
+            error = _fails(path)
+            assert error.tensor == name and "scale is missing" in str(error)
+
+
+def test_scales_beside_what_they_do_not_belong_to_are_refused(tmp_path):
+    def add(found):
+        found[f"{GATE}_scale"] = torch.ones(1)
+
+    error = _fails(quantized.write(tmp_path, FORMATS["fp8 blocks"], change=add))
+    assert "either would scale" in str(error)
+
+
+def test_two_weights_of_one_name_are_refused(tmp_path):
+    def add(found):
+        found[f"{GATE}_packed"] = torch.zeros(160, 64, dtype=torch.uint8)
+
+    error = _fails(quantized.write(tmp_path, FORMATS["fp8 blocks"], change=add))
+    assert "either would be" in str(error)
+
+
+def test_what_the_model_does_not_have_is_not_looked_at(tmp_path):
+    def add(found):
+        found["mtp.layers.0.mlp.experts.0.gate_proj.weight"] = torch.zeros(4, 4).to(torch.float8_e4m3fn)
+        found["mtp.layers.0.mlp.experts.1.gate_proj.weight_scale_inv"] = torch.zeros(3)
+        found["model.layers.0.self_attn.k_proj.k_scale"] = torch.ones(1)
+
+    quantized.write(tmp_path, FORMATS["fp8 blocks"], change=add)
+    _assert_runs_as_the_truth(tmp_path)
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_a_damaged_file_is_an_error_of_emoe_that_names_it(data, written, tmp_path_factory):
+    name = data.draw(st.sampled_from(["fp8 blocks", "nvfp4", "int4", "gptq", "gpt-oss", "deepseek-v4"]))
+    path = shutil.copytree(written(name) / "quantized", tmp_path_factory.mktemp("fuzz") / "model")
+    file = data.draw(st.sampled_from(sorted(path.glob("*.safetensors"))))
+    raw = bytearray(file.read_bytes())
+    header = int.from_bytes(raw[:8], "little")
+    if data.draw(st.booleans()):
+        del raw[data.draw(st.integers(0, len(raw) - 1)) :]
+    else:
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(0, 8 + header - 1))
+            raw[at] = data.draw(st.sampled_from(b'0123456789{}[],:"FUIBEM8_x ')) if at >= 8 else raw[at] ^ 1
+    file.write_bytes(raw)
+    try:
+        model = _load(path)
+    except errors.CheckpointError as error:
+        assert error.file, error
+    except errors.UnsupportedModelError as error:
+        assert str(path) in str(error)
+    else:  # a name of what belongs to nothing, or a space
+        model.emoe.close(restore=False)
+
+
+# --- the model afterwards --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "gpt-oss", "deepseek-v4", "nvfp4", "q4_0"])
+def test_saving_writes_the_numbers_and_a_config_without_quantization(name, written, tmp_path):
+    model = _load(written(name) / "quantized")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in config and "expert_dtype" not in config
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    _assert_same(_logits(again), _logits(_truth(written(name))))
+    names = read_headers(sorted(tmp_path.glob("*.safetensors")))
+    assert set(names) == set(read_headers([written(name) / "plain" / "model.safetensors"]))
+
+
+def test_a_state_dict_and_the_restored_model_hold_the_numbers(written):
+    truth = _truth(written("nvfp4 compressed"))
+    model = _load(written("nvfp4 compressed") / "quantized")
+    held = model.state_dict()
+    assert held.keys() == truth.state_dict().keys()
+    for key, value in truth.state_dict().items():
+        assert torch.allclose(held[key], value, rtol=1e-6, atol=0), key
+    assert set(read_layer(model.emoe.store, 0)) == {"gate_up_proj", "down_proj"}
+    model.emoe.close(restore=True)
+    _assert_same(_logits(model), _logits(truth))
+
+
+def test_restoring_counts_the_bytes_of_the_decoded_experts(written, monkeypatch):
+    model = _load(written("int4") / "quantized")
+    decoded = 2 * 6 * 3 * 160 * 128 * 4
+    assert model.emoe.plan.expert_bytes < decoded / 6
+    monkeypatch.setattr("emoe.seam.attached.available_memory", lambda: decoded - 1)
+    with pytest.raises(errors.BudgetError) as caught:
+        model.emoe.close(restore=True)
+    assert caught.value.needed == decoded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"predictor": "next-layer"}, {"routing": "cache-prior"}, {"policy": "lfu"}, {"reader": "pread"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_options_work_as_on_plain_checkpoints(options, written, monkeypatch):
+    if next(iter(options)) in ("predictor", "routing"):
+        pytest.skip("see below")
+    _assert_runs_as_the_truth(written("fp8 blocks"), **options)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "mxfp4 compressed", "nvfp4", "int4", "awq", "deepseek-v4", "gpt-oss"])
+def test_a_plan_says_the_bytes_of_the_files_and_of_memory(name, written):
+    path = written(name) / "quantized"
+    plan = emoe.plan(path, 0.5, calibrate=False, dtype=torch.float32, kernels="stock")
+    names = read_headers(sorted(path.glob("*.safetensors")))
+    weights = {each: entry for each, entry in names.items() if not each.endswith(("_shape", "g_idx", "input_scale"))}
+    experts = [entry for each, entry in weights.items() if ".experts." in each]
+    assert plan.expert_bytes == sum(entry.nbytes for entry in experts)
+    model = _load(path)
+    assert model.emoe.plan.layouts == plan.layouts
+    outside = sum(value.nbytes for key, value in model.state_dict().items() if ".experts." not in key)
+    assert plan.non_expert_bytes - outside < 4096  # buffers that are not saved
+    stored = sum(entry.nbytes for each, entry in weights.items() if ".experts." not in each)
+    assert abs(plan.non_expert_stored_bytes - stored) < 4096
+    assert plan.model_bytes == plan.expert_bytes + plan.non_expert_stored_bytes
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks e8m0", "fp8 tensor", "mxfp4 compressed", "awq", "gpt-oss", "deepseek-v4"])
+def test_a_config_alone_is_planned_as_it_says_and_the_plan_notes_it(name, written, tmp_path):
+    path = written(name) / "quantized"
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"].update({"scale_fmt": "ue8m0"} if "e8m0" in name else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    alone = emoe.plan(tmp_path, 0.5, calibrate=False, kernels="stock")
+    real = emoe.plan(path, 0.5, calibrate=False, kernels="stock")
+    assert any("no weights here" in note for note in alone.notes) and not any("no weights" in n for n in real.notes)
+    assert alone.encodings == real.encodings
+    assert alone.expert_bytes == pytest.approx(real.expert_bytes, rel=1e-3)
+
+
+def test_a_config_alone_of_an_unknown_method_is_refused_by_it(written, tmp_path):
+    config = json.loads((written("awq") / "quantized" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "aqlm"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.UnsupportedModelError, match="aqlm"):
+        emoe.plan(tmp_path, calibrate=False)
