@@ -283,7 +283,9 @@ FORMATS: dict[str, Format] = {
     "fp8 blocks float16": _everywhere(byte("_scale_inv", 128, 128, HALF), "e4m3-128x128-float16", fp8(128, 128)),
     "fp8 blocks e8m0": _everywhere(byte("_scale_inv", 128, 128, E8M0), "e4m3-128x128-e8m0", fp8(128, 128)),
     "fp8 blocks 64": _everywhere(byte("_scale_inv", 64, 64), "e4m3-64x64-float32", fp8(64, 64)),
-    "fp8 ragged": _everywhere(byte("_scale_inv", 128, 128), "e4m3-128x128-float32", fp8(128, 128), "deepseek_v3_ragged"),
+    "fp8 ragged": _everywhere(
+        byte("_scale_inv", 128, 128), "e4m3-128x128-float32", fp8(128, 128), "deepseek_v3_ragged",
+    ),
     "fp8 ragged even": _everywhere(byte("_scale_inv", 128, 128), "e4m3-128x128-float32", fp8(128, 128), "deepseek_v3"),
     "fp8 one scale": _everywhere(
         shaped(byte("_scale_inv", 0, 0), _SCALAR), "e4m3-tensor-float32", fp8(activation_scheme="static")
@@ -304,7 +306,7 @@ FORMATS: dict[str, Format] = {
         shaped(byte("_scale", 1, 0), {"_scale": lambda scale: scale.view(-1)}), "e4m3-row-float32"
     ),
     "fp8 tensor": _everywhere(
-        shaped(byte("_scale", 0, 0, BF16), {"_scale": lambda scale: scale.view(1)}), "e4m3-tensor-bfloat16",
+        shaped(byte("_scale", 0, 0, BF16), {"_scale": lambda each: each.view(1)}), "e4m3-tensor-bfloat16",
         compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
     ),
     "fp8 compressed blocks": _everywhere(
@@ -348,6 +350,10 @@ FORMATS: dict[str, Format] = {
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
     ),
     "int4 zeros": _everywhere(int4(32, HALF, zeros=True), "int4-32-float16-zeros"),
+    "int4 zeros said": _everywhere(
+        int4(32, zeros=True), "int4-32-bfloat16-zeros",
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
+    ),
     "int4 rows": _everywhere(
         int4(0, shape=False), "int4-row-bfloat16",
         compressed("pack-quantized", num_bits=4, type="int", strategy="channel", group_size=None),
@@ -382,10 +388,12 @@ FORMATS: dict[str, Format] = {
 _BASE = {"vocab_size": 128, "hidden_size": 128, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1}
 
 
-def _qwen3_moe(hidden: int = 128, intermediate: int = 160) -> tf.PretrainedConfig:
+def _qwen3_moe(
+    hidden: int = 128, intermediate: int = 160, layers: int = 2, vocabulary: int = 128
+) -> tf.PretrainedConfig:
     return tf.Qwen3MoeConfig(
-        **{**_BASE, "hidden_size": hidden}, intermediate_size=256, moe_intermediate_size=intermediate,
-        num_hidden_layers=2, head_dim=hidden // 4, num_attention_heads=4, num_key_value_heads=2, num_experts=6,
+        **{**_BASE, "hidden_size": hidden, "vocab_size": vocabulary}, intermediate_size=256,
+        moe_intermediate_size=intermediate, num_hidden_layers=layers, head_dim=hidden // 4, num_attention_heads=4, num_key_value_heads=2, num_experts=6,
         num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=False,
     )  # fmt: skip
 
@@ -420,6 +428,7 @@ def _gpt_oss() -> tf.PretrainedConfig:
 MODELS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "qwen3_moe": _qwen3_moe,
     "qwen3_moe_256": lambda: _qwen3_moe(256, 256),
+    "qwen3_moe_wide": lambda: _qwen3_moe(1024, 768, vocabulary=16384),
     "fused": _qwen3_moe,  # saved as the model holds it
     "deepseek_v3": lambda: _deepseek_v3(128),
     "deepseek_v3_ragged": lambda: _deepseek_v3(288),

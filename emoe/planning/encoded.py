@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from emoe.errors import UnsupportedModelError
@@ -86,7 +87,7 @@ def _assumed(model: Any, quantization: Mapping[str, Any]) -> Forms:
 def _encodings(said: Mapping[str, Any]) -> tuple[str, str | None]:
     """Of experts and of linear layers outside them, None where these are plain."""
     method = str(said.get("quant_method") or said.get("quant_algo") or "")
-    weights = next(
+    weights: Mapping[str, Any] = next(
         (
             group["weights"]
             for group in (said.get("config_groups") or {}).values()
@@ -155,13 +156,13 @@ def _saved(model: Any, said: Mapping[str, Any], name: str | None) -> int:
     if name is None:
         return 0
     saved = 0
-    for _, weight in _linears(model, said):
+    for weight in _linears(model, said):
         if all(plane.holds(*weight.shape) for plane in encoding(name).planes):
             saved += math.prod(weight.shape) * weight.dtype.itemsize - encoding(name).nbytes(tuple(weight.shape))
     return saved
 
 
-def _linears(model: Any, said: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
+def _linears(model: Any, said: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     left_out = [
         str(each)
         for key in ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
@@ -170,7 +171,7 @@ def _linears(model: Any, said: Mapping[str, Any]) -> Iterator[tuple[str, nn.Para
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and not any(_names(each, path) for each in left_out):
-            yield path, module.weight
+            yield module.weight
 
 
 def _names(pattern: str, path: str) -> bool:

@@ -162,7 +162,7 @@ def _plan(
     stored: Forms | None = None,
     note: str = "",
 ) -> Plan:
-    """`stored` is what weights are in their files, None where every parameter is stored as it is; `note` says whence."""
+    """`stored` is what weights are in their files, None where all are stored as they are; `note` says whence."""
     budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
     specs = [structure.param_specs(module) for _, module in found]

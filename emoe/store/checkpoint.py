@@ -20,7 +20,16 @@ from emoe.model.encoding import COMPUTED, EncodedMatrix, Encoding, encoding
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
-from emoe.store.companions import EncodedWeight, Group, Read, encoded, grouped, is_encoded, is_of_activations
+from emoe.store.companions import (
+    EncodedWeight,
+    Group,
+    Read,
+    encoded,
+    grouped,
+    is_encoded,
+    is_of_activations,
+    zeros_said,
+)
 from emoe.store.declared import Declared, declared
 from emoe.store.headers import TensorEntry, read_headers
 from emoe.store.opened import OpenFile
@@ -154,7 +163,7 @@ def _find(
     read: Read | None,
 ) -> _Found:
     names = grouped(entries)
-    said = declared(quantization, folder or None)
+    said = zeros_said(names, declared(quantization, folder or None))
     if quantization is not None and not is_encoded(names):
         raise UnsupportedModelError(
             f"config.json says that the weights of {folder} are quantized ({said.method}), and none is in a format "

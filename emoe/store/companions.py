@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -156,6 +156,13 @@ def grouped(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry | Group
             group.parts = {"": entries[weight], **group.parts}
         result[weight] = group
     return result
+
+
+def zeros_said(found: Mapping[str, TensorEntry | Group], said: Declared) -> Declared:
+    """`said`, and where it does not say whether integers have zero points: all have where one has."""
+    if said.symmetric or not any(isinstance(each, Group) and "_zero_point" in each.parts for each in found.values()):
+        return said
+    return replace(said, symmetric=frozenset([False]), where=said.where or "another weight of the checkpoint")
 
 
 def is_encoded(found: Mapping[str, TensorEntry | Group]) -> bool:
@@ -408,6 +415,10 @@ def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWei
     _confirm_group(group, scale, "int4", size, said)
     kind = _scale_kind(scale)
     planes = {"codes": entry, "scales": scale}
+    if said.symmetric == {False} and "_zero_point" not in group.parts:
+        raise group.lacks(f"its zero point, {_named(group, '_zero_point')}, which {said.where} speaks of")
+    if said.symmetric == {True} and "_zero_point" in group.parts:
+        raise group.parts["_zero_point"].error(f"is a zero point, but {said.where} says that there are none")
     if "_zero_point" in group.parts:
         planes["zeros"] = group.parts["_zero_point"]
         if planes["zeros"].dtype != "int32":
@@ -470,6 +481,8 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     size = _group_size(scale, cols, groups, said)
     _confirm_group(group, scale, "AWQ or GPTQ", size, said)
     name = "awq" if entry.shape[-1] != rows else _zeros_of_gptq(zeros, said, read)
+    if not said.in_order and ".g_idx" not in group.parts:
+        raise group.lacks(f"the groups of its inputs, {_named(group, '.g_idx')}, which {said.where} speaks of")
     if ".g_idx" in group.parts:
         _require_in_order(group.parts[".g_idx"], cols, size, read)
     planes = {"codes": entry, "scales": scale, "zeros": zeros}

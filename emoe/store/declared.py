@@ -31,7 +31,9 @@ class Declared:
     bytes: rows and columns that share a scale, of weights with a byte each.
     bits: columns that share a scale, of weights with four bits each; 0 stands for a whole row.
     widths: bits of a weight.
+    symmetric: whether integers have zero points of their own, as far as that is said.
     zeros: "gptq" or "gptq_v2" where that is said.
+    in_order: False where GPTQ may have put inputs into groups in another order than theirs.
     """
 
     where: str = ""
@@ -39,7 +41,9 @@ class Declared:
     bytes: frozenset[Block] = field(default=frozenset())
     bits: frozenset[int] = field(default=frozenset())
     widths: frozenset[int] = field(default=frozenset())
+    symmetric: frozenset[bool] = field(default=frozenset())
     zeros: str = ""
+    in_order: bool = True
 
 
 NOTHING = Declared()
@@ -75,9 +79,11 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
     blocks: set[Block] = set()
     groups: set[int] = set()
     widths: set[int] = set()
+    symmetric: set[bool] = set()
     for weights in _statements(said):
         width = _width(weights)
         widths |= {width} if width else set()
+        symmetric |= {weights["symmetric"]} if type(weights.get("symmetric")) is bool else set()
         block = _block(weights)
         if block is not None and (width == 8 or "weight_block_size" in weights):
             blocks.add(block)
@@ -88,7 +94,16 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
     if not zeros and method == "gptq":
         zeros = "gptq"  # before there were two
     name = str(getattr(method, "value", method) or "an unknown method")
-    return Declared(where, name, frozenset(blocks), frozenset(groups), frozenset(widths), str(zeros))
+    return Declared(
+        where,
+        name,
+        frozenset(blocks),
+        frozenset(groups),
+        frozenset(widths),
+        frozenset(symmetric),
+        str(zeros),
+        not said.get("desc_act"),
+    )
 
 
 def _statements(said: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from emoe.store.headers import TensorEntry
 from emoe.store.opened import OpenFile
 
 # Numbers that are decoded at once, into float32 and on to the dtype that is wanted.
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 18
 
 
 class Unread:
