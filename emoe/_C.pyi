@@ -4,7 +4,7 @@ This is the module's reference; python_tests/csrc/test_stub.py compares it with 
 emoe.errors, with file, tensor, offset and nbytes where they are about bytes of a file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
@@ -103,6 +103,35 @@ def set_threads(n: int) -> None:
 
 def threads() -> int: ...
 
+class Weights:
+    """A matrix of an expert, encoded; planes and bias at bytes of its slot. Row r is row `first + r * step` of `rows`.
+
+    ConfigError where codes, planes, scales and sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        codes: str,
+        rows: int,
+        depth: int,
+        first: int,
+        step: int,
+        count: int,
+        planes: Mapping[str, int],
+        scale: str,
+        scale_block: tuple[int, int],
+        bias: tuple[int, int, str] | None = None,
+    ) -> None:
+        """`codes`, `planes`, `scale`: emoe/model/encoding.py. `scale_block`: rows and columns that share a scale, 0 for
+        all. `bias`: byte of the first row's, elements from one row to the next, dtype.
+        """
+    @property
+    def extent(self) -> int:
+        """Bytes of the smallest slot that holds its arrays."""
+    def expand(self, slot_address: int, row: int, first: int, last: int) -> NDArray[Any]:
+        """Columns [first, last) of a row, float32: the reference of the kernels, slow."""
+
 class MlpLayout:
     """How one expert's tensors lie in a slot; offsets in bytes, -1: no bias."""
 
@@ -124,6 +153,22 @@ class MlpLayout:
         gate_up_bias_offset: int = -1,
         down_bias_offset: int = -1,
     ) -> None: ...
+    @staticmethod
+    def encoded(
+        *,
+        hidden: int,
+        intermediate: int,
+        hidden_out: int,
+        has_gate: bool,
+        interleaved: bool,
+        activation: str,
+        gate: Weights,
+        down: Weights,
+        up: Weights | None = None,
+        alpha: float = 1.702,
+        limit: float = 0.0,
+    ) -> MlpLayout:
+        """The layout of an expert whose matrices are encoded."""
     @property
     def hidden(self) -> int: ...
     @property

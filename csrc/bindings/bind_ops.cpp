@@ -3,13 +3,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "bindings/gather_op.hpp"
 #include "core/backend.hpp"
 #include "core/gather_mlp.hpp"
 #include "core/parallel.hpp"
+#include "core/weights.hpp"
 #include "cpu/cpu_backend.hpp"
+#include "cpu/expand.hpp"
 #include "cpu/gather_mlp.hpp"
 #include "cpu/kernels.hpp"
 
@@ -53,6 +59,65 @@ MlpLayout make_layout(std::int64_t hidden, std::int64_t intermediate, std::int64
     return layout;
 }
 
+Weights make_weights(const std::string& codes, std::int64_t rows, std::int64_t depth, std::int64_t first,
+                     std::int64_t step, std::int64_t count, const std::map<std::string, std::int64_t>& planes,
+                     const std::string& scale, std::pair<std::int64_t, std::int64_t> scale_block,
+                     const std::optional<std::tuple<std::int64_t, std::int64_t, std::string>>& bias) {
+    Weights weights;
+    weights.codes = parse_codes(codes);
+    weights.rows = rows;
+    weights.depth = depth;
+    weights.first = first;
+    weights.step = step;
+    weights.count = count;
+    for (const auto& [plane, offset] : planes) set_plane(weights, plane, offset);
+    weights.scale = parse_scale(scale);
+    weights.scale_rows = scale_block.first;
+    weights.scale_cols = scale_block.second;
+    if (bias) {
+        weights.bias = std::get<0>(*bias);
+        weights.bias_step = std::get<1>(*bias);
+        weights.bias_dtype = parse_dtype(std::get<2>(*bias));
+        if (weights.bias < 0)
+            throw Error(ErrorKind::kConfig, "bias at " + std::to_string(weights.bias) + " is no offset");
+    }
+    validate(weights, "weights");
+    return weights;
+}
+
+py::array_t<float> expand(const Weights& weights, std::uintptr_t slot_address, std::int64_t row, std::int64_t first,
+                          std::int64_t last) {
+    if (row < 0 || row >= weights.count || first < 0 || last < first || last > weights.depth) {
+        throw Error(ErrorKind::kConfig, "row " + std::to_string(row) + ", columns " + std::to_string(first) + " to " +
+                                            std::to_string(last) + ": there are " + std::to_string(weights.count) +
+                                            " rows of " + std::to_string(weights.depth));
+    }
+    py::array_t<float> out(last - first);
+    cpu::expand(weights, pointer<const unsigned char>(slot_address), row, first, last, out.mutable_data());
+    return out;
+}
+
+MlpLayout make_encoded_layout(std::int64_t hidden, std::int64_t intermediate, std::int64_t hidden_out, bool has_gate,
+                              bool interleaved, const std::string& activation, const Weights& gate, const Weights& down,
+                              const std::optional<Weights>& up, float alpha, float limit) {
+    if (has_gate != up.has_value()) throw Error(ErrorKind::kConfig, "up belongs to has_gate=True, and only to it");
+    MlpLayout layout;
+    layout.hidden = hidden;
+    layout.intermediate = intermediate;
+    layout.hidden_out = hidden_out;
+    layout.has_gate = has_gate;
+    layout.interleaved = interleaved;
+    layout.activation = parse_activation(activation);
+    layout.alpha = alpha;
+    layout.limit = limit;
+    layout.encoded = true;
+    layout.gate = gate;
+    if (up) layout.up = *up;
+    layout.down = down;
+    validate(layout);
+    return layout;
+}
+
 void gather_mlp(const MlpLayout& layout, std::uintptr_t slab_address, std::int64_t slot_bytes, const py::array& slot_of,
                 std::uintptr_t hidden_ptr, const std::string& hidden_dtype, std::int64_t tokens,
                 std::uintptr_t index_ptr, std::uintptr_t weights_ptr, const std::string& weights_dtype,
@@ -75,11 +140,21 @@ void combine(std::uintptr_t pairs_ptr, std::int64_t tokens, std::int64_t top_k, 
 
 void bind_ops(py::module_& module) {
     using py::arg;
+    py::class_<Weights>(module, "Weights", "A matrix of an expert, encoded; planes and bias at bytes of its slot.")
+        .def(py::init(&make_weights), py::kw_only(), arg("codes"), arg("rows"), arg("depth"), arg("first"), arg("step"),
+             arg("count"), arg("planes"), arg("scale"), arg("scale_block"), arg("bias") = py::none())
+        .def_property_readonly("extent", &extent, "Bytes of the smallest slot that holds its arrays.")
+        .def("expand", &expand, arg("slot_address"), arg("row"), arg("first"), arg("last"),
+             "Columns [first, last) of a row, float32: the reference of the kernels, slow.");
     py::class_<MlpLayout>(module, "MlpLayout", "How one expert's tensors lie in a slot; offsets in bytes, -1: no bias.")
         .def(py::init(&make_layout), arg("hidden"), arg("intermediate"), arg("hidden_out"), arg("dtype"),
              arg("has_gate"), arg("interleaved"), arg("transposed"), arg("activation"), py::kw_only(),
              arg("gate_up_offset"), arg("down_offset"), arg("alpha") = 1.702F, arg("limit") = 0.0F,
              arg("gate_up_bias_offset") = -1, arg("down_bias_offset") = -1)
+        .def_static("encoded", &make_encoded_layout, py::kw_only(), arg("hidden"), arg("intermediate"),
+                    arg("hidden_out"), arg("has_gate"), arg("interleaved"), arg("activation"), arg("gate"), arg("down"),
+                    arg("up") = py::none(), arg("alpha") = 1.702F, arg("limit") = 0.0F,
+                    "The layout of an expert whose matrices are encoded.")
         .def_readonly("hidden", &MlpLayout::hidden)
         .def_readonly("intermediate", &MlpLayout::intermediate)
         .def_readonly("hidden_out", &MlpLayout::hidden_out)
@@ -92,7 +167,9 @@ void bind_ops(py::module_& module) {
         .def_readonly("gate_up_bias_offset", &MlpLayout::gate_up_bias_offset)
         .def_readonly("down_offset", &MlpLayout::down_offset)
         .def_readonly("down_bias_offset", &MlpLayout::down_bias_offset)
-        .def_property_readonly("dtype", [](const MlpLayout& a) { return std::string(dtype_name(a.dtype)); })
+        .def_property_readonly(
+            "dtype",
+            [](const MlpLayout& a) { return a.encoded ? std::string("encoded") : std::string(dtype_name(a.dtype)); })
         .def_property_readonly("activation",
                                [](const MlpLayout& a) { return std::string(activation_name(a.activation)); })
         .def_property_readonly("slot_extent", &slot_extent, "Bytes of the smallest slot that holds the layout.");

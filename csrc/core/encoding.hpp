@@ -1,5 +1,5 @@
 // How many bytes a weight has: an array [rows, cols] is cut into equal blocks, and a block has so many bytes. The one
-// place that says it; a block format is another row here and a body in csrc/cpu (and csrc/cuda).
+// place that says it; another format is a row here and a body in csrc/cpu (and csrc/cuda).
 #pragma once
 
 #include <cstdint>
@@ -33,5 +33,83 @@ inline constexpr Encoding kEncodings[] = {
     encoding_of(DType::kFloat16),
     encoding_of(DType::kBFloat16),
 };
+
+// How the weights of a matrix are coded: emoe/model/encoding.py has the same words, emoe/model/decode.py what they
+// mean.
+enum class Codes : std::uint8_t {
+    kFloat32,
+    kFloat16,
+    kBFloat16,
+    kE4M3,
+    kE5M2,
+    kInt8,
+    kE2M1,
+    kE2M1Divided,
+    kInt4,
+    kAwq,
+    kGptq,
+    kGptqV2,
+    kQ8_0,
+    kQ4_0,
+    kQ4_1,
+    kQ5_0,
+    kQ5_1,
+    kQ2_K,
+    kQ3_K,
+    kQ4_K,
+    kQ5_K,
+    kQ6_K,
+    kIq4Nl,
+    kIq4Xs,
+    kMxfp4Blocks,
+};
+
+// Which arrays the codes lie in.
+enum class CodesIn : std::uint8_t {
+    kValues,   // "values": a number each
+    kBlocks,   // "blocks": along a row, scales among the codes
+    kBytes,    // "codes", one byte each, and "scales"
+    kNibbles,  // "codes", two in a byte along a row, "scales", and "factor" with scales of e4m3
+    kWords,    // "codes", eight in an int32 along a row, "scales", "zeros" or none
+    kColumns,  // "codes", "scales" and "zeros" with a row for each (group of) input
+};
+
+struct CodesRow {
+    Codes codes;
+    std::string_view name;
+    CodesIn in;
+    int values;  // of a block, along a row (kColumns: along the inputs)
+    int bytes;   // of a block
+};
+
+inline constexpr CodesRow kCodes[] = {
+    {Codes::kFloat32, "float32", CodesIn::kValues, 1, 4},
+    {Codes::kFloat16, "float16", CodesIn::kValues, 1, 2},
+    {Codes::kBFloat16, "bfloat16", CodesIn::kValues, 1, 2},
+    {Codes::kE4M3, "e4m3", CodesIn::kBytes, 1, 1},
+    {Codes::kE5M2, "e5m2", CodesIn::kBytes, 1, 1},
+    {Codes::kInt8, "int8", CodesIn::kBytes, 1, 1},
+    {Codes::kE2M1, "e2m1", CodesIn::kNibbles, 2, 1},
+    {Codes::kE2M1Divided, "e2m1_divided", CodesIn::kNibbles, 2, 1},
+    {Codes::kInt4, "int4", CodesIn::kWords, 8, 4},
+    {Codes::kAwq, "awq", CodesIn::kColumns, 1, 4},
+    {Codes::kGptq, "gptq", CodesIn::kColumns, 8, 4},
+    {Codes::kGptqV2, "gptq_v2", CodesIn::kColumns, 8, 4},
+    {Codes::kQ8_0, "q8_0", CodesIn::kBlocks, 32, 34},
+    {Codes::kQ4_0, "q4_0", CodesIn::kBlocks, 32, 18},
+    {Codes::kQ4_1, "q4_1", CodesIn::kBlocks, 32, 20},
+    {Codes::kQ5_0, "q5_0", CodesIn::kBlocks, 32, 22},
+    {Codes::kQ5_1, "q5_1", CodesIn::kBlocks, 32, 24},
+    {Codes::kQ2_K, "q2_k", CodesIn::kBlocks, 256, 84},
+    {Codes::kQ3_K, "q3_k", CodesIn::kBlocks, 256, 110},
+    {Codes::kQ4_K, "q4_k", CodesIn::kBlocks, 256, 144},
+    {Codes::kQ5_K, "q5_k", CodesIn::kBlocks, 256, 176},
+    {Codes::kQ6_K, "q6_k", CodesIn::kBlocks, 256, 210},
+    {Codes::kIq4Nl, "iq4_nl", CodesIn::kBlocks, 32, 18},
+    {Codes::kIq4Xs, "iq4_xs", CodesIn::kBlocks, 256, 136},
+    {Codes::kMxfp4Blocks, "gguf_mxfp4", CodesIn::kBlocks, 32, 17},
+};
+
+constexpr const CodesRow& codes_row(Codes codes) { return kCodes[static_cast<int>(codes)]; }
 
 }  // namespace emoe

@@ -56,6 +56,25 @@ void fill_parts(const MlpLayout& a, Part (&parts)[4]) {
     parts[3] = {"down_bias_offset", a.down_bias_offset, 1, a.hidden_out};
 }
 
+void require_equal(const std::string& what, std::int64_t value, const char* size, std::int64_t its_value) {
+    if (value == its_value) return;
+    refuse(what + "=" + std::to_string(value) + ", but " + size + "=" + std::to_string(its_value));
+}
+
+void validate_encoded(const MlpLayout& a) {
+    validate(a.gate, "gate");
+    require_equal("gate: count", a.gate.count, "intermediate", a.intermediate);
+    require_equal("gate: depth", a.gate.depth, "hidden", a.hidden);
+    if (a.has_gate) {
+        validate(a.up, "up");
+        require_equal("up: count", a.up.count, "intermediate", a.intermediate);
+        require_equal("up: depth", a.up.depth, "hidden", a.hidden);
+    }
+    validate(a.down, "down");
+    require_equal("down: count", a.down.count, "hidden_out", a.hidden_out);
+    require_equal("down: depth", a.down.depth, "intermediate", a.intermediate);
+}
+
 }  // namespace
 
 Activation parse_activation(std::string_view name) {
@@ -87,6 +106,7 @@ void validate(const MlpLayout& layout) {
     const std::string name(activation_name(layout.activation));
     if (clamped && !layout.has_gate) refuse("activation '" + name + "' needs has_gate=True");
     if (clamped && !(layout.limit > 0.0F)) refuse("activation '" + name + "' needs limit > 0");
+    if (layout.encoded) return validate_encoded(layout);
     Part parts[4];
     fill_parts(layout, parts);
     for (int p = 0; p < 4; ++p) {
@@ -99,6 +119,10 @@ void validate(const MlpLayout& layout) {
 }
 
 std::int64_t slot_extent(const MlpLayout& layout) {
+    if (layout.encoded) {
+        const std::int64_t both = std::max(extent(layout.gate), extent(layout.down));
+        return layout.has_gate ? std::max(both, extent(layout.up)) : both;
+    }
     Part parts[4];
     fill_parts(layout, parts);
     const Encoding encoding = encoding_of(layout.dtype);
@@ -111,7 +135,7 @@ std::int64_t slot_extent(const MlpLayout& layout) {
 
 void validate(const GatherMlp& op) {
     validate(op.layout);
-    require_float("the layout's dtype", op.layout.dtype);
+    if (!op.layout.encoded) require_float("the layout's dtype", op.layout.dtype);
     require_float("hidden_dtype", op.hidden_dtype);
     require_float("weights_dtype", op.weights_dtype);
     if (op.tokens < 0) refuse("tokens=" + std::to_string(op.tokens) + ": must be at least 0");

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "core/dtype.hpp"
+#include "core/weights.hpp"
 
 namespace emoe {
 
@@ -28,6 +29,8 @@ std::string_view activation_name(Activation activation);
 
 // One expert inside a slot. Sizes in elements, offsets in bytes from the start of the slot, -1: no bias.
 // gate_up is [2I,H] ([I,H] without gate), or [H,2I] when transposed; down is [Ho,I], or [I,Ho] when transposed.
+// Where `encoded`, gate, up (with a gate) and down say it instead: dtype, transposed and the offsets mean nothing, and
+// rows are interleaved by the steps of gate and up.
 struct MlpLayout {
     std::int64_t hidden = 0;
     std::int64_t intermediate = 0;
@@ -43,6 +46,10 @@ struct MlpLayout {
     std::int64_t gate_up_bias_offset = -1;
     std::int64_t down_offset = 0;
     std::int64_t down_bias_offset = -1;
+    bool encoded = false;
+    Weights gate;
+    Weights up;
+    Weights down;
 };
 
 // ConfigError where the layout contradicts itself (sizes, offsets, flags).

@@ -128,6 +128,10 @@ std::vector<Chunk> cut(const GatherMlp& op, const Routed& routed, bool pairs, co
 
 // Units of x, then of x and h together.
 std::pair<std::int64_t, std::int64_t> sizes_of(const Chunk& chunk, const MlpLayout& a, bool pairs) {
+    if (!chunk.wide && a.encoded) {  // encoded_narrow.inl: floats, halves of a unit, and two more for 32 of them
+        const auto units = [&](std::int64_t depth) { return chunk.rows * (round_up(depth, kEncodedPad) / 16 * 25); };
+        return {units(a.hidden), units(a.hidden) + units(a.intermediate)};
+    }
     if (!chunk.wide) {
         const std::int64_t x = chunk.rows * round_up(a.hidden, kRowPad);
         return {x, x + chunk.rows * round_up(a.intermediate, kRowPad)};
@@ -146,6 +150,13 @@ void for_blocks(std::span<const Chunk> chunks, std::int64_t columns, std::int64_
     });
 }
 
+// The weights of a narrow row lie far from each other, those of neighbouring rows side by side.
+bool by_columns(const MlpLayout& a) {
+    if (!a.encoded) return a.transposed;
+    const auto columns = [](const Weights& w) { return codes_row(w.codes).in == CodesIn::kColumns; };
+    return columns(a.gate) || (a.has_gate && columns(a.up)) || columns(a.down);
+}
+
 void run_group(const Job& job, std::span<const Chunk> chunks, const Kernels& kernels) {
     const MlpLayout& a = *job.layout;
     const std::int64_t rows = std::accumulate(chunks.begin(), chunks.end(), std::int64_t{0},
@@ -158,7 +169,7 @@ void run_group(const Job& job, std::span<const Chunk> chunks, const Kernels& ker
         });
     }
     const bool any_narrow = std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return !c.wide; });
-    const std::int64_t task = a.transposed && any_narrow ? kColumnTask : kRowTask;
+    const std::int64_t task = any_narrow && by_columns(a) ? kColumnTask : kRowTask;
     for_blocks(chunks, a.intermediate, task,
                [&](const Chunk& chunk, std::int64_t i0, std::int64_t i1) { kernels.gate_up(job, chunk, i0, i1); });
     if (!job.accumulate) {
@@ -182,7 +193,8 @@ bool supports(const MlpLayout& layout) noexcept {
     } catch (...) {
         return false;
     }
-    return layout.dtype == DType::kFloat32 || layout.dtype == DType::kBFloat16 || layout.dtype == DType::kFloat16;
+    return layout.encoded || layout.dtype == DType::kFloat32 || layout.dtype == DType::kBFloat16 ||
+           layout.dtype == DType::kFloat16;
 }
 
 void gather_mlp(const GatherMlp& op) { gather_mlp(op, active_kernels()); }
@@ -190,7 +202,8 @@ void gather_mlp(const GatherMlp& op) { gather_mlp(op, active_kernels()); }
 void gather_mlp(const GatherMlp& op, const Kernels& kernels) {
     validate(op);
     if (op.tokens == 0) return;
-    const bool pairs = kernels.bf16_pairs && op.hidden_dtype == DType::kBFloat16 && op.layout.dtype == DType::kBFloat16;
+    const bool pairs = kernels.bf16_pairs && op.hidden_dtype == DType::kBFloat16 &&
+                       (op.layout.encoded || op.layout.dtype == DType::kBFloat16);
     const Routed routed = route(op);
     std::vector<Chunk> chunks = cut(op, routed, pairs, kernels);
     Job job{};

@@ -14,9 +14,11 @@ constexpr int kWideRows = 256;     // rows of one wide chunk: what phase one kee
 constexpr int kSubBlock = 64;      // weight rows of one wide tile
 constexpr int kNarrowBlock = 512;  // most weight rows of one narrow task
 constexpr int kRowPad = 16;        // narrow rows are zero-padded to a multiple of this
+constexpr int kEncodedPad = 256;   // the same for rows that meet encoded weights
 
 // Some rows of one expert. `x` and `h` are scratch of 32-bit units:
-// narrow: float [rows][round_up(K, kRowPad)]; wide: panels of up to 2*lanes rows, each [units][panel rows].
+// narrow: float [rows][round_up(K, kRowPad)]; wide: panels of up to 2*lanes rows, each [units][panel rows];
+// narrow of encoded experts: csrc/cpu/encoded_narrow.inl.
 struct Chunk {
     const unsigned char* slot;
     const int64_t* token;    // [rows] row of `hidden`

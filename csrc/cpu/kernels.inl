@@ -4,6 +4,8 @@
 // here could be the copy that a CPU without these instructions runs.
 #include <math.h>
 
+#include "cpu/expand.hpp"
+
 namespace emoe::cpu {
 namespace {
 
@@ -13,6 +15,11 @@ constexpr int kPanel = 2 * L;  // rows of one wide panel: two vectors
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t pad_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+// Units of one narrow row that meets encoded weights (encoded_narrow.inl).
+inline int64_t encoded_stride(int64_t depth) {
+    const int64_t padded = pad_up(depth, kEncodedPad);
+    return padded + padded / 2 + padded / 16;
+}
 
 inline uint32_t bits_of(float a) {
     uint32_t bits;
@@ -195,6 +202,9 @@ inline int64_t up_row(const MlpLayout& a, int64_t i) { return a.interleaved ? 2 
 #include "cpu/narrow.inl"
 #include "cpu/wide.inl"
 
+#include "cpu/encoded_narrow.inl"
+#include "cpu/encoded_wide.inl"
+
 namespace emoe::cpu {
 namespace {
 
@@ -228,7 +238,14 @@ void gate_up_as(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
         }
     }
 }
+void encoded_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
+    const int64_t most = (chunk.wide ? kSubBlock : kNarrowBlock) / 2;
+    for (int64_t i = i0; i < i1; i += most) {
+        (chunk.wide ? encoded_wide_gate_up : encoded_narrow_gate_up)(job, chunk, i, least(i + most, i1));
+    }
+}
 void gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
+    if (job.layout->encoded) return encoded_gate_up(job, chunk, i0, i1);
     switch (job.layout->dtype) {
         case DType::kFloat32:
             return gate_up_as<F32>(job, chunk, i0, i1);
@@ -249,7 +266,14 @@ void down_as(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
         }
     }
 }
+void encoded_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
+    const int64_t most = chunk.wide ? kSubBlock : kNarrowBlock;
+    for (int64_t n = n0; n < n1; n += most) {
+        (chunk.wide ? encoded_wide_down : encoded_narrow_down)(job, chunk, n, least(n + most, n1));
+    }
+}
 void down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
+    if (job.layout->encoded) return encoded_down(job, chunk, n0, n1);
     switch (job.layout->dtype) {
         case DType::kFloat32:
             return down_as<F32>(job, chunk, n0, n1);

@@ -6,7 +6,8 @@ namespace {
 template <class X>
 void narrow_load(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {
     const int64_t K = job.layout->hidden;
-    const int64_t stride = pad_up(K, kRowPad);
+    const int64_t end = pad_up(K, job.layout->encoded ? kEncodedPad : kRowPad);
+    const int64_t stride = job.layout->encoded ? encoded_stride(K) : end;
     for (int m = 0; m < chunk.rows; ++m) {
         const unsigned char* from = static_cast<const unsigned char*>(job.hidden) + chunk.token[m] * K * X::kSize;
         float* to = reinterpret_cast<float*>(chunk.x) + m * stride;
@@ -14,7 +15,7 @@ void narrow_load(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {
         for (; k + L <= k1; k += L) vstore(to + k, X::load(from + k * X::kSize));
         for (; k < k1; ++k) to[k] = X::one(from + k * X::kSize);
         if (k1 == K) {
-            for (; k < stride; ++k) to[k] = 0.0F;
+            for (; k < end; ++k) to[k] = 0.0F;
         }
     }
 }
@@ -152,6 +153,49 @@ void narrow_product(int rows, const Matrix& a, int64_t first, int64_t count, con
     kByRows[rows - 1](a, first, count, x, y);
 }
 
+// What gate and up gave for some columns: column j of a row at j * step.
+struct GateSums {
+    const float* gate;
+    const float* up;
+    int64_t step;
+    const float* gate_bias;
+    const float* up_bias;
+};
+
+// Columns [i0, i1) of h; the last block also fills up to `end` with zeros.
+inline void narrow_activate(const MlpLayout& layout, const Chunk& chunk, int64_t i0, int64_t i1, const GateSums& sums,
+                            int64_t stride, int64_t end) {
+    for (int m = 0; m < chunk.rows; ++m) {
+        float* h = reinterpret_cast<float*>(chunk.h) + m * stride;
+        for (int64_t j = 0; j < i1 - i0; j += L) {
+            const int64_t count = least(L, i1 - i0 - j);
+            float g[L] = {};
+            float u[L] = {};
+            for (int64_t l = 0; l < count; ++l) {
+                const int64_t at = m * kNarrowBlock + (j + l) * sums.step;
+                g[l] = sums.gate[at] + sums.gate_bias[j + l];
+                u[l] = layout.has_gate ? sums.up[at] + sums.up_bias[j + l] : 1.0F;
+            }
+            vstore(g, activate(layout, vload(g), vload(u)));
+            for (int64_t l = 0; l < count; ++l) h[i0 + j + l] = g[l];
+        }
+        if (i1 == layout.intermediate) {
+            for (int64_t i = i1; i < end; ++i) h[i] = 0.0F;
+        }
+    }
+}
+
+template <class Bias>
+inline void narrow_store(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1, const float* y, const Bias& bias) {
+    for (int m = 0; m < chunk.rows; ++m) {
+        float* out = job.out + chunk.out_row[m] * job.layout->hidden_out;
+        for (int64_t n = n0; n < n1; ++n) {
+            const float value = chunk.weight[m] * (y[m * kNarrowBlock + n - n0] + bias(n));
+            out[n] = job.accumulate ? out[n] + value : value;
+        }
+    }
+}
+
 template <class W>
 void narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
     const MlpLayout& layout = *job.layout;
@@ -164,25 +208,14 @@ void narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) 
     narrow_product<W>(chunk.rows, a, rows.first[0], rows.count[0], x, gate);
     if (rows.count[1] > 0) narrow_product<W>(chunk.rows, a, rows.first[1], rows.count[1], x, up);
 
-    const float* ups = rows.count[1] > 0 ? up : gate + rows.up;
-    for (int m = 0; m < chunk.rows; ++m) {
-        float* h = reinterpret_cast<float*>(chunk.h) + m * stride;
-        for (int64_t j = 0; j < i1 - i0; j += L) {
-            const int64_t count = least(L, i1 - i0 - j);
-            float g[L] = {};
-            float u[L] = {};
-            for (int64_t l = 0; l < count; ++l) {
-                const int64_t at = m * kNarrowBlock + (j + l) * rows.step;
-                g[l] = gate[at] + bias_at<W>(a, gate_row(layout, i0 + j + l));
-                u[l] = layout.has_gate ? ups[at] + bias_at<W>(a, up_row(layout, i0 + j + l)) : 1.0F;
-            }
-            vstore(g, activate(layout, vload(g), vload(u)));
-            for (int64_t l = 0; l < count; ++l) h[i0 + j + l] = g[l];
-        }
-        if (i1 == layout.intermediate) {
-            for (int64_t i = i1; i < stride; ++i) h[i] = 0.0F;
-        }
+    float gate_bias[kNarrowBlock];
+    float up_bias[kNarrowBlock];
+    for (int64_t i = i0; i < i1; ++i) {
+        gate_bias[i - i0] = bias_at<W>(a, gate_row(layout, i));
+        if (layout.has_gate) up_bias[i - i0] = bias_at<W>(a, up_row(layout, i));
     }
+    const float* ups = rows.count[1] > 0 ? up : gate + rows.up;
+    narrow_activate(layout, chunk, i0, i1, {gate, ups, rows.step, gate_bias, up_bias}, stride, stride);
 }
 
 template <class W>
@@ -191,13 +224,7 @@ void narrow_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
     const Matrix a = down_of(layout, chunk.slot);
     alignas(64) float y[kNarrowRows * kNarrowBlock + L];
     narrow_product<W>(chunk.rows, a, n0, n1 - n0, reinterpret_cast<const float*>(chunk.h), y);
-    for (int m = 0; m < chunk.rows; ++m) {
-        float* out = job.out + chunk.out_row[m] * layout.hidden_out;
-        for (int64_t n = n0; n < n1; ++n) {
-            const float value = chunk.weight[m] * (y[m * kNarrowBlock + n - n0] + bias_at<W>(a, n));
-            out[n] = job.accumulate ? out[n] + value : value;
-        }
-    }
+    narrow_store(job, chunk, n0, n1, y, [&](int64_t n) { return bias_at<W>(a, n); });
 }
 
 }  // namespace

@@ -155,54 +155,57 @@ void tile_times_panels(const float* tile, int64_t rows, const Chunk& chunk, cons
     }
 }
 
-// c[row][padded] for the one or two ranges of matrix rows.
-template <class W>
-void wide_product(const Job& job, const Chunk& chunk, const Matrix& a, const GateRows& rows, const uint32_t* x,
-                  float* c) {
+// c[row][padded] of `rows` rows that fill(first unit, units, tile) expands.
+template <class Fill>
+void wide_product(const Job& job, const Chunk& chunk, int64_t depth, int64_t rows, bool transposed, const Fill& fill,
+                  const uint32_t* x, float* c) {
     alignas(64) float tile[kTileUnits];
-    const int64_t units = units_of(job, a.depth);
+    const int64_t units = units_of(job, depth);
     for (int64_t u0 = 0; u0 < units; u0 += kDepthBlock) {
         const int64_t n = least(kDepthBlock, units - u0);
-        fill_tile<W>(a, rows.first[0], rows.count[0], u0, n, job.pairs, tile, 0);
-        if (rows.count[1] > 0) fill_tile<W>(a, rows.first[1], rows.count[1], u0, n, job.pairs, tile, rows.count[0]);
+        fill(u0, n, tile);
 #if defined(EMOE_BF16_PAIRS)
-        if (job.pairs && a.transposed) {
-            tile_times_panels<true, true, kMicroRows>(tile, rows.total(), chunk, x, units, u0, n, c);
+        if (job.pairs && transposed) {
+            tile_times_panels<true, true, kMicroRows>(tile, rows, chunk, x, units, u0, n, c);
             continue;
         }
         if (job.pairs) {
-            tile_times_panels<false, true, kMicroRows>(tile, rows.total(), chunk, x, units, u0, n, c);
+            tile_times_panels<false, true, kMicroRows>(tile, rows, chunk, x, units, u0, n, c);
             continue;
         }
 #endif
-        if (a.transposed) {
-            tile_times_panels<true, false, kMicroRows>(tile, rows.total(), chunk, x, units, u0, n, c);
+        if (transposed) {
+            tile_times_panels<true, false, kMicroRows>(tile, rows, chunk, x, units, u0, n, c);
         } else {
-            tile_times_panels<false, false, kMicroRows>(tile, rows.total(), chunk, x, units, u0, n, c);
+            tile_times_panels<false, false, kMicroRows>(tile, rows, chunk, x, units, u0, n, c);
         }
     }
 }
 
 template <class W>
-void wide_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
-    const MlpLayout& layout = *job.layout;
-    const Matrix a = gate_up_of(layout, chunk.slot);
-    const GateRows rows = gate_rows(layout, i0, i1);
-    alignas(64) float c[kSubBlock * kWideRows];
-    wide_product<W>(job, chunk, a, rows, chunk.x, c);
+void wide_product(const Job& job, const Chunk& chunk, const Matrix& a, const GateRows& rows, const uint32_t* x,
+                  float* c) {
+    const auto fill = [&](int64_t u0, int64_t n, float* tile) {
+        fill_tile<W>(a, rows.first[0], rows.count[0], u0, n, job.pairs, tile, 0);
+        if (rows.count[1] > 0) fill_tile<W>(a, rows.first[1], rows.count[1], u0, n, job.pairs, tile, rows.count[0]);
+    };
+    wide_product(job, chunk, a.depth, rows.total(), a.transposed, fill, x, c);
+}
 
+// Columns [i0, i1) of h; column j's gate is row j * step of c, its up `up` rows further.
+inline void wide_activate(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1, const float* c, int64_t step,
+                          int64_t up_at, const float* gate_bias, const float* up_bias) {
+    const MlpLayout& layout = *job.layout;
     const int64_t units = units_of(job, layout.intermediate);
     const int64_t together = job.pairs ? 2 : 1;
     for (int64_t i = i0; i < i1; i += together) {
         for (int64_t m = 0; m < chunk.padded; m += L) {
             float h[2][L] = {};
             for (int64_t p = 0; p < together && i + p < i1; ++p) {
-                const float* at = c + (i + p - i0) * rows.step * chunk.padded + m;
-                const V gate = vadd(vload(at), vset(bias_at<W>(a, gate_row(layout, i + p))));
+                const float* at = c + (i + p - i0) * step * chunk.padded + m;
+                const V gate = vadd(vload(at), vset(gate_bias[i + p - i0]));
                 V up = vset(1.0F);
-                if (layout.has_gate) {
-                    up = vadd(vload(at + rows.up * chunk.padded), vset(bias_at<W>(a, up_row(layout, i + p))));
-                }
+                if (layout.has_gate) up = vadd(vload(at + up_at * chunk.padded), vset(up_bias[i + p - i0]));
                 vstore(h[p], activate(layout, gate, up));
             }
             const int64_t panel = m - m % kPanel;
@@ -217,6 +220,32 @@ void wide_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
     }
 }
 
+inline void wide_store(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1, const float* c, const float* bias) {
+    for (int m = 0; m < chunk.rows; ++m) {
+        float* out = job.out + chunk.out_row[m] * job.layout->hidden_out + n0;
+        for (int64_t n = 0; n < n1 - n0; ++n) {
+            const float value = chunk.weight[m] * (c[n * chunk.padded + m] + bias[n]);
+            out[n] = job.accumulate ? out[n] + value : value;
+        }
+    }
+}
+
+template <class W>
+void wide_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
+    const MlpLayout& layout = *job.layout;
+    const Matrix a = gate_up_of(layout, chunk.slot);
+    const GateRows rows = gate_rows(layout, i0, i1);
+    alignas(64) float c[kSubBlock * kWideRows];
+    wide_product<W>(job, chunk, a, rows, chunk.x, c);
+    float gate_bias[kSubBlock];
+    float up_bias[kSubBlock];
+    for (int64_t i = i0; i < i1; ++i) {
+        gate_bias[i - i0] = bias_at<W>(a, gate_row(layout, i));
+        if (layout.has_gate) up_bias[i - i0] = bias_at<W>(a, up_row(layout, i));
+    }
+    wide_activate(job, chunk, i0, i1, c, rows.step, rows.up, gate_bias, up_bias);
+}
+
 template <class W>
 void wide_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
     const MlpLayout& layout = *job.layout;
@@ -226,13 +255,7 @@ void wide_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
 
     float bias[kSubBlock];
     for (int64_t n = n0; n < n1; ++n) bias[n - n0] = bias_at<W>(a, n);
-    for (int m = 0; m < chunk.rows; ++m) {
-        float* out = job.out + chunk.out_row[m] * layout.hidden_out + n0;
-        for (int64_t n = 0; n < n1 - n0; ++n) {
-            const float value = chunk.weight[m] * (c[n * chunk.padded + m] + bias[n]);
-            out[n] = job.accumulate ? out[n] + value : value;
-        }
-    }
+    wide_store(job, chunk, n0, n1, c, bias);
 }
 
 }  // namespace

@@ -56,6 +56,7 @@ void require_aligned(const char* name, std::int64_t offset, std::int64_t unit) {
 
 void check_layout(const MlpLayout& layout) {
     validate(layout);
+    if (layout.encoded) refuse("its experts are encoded, and kernels for encoded experts run on the CPU only");
     require_float("the layout's dtype", layout.dtype);
     const std::pair<const char*, std::int64_t> sizes[] = {
         {"hidden", layout.hidden}, {"intermediate", layout.intermediate}, {"hidden_out", layout.hidden_out}};

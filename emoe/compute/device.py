@@ -124,7 +124,7 @@ class Gpu(Device):
         if kernels != "native":
             raise ConfigError(f"kernels='{kernels}' runs on the CPU only; device='{self.name}' takes kernels='native'")
         for layer, where in zip(layers, layouts, strict=True):
-            reason = where.reason or self.refusal(self.module.MlpLayout(**(where.native or {})))
+            reason = where.reason or self.refusal(ops.make_layout(where.native or {}, self.module))
             if reason:
                 raise UnsupportedModelError(f"the experts of {layer.path} cannot be computed on {self.name}: {reason}")
 

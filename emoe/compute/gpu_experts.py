@@ -57,7 +57,7 @@ class OnDevice:
         self._miss, self._rates = miss, rates
         self._pair_bytes = pair_bytes
         layout = part.layout.native or {}
-        self._mlp = device.module.MlpLayout(**layout)
+        self._mlp = ops.make_layout(layout, device.module)
         self._cpu_mlp = ops.make_layout(layout) if miss != "load" else None
         self._slot_of = np.full(len(part.records), -1, dtype=np.int32)
 

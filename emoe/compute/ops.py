@@ -31,17 +31,24 @@ class Slots(Protocol):
     def slot_bytes(self) -> int: ...
 
 
-def make_layout(native_layout: Mapping[str, Any] | Any) -> Any:
+def make_layout(native_layout: Mapping[str, Any] | Any, module: Any = None) -> Any:
     """The `_C.MlpLayout` of a mapping of its arguments; one that is built already is returned as it is.
+
+    Args:
+        native_layout: what `layout.describe` gives, for plain or encoded experts.
+        module: the native module, where it is not `emoe._C`.
 
     Raises:
         ConfigError: a size, offset or flag contradicts another.
         BackendUnavailable: the native module was not built.
     """
-    module = native.load()
+    module = module or native.load()
     if isinstance(native_layout, module.MlpLayout):
         return native_layout
-    return module.MlpLayout(**native_layout)
+    if "gate" not in native_layout:
+        return module.MlpLayout(**native_layout)
+    matrices = {name: module.Weights(**native_layout[name]) for name in ("gate", "up", "down") if name in native_layout}
+    return module.MlpLayout.encoded(**{**native_layout, **matrices})
 
 
 def routed(index: torch.Tensor, experts: int) -> list[int]:

@@ -1,0 +1,85 @@
+// The narrow path of encoded experts.
+namespace emoe::cpu {
+namespace {
+
+// Some of the rows of an encoded matrix, and where the expert lies.
+struct Source {
+    const Weights& w;
+    const unsigned char* slot;
+};
+
+// y[m][r] of rows [first, first + count), which are expanded a piece at a time.
+inline void expanded_rows(const Source& a, int64_t first, int64_t count, int rows, const float* x, int64_t ldx,
+                          float* y) {
+    constexpr int64_t kPiece = 512;
+    alignas(64) float piece[kPiece];
+    for (int64_t r = 0; r < count; ++r) {
+        V acc[kNarrowRows];
+        for (V& sum : acc) sum = vzero();
+        for (int64_t k = 0; k < a.w.depth; k += kPiece) {
+            const int64_t n = least(kPiece, a.w.depth - k);
+            expand(a.w, a.slot, first + r, k, k + n, piece);
+            for (int64_t j = n; j % L != 0; ++j) piece[j] = 0.0F;
+            for (int m = 0; m < rows; ++m) {
+                for (int64_t j = 0; j < n; j += L) {
+                    acc[m] = vfma(vload(x + m * ldx + k + j), vload(piece + j), acc[m]);
+                }
+            }
+        }
+        for (int m = 0; m < rows; ++m) y[m * kNarrowBlock + r] = vsum(acc[m]);
+    }
+}
+
+template <class W>
+void plain_rows(const Source& a, int64_t first, int64_t count, int rows, const float* x, int64_t ldx, float* y) {
+    using Dots = void (*)(const unsigned char*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+    static constexpr Dots kByRows[kNarrowRows] = {
+        dot_rows<W, 1>, dot_rows<W, 2>, dot_rows<W, 3>, dot_rows<W, 4>,
+        dot_rows<W, 5>, dot_rows<W, 6>, dot_rows<W, 7>, dot_rows<W, 8>,
+    };
+    const int64_t ld = a.w.depth * W::kSize;
+    const unsigned char* from = a.slot + a.w.data + (a.w.first + first * a.w.step) * ld;
+    kByRows[rows - 1](from, ld * a.w.step, count, x, ldx, a.w.depth, y, kNarrowBlock);
+}
+
+// y [rows][kNarrowBlock]; x as narrow_load and encoded_narrow_gate_up leave it.
+inline void encoded_product(const Source& a, int64_t first, int64_t count, int rows, const uint32_t* x, float* y) {
+    const auto* floats = reinterpret_cast<const float*>(x);
+    const int64_t ldx = encoded_stride(a.w.depth);
+    switch (a.w.codes) {
+        case Codes::kFloat32:
+            return plain_rows<F32>(a, first, count, rows, floats, ldx, y);
+        case Codes::kBFloat16:
+            return plain_rows<Bf16>(a, first, count, rows, floats, ldx, y);
+        case Codes::kFloat16:
+            return plain_rows<F16>(a, first, count, rows, floats, ldx, y);
+        default:
+            return expanded_rows(a, first, count, rows, floats, ldx, y);
+    }
+}
+
+void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
+    const MlpLayout& layout = *job.layout;
+    alignas(64) float gate[kNarrowRows * kNarrowBlock + L];
+    alignas(64) float up[kNarrowRows * kNarrowBlock + L];
+    float gate_bias[kNarrowBlock];
+    float up_bias[kNarrowBlock];
+    encoded_product({layout.gate, chunk.slot}, i0, i1 - i0, chunk.rows, chunk.x, gate);
+    if (layout.has_gate) encoded_product({layout.up, chunk.slot}, i0, i1 - i0, chunk.rows, chunk.x, up);
+    for (int64_t i = i0; i < i1; ++i) {
+        gate_bias[i - i0] = bias_of(layout.gate, chunk.slot, i);
+        if (layout.has_gate) up_bias[i - i0] = bias_of(layout.up, chunk.slot, i);
+    }
+    narrow_activate(layout, chunk, i0, i1, {gate, up, 1, gate_bias, up_bias}, encoded_stride(layout.intermediate),
+                    pad_up(layout.intermediate, kEncodedPad));
+}
+
+void encoded_narrow_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
+    const MlpLayout& layout = *job.layout;
+    alignas(64) float y[kNarrowRows * kNarrowBlock + L];
+    encoded_product({layout.down, chunk.slot}, n0, n1 - n0, chunk.rows, chunk.h, y);
+    narrow_store(job, chunk, n0, n1, y, [&](int64_t n) { return bias_of(layout.down, chunk.slot, n); });
+}
+
+}  // namespace
+}  // namespace emoe::cpu

@@ -1,0 +1,204 @@
+// Conformance of the kernels for encoded experts: every unit and every kind of codes against the fp64 reference.
+#include <algorithm>
+#include <set>
+
+#include "core/parallel.hpp"
+#include "cpu/gather_mlp.hpp"
+#include "cpu/kernels.hpp"
+#include "tests/check.hpp"
+#include "tests/encoded_cases.hpp"
+
+using namespace emoe;
+using emoe::test::BF16;
+using emoe::test::CodesCase;
+using emoe::test::EncodedCase;
+using emoe::test::EncodedProblem;
+using emoe::test::F16;
+using emoe::test::F32;
+using emoe::test::kCodesCases;
+
+namespace {
+
+std::vector<float> run(const EncodedProblem& p, const cpu::Kernels& kernels, OutMode mode = OutMode::kPairs) {
+    const std::int64_t rows = mode == OutMode::kPairs ? p.c.T * p.c.K : p.c.T;
+    std::vector<float> out(static_cast<std::size_t>(rows * p.c.Ho));
+    cpu::gather_mlp(p.op(out.data(), mode), kernels);
+    return out;
+}
+
+template <typename Fn>
+void for_each_isa(Fn&& fn) {
+    for (const std::string& isa : cpu::available_isas()) fn(cpu::kernels_named(isa));
+}
+
+// Relative to the largest value (docs/kernels.md): rows that meet integers are 16-bit integers, the pairs of many
+// bf16 rows are bf16.
+double tolerance(const EncodedProblem& p, const cpu::Kernels& kernels) {
+    if (kernels.bf16_pairs && p.c.hidden == BF16) return 8e-3;
+    return std::string(kernels.name) == "scalar" ? 4e-6 : 1e-4;
+}
+
+void check_close(const EncodedProblem& p, const std::vector<double>& want, const cpu::Kernels& kernels,
+                 const std::string& what) {
+    const std::vector<float> got = run(p, kernels);
+    double largest = 1e-30;
+    for (const double value : want) largest = std::max(largest, std::fabs(value));
+    for (std::size_t i = 0; i < got.size(); ++i) {
+        const double error = std::fabs(got[i] - want[i]) / largest;
+        if (error <= tolerance(p, kernels)) continue;  // false also for NaN
+        throw std::runtime_error(std::string(kernels.name) + ", " + what + ": element " + std::to_string(i) + " is " +
+                                 std::to_string(got[i]) + ", not " + std::to_string(want[i]) + " (error " +
+                                 std::to_string(error) + ")");
+    }
+}
+
+void check_every_isa(const EncodedProblem& p, const std::string& what) {
+    const std::vector<double> want = test::reference(p);
+    for_each_isa([&](const cpu::Kernels& kernels) { check_close(p, want, kernels, what); });
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+EncodedCase all(const CodesCase& codes, DType hidden, std::int64_t T, std::int64_t H = 256, std::int64_t I = 256,
+                std::int64_t Ho = 40) {
+    return {codes, codes, codes, hidden, T, 2, 3, H, I, Ho};
+}
+
+}  // namespace
+
+TEST("every unit agrees with the fp64 reference on all codes, with few rows and many") {
+    for (const CodesCase& codes : kCodesCases) {
+        for (const DType hidden : {F32, BF16, F16}) {
+            for (const std::int64_t T : {1, 6, 30}) {
+                if (hidden != F32 && T == 6) continue;
+                const EncodedProblem p(all(codes, hidden, T, 512));
+                check_every_isa(p, described(codes) + ", tokens " + std::to_string(T));
+            }
+        }
+    }
+}
+
+TEST("interleaved rows, biases and experts without a gate agree with the fp64 reference") {
+    for (const CodesCase& codes : kCodesCases) {
+        for (const std::int64_t T : {2, 30}) {
+            EncodedCase c = all(codes, F32, T, 256, 256, 48);
+            c.bias = true;
+            c.interleaved = true;
+            EncodedCase other = c;
+            other.has_gate = other.interleaved = false;
+            check_every_isa(EncodedProblem(c), described(codes) + ", interleaved");
+            check_every_isa(EncodedProblem(other), described(codes) + ", no gate");
+        }
+    }
+}
+
+TEST("depths that end within a vector, a group or a step of groups agree with the fp64 reference") {
+    for (const CodesCase& codes : kCodesCases) {
+        const CodesRow& row = codes_row(codes.codes);
+        for (const std::int64_t depth : {32, 96, 288, 608, 43}) {
+            const std::int64_t group =
+                row.in == CodesIn::kColumns || row.in == CodesIn::kNibbles ? codes.scale_cols : 1;
+            if (depth % row.values != 0 || (group > 0 && depth % group != 0)) continue;
+            if (row.in == CodesIn::kColumns && depth % 8 != 0) continue;
+            for (const std::int64_t T : {1, 7, 30}) {
+                EncodedCase c = all(codes, F32, T, depth, depth, 24);
+                c.K = 1;
+                c.E = 1;
+                const EncodedProblem p(c);
+                check_every_isa(p, described(codes) + ", depth " + std::to_string(depth));
+            }
+        }
+    }
+}
+
+TEST("gate, up and down may each have other codes") {
+    for (std::size_t i = 0; i < std::size(kCodesCases); ++i) {
+        EncodedCase c = all(kCodesCases[i], F32, 3);
+        c.up = kCodesCases[(i + 5) % std::size(kCodesCases)];
+        c.down = kCodesCases[(i + 11) % std::size(kCodesCases)];
+        const EncodedProblem p(c);
+        check_every_isa(p, described(c.gate) + " and others");
+    }
+}
+
+TEST("the bits of a row depend on nothing else in the call, up to 8 rows of an expert and again from 9") {
+    const int before = threads();
+    for (const CodesCase& codes : kCodesCases) {
+        for_each_isa([&](const cpu::Kernels& kernels) {
+            for (const std::int64_t T : {8, 40}) {
+                EncodedCase c = all(codes, F32, T, 512, 256, 72);
+                c.K = 1;
+                c.E = 1;
+                EncodedProblem p(c);
+                set_threads(1);
+                const std::vector<float> want = run(p, kernels);
+                set_threads(3);
+                CHECK(same_bits(run(p, kernels), want));
+                for (const std::int64_t few : {1, 2, 3, 5, 7, 9, 17}) {
+                    if (few >= T || (T > 8 && few <= 8)) continue;
+                    p.c.T = few;
+                    const std::vector<float> some = run(p, kernels);
+                    CHECK(std::memcmp(some.data(), want.data(), some.size() * sizeof(float)) == 0);
+                }
+            }
+            EncodedProblem several(all(codes, F32, 4, 256, 256, 72));
+            set_threads(1);
+            const std::vector<float> want = run(several, kernels);
+            std::vector<float> split(want.size());
+            for (std::int64_t e = several.c.E - 1; e >= 0; --e) {
+                EncodedProblem one = several;
+                for (std::int64_t j = 0; j < one.c.E; ++j) one.slot_of[j] = j == e ? several.slot_of[j] : -1;
+                cpu::gather_mlp(one.op(split.data(), OutMode::kPairs), kernels);
+            }
+            CHECK(same_bits(split, want));
+        });
+    }
+    set_threads(before);
+}
+
+TEST("what is infinite or no number stays so, and touches its own row only") {
+    for (const CodesCase& codes : kCodesCases) {
+        for_each_isa([&](const cpu::Kernels& kernels) {
+            for (const float bad : {INFINITY, NAN}) {
+                EncodedCase c = all(codes, F32, 2);
+                c.K = 1;
+                c.E = 1;
+                EncodedProblem p(c);
+                const std::vector<float> good = run(p, kernels);
+                std::memcpy(p.hidden.data() + (c.H + 5) * 4, &bad, 4);
+                const std::vector<float> got = run(p, kernels);
+                for (std::int64_t i = 0; i < c.Ho; ++i) {
+                    CHECK_EQ(got[i], good[i]);
+                    CHECK(!std::isfinite(got[c.Ho + i]));
+                }
+            }
+        });
+    }
+}
+
+TEST("weights that contradict themselves are refused, and a slot that is too small") {
+    const EncodedProblem p(all(kCodesCases[3], F32, 1));
+    std::vector<float> out(1000);
+    const auto refused = [&](auto&& change) {
+        GatherMlp op = p.op(out.data(), OutMode::kPairs);
+        change(op);
+        CHECK_ERROR(ErrorKind::kConfig, cpu::gather_mlp(op));
+    };
+    refused([](GatherMlp& op) { op.slot_bytes -= 4; });
+    refused([](GatherMlp& op) { op.layout.gate.depth -= 32; });
+    refused([](GatherMlp& op) { op.layout.gate.count += 1; });
+    refused([](GatherMlp& op) { op.layout.up.first = 1; });
+    refused([](GatherMlp& op) { op.layout.down.data = -1; });
+    refused([](GatherMlp& op) { op.layout.down.scales = 0; });
+    refused([](GatherMlp& op) { op.layout.down.step = 0; });
+    CHECK(cpu::supports(p.layout));
+    CHECK_ERROR(ErrorKind::kConfig, parse_codes("q9_0"));
+    CHECK_ERROR(ErrorKind::kConfig, parse_scale("e9m0"));
+    Weights w;
+    CHECK_ERROR(ErrorKind::kConfig, set_plane(w, "shades", 0));
+    for (const CodesRow& row : kCodes) CHECK_EQ(static_cast<int>(parse_codes(row.name)), static_cast<int>(row.codes));
+}
+
+EMOE_TEST_MAIN
