@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from threading import Lock
 
 import psutil
 
@@ -45,6 +47,44 @@ def reset_peak_memory() -> bool:
     except OSError:
         return False
     return True
+
+
+class LargeBlocks:
+    """While any is held, malloc takes blocks of 1 MiB and more from the system and gives them back when freed.
+
+    glibc otherwise keeps freed blocks of up to 32 MiB for itself, and tensors of many sizes leave holes among them: a
+    prefill then holds several times what its tensors take. Held for prefill only, because each such block costs page
+    faults. A setting of the process; where malloc is not glibc's, nothing happens.
+    """
+
+    # Outside: what glibc itself comes to after it has freed one large block.
+    _MMAP, _TRIM = (-3, 1 << 20, 32 << 20), (-1, 1 << 20, 64 << 20)
+    _lock = Lock()
+    _held = 0
+
+    @classmethod
+    def hold(cls) -> None:
+        with cls._lock:
+            cls._held += 1
+            if cls._held == 1:
+                cls._set(1)
+
+    @classmethod
+    def release(cls) -> None:
+        with cls._lock:
+            cls._held -= 1
+            if cls._held == 0:
+                cls._set(2)
+
+    @classmethod
+    def _set(cls, which: int) -> None:
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            for option in (cls._MMAP, cls._TRIM):
+                libc.mallopt(option[0], option[which])
+            libc.malloc_trim(0)
+        except (OSError, AttributeError):
+            return
 
 
 def format_bytes(nbytes: int) -> str:
