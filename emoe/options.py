@@ -159,6 +159,17 @@ def _whole(name: str, value: Any) -> int:
     return plain
 
 
+def _chunk(name: str, value: Any) -> int | str | None:
+    plain = _plain(value)
+    if plain is None or plain == "auto":
+        return plain
+    if isinstance(plain, bool) or not isinstance(plain, int) or plain < 0:
+        raise ConfigError(
+            f"{name}={value!r} is not one of: 'auto', a number of tokens of at least 1, None or 0 for all at once"
+        )
+    return plain or None
+
+
 def _period(name: str, value: Any) -> int | str:
     plain = _plain(value)
     if plain == "adaptive" or (isinstance(plain, int) and not isinstance(plain, bool) and plain >= 1):
@@ -320,10 +331,10 @@ class Options:
 
     memory_budget: int | str | float = _row(
         "auto", _budget,
-        """everything the model keeps in memory (other weights, expert slots, staging, the KV cache of `context` tokens
-        times `batch`): bytes ("8GiB", "8G" for the same, "500MB", a whole number), a share of the routed experts (0.25
-        or 25%), or "auto" for what is free now less a reserve, which is logged. Python, torch and what torch computes
-        with while it runs (activations: the more the longer a prompt) come on top""",
+        """everything the model takes (other weights, expert slots, staging, and for `context` tokens times `batch` the
+        KV cache and a prompt's activations): bytes ("8GiB", "8G" for the same, "500MB", a whole number), a share of the
+        routed experts (0.25 or 25%), or "auto" for what is free now less a reserve, which is logged. Python, torch and
+        Transformers themselves come on top""",
         "BYTES", read=_text_number, ways=("load", "wrap", "plan"),
     )  # fmt: skip
     dtype: Any = _row(
@@ -336,6 +347,12 @@ class Options:
     )  # fmt: skip
     batch: int = _row(
         1, _whole, "sequences that run at once", "N", read=_text_number, ways=("load", "wrap", "plan")
+    )  # fmt: skip
+    prefill_chunk: int | str | None = _row(
+        "auto", _chunk,
+        """tokens of each sequence that a long prompt is computed in at once; their activations are in the budget. auto
+        is the most that fits an allowance from the model's size, 0 (or None) the whole prompt at once""",
+        "TOKENS", read=_text_number, ways=("load", "wrap", "plan"),
     )  # fmt: skip
     kernels: str = _row(
         "native", OneOf(("native", "stock")),

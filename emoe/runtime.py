@@ -85,6 +85,7 @@ class Runtime:
         self._told += [self.base, self.routing]
         experts.register()
         self._attached = Attached(model, store, experts.IMPLEMENTATION, {each.module: each for each in self.layers})
+        self._attached.in_chunks(plan.prefill_chunk, plan.context)
         if self.base.watches:
             # Told of a layer's forward after the traces that are being recorded, which come before it in the list.
             self._bank.observers.append(self.base)

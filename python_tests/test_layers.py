@@ -34,7 +34,7 @@ ALLOWED_IMPORTS = {
     "sensitivity": {"routing", "model", "requests", "files"},
     "slots": {"routing", "sensitivity", "predictor", "options", "requests"},
     "planning": {"store", "model", "options", "memory", "files"},
-    "seam": {"store", "model", "files", "memory"},
+    "seam": {"store", "model", "requests", "files", "memory"},
     "compute": {"slots", "store", "trace", "model", "options", "requests", "native", "memory"},
     "replay": {"slots", "predictor", "trace"},
     "runtime": {

@@ -84,6 +84,7 @@ def _table(plan: Plan) -> Table:
         ("expert slots", format_bytes(plan.slab_bytes), f"{_range(plan.slots_per_layer)} in each of {layers} layers"),
         ("staging", format_bytes(plan.staging_bytes), "for reads and kernels"),
         ("KV cache", format_bytes(plan.kv_bytes), tokens),
+        ("activations", format_bytes(plan.activation_bytes), _chunk(plan)),
         ("taken", format_bytes(plan.planned_bytes), f"of a budget of {format_bytes(plan.budget_bytes)}"),
         None,
         ("experts resident", common.percent(plan.resident_share), ""),
@@ -102,6 +103,12 @@ def _table(plan: Plan) -> Table:
 
 def _experts(plan: Plan) -> str:
     return f"{sum(plan.experts_per_layer)}, {plan.top_k} of {_range(plan.experts_per_layer)} per token and layer"
+
+
+def _chunk(plan: Plan) -> str:
+    if plan.prefill_chunk is None:
+        return "prompts whole"
+    return f"prompts in chunks of {plan.prefill_chunk} tokens" + (f" x {plan.batch}" if plan.batch > 1 else "")
 
 
 def _range(values: tuple[int, ...]) -> str:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
-from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer as SlidingAndLinearLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from emoe.errors import ConfigError
 from emoe.memory import format_bytes
+from emoe.planning.kv_cache import decoders
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +58,6 @@ class Prefill:
     notes: tuple[str, ...] = ()
 
 
-def parse_chunk(value: Any) -> int | str | None:
-    """`prefill_chunk` as users write it: "auto", tokens of at least 1, None or 0 for the whole prompt at once.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if value is None or value == "auto":
-        return value  # type: ignore[no-any-return]
-    try:
-        if not isinstance(value, (bool, str, float)) and int(value) == value and value >= 0:
-            return int(value) or None
-    except (TypeError, ValueError):
-        pass
-    raise ConfigError(f"prefill_chunk={value!r} is not one of: 'auto', a number of tokens of at least 1, None or 0")
-
-
 def whole_because(model: Any) -> str:
     """Why a prompt of this model cannot be computed in parts, "" where it can."""
     name = type(model).__name__
@@ -101,7 +85,7 @@ def plan_prefill(
     """The chunk of a model and what it takes.
 
     Args:
-        chunk: from `parse_chunk`.
+        chunk: tokens, "auto", or None: the whole prompt at once.
         context, batch: tokens of a sequence, and sequences.
         model_bytes: weights of the whole model.
         native: whether emoe's kernels compute the experts.
@@ -114,10 +98,12 @@ def plan_prefill(
         raise ConfigError(f"prefill_chunk={chunk}: {reason}; prefill_chunk=None computes prompts whole")
     sizes = _Sizes(model, context, batch, native)
     if reason or chunk is None:
-        note = (f"prompts are computed whole: {reason}",) if reason else ()
-        return Prefill(None, sizes(context), sizes.notes + note)
+        taken = sizes(context)
+        notes = (*sizes.notes, *([f"prompts are computed whole: {reason}"] if reason else []))
+        return Prefill(None, taken, notes)
     if isinstance(chunk, int):
-        return Prefill(chunk, sizes(min(chunk, context)), sizes.notes)
+        taken = sizes(min(chunk, context))
+        return Prefill(chunk, taken, sizes.notes)
     allowance = max(ALLOWANCE_BYTES, int(ALLOWANCE_SHARE * model_bytes))
     tokens, taken = context, sizes(context)
     while taken > allowance and tokens > SMALLEST_CHUNK:
@@ -134,25 +120,25 @@ class _Sizes:
 
     def __init__(self, model: Any, context: int, batch: int, native: bool) -> None:
         self._model, self._context, self._batch, self._native = model, context, batch, native
+        self._parts = decoders(model)  # the text decoder where the whole does not run on text alone
         self._structure: Any = None
-        self._failed = False
         self.notes: tuple[str, ...] = ()
         config = model.config.get_text_config(decoder=True)
         self._generating = _LOGITS_COPIES * 4 * batch * (getattr(config, "vocab_size", 0) or 0)
 
     def __call__(self, tokens: int) -> int:
-        if not self._failed:
+        while self._parts:
             try:
                 return self._generating + self._measured(tokens)
             except Exception as error:
-                logger.debug("activations of %s not measured: %s", type(self._model).__name__, error)
-                self._failed = True
-                self.notes = ("activations estimated from the config",)
+                logger.debug("activations of %s not measured: %s", type(self._parts[0]).__name__, error)
+                self._parts, self._structure = self._parts[1:], None
+        self.notes = ("activations estimated from the config",)
         return self._generating + _from_config(self._model, self._context, self._batch, tokens)
 
     def _measured(self, tokens: int) -> int:
         if self._structure is None:
-            self._structure = _structure(self._model)
+            self._structure = _structure(self._parts[0])
         steps = _RECURRENT_STEPS
         if whole_because(self._model) and tokens > 2 * steps:
             # One whole prompt, in whose structure may be a loop over its tokens.
@@ -218,7 +204,7 @@ class _Alive(TorchDispatchMode):
             def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
                 alive.paused = True
                 try:
-                    return super().update(*args, **kwargs)  # type: ignore[no-any-return]
+                    return super().update(*args, **kwargs)
                 finally:
                     alive.paused = False
 
@@ -241,9 +227,9 @@ def _structure(model: Any) -> Any:
     attention = "eager" if getattr(model.config, "_attn_implementation", "eager") == "eager" else _SIZES_ONLY
     _register()
     with torch.device("meta"):
-        made = type(model)._from_config(
-            copy.deepcopy(model.config), dtype=model.dtype, attn_implementation="eager"
-        ).eval()
+        made = (
+            type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype, attn_implementation="eager").eval()
+        )
         made.set_experts_implementation(dict.fromkeys(made.get_experts_implementation(), _SIZES_ONLY))
     if attention != "eager":
         made.set_attn_implementation(attention)
@@ -299,7 +285,7 @@ def _attention(
     """What `sdpa` takes on a CPU: repeated heads, a mask of numbers, and scores where it has no fused kernel."""
     B, H, Q, D = query.shape
     held = []
-    if H != key.shape[1] and mask is not None:
+    if key.shape[1] != H and mask is not None:
         held += [torch.empty((B, H, *each.shape[2:]), dtype=each.dtype, device="meta") for each in (key, value)]
     if mask is not None:
         held.append(torch.empty(mask.shape, dtype=query.dtype, device="meta"))

@@ -26,7 +26,7 @@ def measure(model: Any, *, context: int, batch: int) -> tuple[int, str]:
     Returns:
         (bytes, a note where the figure is an estimate, else "").
     """
-    for part in _decoders(model):
+    for part in decoders(model):
         try:
             if (measured := _measured(part, context, batch)) > 0:
                 return measured, ""
@@ -39,7 +39,7 @@ def measure(model: Any, *, context: int, batch: int) -> tuple[int, str]:
     return 0, "KV cache unknown for this family: leave room for it beside the budget"
 
 
-def _decoders(model: Any) -> list[Any]:
+def decoders(model: Any) -> list[Any]:
     """The model, and the part of it that reads text."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return [model] if decoder is None or decoder is model or not hasattr(decoder, "config") else [model, decoder]

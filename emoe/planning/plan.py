@@ -16,7 +16,7 @@ from emoe.model import layout, structure
 from emoe.model.config import read_config
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.options import Budget, Options, parse_budget, takes
-from emoe.planning import bandwidth, encoded, kv_cache
+from emoe.planning import activations, bandwidth, encoded, kv_cache
 from emoe.planning.meta import meta_model
 from emoe.store.checkpoint import Forms
 
@@ -39,8 +39,9 @@ class Plan:
     """How a model is laid out in a budget. Bytes unless named otherwise.
 
     `dtype` is the one that the model runs in, `encodings` are those of its experts. `non_expert_bytes` are in memory,
-    `non_expert_stored_bytes` in the files. `layouts` says of each layer where an expert's parameters lie in a slot; it
-    is not in `to_dict`.
+    `non_expert_stored_bytes` in the files. `activation_bytes` is what a prompt's chunk of `prefill_chunk` tokens a
+    sequence takes at the end of a full context; None: prompts are computed whole. `layouts` says of each layer where an
+    expert's parameters lie in a slot; it is not in `to_dict`.
     """
 
     model: str
@@ -57,6 +58,8 @@ class Plan:
     top_k: int
     kv_bytes: int
     staging_bytes: int
+    activation_bytes: int
+    prefill_chunk: int | None
     context: int
     batch: int
     smallest_budget: int
@@ -77,8 +80,9 @@ class Plan:
 
     @property
     def planned_bytes(self) -> int:
-        """What the model will take: weights outside experts, slots, staging, KV cache."""
-        return self.non_expert_bytes + self.slab_bytes + self.staging_bytes + self.kv_bytes
+        """What the model will take: weights outside experts, slots, staging, KV cache, activations."""
+        fixed = self.non_expert_bytes + self.staging_bytes + self.kv_bytes + self.activation_bytes
+        return fixed + self.slab_bytes
 
     @property
     def resident_share(self) -> float:
@@ -175,9 +179,14 @@ def _plan(
     in_model = sum(count * _param_bytes(params) for count, params in zip(experts, specs, strict=True))
     non_expert = structure.unique_bytes(model) - in_model
     kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
-    fixed = non_expert + STAGING_BYTES + kv
+    prefill = activations.plan_prefill(
+        model, options.prefill_chunk, context=options.context, batch=options.batch,
+        model_bytes=non_expert + in_model,
+        native=options.kernels == "native" and all(each.native is not None for each in layouts),
+    )  # fmt: skip
+    fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     smallest = fixed + len(experts) * slot_bytes
-    notes = [each for each in (note, kv_note) if each]
+    notes = [*(each for each in (note, kv_note) if each), *prefill.notes]
     slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free)
     top_k = structure.top_k(model)
     warnings = []
@@ -202,6 +211,8 @@ def _plan(
         top_k=top_k,
         kv_bytes=kv,
         staging_bytes=STAGING_BYTES,
+        activation_bytes=prefill.nbytes,
+        prefill_chunk=prefill.chunk,
         context=options.context,
         batch=options.batch,
         smallest_budget=smallest,
@@ -239,8 +250,9 @@ def _slots(
         how = f"; {notes[-1]}, and memory_budget={smallest} takes of the reserve" if budget.kind == "auto" else ""
         raise BudgetError(
             f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is "
-            f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, staging "
-            f"and KV cache, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} layers{how}",
+            f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, "
+            f"staging, KV cache and activations, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} "
+            f"layers{how}",
             needed=smallest,
             budget=nbytes,
         )

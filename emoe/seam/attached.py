@@ -11,6 +11,7 @@ from torch import nn
 from emoe.errors import BudgetError
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import load
+from emoe.seam.prefill import ChunkedPrefill
 from emoe.store import ExpertStore
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ class Attached:
         """From now on `told` gets the arguments of each forward of the model before it runs."""
         hook = self._model.register_forward_pre_hook(lambda _, args, kwargs: told(args, kwargs), with_kwargs=True)
         self._hooks.append(hook)
+
+    def in_chunks(self, tokens: int | None, room: int) -> None:
+        """From now on prompts are computed in chunks (`emoe.seam.prefill.ChunkedPrefill`)."""
+        self._hooks.append(ChunkedPrefill(self._model, tokens, room))
 
     def close(self) -> None:
         """Takes the hooks of a running model away."""

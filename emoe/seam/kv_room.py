@@ -18,6 +18,8 @@ class RoomyLayer(DynamicLayer):
     What replaces `keys` and `values` (crop, reorder, select) is noticed at the next update and copied if need be.
     """
 
+    keys: Any
+    values: Any
     _layer_type = None  # not the class of a layer type in Transformers' own table
 
     def __init__(self, layer: DynamicLayer, tokens: int) -> None:
@@ -31,7 +33,7 @@ class RoomyLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `DynamicLayer.update`: [B, heads, T, D] are appended; all there are, are returned."""
         if key_states.requires_grad or value_states.requires_grad or key_states.device.type != "cpu":
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._append("keys", self.keys, key_states)

@@ -29,7 +29,7 @@ _PER_LAYER = ("output_attentions", "output_hidden_states", "output_router_logits
 
 
 class ChunkedPrefill:
-    """Cuts forwards of one model into chunks until `close`.
+    """Cuts forwards of one model into chunks until `remove`.
 
     Logits, the cache and their order are those of one forward: each chunk sees what came before it in the cache, and
     rows that `logits_to_keep` asks for are put together from the chunks that have them. Sums are taken in other shapes,
@@ -37,11 +37,11 @@ class ChunkedPrefill:
 
     Args:
         model: a Transformers model that generates.
-        tokens: of one sequence in a chunk, at least 1; shorter inputs run as they are.
+        tokens: of one sequence in a chunk, at least 1; shorter inputs run as they are. None: all do.
         room: tokens of one sequence that caches get room for (kv_room.py).
     """
 
-    def __init__(self, model: Any, tokens: int, room: int) -> None:
+    def __init__(self, model: Any, tokens: int | None, room: int) -> None:
         self._tokens = tokens
         self._room = room
         self._parameters = inspect.signature(type(model).forward).parameters
@@ -55,7 +55,7 @@ class ChunkedPrefill:
             model.register_forward_hook(self._after, always_call=True),
         ]
 
-    def close(self) -> None:
+    def remove(self) -> None:
         """Takes the hooks away; calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
@@ -75,23 +75,22 @@ class ChunkedPrefill:
         if batch * length >= _LARGE and thread not in self._holding:
             self._holding.add(thread)
             LargeBlocks.hold()
-        if length <= self._tokens:
+        size = self._tokens
+        if size is None or length <= size:
             return None
         reason = self._whole(model, given, length)
         if reason:
             if reason not in self._said:
                 self._said.add(reason)
-                logger.warning(
-                    "emoe: a forward of %d tokens runs whole, not in chunks of %d: %s", length, self._tokens, reason
-                )
+                logger.warning("emoe: a forward of %d tokens runs whole, not in chunks of %d: %s", length, size, reason)
             return None
         keep = given.get("logits_to_keep", 0) or length
         given.setdefault("use_cache", True)
         self._inside.add(thread)
         try:
             rows: list[torch.Tensor] = []
-            for start in range(0, length, self._tokens):
-                end = min(start + self._tokens, length)
+            for start in range(0, length, size):
+                end = min(start + size, length)
                 wanted = min(end - start, end - (length - keep))  # rows of this chunk that were asked for
                 chunk = _cut(given, start, end, length)
                 if "logits_to_keep" in self._parameters:

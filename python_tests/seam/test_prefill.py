@@ -1,0 +1,245 @@
+"""Prompts in chunks: a forward gives what it gives whole, in every family whose forward goes on from its cache."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from families import FAMILIES, build
+from transformers import DynamicCache
+
+import emoe
+from emoe import memory
+from emoe.errors import ConfigError
+from emoe.planning.activations import whole_because
+from emoe.seam.kv_room import RoomyLayer
+from emoe.seam.prefill import ChunkedPrefill
+
+LENGTH, CHUNK = 50, 13
+WHOLE = ("deepseek_v4", "hy_v4", "jamba", "minimax")
+GENERATE = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+
+
+def prompt(batch=2, length=LENGTH, seed=1):
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(ids, columns):
+    """Its first row padded on the left, and the mask."""
+    mask = torch.ones_like(ids)
+    mask[0, :columns] = 0
+    return ids * mask, mask
+
+
+@pytest.fixture
+def olmoe():
+    return build("olmoe")
+
+
+def test_the_families_that_are_computed_whole_are_those_whose_forward_begins_anew():
+    assert tuple(sorted(name for name in FAMILIES if whole_because(build(name)))) == WHOLE
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(WHOLE)))
+@torch.no_grad()
+def test_chunks_give_the_logits_and_tokens_of_one_forward(name):
+    model = build(name)
+    ids, mask = padded(prompt(), 2 * CHUNK + 3)  # two chunks of the first row are nothing but padding
+    whole = model(ids, attention_mask=mask)
+    last = model(ids, attention_mask=mask, logits_to_keep=20).logits
+    tokens = model.generate(ids, attention_mask=mask, **GENERATE)
+    chunked = ChunkedPrefill(model, CHUNK, LENGTH)
+    output = model(ids, attention_mask=mask)
+    for row, first in ((0, 2 * CHUNK + 3), (1, 0)):
+        torch.testing.assert_close(output.logits[row, first:], whole.logits[row, first:], atol=1e-4, rtol=1e-4)
+    kept = model(ids, attention_mask=mask, logits_to_keep=20).logits
+    torch.testing.assert_close(kept, last, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GENERATE), tokens)
+    chunked.remove()
+    following = prompt(length=1, seed=2)
+    after = [model(following, past_key_values=each.past_key_values).logits for each in (whole, output)]
+    torch.testing.assert_close(after[1][1], after[0][1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_of_at_most_a_chunk_is_one_forward_bit_for_bit(olmoe):
+    for length in (1, CHUNK):
+        ids = prompt(length=length)
+        expected = olmoe(ids).logits
+        chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+        calls = []
+        hook = olmoe.model.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        assert torch.equal(olmoe(ids).logits, expected)
+        assert len(calls) == 1
+        hook.remove()
+        chunked.remove()
+
+
+@torch.no_grad()
+def test_a_second_prompt_goes_on_from_the_cache_of_the_first(olmoe):
+    first, second = prompt(length=20), prompt(length=30, seed=2)
+    expected = olmoe(torch.cat([first, second], 1)).logits[:, 20:]
+    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    cache = DynamicCache(config=olmoe.config)
+    olmoe(first, past_key_values=cache)
+    logits = olmoe(input_ids=second, past_key_values=cache, attention_mask=torch.ones(2, 50, dtype=torch.long)).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == 50
+
+
+@torch.no_grad()
+def test_embeddings_and_positions_are_cut_too(olmoe):
+    ids = prompt()
+    expected = olmoe(ids).logits
+    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    embeddings = olmoe.get_input_embeddings()(ids)
+    positions = torch.arange(LENGTH).expand(2, -1)
+    torch.testing.assert_close(
+        olmoe(inputs_embeds=embeddings, position_ids=positions).logits, expected, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"use_cache": False}, "it has no KV cache"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+        ({"output_router_logits": True}, "output_router_logits"),
+        ({"labels": prompt()}, "labels cannot be cut"),
+        ({"return_dict": False}, "return_dict=False"),
+        ({"logits_to_keep": torch.arange(3)}, "logits_to_keep is a tensor"),
+        ({"attention_mask": torch.zeros(2, 1, LENGTH, LENGTH)}, "attention_mask is not of shape"),
+    ],
+)
+@torch.no_grad()
+def test_what_cannot_be_cut_runs_whole_and_the_log_says_why_once(given, reason, olmoe, caplog):
+    expected = olmoe(prompt(), **given)[0]
+    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(olmoe(prompt(), **given)[0], expected)
+    (said,) = [record.message for record in caplog.records if "runs whole" in record.message]
+    assert reason in said
+
+
+@torch.no_grad()
+def test_generation_without_a_cache_goes_on_as_before(olmoe):
+    expected = olmoe.generate(prompt(), use_cache=False, **GENERATE)
+    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    assert torch.equal(olmoe.generate(prompt(), use_cache=False, **GENERATE), expected)
+
+
+@torch.no_grad()
+def test_a_chunk_that_fails_leaves_the_next_forward_right_and_the_allocator_as_it_was(olmoe):
+    expected = olmoe(prompt()).logits
+    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("on purpose")
+
+    olmoe.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        olmoe(prompt())
+    assert memory.LargeBlocks._held == 0
+    torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
+    assert memory.LargeBlocks._held == 0
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}]
+)
+@torch.no_grad()
+def test_a_cache_with_room_gives_the_same_tokens_in_every_way_to_generate(how, olmoe):
+    ids = prompt(batch=1)
+    options = {**GENERATE, "max_new_tokens": 12, **how}
+    torch.manual_seed(0)
+    expected = olmoe.generate(ids, **options)
+    ChunkedPrefill(olmoe, CHUNK, 16)  # room that has to grow
+    torch.manual_seed(0)
+    assert torch.equal(olmoe.generate(ids, **options), expected)
+
+
+@torch.no_grad()
+def test_room_in_a_cache_survives_crops_and_replaced_tensors():
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count):
+        return torch.randn(2, 2, count, 4, generator=generator)
+
+    from transformers.cache_utils import DynamicLayer
+
+    plain, roomy = DynamicLayer(), RoomyLayer(DynamicLayer(), 8)
+    for step, count in enumerate((3, 1, 5, 1, 2)):
+        keys, values = rows(count), rows(count)
+        for layer in (plain, roomy):
+            layer.update(keys, values)
+            if step == 1:
+                layer.crop(-2)
+            if step == 2:
+                layer.reorder_cache(torch.tensor([1, 1]))
+        assert torch.equal(roomy.keys, plain.keys)
+        assert torch.equal(roomy.values, plain.values)
+    assert roomy.get_seq_length() == plain.get_seq_length()
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_does_not_see_what_is_appended_to_the_other(olmoe):
+    import copy
+
+    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    cache = olmoe(prompt(length=20)).past_key_values
+    twin = copy.deepcopy(cache)
+    before = twin.layers[0].keys.clone()
+    olmoe(prompt(length=5), past_key_values=cache)
+    assert torch.equal(twin.layers[0].keys, before)
+    olmoe(prompt(length=3, seed=5), past_key_values=twin)
+    assert (cache.get_seq_length(), twin.get_seq_length()) == (25, 23)
+
+
+def test_decode_after_chunks_is_bit_identical_between_budgets(checkpoint):
+    ids = prompt(batch=1)
+    seen = []
+    for share in (0.25, 0.5, 1.0):
+        with emoe.from_pretrained(checkpoint("olmoe"), memory_budget=share, prefill_chunk=CHUNK).emoe as runtime:
+            assert runtime.plan.prefill_chunk == CHUNK
+            output = runtime._model.generate(ids, output_logits=True, return_dict_in_generate=True, **GENERATE)
+            seen.append(torch.cat(output.logits))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_a_model_under_emoe_answers_in_chunks_as_whole(name, checkpoint):
+    ids, mask = padded(prompt(), 20)
+    answers = []
+    for chunk in (CHUNK, None, 0):
+        model = emoe.from_pretrained(checkpoint(name), memory_budget=0.5, prefill_chunk=chunk, batch=2, context=64)
+        answers.append(model.generate(ids, attention_mask=mask, **GENERATE))
+        model.emoe.close()
+        assert not model._forward_pre_hooks
+        assert not model._forward_hooks
+        assert model.generation_config.prefill_chunk_size is None
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+def test_a_prompt_in_chunks_is_one_request(checkpoint):
+    with emoe.from_pretrained(
+        checkpoint("olmoe"), memory_budget=0.5, prefill_chunk=CHUNK, predictor="recent"
+    ).emoe as runtime:
+        for _ in range(3):
+            runtime._model.generate(prompt(batch=1), **GENERATE)
+        assert runtime.stats()["prediction"]["requests"] == 3
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_family_that_begins_anew_is_planned_whole_and_refuses_a_number(name, checkpoint):
+    plan = emoe.plan(checkpoint(name), 0.5, calibrate=False)
+    assert plan.prefill_chunk is None
+    assert any("prompts are computed whole" in note for note in plan.notes)
+    with pytest.raises(ConfigError, match=r"prefill_chunk=7.*not known to go on"):
+        emoe.plan(checkpoint(name), 0.5, calibrate=False, prefill_chunk=7)
