@@ -99,7 +99,7 @@ def plan_prefill(
     sizes = _Sizes(model, context, batch, native)
     if reason or chunk is None:
         taken = sizes(context)
-        notes = (*sizes.notes, *([f"prompts are computed whole: {reason}"] if reason else []))
+        notes = (*sizes.notes, *([f"prompts are computed whole: {reason}"] if reason and model.can_generate() else []))
         return Prefill(None, taken, notes)
     if isinstance(chunk, int):
         taken = sizes(min(chunk, context))

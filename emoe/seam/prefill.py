@@ -44,7 +44,7 @@ class ChunkedPrefill:
     def __init__(self, model: Any, tokens: int | None, room: int) -> None:
         self._tokens = tokens
         self._room = room
-        self._parameters = inspect.signature(type(model).forward).parameters
+        self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self._inside: set[int] = set()  # threads whose chunks are running
         self._rows: dict[int, list[torch.Tensor]] = {}  # logits of a thread's earlier chunks
         self._holding: set[int] = set()  # threads that hold LargeBlocks
@@ -64,11 +64,13 @@ class ChunkedPrefill:
     def _before(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():  # what is compiled runs whole
+            return None
         thread = get_ident()
         if thread in self._inside:
             return None
         self._rows.pop(thread, None)  # of a forward that raised
-        given = {**dict(zip(self._parameters_but_self(), args, strict=False)), **kwargs}
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         give_room(given.get("past_key_values"), self._room)
         batch, length = _shape(given)
@@ -109,6 +111,8 @@ class ChunkedPrefill:
         raise AssertionError("the last chunk returns")
 
     def _after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         thread = get_ident()
         if thread in self._inside:
             return
@@ -118,9 +122,6 @@ class ChunkedPrefill:
         if thread in self._holding:
             self._holding.discard(thread)
             LargeBlocks.release()
-
-    def _parameters_but_self(self) -> list[str]:
-        return list(self._parameters)[1:]
 
     def _whole(self, model: nn.Module, given: dict[str, Any], length: int) -> str:
         """Why this forward cannot be cut, "" where it can."""
