@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from emoe.errors import ConfigError
-from emoe.memory import format_bytes
 from emoe.planning.kv_cache import decoders
 
 logger = logging.getLogger(__name__)
 
-# "auto" takes the longest chunk whose activations fit this share of the model's weights, at least this many bytes: a
-# function of the model, not of the budget, so that chunks and with them results are the same in every budget. Each
-# chunk reads most experts that have no slot again, so longer chunks are faster.
+# "auto" takes the longest chunk whose activations pass those of the smallest chunk (what grows with the context: copies
+# of keys and values) by no more than this share of the model's weights, or this many bytes: a function of the model,
+# not of the budget, so that chunks and with them results are the same in every budget. Each chunk reads most experts
+# that have no slot again, so longer chunks are faster.
 ALLOWANCE_SHARE = 1 / 32
 ALLOWANCE_BYTES = 64 << 20
 SMALLEST_CHUNK = 32
@@ -106,12 +106,10 @@ def plan_prefill(
         return Prefill(chunk, taken, sizes.notes)
     allowance = max(ALLOWANCE_BYTES, int(ALLOWANCE_SHARE * model_bytes))
     tokens, taken = context, sizes(context)
-    while taken > allowance and tokens > SMALLEST_CHUNK:
-        tokens = max(SMALLEST_CHUNK, 1 << (tokens - 1).bit_length() - 1)
+    least = sizes(SMALLEST_CHUNK) if context > SMALLEST_CHUNK else taken
+    while taken - least > allowance:
+        tokens = 1 << (tokens - 1).bit_length() - 1
         taken = sizes(tokens)
-    if taken > allowance:
-        note = f"the smallest chunk, {tokens} tokens, passes the allowance of {format_bytes(allowance)} for activations"
-        return Prefill(tokens, taken, (*sizes.notes, note))
     return Prefill(tokens, taken, sizes.notes)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import OlmoeConfig
 
 import emoe
+from emoe.compute import cpu
 from emoe.errors import ConfigError
 from emoe.planning import activations
 
@@ -103,3 +104,7 @@ def test_a_structure_that_does_not_run_on_the_meta_device_is_estimated_and_the_p
     made = plan(checkpoint("olmoe"), context=64)
     assert "activations estimated from the config" in made.notes
     assert made.activation_bytes > 0
+
+
+def test_the_outputs_of_experts_are_counted_as_they_are_computed():
+    assert activations._PAIR_BYTES == cpu.PAIR_BYTES
