@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _OF_ALL_TOKENS = ("attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 _OF_INPUT = ("input_ids", "inputs_embeds", "position_ids")
 _OTHER = ("past_key_values", "use_cache", "logits_to_keep", "return_dict")
-_LARGE = 64  # rows from which tensors are large enough for their memory to be given back at once
+_LARGE = 512  # rows from which freed memory is given back at once: 7 to 10 % of the time of a forward of 256 rows
 _PER_LAYER = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 

@@ -13,6 +13,7 @@ import emoe
 from emoe import memory
 from emoe.errors import ConfigError
 from emoe.planning.activations import whole_because
+from emoe.seam import prefill
 from emoe.seam.kv_room import RoomyLayer
 from emoe.seam.prefill import ChunkedPrefill
 
@@ -131,19 +132,22 @@ def test_generation_without_a_cache_goes_on_as_before(olmoe):
 
 
 @torch.no_grad()
-def test_a_chunk_that_fails_leaves_the_next_forward_right_and_the_allocator_as_it_was(olmoe):
+def test_a_chunk_that_fails_leaves_the_next_forward_right_and_the_allocator_as_it_was(olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", 64)
     expected = olmoe(prompt()).logits
-    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
     calls = []
 
     def fail(*_):
         calls.append(1)
+        assert memory.LargeBlocks._held == 1
         if len(calls) == 3:
             raise RuntimeError("on purpose")
 
     olmoe.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         olmoe(prompt())
+    assert not chunked._inside
     assert memory.LargeBlocks._held == 0
     torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
     assert memory.LargeBlocks._held == 0
