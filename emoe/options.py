@@ -357,6 +357,7 @@ class Options:
     kernels: str = _row(
         "native", OneOf(("native", "stock")),
         "emoe's own, or Transformers' eager loop on the slots, slow and bit-equal to it",
+        ways=("load", "wrap", "plan"),
     )  # fmt: skip
     routing: str = _row(
         "exact", OneOf(("exact", "resident", "biased")),

@@ -207,9 +207,13 @@ def test_help_shows_every_option_with_its_default_and_text(function, way):
 
 
 def test_plan_takes_what_from_pretrained_takes(checkpoint):
-    given = {"routing": "resident", "kernels": "stock", "device": "cuda", "attn_implementation": "eager"}
-    path = checkpoint("olmoe")
-    assert emoe.plan(path, 0.5, calibrate=False, **given) == emoe.plan(path, 0.5, calibrate=False)
+    path, plain = checkpoint("olmoe"), emoe.plan(checkpoint("olmoe"), 0.5, calibrate=False)
+    assert emoe.plan(path, 0.5, calibrate=False, routing="resident", device="cuda") == plain
+    for given in ({"kernels": "stock"}, {"attn_implementation": "eager"}):  # what a prompt takes depends on them alone
+        made = emoe.plan(path, 0.5, calibrate=False, **given)
+        assert made.activation_bytes > plain.activation_bytes
+        more = made.activation_bytes - plain.activation_bytes
+        assert made.planned_bytes == plain.planned_bytes + more
     with pytest.raises(errors.ConfigError, match=r"auto.*device='cuda'.*bytes or a share"):
         emoe.plan(path, device="cuda")
     with pytest.raises(errors.ConfigError, match="did you mean 'context'"):
