@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
+from typing import ClassVar
 
 import psutil
 
@@ -50,41 +53,59 @@ def reset_peak_memory() -> bool:
 
 
 class LargeBlocks:
-    """While any is held, malloc takes blocks of 1 MiB and more from the system and gives them back when freed.
+    """While a thread holds them, malloc takes blocks of 1 MiB and more from the system and gives them back when freed.
 
     glibc otherwise keeps freed blocks of up to 32 MiB for itself, and tensors of many sizes leave holes among them: a
     prefill then holds several times what its tensors take. Held for prefill only, because each such block costs page
-    faults. A setting of the process; where malloc is not glibc's, nothing happens.
+    faults. A setting of the process; where malloc is not glibc's, nothing happens. What an interrupted thread left ends
+    with its next `hold` or `release`, and what a thread that has ended left with that of any other.
     """
 
     # Outside: what glibc itself comes to after it has freed one large block.
-    _MMAP, _TRIM = (-3, 1 << 20, 32 << 20), (-1, 1 << 20, 64 << 20)
+    _MMAP, _TRIM = (-3, 32 << 20, 1 << 20), (-1, 64 << 20, 1 << 20)
     _lock = Lock()
-    _held = 0
+    _threads: ClassVar[set[int]] = set()  # that hold them
+    _large = False
 
     @classmethod
     def hold(cls) -> None:
+        """From now on this thread holds them; it may already."""
         with cls._lock:
-            cls._held += 1
-            if cls._held == 1:
-                cls._set(1)
+            cls._threads.add(get_ident())
+            cls._settle()
 
     @classmethod
     def release(cls) -> None:
-        with cls._lock:
-            cls._held -= 1
-            if cls._held == 0:
-                cls._set(2)
+        """This thread holds them no longer, if it did."""
+        if cls._threads or cls._large:
+            with cls._lock:
+                cls._threads.discard(get_ident())
+                cls._settle()
 
     @classmethod
-    def _set(cls, which: int) -> None:
+    def _settle(cls) -> None:
+        cls._threads.intersection_update(sys._current_frames())
+        wanted = bool(cls._threads)
+        if wanted != cls._large:
+            cls._set(wanted)
+            cls._large = wanted
+
+    @classmethod
+    def _set(cls, large: bool) -> None:
         try:
             libc = ctypes.CDLL("libc.so.6")
             for option in (cls._MMAP, cls._TRIM):
-                libc.mallopt(option[0], option[which])
+                libc.mallopt(option[0], option[1 + large])
             libc.malloc_trim(0)
         except (OSError, AttributeError):
             return
+
+    @classmethod
+    def _forked(cls) -> None:
+        cls._lock = Lock()  # another thread may have had it, and is not in this process
+
+
+os.register_at_fork(after_in_child=LargeBlocks._forked)
 
 
 def format_bytes(nbytes: int) -> str:

@@ -7,6 +7,7 @@ are alive are counted. Attention and experts are stand-ins that ask for what tor
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import weakref
 from collections.abc import Iterator
@@ -146,7 +147,8 @@ class _Sizes:
 
     def _run(self, tokens: int, past: int) -> int:
         model, batch = self._structure, self._batch
-        last = {"logits_to_keep": 1} if "logits_to_keep" in type(model).forward.__code__.co_varnames else {}
+        takes_last = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        last = {"logits_to_keep": 1} if takes_last else {}
         alive = _Alive()
         with torch.device("meta"), torch.no_grad(), _stand_ins(alive, batch, self._native):
             cache = None

@@ -27,6 +27,8 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
     cls = auto.model_class(config, rest.get("auto_class"))
     resolved = _resolve_dtype(dtype, config, Path(path_or_id))
     config, _ = without_quantization(config)  # a copy: Transformers writes the dtype into it
+    if rest.get("attn_implementation") == "eager":  # what it computes with is in the plan; of others load says its own
+        config._attn_implementation = "eager"
     try:
         with torch.device("meta"):
             return auto.from_config(cls, config, dtype=resolved, trust_remote_code=rest["trust_remote_code"])

@@ -15,7 +15,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` whose keys and values are views of the first rows of a buffer; pages not written are not taken.
 
-    What replaces `keys` and `values` (crop, reorder, select) is noticed at the next update and copied if need be.
+    A row is written once, so that views that others keep stay what they are. After what shortens or replaces `keys` and
+    `values` (crop, reorder, select) the next update copies them. Copies and pickles of it are a plain `DynamicLayer`.
     """
 
     keys: Any
@@ -26,13 +27,14 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.__dict__.update(layer.__dict__)
         self._tokens = tokens
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, tuple[torch.Tensor, int]] = {}  # and how many of its rows are written
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `DynamicLayer.update`: [B, heads, T, D] are appended; all there are, are returned."""
-        if key_states.requires_grad or value_states.requires_grad or key_states.device.type != "cpu":
+        plain = key_states.requires_grad or value_states.requires_grad or key_states.device.type != "cpu"
+        if plain or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -43,15 +45,23 @@ class RoomyLayer(DynamicLayer):
     def _append(self, name: str, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         have = old.shape[-2] if old.dim() == new.dim() else 0  # an empty layer has a tensor of one dimension
         total = have + new.shape[-2]
-        buffer = self._buffers.get(name)
-        if buffer is None or not _appendable(buffer, old, new, total):
+        buffer, written = self._buffers.get(name, (None, 0))
+        if buffer is None or have != written or not _appendable(buffer, old, new, total):
             room = max(self._tokens, total + total // 4)
             buffer = new.new_empty((*new.shape[:-2], room, new.shape[-1]))
             if have:
                 buffer[..., :have, :] = old
-            self._buffers[name] = buffer
+        # Before the rows are written: after an interrupt between the two they are not taken for free.
+        self._buffers[name] = buffer, total
         buffer[..., have:total, :] = new
         return buffer[..., :total, :]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in vars(self).items() if name not in ("_tokens", "_buffers")}
+        for name in ("keys", "values"):
+            if state[name] is not None:
+                state[name] = state[name].clone(memory_format=torch.contiguous_format)
+        return DynamicLayer, (), state
 
 
 def _appendable(buffer: torch.Tensor, old: torch.Tensor, new: torch.Tensor, total: int) -> bool:
@@ -60,9 +70,7 @@ def _appendable(buffer: torch.Tensor, old: torch.Tensor, new: torch.Tensor, tota
         return False
     if buffer.shape[:-2] != new.shape[:-2] or buffer.shape[-1] != new.shape[-1] or buffer.dtype != new.dtype:
         return False
-    if buffer.shape[-2] < total:
-        return False
-    return old.dim() != new.dim() or (old.data_ptr() == buffer.data_ptr() and old.stride() == buffer.stride())
+    return buffer.shape[-2] >= total and old.data_ptr() == buffer.data_ptr() and old.stride() == buffer.stride()
 
 
 def give_room(cache: Any, tokens: int) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from emoe.memory import LargeBlocks
 from emoe.requests import cached_tokens
@@ -45,21 +47,36 @@ class ChunkedPrefill:
         self._tokens = tokens
         self._room = room
         self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._inside: set[int] = set()  # threads whose chunks are running
-        self._rows: dict[int, list[torch.Tensor]] = {}  # logits of a thread's earlier chunks
-        self._holding: set[int] = set()  # threads that hold LargeBlocks
+        # By thread: the input of the chunk it runs; the input of its forward that `_after` ends, and the logits of that
+        # forward's earlier chunks. An interrupt may leave both: they are known by their input, so no later forward is
+        # taken for theirs.
+        self._chunk: dict[int, torch.Tensor] = {}
+        self._open: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
         self._said: set[str] = set()
         # A hook that looks for the begin of a request has to see the first chunk, and so runs after this one.
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
+        self._begins: RemovableHandle | None = model.register_forward_pre_hook(
+            self._before, with_kwargs=True, prepend=True
+        )
+        self._ends: RemovableHandle = model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
 
     def remove(self) -> None:
-        """Takes the hooks away; calling it again does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Takes the hooks away; calling it again does nothing.
+
+        Where a forward runs in another thread, the hook that ends it goes when it has.
+        """
+        if self._begins is not None:
+            self._begins.remove()
+            self._begins = None
+        self._end_left()
+        alive = sys._current_frames()
+        if not any(thread in alive for thread in list(self._open)):
+            self._ends.remove()
+
+    def _end_left(self) -> None:
+        """Drops what an interrupt left of a forward in this thread."""
+        self._chunk.pop(get_ident(), None)
+        self._open.pop(get_ident(), None)
+        LargeBlocks.release()
 
     def _before(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -67,15 +84,18 @@ class ChunkedPrefill:
         if torch.compiler.is_compiling():  # what is compiled runs whole
             return None
         thread = get_ident()
-        if thread in self._inside:
+        if _has(kwargs, self._chunk.get(thread)):
             return None
-        self._rows.pop(thread, None)  # of a forward that raised
+        self._end_left()
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         give_room(given.get("past_key_values"), self._room)
-        batch, length = _shape(given)
-        if batch * length >= _LARGE and thread not in self._holding:
-            self._holding.add(thread)
+        text = _text(given)
+        if text is None:
+            return None
+        batch, length = text.shape[:2]
+        if batch * length >= _LARGE:
+            self._open[thread] = text, []
             LargeBlocks.hold()
         size = self._tokens
         if size is None or length <= size:
@@ -86,42 +106,51 @@ class ChunkedPrefill:
                 self._said.add(reason)
                 logger.warning("emoe: a forward of %d tokens runs whole, not in chunks of %d: %s", length, size, reason)
             return None
+        try:
+            return (), self._all_but_last(model, given, length, size)
+        except BaseException:
+            self._end_left()
+            raise
+
+    def _all_but_last(self, model: Any, given: dict[str, Any], length: int, size: int) -> dict[str, Any]:
+        """Runs all chunks but the last; returns the arguments of that."""
+        thread = get_ident()
         keep = given.get("logits_to_keep", 0) or length
         given.setdefault("use_cache", True)
-        self._inside.add(thread)
-        try:
-            rows: list[torch.Tensor] = []
-            for start in range(0, length, size):
-                end = min(start + size, length)
-                wanted = min(end - start, end - (length - keep))  # rows of this chunk that were asked for
-                chunk = _cut(given, start, end, length)
-                if "logits_to_keep" in self._parameters:
-                    chunk["logits_to_keep"] = max(1, wanted)
-                if end == length:
-                    self._rows[thread] = rows
-                    return (), chunk
-                output = model(**chunk)
-                given["past_key_values"] = output.past_key_values
-                give_room(output.past_key_values, self._room)
-                if wanted > 0:
-                    rows.append(output.logits)
-                del output
-        finally:
-            self._inside.discard(thread)
-        raise AssertionError("the last chunk returns")
+        rows: list[torch.Tensor] = []
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            wanted = min(end - start, end - (length - keep))  # rows of this chunk that were asked for
+            chunk = _cut(given, start, end, length)
+            if "logits_to_keep" in self._parameters or "logits_to_keep" in given:
+                chunk["logits_to_keep"] = max(1, wanted)
+            text = _text(chunk)
+            assert text is not None
+            if end == length:
+                break
+            self._chunk[thread] = text
+            output = model(**chunk)
+            given["past_key_values"] = output.past_key_values
+            give_room(output.past_key_values, self._room)
+            if wanted > 0:
+                rows.append(output.logits)
+            del output
+        self._chunk.pop(thread, None)
+        self._open[thread] = text, rows
+        return chunk
 
-    def _after(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         thread = get_ident()
-        if thread in self._inside:
+        if torch.compiler.is_compiling() or _has(kwargs, self._chunk.get(thread)):
             return
-        rows = self._rows.pop(thread, None)
+        text, rows = self._open.pop(thread, (None, []))
+        if self._begins is None:  # `_before` did not drop what is another forward's
+            rows = rows if _has(kwargs, text) else []
+            if not self._open:
+                self._ends.remove()
         if rows and output is not None:  # None: the forward raised
             output.logits = torch.cat([*rows, output.logits], dim=1)
-        if thread in self._holding:
-            self._holding.discard(thread)
-            LargeBlocks.release()
+        LargeBlocks.release()
 
     def _whole(self, model: nn.Module, given: dict[str, Any], length: int) -> str:
         """Why this forward cannot be cut, "" where it can."""
@@ -138,8 +167,9 @@ class ChunkedPrefill:
         for name in _PER_LAYER:
             if given.get(name, getattr(config, name, False)):
                 return f"{name} asks for what each layer gives"
-        if not isinstance(given.get("logits_to_keep", 0), int):
-            return "logits_to_keep is a tensor"
+        keep = given.get("logits_to_keep", 0)
+        if not isinstance(keep, int) or keep < 0:
+            return "logits_to_keep is a tensor" if isinstance(keep, torch.Tensor) else f"logits_to_keep={keep!r}"
         if given.get("return_dict", True) is False or not getattr(config, "return_dict", True):
             return "return_dict=False"
         other = sorted(set(given) - {*_OF_ALL_TOKENS, *_OF_INPUT, *_OTHER, *_PER_LAYER})
@@ -158,13 +188,17 @@ class ChunkedPrefill:
         return ""
 
 
-def _shape(given: dict[str, Any]) -> tuple[int, int]:
-    """Sequences of a forward's input and tokens of each; zeros where it has none."""
+def _text(given: dict[str, Any]) -> torch.Tensor | None:
+    """A forward's input: ids [B, T] or embeddings [B, T, hidden]; None where it has none."""
     for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
         value = given.get(name)
         if isinstance(value, torch.Tensor) and value.dim() == dims:
-            return value.shape[0], value.shape[1]
-    return 0, 0
+            return value
+    return None
+
+
+def _has(kwargs: dict[str, Any], tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and any(value is tensor for value in kwargs.values())
 
 
 def _cut(given: dict[str, Any], start: int, end: int, length: int) -> dict[str, Any]:

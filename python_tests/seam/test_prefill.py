@@ -140,17 +140,18 @@ def test_a_chunk_that_fails_leaves_the_next_forward_right_and_the_allocator_as_i
 
     def fail(*_):
         calls.append(1)
-        assert memory.LargeBlocks._held == 1
+        assert len(memory.LargeBlocks._threads) == 1
         if len(calls) == 3:
             raise RuntimeError("on purpose")
 
     olmoe.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         olmoe(prompt())
-    assert not chunked._inside
-    assert memory.LargeBlocks._held == 0
+    assert not chunked._chunk
+    assert not chunked._open
+    assert not memory.LargeBlocks._threads
     torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
-    assert memory.LargeBlocks._held == 0
+    assert not memory.LargeBlocks._threads
 
 
 @pytest.mark.parametrize(
