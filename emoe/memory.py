@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from threading import Lock, get_ident
+from threading import RLock, get_ident
 from typing import ClassVar
 
 import psutil
@@ -63,7 +63,7 @@ class LargeBlocks:
 
     # Outside: what glibc itself comes to after it has freed one large block.
     _MMAP, _TRIM = (-3, 32 << 20, 1 << 20), (-1, 64 << 20, 1 << 20)
-    _lock = Lock()
+    _lock = RLock()
     _threads: ClassVar[set[int]] = set()  # that hold them
     _large = False
 
@@ -102,7 +102,7 @@ class LargeBlocks:
 
     @classmethod
     def _forked(cls) -> None:
-        cls._lock = Lock()  # another thread may have had it, and is not in this process
+        cls._lock = RLock()  # another thread may have had it, and is not in this process
 
 
 os.register_at_fork(after_in_child=LargeBlocks._forked)

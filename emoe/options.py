@@ -356,7 +356,7 @@ class Options:
     )  # fmt: skip
     kernels: str = _row(
         "native", OneOf(("native", "stock")),
-        "emoe's own, or Transformers' eager loop on the slots, slow and bit-equal to it",
+        "emoe's own, or Transformers' eager loop on the slots, slow and bit-equal to it (prompts in one chunk)",
         ways=("load", "wrap", "plan"),
     )  # fmt: skip
     routing: str = _row(

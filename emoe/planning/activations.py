@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
@@ -37,7 +38,10 @@ SMALLEST_CHUNK = 32
 _PAIR_BYTES = 32 << 20
 _SIZES_ONLY = "emoe_sizes_only"  # attention and experts that only allocate
 _LOGITS_COPIES = 3  # fp32 copies of the last row's logits that `generate` makes
-_RECURRENT_STEPS = 64  # tokens at which a structure that loops over tokens is run
+_SEED = 8  # tokens that fill a cache, whose keys and values are then made longer
+# Tokens at which a structure that may loop over tokens is run for more: one that goes on from its cache grows evenly
+# once experts pass _PAIR_BYTES, a whole prompt with its square.
+_LOOPED, _LOOPED_WHOLE = 512, 64
 
 # Families with a recurrent or convolution state whose forward goes on from it with several tokens at once. The forward
 # of others begins anew, and the result is silently another (python_tests/planning/test_prefill.py runs them all).
@@ -51,12 +55,14 @@ class Prefill:
     Attributes:
         chunk: tokens of one sequence that run at once; None: all of them.
         nbytes: activations of one chunk at the end of a full context.
+        spare: how much less chunks of SMALLEST_CHUNK would take, where "auto" chose longer ones.
         notes: what is estimated or left whole.
     """
 
     chunk: int | None
     nbytes: int
     notes: tuple[str, ...] = ()
+    spare: int = 0
 
 
 def whole_because(model: Any) -> str:
@@ -111,7 +117,7 @@ def plan_prefill(
     while taken - least > allowance:
         tokens = 1 << (tokens - 1).bit_length() - 1
         taken = sizes(tokens)
-    return Prefill(tokens, taken, sizes.notes)
+    return Prefill(tokens, taken, sizes.notes, taken - least)
 
 
 class _Sizes:
@@ -138,23 +144,26 @@ class _Sizes:
     def _measured(self, tokens: int) -> int:
         if self._structure is None:
             self._structure = _structure(self._parts[0])
-        steps = _RECURRENT_STEPS
-        if whole_because(self._model) and tokens > 2 * steps:
-            # One whole prompt, in whose structure may be a loop over its tokens.
-            low, high = self._run(steps, 0), self._run(2 * steps, 0)
-            return high + max(0, high - low) * (tokens - 2 * steps) // steps
-        return self._run(tokens, self._context - tokens)
+        whole = bool(whole_because(self._model))
+        step = _LOOPED_WHOLE if whole else _LOOPED
+        if not getattr(self._model, "_is_stateful", False) or tokens <= 3 * step:
+            return self._run(tokens, self._context - tokens)
+        a, b, c = (self._run(count, 0 if whole else self._context - count) for count in (step, 2 * step, 3 * step))
+        more = -(-tokens // step) - 3
+        square = max(0, c - 2 * b + a) if whole else 0
+        return c + max(0, c - b) * more + square * more * (more + 1) // 2
 
     def _run(self, tokens: int, past: int) -> int:
         model, batch = self._structure, self._batch
         takes_last = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         last = {"logits_to_keep": 1} if takes_last else {}
         alive = _Alive()
-        with torch.device("meta"), torch.no_grad(), _stand_ins(alive, batch, self._native):
+        with torch.device("meta"), torch.no_grad(), _stand_ins(self._native):
             cache = None
             if past:
-                seen = torch.zeros((batch, past), dtype=torch.long)
+                seen = torch.zeros((batch, min(past, _SEED)), dtype=torch.long)
                 cache = model(input_ids=seen, use_cache=True, **last).past_key_values
+                _lengthen(cache, past)
                 alive.leave_out(cache)
             with alive:
                 model(
@@ -162,6 +171,19 @@ class _Sizes:
                     **last,
                 )  # fmt: skip
         return alive.peak
+
+
+def _lengthen(cache: Any, tokens: int) -> None:
+    """Makes of a cache one that has seen `tokens` tokens; states that do not grow stay."""
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
+            continue
+        kept = tokens
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length, kept = tokens, min(tokens, layer.sliding_window - 1)
+        for name in ("keys", "values"):
+            old = getattr(layer, name)
+            setattr(layer, name, old.new_empty((*old.shape[:-2], kept, old.shape[-1])))
 
 
 class _Alive(TorchDispatchMode):
@@ -236,17 +258,16 @@ def _structure(model: Any) -> Any:
     return made
 
 
-_current: tuple[_Alive, int, bool] | None = None
+_native = True  # whether emoe's kernels compute the experts of the structure that runs; one at a time
+_running = RLock()
 
 
 @contextmanager
-def _stand_ins(alive: _Alive, batch: int, native: bool) -> Iterator[None]:
-    global _current
-    _current = alive, batch, native
-    try:
+def _stand_ins(native: bool) -> Iterator[None]:
+    global _native
+    with _running:
+        _native = native
         yield
-    finally:
-        _current = None
 
 
 def _register() -> None:
@@ -263,7 +284,7 @@ def _experts(self: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights
     H = hidden.shape[-1]
     pairs = T * K * H * 4
     out = torch.empty((pairs if pairs <= _PAIR_BYTES else T * H * 4,), dtype=torch.uint8, device="meta")
-    if _current is not None and not _current[2]:  # Transformers' own loop, all rows with one expert
+    if not _native:  # Transformers' own loop, all rows with one expert
         width = max(each.shape[1] + each.shape[2] for each in self.parameters() if each.dim() == 3)
         out = torch.empty((T, 2 * width), dtype=hidden.dtype, device="meta")
     result = torch.empty_like(hidden)

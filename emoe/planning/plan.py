@@ -187,7 +187,7 @@ def _plan(
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     smallest = fixed + len(experts) * slot_bytes
     notes = [*(each for each in (note, kv_note) if each), *prefill.notes]
-    slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free)
+    slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare)
     top_k = structure.top_k(model)
     warnings = []
     if min(slots) < top_k:
@@ -232,6 +232,7 @@ def _slots(
     name: str,
     notes: list[str],
     free: Callable[[], int],
+    spare: int,
 ) -> tuple[int, ...]:
     if budget.kind == "fraction":
         return tuple(max(1, math.floor(budget.share * count)) for count in experts)
@@ -248,6 +249,8 @@ def _slots(
     total = (nbytes - fixed) // slot_bytes
     if total < len(experts):
         how = f"; {notes[-1]}, and memory_budget={smallest} takes of the reserve" if budget.kind == "auto" else ""
+        if spare > 0:
+            how += f"; prefill_chunk={activations.SMALLEST_CHUNK} takes {format_bytes(spare)} less, prompts take longer"
         raise BudgetError(
             f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is "
             f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, "

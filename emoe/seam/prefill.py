@@ -50,8 +50,8 @@ class ChunkedPrefill:
         # By thread: the input of the chunk it runs; the input of its forward that `_after` ends, and the logits of that
         # forward's earlier chunks. An interrupt may leave both: they are known by their input, so no later forward is
         # taken for theirs.
-        self._chunk: dict[int, torch.Tensor] = {}
-        self._open: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        self._chunk: dict[int, torch.Tensor | None] = {}
+        self._open: dict[int, tuple[torch.Tensor | None, list[torch.Tensor]]] = {}
         self._said: set[str] = set()
         # A hook that looks for the begin of a request has to see the first chunk, and so runs after this one.
         self._begins: RemovableHandle | None = model.register_forward_pre_hook(
@@ -124,11 +124,9 @@ class ChunkedPrefill:
             chunk = _cut(given, start, end, length)
             if "logits_to_keep" in self._parameters or "logits_to_keep" in given:
                 chunk["logits_to_keep"] = max(1, wanted)
-            text = _text(chunk)
-            assert text is not None
             if end == length:
                 break
-            self._chunk[thread] = text
+            self._chunk[thread] = _text(chunk)
             output = model(**chunk)
             given["past_key_values"] = output.past_key_values
             give_room(output.past_key_values, self._room)
@@ -136,7 +134,7 @@ class ChunkedPrefill:
                 rows.append(output.logits)
             del output
         self._chunk.pop(thread, None)
-        self._open[thread] = text, rows
+        self._open[thread] = _text(chunk), rows
         return chunk
 
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

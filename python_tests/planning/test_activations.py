@@ -8,7 +8,7 @@ from transformers import OlmoeConfig
 
 import emoe
 from emoe.compute import cpu
-from emoe.errors import ConfigError
+from emoe.errors import BudgetError, ConfigError
 from emoe.planning import activations
 
 MIB = 1 << 20
@@ -69,6 +69,35 @@ def test_no_chunk_counts_the_whole_context(folder):
     assert whole.prefill_chunk is None
     assert whole.activation_bytes == plan(folder, context=4096, prefill_chunk=4096).activation_bytes
     assert plan(folder, context=4096, prefill_chunk=0) == whole
+
+
+def test_logits_of_one_row_are_counted_not_of_a_chunk(folder):
+    small, large = (plan(folder, context=2048, prefill_chunk=1024, vocab_size=each) for each in (512, 100_512))
+    assert large.activation_bytes - small.activation_bytes < 20 * 100_000
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "qwen3_next", "inkling2_text", "exaone_moe"])
+def test_a_cache_that_is_made_longer_counts_as_one_that_has_seen_the_tokens(name, checkpoint, monkeypatch):
+    made = [plan(checkpoint(name), context=300, prefill_chunk=40, batch=2)]
+    monkeypatch.setattr(activations, "_SEED", 1 << 20)
+    made.append(plan(checkpoint(name), context=300, prefill_chunk=40, batch=2))
+    assert made[0].activation_bytes == made[1].activation_bytes
+
+
+@pytest.mark.parametrize(("name", "steps", "chunk"), [("qwen3_next", "_LOOPED", 500), ("jamba", "_LOOPED_WHOLE", None)])
+def test_what_loops_over_tokens_is_reckoned_from_shorter_runs(name, steps, chunk, checkpoint, monkeypatch):
+    options = {"context": 600, "prefill_chunk": chunk, "batch": 2}
+    monkeypatch.setattr(activations, steps, 64)
+    reckoned = plan(checkpoint(name), **options).activation_bytes
+    monkeypatch.setattr(activations, steps, 600)
+    run = plan(checkpoint(name), **options).activation_bytes
+    assert run * 0.95 < reckoned < run * 1.2
+
+
+def test_a_budget_too_small_says_what_the_shortest_chunk_saves(folder):
+    with pytest.raises(BudgetError, match=r"prefill_chunk=32 takes .* less") as caught:
+        plan(folder, context=4096, budget="64MiB")
+    assert plan(folder, context=4096, prefill_chunk=32).smallest_budget < caught.value.needed
 
 
 def test_a_mask_of_a_batch_is_counted(folder):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 
 import pytest
 import torch
 from families import FAMILIES, build
+from interrupts import interrupted
 from transformers import DynamicCache
 
 import emoe
@@ -14,7 +17,6 @@ from emoe import memory
 from emoe.errors import ConfigError
 from emoe.planning.activations import whole_because
 from emoe.seam import prefill
-from emoe.seam.kv_room import RoomyLayer
 from emoe.seam.prefill import ChunkedPrefill
 
 LENGTH, CHUNK = 50, 13
@@ -110,6 +112,7 @@ def test_embeddings_and_positions_are_cut_too(olmoe):
         ({"labels": prompt()}, "labels cannot be cut"),
         ({"return_dict": False}, "return_dict=False"),
         ({"logits_to_keep": torch.arange(3)}, "logits_to_keep is a tensor"),
+        ({"logits_to_keep": -1}, "logits_to_keep=-1"),
         ({"attention_mask": torch.zeros(2, 1, LENGTH, LENGTH)}, "attention_mask is not of shape"),
     ],
 )
@@ -154,55 +157,114 @@ def test_a_chunk_that_fails_leaves_the_next_forward_right_and_the_allocator_as_i
     assert not memory.LargeBlocks._threads
 
 
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "lfm2_moe"])
 @pytest.mark.parametrize(
-    "how", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}]
-)
+    "how",
+    [
+        {}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": ...}, {"cache_implementation": "static"}, {"prefill_chunk_size": 7}, {"inputs_embeds": ...},
+    ],
+    ids=lambda how: next(iter(how), "greedy"),
+)  # fmt: skip
 @torch.no_grad()
-def test_a_cache_with_room_gives_the_same_tokens_in_every_way_to_generate(how, olmoe):
-    ids = prompt(batch=1)
-    options = {**GENERATE, "max_new_tokens": 12, **how}
+def test_every_way_to_generate_gives_the_same_tokens(how, name):
+    model, draft, ids = build(name), build(name, seed=5), prompt(batch=1)
+    options = {**GENERATE, "max_new_tokens": 12, "input_ids": ids, **how}
+    if "assistant_model" in how:
+        options["assistant_model"] = draft
+    if "inputs_embeds" in how:
+        del options["input_ids"]
+        options["inputs_embeds"] = model.get_input_embeddings()(ids)
     torch.manual_seed(0)
-    expected = olmoe.generate(ids, **options)
-    ChunkedPrefill(olmoe, CHUNK, 16)  # room that has to grow
+    expected = model.generate(**options)
+    for each in (model, draft):
+        ChunkedPrefill(each, CHUNK, 16)  # room that has to grow
     torch.manual_seed(0)
-    assert torch.equal(olmoe.generate(ids, **options), expected)
+    assert torch.equal(model.generate(**options), expected)
+
+
+def _clean(chunked):
+    return not (chunked._chunk or chunked._open or memory.LargeBlocks._threads or memory.LargeBlocks._large)
+
+
+@pytest.mark.parametrize("opcodes", [False, True])
+@torch.no_grad()
+def test_an_interrupt_at_any_moment_leaves_the_next_forward_right(opcodes, olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", 64)
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    expected = olmoe(prompt()).logits
+    rooms = ("seam/prefill.py", "seam/kv_room.py", "memory.py")
+    at = 0
+    while interrupted(lambda: olmoe(prompt()), at, rooms, opcodes=opcodes):
+        assert torch.equal(olmoe(prompt()).logits, expected)
+        assert _clean(chunked)
+        at += 97 if opcodes else 11
+    assert at > 400
+    chunked.remove()
+    assert not olmoe._forward_hooks
 
 
 @torch.no_grad()
-def test_room_in_a_cache_survives_crops_and_replaced_tensors():
-    generator = torch.Generator().manual_seed(0)
+def test_what_an_interrupt_left_goes_with_the_hooks(olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", 64)
+    whole = olmoe(prompt()).logits
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
 
-    def rows(count):
-        return torch.randn(2, 2, count, 4, generator=generator)
+    def interrupt(_, args):
+        if args[0].shape[1] == LENGTH % CHUNK:  # of the last chunk, when logits of the others are kept
+            raise KeyboardInterrupt
 
-    from transformers.cache_utils import DynamicLayer
-
-    plain, roomy = DynamicLayer(), RoomyLayer(DynamicLayer(), 8)
-    for step, count in enumerate((3, 1, 5, 1, 2)):
-        keys, values = rows(count), rows(count)
-        for layer in (plain, roomy):
-            layer.update(keys, values)
-            if step == 1:
-                layer.crop(-2)
-            if step == 2:
-                layer.reorder_cache(torch.tensor([1, 1]))
-        assert torch.equal(roomy.keys, plain.keys)
-        assert torch.equal(roomy.values, plain.values)
-    assert roomy.get_seq_length() == plain.get_seq_length()
+    hook = olmoe.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        olmoe(prompt())
+    assert chunked._open
+    hook.remove()
+    chunked.remove()
+    assert _clean(chunked)
+    assert not olmoe._forward_hooks
+    assert torch.equal(olmoe(prompt()).logits, whole)
 
 
 @torch.no_grad()
-def test_a_copy_of_a_cache_does_not_see_what_is_appended_to_the_other(olmoe):
-    import copy
+def test_a_thread_that_ended_in_a_forward_holds_nothing_for_others(olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", 64)
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    expected = olmoe(prompt()).logits
+    hook = olmoe.lm_head.register_forward_pre_hook(lambda _, args: sys.exit() if args[0].shape[1] < CHUNK else None)
 
-    ChunkedPrefill(olmoe, CHUNK, LENGTH)
-    cache = olmoe(prompt(length=20)).past_key_values
-    twin = copy.deepcopy(cache)
-    before = twin.layers[0].keys.clone()
-    olmoe(prompt(length=5), past_key_values=cache)
-    assert torch.equal(twin.layers[0].keys, before)
-    olmoe(prompt(length=3, seed=5), past_key_values=twin)
-    assert (cache.get_seq_length(), twin.get_seq_length()) == (25, 23)
+    def run():
+        with torch.no_grad(), pytest.raises(SystemExit):
+            olmoe(prompt())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    hook.remove()
+    assert chunked._open.keys() == memory.LargeBlocks._threads == {thread.ident}
+    assert torch.equal(olmoe(prompt()).logits, expected)
+    assert not memory.LargeBlocks._threads
+    chunked._open[threading.get_ident()] = chunked._open.pop(thread.ident)  # as where its id is given to another
+    assert olmoe(prompt(length=CHUNK)).logits.shape[1] == CHUNK
+    assert _clean(chunked)
+
+
+@torch.no_grad()
+def test_hooks_that_are_removed_while_another_thread_runs_a_forward_let_it_end(olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", 64)
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    expected = olmoe(prompt()).logits
+
+    def remove(_, args):
+        if args[0].shape[1] == LENGTH % CHUNK:
+            thread = threading.Thread(target=chunked.remove)
+            thread.start()
+            thread.join()
+
+    olmoe.lm_head.register_forward_pre_hook(remove)
+    assert torch.equal(olmoe(prompt()).logits, expected)
+    assert _clean(chunked)
+    assert not olmoe._forward_hooks
+    assert not olmoe._forward_pre_hooks
 
 
 def test_decode_after_chunks_is_bit_identical_between_budgets(checkpoint):
