@@ -34,7 +34,7 @@ def test_fewer_layers_by_keyword_are_those_of_transformers_in_plan_and_model(nam
     if name == "gpt_oss":
         given["layer_types"] = tf.AutoConfig.from_pretrained(path).layer_types[:2]
     model = emoe.from_pretrained(path, memory_budget=0.5, kernels="stock", **given)
-    plan = emoe.plan(path, 0.5, calibrate=False, **given)
+    plan = emoe.plan(path, 0.5, calibrate=False, kernels="stock", **given)
     assert model.config.num_hidden_layers == 2
     assert model.emoe.plan == plan
     assert len(plan.slots_per_layer) == len(meta_model(path, **given).model.layers) - (name == "deepseek_v3")
