@@ -106,10 +106,10 @@ class Runtime:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads, stall_ms
             (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
             kernels (layers served by "native", "stock" or a device), device, slots, resident_share, budget_bytes,
-            `sensitivity` (what `probe` found, or None), `routing` (`emoe.routing.Routing.stats`), `prediction` (what
-            the predictor did: docs/slots.md). On a GPU also: host_hits and host_misses (records in pinned memory or
-            not), on_cpu (missing experts that the CPU computed), settled (forwards of layers that asked the device for
-            no value; what they used is not in hits).
+            encodings (of the experts), `sensitivity` (what `probe` found, or None), `routing`
+            (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md). On a GPU also:
+            host_hits and host_misses (records in pinned memory or not), on_cpu (missing experts that the CPU computed),
+            settled (forwards of layers that asked the device for no value; what they used is not in hits).
 
         Raises:
             ClosedError: the runtime was closed; so does all that follows, but for `close`.
@@ -120,6 +120,7 @@ class Runtime:
                 **self._bank.stats(per_layer=per_layer),
                 "resident_share": self.plan.resident_share,
                 "budget_bytes": self.plan.budget_bytes,
+                "encodings": self.plan.encodings,
                 "store": self.store.description,
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),

@@ -393,8 +393,8 @@ def _qwen3_moe(
 ) -> tf.PretrainedConfig:
     return tf.Qwen3MoeConfig(
         **{**_BASE, "hidden_size": hidden, "vocab_size": vocabulary}, intermediate_size=256,
-        moe_intermediate_size=intermediate, num_hidden_layers=layers, head_dim=hidden // 4, num_attention_heads=4, num_key_value_heads=2, num_experts=6,
-        num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=False,
+        moe_intermediate_size=intermediate, num_hidden_layers=layers, head_dim=hidden // 4, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=False,
     )  # fmt: skip
 
 

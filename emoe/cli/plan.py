@@ -79,6 +79,7 @@ def _table(plan: Plan) -> Table:
     rows = [
         ("whole model", format_bytes(plan.model_bytes), plan.dtype),
         ("routed experts", format_bytes(plan.expert_bytes), _experts(plan)),
+        ("one expert", format_bytes(plan.bytes_per_expert), ", ".join(plan.encodings)),
         None,
         ("outside experts", format_bytes(plan.non_expert_bytes), "always in memory"),
         ("expert slots", format_bytes(plan.slab_bytes), f"{_range(plan.slots_per_layer)} in each of {layers} layers"),

@@ -24,9 +24,10 @@ _TAKEN = (
     "generation_config", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "tqdm_class",
     "use_kernels", "use_safetensors", "variant", "weights_only",
 )  # fmt: skip
+_QUANTIZES_NONE = "emoe reads quantized checkpoints as their files say, and quantizes nothing while it loads"
 # Those that contradict keeping experts elsewhere, and what to do instead.
 _REFUSED = {
-    "quantization_config": "emoe reads experts of float32, float16 and bfloat16",
+    "quantization_config": _QUANTIZES_NONE,
     "gguf_file": "emoe reads safetensors",
     "state_dict": "emoe reads the checkpoint itself",
     "key_mapping": "emoe finds experts through Transformers' own mapping",
@@ -39,8 +40,8 @@ _REFUSED = {
     "experts_implementation": "emoe is the implementation; kernels='stock' runs Transformers' own",
     "output_loading_info": "a checkpoint that does not fit is an error here",
     "ignore_mismatched_sizes": "a checkpoint that does not fit is an error here",
-    "load_in_8bit": "emoe reads experts of float32, float16 and bfloat16",
-    "load_in_4bit": "emoe reads experts of float32, float16 and bfloat16",
+    "load_in_8bit": _QUANTIZES_NONE,
+    "load_in_4bit": _QUANTIZES_NONE,
     "torch_dtype": "it is called dtype",
     "return_unused_kwargs": "an unknown option is an error here",
 }

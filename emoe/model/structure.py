@@ -74,8 +74,8 @@ def require_unquantized(config: Any, name: str) -> None:
             values = quantization if isinstance(quantization, dict) else vars(quantization)
             method = values.get("quant_method", "an unknown method")
             raise UnsupportedModelError(
-                f"the weights of {name} are quantized ({getattr(method, 'value', method)}); emoe reads experts of "
-                "float32, float16 and bfloat16"
+                f"the weights of {name} are quantized in memory ({getattr(method, 'value', method)}); emoe takes "
+                "models of plain weights, and quantized ones from their files: emoe.from_pretrained"
             )
 
 

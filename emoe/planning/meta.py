@@ -10,6 +10,7 @@ import torch
 from emoe.errors import CheckpointError, one_line
 from emoe.model import auto
 from emoe.model.config import read_config, remote_code_refused, without_quantization
+from emoe.store.checkpoint import first_dtype
 
 
 def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> Any:
@@ -42,19 +43,7 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
 
 def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:
     if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or _first_dtype(folder)
+        dtype = getattr(config, "dtype", None) or first_dtype(folder)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return cast(torch.dtype, dtype)
-
-
-def _first_dtype(folder: Path) -> torch.dtype:
-    """Where neither caller nor config says: that of the first floating-point tensor, as Transformers does."""
-    from emoe.store.headers import INDEX_NAME, SINGLE_NAME, checkpoint_files, read_header
-
-    here = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))  # else a config alone is planned
-    for file in checkpoint_files(folder) if here else []:
-        for entry in read_header(file).values():
-            if entry.is_float:
-                return cast(torch.dtype, getattr(torch, entry.dtype))
-    return torch.float32

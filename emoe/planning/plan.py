@@ -186,7 +186,13 @@ def _plan(
     )  # fmt: skip
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     smallest = fixed + len(experts) * slot_bytes
-    notes = [*(each for each in (note, kv_note) if each), *prefill.notes]
+    notes = [each for each in (note, kv_note) if each]
+    if stored is not None and stored.saved > 0:
+        notes.append(
+            f"weights outside experts take {format_bytes(stored.saved)} more than in their files: they are decoded to "
+            f"{specs[0][0].dtype} when they are loaded; experts stay as they are"
+        )
+    notes += prefill.notes
     slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare)
     top_k = structure.top_k(model)
     warnings = []

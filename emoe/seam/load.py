@@ -24,7 +24,7 @@ from emoe.seam import elsewhere
 from emoe.seam.guard import ModelGuard
 from emoe.seam.saving import SavingGuard
 from emoe.store import ExpertStore, StoreLayer, read_layer
-from emoe.store.checkpoint import read_checkpoint
+from emoe.store.checkpoint import first_dtype, read_checkpoint
 from emoe.store.headers import checkpoint_files
 from emoe.store.unread import Unread
 
@@ -67,6 +67,8 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
     )
     if plain and Path(path_or_id).is_dir():
         checkpoint_files(Path(path_or_id))  # before Transformers meets what is wrong with them
+        if dtype == "auto" and getattr(config, "dtype", None) is None:
+            dtype = first_dtype(Path(path_or_id))  # Transformers would take that of codes or scales
     cls = auto.model_class(config, kwargs.pop("auto_class", None))
     config, quantization = without_quantization(config)
     try:

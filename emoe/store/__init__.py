@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from emoe.errors import ClosedError, ReadError
 from emoe.model.spec import ExpertForm, ParamSpec
-from emoe.store.opened import OpenFile
+from emoe.store.opened import OpenFile, read_error
 
 if TYPE_CHECKING:
     import torch
@@ -192,10 +192,4 @@ def _read(piece: Piece, file: OpenFile) -> bytearray:
 
 
 def _read_error(piece: Piece, why: str) -> ReadError:
-    return ReadError(
-        f"{piece.file}: {piece.nbytes} bytes of {piece.tensor} at byte {piece.offset} cannot be read: {why}",
-        file=piece.file,
-        tensor=piece.tensor,
-        offset=piece.offset,
-        nbytes=piece.nbytes,
-    )
+    return read_error(piece.file, piece.tensor, piece.offset, piece.nbytes, why)

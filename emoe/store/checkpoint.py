@@ -31,7 +31,7 @@ from emoe.store.companions import (
     zeros_said,
 )
 from emoe.store.declared import Declared, declared
-from emoe.store.headers import TensorEntry, read_headers
+from emoe.store.headers import INDEX_NAME, SINGLE_NAME, TensorEntry, checkpoint_files, read_header, read_headers
 from emoe.store.opened import OpenFile
 from emoe.store.strided import (
     InexpressibleError,
@@ -128,6 +128,16 @@ def encoded_forms(
     read = read_from_path if Path(folder).is_dir() else None
     found = _find(entries, meta_model, quantization, folder, read)
     return Forms([layer.form for layer in found.layers], found.saved)
+
+
+def first_dtype(folder: Path) -> str:
+    """The dtype of a checkpoint whose config names none: of the first plain weight, as in Transformers."""
+    here = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))  # else a config alone is planned
+    for file in checkpoint_files(folder) if here else []:
+        for each in grouped(read_header(file)).values():
+            if isinstance(each, TensorEntry) and each.is_float and not is_of_activations(each.name):
+                return each.dtype
+    return "float32"
 
 
 class _Found(NamedTuple):

@@ -5,6 +5,7 @@ The safetensors library validates every header; it does not tell offsets, so tho
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -13,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emoe.errors import CheckpointError
+from emoe.errors import CheckpointError, one_line
 from emoe.files import jsontext
 from emoe.model.encoding import COMPUTED, encoding
 from emoe.store.opened import OpenFile, spare_descriptor
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -136,7 +139,8 @@ def remote_headers(repo: str, *, revision: str | None = None, token: Any = None)
 
     try:
         files = get_safetensors_metadata(repo, revision=revision, token=token).files_metadata
-    except (OSError, ValueError):  # offline, not there, no safetensors
+    except Exception as error:  # offline, not there, no safetensors: each client of HTTP has classes of its own
+        logger.info("emoe: the headers of %s were not fetched: %s", repo, one_line(error))
         return None
     return {
         name: TensorEntry(

@@ -100,6 +100,17 @@ class OpenFile:
         self._finalizer()
 
 
+def read_error(file: str, tensor: str, offset: int, nbytes: int, why: str) -> ReadError:
+    """A ReadError about a range of a file."""
+    return ReadError(
+        f"{file}: {nbytes} bytes of {tensor} at byte {offset} cannot be read: {why}",
+        file=file,
+        tensor=tensor,
+        offset=offset,
+        nbytes=nbytes,
+    )
+
+
 def _open(path: str) -> tuple[int, Identity]:
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:

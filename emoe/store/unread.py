@@ -13,7 +13,7 @@ from emoe.model.decode import decoded
 from emoe.model.encoding import Encoding, Plane, encoding
 from emoe.store.companions import EncodedWeight
 from emoe.store.headers import TensorEntry
-from emoe.store.opened import OpenFile
+from emoe.store.opened import OpenFile, read_error
 
 # Numbers that are decoded at once, into float32 and on to the dtype that is wanted.
 _AT_ONCE = 1 << 18
@@ -111,14 +111,7 @@ def read_into(file: OpenFile, entry: TensorEntry, into: memoryview, start: int) 
     """Bytes of a tensor from `start` on. Raises as `Unread`."""
 
     def error(why: str) -> ReadError:
-        at = entry.offset + start
-        return ReadError(
-            f"{entry.file}: {len(into)} bytes of {entry.name} at byte {at} cannot be read: {why}",
-            file=entry.file,
-            tensor=entry.name,
-            offset=at,
-            nbytes=len(into),
-        )
+        return read_error(entry.file, entry.name, entry.offset + start, len(into), why)
 
     try:
         done = file.read(into, entry.offset + start)

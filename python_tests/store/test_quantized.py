@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
+import huggingface_hub
 import pytest
 import quantized
 import torch
@@ -22,7 +24,7 @@ import emoe
 from emoe import errors
 from emoe.model.config import without_quantization
 from emoe.store import read_layer
-from emoe.store.headers import read_headers
+from emoe.store.headers import DTYPES, read_headers
 
 MIB = 1 << 20
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
@@ -605,3 +607,75 @@ def test_a_config_alone_of_an_unknown_method_is_refused_by_it(written, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(errors.UnsupportedModelError, match="aqlm"):
         emoe.plan(tmp_path, calibrate=False)
+
+
+def _snapshot(path: Path, cache: Path) -> Path:
+    """As huggingface_hub keeps it."""
+    snapshot = cache / "models--some--moe" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(path, snapshot)
+    (cache / "models--some--moe" / "refs").mkdir()
+    (cache / "models--some--moe" / "refs" / "main").write_text(snapshot.name)
+    return snapshot
+
+
+def test_a_checkpoint_of_the_hub_cache_is_planned_by_its_headers_and_runs(written, tmp_path):
+    _snapshot(written("fp8 blocks bfloat16") / "quantized", tmp_path)
+    plan = emoe.plan("some/moe", 0.5, cache_dir=tmp_path, calibrate=False)
+    assert plan.encodings == ("e4m3-128x128-bfloat16",) and not any("no weights" in note for note in plan.notes)
+    model = _load("some/moe", cache_dir=tmp_path)
+    _assert_same(_logits(model), _logits(_truth(written("fp8 blocks bfloat16"))))
+    assert model.config.name_or_path == "some/moe"
+
+
+def test_of_a_hub_id_only_config_and_headers_are_asked_for(written, tmp_path, monkeypatch):
+    path = written("nvfp4 compressed") / "quantized"
+    snapshot = _snapshot(path, tmp_path)
+    for file in snapshot.glob("model*"):
+        file.unlink()
+    headers = {}
+    for name, entry in read_headers(sorted(path.glob("*.safetensors"))).items():
+        dtype = next(code for code, known in DTYPES.items() if known == entry.dtype)
+        info = SimpleNamespace(
+            dtype=dtype, shape=list(entry.shape), data_offsets=(entry.offset, entry.offset + entry.nbytes)
+        )
+        headers.setdefault(Path(entry.file).name, SimpleNamespace(tensors={})).tensors[name] = info
+    asked = []
+
+    def metadata(repo, **_):
+        asked.append(repo)
+        return SimpleNamespace(files_metadata=headers)
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    plan = emoe.plan("some/moe", 0.5, cache_dir=tmp_path, calibrate=False)
+    local = emoe.plan(path, 0.5, calibrate=False)
+    assert asked == ["some/moe"]
+    assert plan.layouts == local.layouts and plan.planned_bytes == local.planned_bytes
+
+
+def test_a_hub_id_that_cannot_be_asked_is_planned_by_its_config(written, tmp_path, monkeypatch):
+    snapshot = _snapshot(written("awq") / "quantized", tmp_path)
+    for file in snapshot.glob("model*"):
+        file.unlink()
+
+    def metadata(repo, **_):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    plan = emoe.plan("some/moe", 0.5, cache_dir=tmp_path, calibrate=False)
+    assert plan.encodings == ("awq-32-float16",) and any("no weights here" in note for note in plan.notes)
+
+
+def test_a_dtype_that_no_config_names_is_that_of_plain_weights_not_of_scales(written, tmp_path):
+    path = quantized.write(tmp_path, FORMATS["fp8 blocks"], rest=torch.bfloat16)
+    config = json.loads((path / "config.json").read_text())
+    del config["dtype"]
+    (path / "config.json").write_text(json.dumps(config))
+    model = emoe.from_pretrained(path, memory_budget=0.5, kernels="stock")
+    assert model.dtype == torch.bfloat16 and model.emoe.plan.dtype == "bfloat16"
+
+
+def test_a_model_quantized_in_memory_is_not_wrapped(written):
+    model = _truth(written("fp8 blocks"))
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(errors.UnsupportedModelError, match=r"bitsandbytes.*from_pretrained"):
+        emoe.wrap(model, memory_budget=0.5)
