@@ -472,6 +472,7 @@ def write(
     files: dict[str, Any] | None = None,
     which: Callable[[str], Encoder | None] | None = None,
     change: Callable[[Parts], object] | None = None,
+    source: Path | None = None,
 ) -> Path:
     """Writes folder/quantized and folder/plain; returns the first.
 
@@ -482,8 +483,13 @@ def write(
         files: written beside config.json, as JSON.
         which: an encoder for a tensor by name, in the place of the format's.
         change: may alter the tensors before they are written.
+        source: a plain checkpoint in one file, in the place of the family's.
     """
-    own, plain = plain_tensors(form.family)
+    if source is None:
+        made, plain = plain_tensors(form.family)
+        own = made.to_dict()
+    else:
+        own, plain = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
     stored: Parts = {}
     truth: Parts = {}
     for name, weight in plain.items():
@@ -498,11 +504,11 @@ def write(
     if change is not None:
         change(stored)
     said = form.config if config is None else config
-    values = {**own.to_dict(), **form.options, "dtype": str(rest).removeprefix("torch.")}
+    values = {**own, **form.options, "dtype": str(rest).removeprefix("torch.")}
     save(folder / "quantized", {**values, **({"quantization_config": said} if said else {})}, stored, shards=2)
     for name, content in (files or {}).items():
         (folder / "quantized" / name).write_text(json.dumps(content))
-    save(folder / "plain", {**own.to_dict(), "dtype": "float32"}, truth, shards=1)
+    save(folder / "plain", {**own, "dtype": "float32"}, truth, shards=1)
     return folder / "quantized"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import families
 import pytest
+import quantized
 import torch
 import transformers as tf
 
@@ -167,6 +169,21 @@ def test_the_class_in_the_config_is_loaded_planned_and_computes_the_same(name, s
     model.emoe.close()
     assert torch.equal(_output(model), expected)
     assert (_output(emoe.wrap(plain, memory_budget=0.5)) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_quantized_checkpoint_of_the_class_computes_what_its_numbers_say(name, saved, tmp_path):
+    form = quantized.Format(quantized.either(quantized.byte("_scale_inv", 32, 32)), "e4m3-32x32-float32")
+    path = quantized.write(tmp_path, form, source=saved(name))
+    config = json.loads((path / "config.json").read_text())
+    config.get("text_config", config)["quantization_config"] = quantized.fp8(32, 32)
+    (path / "config.json").write_text(json.dumps(config))
+    cls, _ = MODELS[name]
+    model = emoe.from_pretrained(path, memory_budget=0.5, kernels="stock", dtype=torch.float32)
+    assert type(model) is cls and form.encoding in model.emoe.plan.encodings
+    expected = _output(cls.from_pretrained(tmp_path / "plain").eval())
+    assert (_output(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert "quantization_config" not in json.dumps(model.config.to_dict())
 
 
 @pytest.mark.parametrize(
