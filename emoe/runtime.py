@@ -105,7 +105,9 @@ class Runtime:
         Returns:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads, stall_ms
             (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
-            kernels (layers served by "native", "stock" or a device), device, slots, resident_share, budget_bytes,
+            kernels (layers served by "native", "stock" or a device), `experts` (of layers that are alike: encodings,
+            bytes_per_expert, and whether they are read in place), `decoded` (of encoded weights outside experts: bytes
+            as stored and in memory, and why; None where there are none), device, slots, resident_share, budget_bytes,
             encodings (of the experts), `sensitivity` (what `probe` found, or None), `routing`
             (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md). On a GPU also:
             host_hits and host_misses (records in pinned memory or not), on_cpu (missing experts that the CPU computed),
@@ -121,6 +123,7 @@ class Runtime:
                 "resident_share": self.plan.resident_share,
                 "budget_bytes": self.plan.budget_bytes,
                 "encodings": self.plan.encodings,
+                "decoded": self.plan.decoded,
                 "store": self.store.description,
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),

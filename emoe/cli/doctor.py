@@ -8,11 +8,14 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emoe import __version__
 from emoe.cli import common
-from emoe.errors import one_line
+from emoe.errors import EmoeError, one_line
+
+if TYPE_CHECKING:
+    from emoe.model.encoding import Encoding
 
 _EPILOG = """\
 examples:
@@ -78,10 +81,42 @@ def _native(missing: list[str]) -> dict[str, Any]:
         info["error"] = one_line(error)
     if "error" in info:
         missing.append(info["error"])
+    info["encodings"] = _encodings() if info["built"] else {}
     readers = info.get("readers", {})
     if readers and all(state.startswith("unavailable") for state in readers.values()):
         missing.append(f"no reader works: {readers}")
     return info
+
+
+# One of each kind among those with parameters.
+_SOME = (
+    "e4m3-128x128-float32", "e4m3-row-bfloat16", "e4m3-tensor-float32", "e4m3-1x32-e8m0", "int8-row-bfloat16",
+    "int4-32-bfloat16", "int4-32-bfloat16-zeros", "awq-128-float16", "gptq-128-float16", "gptq_v2-128-float16",
+)  # fmt: skip
+
+
+def _encodings() -> dict[str, list[str]]:
+    """Encodings that the kernels of this build compute experts in, and those that are decoded for torch ("stock")."""
+    from emoe import native
+    from emoe.model.encoding import COMPUTED, ENCODINGS, encoding
+
+    served: dict[str, list[str]] = {"native": list(COMPUTED), "stock": []}
+    for name in (*(each for each, row in ENCODINGS.items() if not row.plain), *_SOME):
+        served["native" if _serves(native.load(), encoding(name)) else "stock"].append(name)
+    return served
+
+
+def _serves(module: Any, how: Encoding) -> bool:
+    scales = how.plane("scales")
+    try:
+        module.Weights(
+            codes=how.codes, rows=256, depth=256, first=0, step=1, count=256,
+            planes={plane.name: 0 for plane in how.planes}, scale=how.scale,
+            scale_block=(0, 0) if scales is None else scales.block,
+        )  # fmt: skip
+    except (AttributeError, EmoeError):  # a build without encodings, or without this one
+        return False
+    return True
 
 
 def _transformers(missing: list[str]) -> dict[str, Any]:
@@ -163,6 +198,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             ("native module", native["file"]),
             ("instruction set", f"{native['isa']}{forced} (this machine has {', '.join(native['available_isas'])})"),
             ("threads", str(native["threads"])),
+            ("encodings", ", ".join(native["encodings"]["native"])),
+            ("decoded for torch", ", ".join(native["encodings"]["stock"]) or "none"),
             ("readers", ", ".join(f"{kind}: {state}" for kind, state in native["readers"].items())),
         ]
     else:

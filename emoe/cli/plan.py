@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emoe import options
 from emoe.cli import common
@@ -19,7 +19,8 @@ examples:
   emoe plan --model ./Qwen3-30B-A3B --memory-budget 25% --context 8192 --batch 4
   emoe plan --model ./Qwen3-30B-A3B --memory-budget 1GiB --json | jq .needed
 
-No weights are loaded. The forecast is a range: routing at random, to routing that recurs as in public traces. A budget
+No weights are loaded: headers of the files say how they are encoded, and where there are none, the config does. The
+forecast is a range: routing at random, to routing that recurs as in public traces. A budget
 that is too small ends with status 2 and the smallest that works (in --json: error, needed, budget; in bytes).
 """
 
@@ -77,11 +78,11 @@ def _table(plan: Plan) -> Table:
     tokens = f"{plan.context} tokens x {plan.batch}" if plan.batch > 1 else f"{plan.context} tokens"
     layers = len(plan.slots_per_layer)
     rows = [
-        ("whole model", format_bytes(plan.model_bytes), plan.dtype),
+        *_on_disk(plan),
         ("routed experts", format_bytes(plan.expert_bytes), _experts(plan)),
-        ("one expert", format_bytes(plan.bytes_per_expert), ", ".join(plan.encodings)),
+        *(("an expert", format_bytes(row["bytes_per_expert"]), _stored(row, layers)) for row in plan.experts),
         None,
-        ("outside experts", format_bytes(plan.non_expert_bytes), "always in memory"),
+        ("outside experts", format_bytes(plan.non_expert_bytes), _outside(plan)),
         ("expert slots", format_bytes(plan.slab_bytes), f"{_range(plan.slots_per_layer)} in each of {layers} layers"),
         ("staging", format_bytes(plan.staging_bytes), "for reads and kernels"),
         ("KV cache", format_bytes(plan.kv_bytes), tokens),
@@ -100,6 +101,35 @@ def _table(plan: Plan) -> Table:
         else:
             table.add_row(*(Text(cell) for cell in row))
     return table
+
+
+def _on_disk(plan: Plan) -> list[tuple[str, str, str]]:
+    from emoe.memory import format_bytes
+
+    told = "as the headers of its files say" if plan.source == "headers" else "as its config says: no weights are here"
+    rows = [("checkpoint", format_bytes(plan.checkpoint_bytes or 0), told)]
+    if plan.not_loaded_bytes:
+        rows.append(("not loaded", format_bytes(plan.not_loaded_bytes), "of tensors that the model has no use for"))
+    return rows
+
+
+def _outside(plan: Plan) -> str:
+    from emoe.memory import format_bytes
+
+    if not plan.encoded_bytes:
+        return f"always in memory, {plan.dtype}"
+    return (
+        f"always in memory; {format_bytes(plan.encoded_bytes)} of weights are decoded to {plan.dtype}, "
+        f"{format_bytes(plan.decoded_bytes)}"
+    )
+
+
+def _stored(row: dict[str, Any], layers: int) -> str:
+    """ "gate and up q4_k, down q6_k in 24 of 48 layers, native kernels"."""
+    from emoe.model.summary import in_words
+
+    where = "" if len(row["layers"]) == layers else f" in {len(row['layers'])} of {layers} layers"
+    return f"{in_words(row['encodings'])}{where}, {row['kernels']} kernels"
 
 
 def _experts(plan: Plan) -> str:

@@ -229,6 +229,7 @@ def _stats_line(report: dict[str, Any]) -> str:
         f"hit rate {common.percent(stats['hit_rate'])}",
         f"read {format_bytes(stats['bytes_read'])}",
         f"stalled {stats['stall_ms']:.0f} ms",
+        *_encodings_part(stats),
         *_routing_part(stats["routing"]),
         *_prediction_part(report["task"], stats["prediction"]),
         *_probe_part(report["probe"]),
@@ -237,6 +238,23 @@ def _stats_line(report: dict[str, Any]) -> str:
     if report["trace"]:
         parts.append(f"trace in {report['trace']}")
     return "[" + ", ".join(parts) + "]"
+
+
+def _encodings_part(stats: dict[str, Any]) -> list[str]:
+    """How experts are stored, where any is encoded."""
+    from emoe.memory import format_bytes
+    from emoe.model.encoding import ITEMSIZE
+    from emoe.model.summary import in_words
+
+    names = [{*row["encodings"].values()} for row in stats["experts"]]
+    parts = []
+    if any(each - set(ITEMSIZE) for each in names):
+        ways = [f"{in_words(row['encodings'])} by {row['kernels']} kernels" for row in stats["experts"]]
+        parts.append(f"experts read in place: {' / '.join(dict.fromkeys(ways))}")
+    if stats["decoded"]:
+        stored, made = (format_bytes(stats["decoded"][name]) for name in ("stored_bytes", "bytes"))
+        parts.append(f"{stored} outside them decoded to {made}")
+    return parts
 
 
 def _routing_part(routing: dict[str, Any]) -> list[str]:

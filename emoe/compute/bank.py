@@ -18,12 +18,13 @@ from emoe.compute.records import register_records
 from emoe.compute.slot_tables import SlotTables
 from emoe.errors import ConfigError
 from emoe.memory import format_bytes
+from emoe.model import summary
 from emoe.model.layout import SlotLayout
 from emoe.requests import RequestObserver
 from emoe.slots.cache import CacheManager
 from emoe.slots.loader import Loader
 from emoe.slots.resident import CacheResidency
-from emoe.store import ExpertStore
+from emoe.store import ExpertStore, StoreLayer
 from emoe.trace.trace import TraceRecorder
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,18 @@ class Bank:
             ExpertLayer(part, compute, lock, self.observers)
             for part, compute in zip(parts, device.computes(parts, kernels=kernels, miss=miss), strict=True)
         ]
+
+    def _summary(self) -> list[dict[str, Any]]:
+        """How experts are stored, for `stats`: what of them is read as it lies, and what computes them."""
+        return summary.alike(
+            {
+                "encodings": summary.encodings_of(layer.form),
+                "bytes_per_expert": layer.form.nbytes,
+                "kernels": each.kernels,
+                "read": _read(layer),
+            }
+            for layer, each in zip(self._store.layers, self.layers, strict=True)
+        )
 
     def log_start(self, resident_share: float, kernels: str) -> None:
         """Says what runs, and why some of it does not run natively."""
@@ -169,6 +182,7 @@ class Bank:
             "isa": self._device.module.isa(),
             "slots": self.slab.slots,
             "slot_bytes": self.slab.slot_bytes,
+            "experts": self._summary(),
             **self._device.counts(transfer, [layer.compute for layer in self.layers]),
         }
         if per_layer:
@@ -192,6 +206,13 @@ class Bank:
         """A forward of a layer raises ClosedError from now on."""
         for layer in self.layers:
             layer.close(reason)
+
+
+def _read(layer: StoreLayer) -> str:
+    """ "in place", or what an expert's bytes are converted from on arrival."""
+    stored = {each.name: each.dtype for each in layer.form.stored}
+    others = {piece.src_dtype for piece in layer.pieces[0] if piece.src_dtype != stored[piece.stored]}
+    return f"converted from {' and '.join(sorted(others))}" if others else "in place"
 
 
 def take_down(steps: list[Callable[[], object]]) -> None:

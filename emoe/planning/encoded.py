@@ -1,34 +1,48 @@
-"""What the weights of a quantized checkpoint are before anything is loaded: by the headers of its files, or a config.
-
-Headers decide, as when the model is loaded. Where there are none (a folder with config.json alone, a hub id that cannot
-be asked), what the config says is taken for true, and the plan says so.
-"""
+"""How the weights of a checkpoint lie on the disk, before anything is loaded: from the headers of its files, else from
+its config alone (formats.py)."""
 
 from __future__ import annotations
 
-import fnmatch
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from emoe.errors import UnsupportedModelError
-from emoe.model import structure
+from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.model.config import without_quantization
-from emoe.model.encoding import EncodedMatrix, encoding
-from emoe.model.spec import ExpertForm, ParamSpec
-from emoe.store.checkpoint import Forms, encoded_forms
+from emoe.model.encoding import encoding
+from emoe.model.spec import ExpertForm
+from emoe.model.structure import experts_modules, num_experts, param_specs
+from emoe.planning.formats import Formats, formats_said
+from emoe.store.checkpoint import Forms, Sizes, encoded_forms, forms_of_one, model_keys
+from emoe.store.companions import EncodedWeight
+from emoe.store.declared import QUANTIZER_FILES, said_of_encodings
 from emoe.store.headers import INDEX_NAME, SINGLE_NAME, TensorEntry, checkpoint_files, read_headers, remote_headers
 
-ASSUMED = "there are no weights here to tell: encodings are those of config.json"
+logger = logging.getLogger(__name__)
 
 
-def forms(path_or_id: str | Path, model: Any, config: Any, places: Mapping[str, Any]) -> tuple[Forms | None, str]:
-    """What weights are, None where all are plain, and a note for the plan or "".
+@dataclass(frozen=True)
+class Stored:
+    """Attributes:
+    forms: what an expert of each layer is, None where nothing is encoded; and bytes.
+    source: what tells it: "headers" of files, or the "config" alone.
+    note: what is assumed, as a sentence, else "".
+    """
+
+    forms: Forms
+    source: str
+    note: str = ""
+
+
+def stored(path_or_id: str | Path, model: Any, config: Any, places: Mapping[str, Any]) -> Stored:
+    """How the weights of a checkpoint lie.
 
     Args:
         path_or_id: of the checkpoint.
@@ -37,147 +51,233 @@ def forms(path_or_id: str | Path, model: Any, config: Any, places: Mapping[str, 
         places: where Transformers looks for files (`subfolder`, `revision`, `token`).
 
     Raises:
-        CheckpointError, UnsupportedModelError: as `emoe.store.checkpoint.read_checkpoint`.
+        CheckpointError, UnsupportedModelError: as `emoe.store.checkpoint.read_checkpoint`; without files, the config
+            leaves open how weights lie.
     """
     _, quantization = without_quantization(config)
-    if Path(path_or_id).is_dir():
-        folder = Path(path_or_id) / (places.get("subfolder") or "")
-        if any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
-            return encoded_forms(read_headers(checkpoint_files(folder)), model, quantization, str(folder)), ""
-    elif quantization is not None:
-        entries = _of_the_hub(str(path_or_id), places)
-        if entries is not None:
-            return encoded_forms(entries, model, quantization, str(path_or_id)), ""
-    return (None, "") if quantization is None else (_assumed(model, quantization), ASSUMED)
+    folder = Path(path_or_id) / (places.get("subfolder") or "")
+    if folder.is_dir():
+        here = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
+        entries = read_headers(checkpoint_files(folder)) if here else None
+        said = said_of_encodings(quantization, folder)
+    else:
+        in_cache = _cached(path_or_id, places, local_files_only=True)
+        said = said_of_encodings(quantization, in_cache or _cached(path_or_id, places))
+        entries = _of_the_hub(str(path_or_id), in_cache, places, ask=said is not None)
+    if entries is not None:
+        return Stored(encoded_forms(entries, model, quantization, str(folder)), "headers")
+    return _expected(model, config, said)
 
 
-def _of_the_hub(name: str, places: Mapping[str, Any]) -> dict[str, TensorEntry] | None:
-    """Headers of the files in its cache, else of those on the hub; None where it cannot be asked."""
+def _cached(name: str | Path, places: Mapping[str, Any], **own: Any) -> Path | None:
+    """Folder of a hub id's files in its cache; what quantizers put beside the config is fetched into it."""
     from transformers.utils import cached_file
 
-    where = {key: places[key] for key in ("cache_dir", "revision", "subfolder", "token") if places.get(key)}
-    for index in (SINGLE_NAME, INDEX_NAME):
-        found = cached_file(
-            name, index, local_files_only=True, _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **where,
-        )  # fmt: skip
-        folder = None if found is None else Path(found).parent
-        if folder is not None and (index == SINGLE_NAME or _is_whole(folder)):
-            return read_headers(checkpoint_files(folder))
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    where = {key: value for key, value in places.items() if key not in ("code_revision", "trust_remote_code")}
+    found = [cached_file(str(name), each, **{**where, **quiet, **own}) for each in ("config.json", *QUANTIZER_FILES)]
+    return None if found[0] is None else Path(found[0]).parent
+
+
+def _of_the_hub(
+    name: str, folder: Path | None, places: Mapping[str, Any], *, ask: bool
+) -> dict[str, TensorEntry] | None:
+    """Headers of the files in its cache, else, if asked, those on the hub; None where it cannot be asked."""
+    try:
+        return read_headers(checkpoint_files(folder or Path()))
+    except CheckpointError as error:
+        logger.debug("%s is planned without its files: %s", name, error)
+    if not ask or places.get("local_files_only") or places.get("subfolder"):
+        return None
     return remote_headers(name, revision=places.get("revision"), token=places.get("token"))
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether all shards that an index names are there."""
-    from emoe.errors import CheckpointError
-
+def _expected(model: Any, config: Any, said: tuple[Mapping[str, Any], str] | None) -> Stored:
+    """What files would hold, by the names and shapes that Transformers gives to the tensors it writes."""
+    formats = Formats("config.json", "") if said is None else formats_said(*said)
+    checkpoint = _Checkpoint(model, formats, _stored_dtype(model, config))
+    forms = checkpoint.add_model()
+    notes = [] if said is None else [f"there are no weights here: encodings are what {said[1]} says ({formats.method})"]
     try:
-        return bool(checkpoint_files(folder))
-    except CheckpointError:
-        return False
+        not_loaded = checkpoint.predicting_layers(forms)
+    except (ImportError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        logger.debug("layers of multi-token prediction are not counted: %r", error)
+        notes.append("layers of multi-token prediction, which are not loaded, are not counted")
+        not_loaded = 0
+    sizes = Sizes(checkpoint.nbytes + not_loaded, not_loaded, checkpoint.encoded, checkpoint.decoded)
+    return Stored(Forms(forms if any(form.matrices for form in forms) else None, sizes), "config", "; ".join(notes))
 
 
-def _assumed(model: Any, quantization: Mapping[str, Any]) -> Forms:
-    """As the config says: every expert's weight in the one encoding, every linear layer that it does not leave out."""
-    experts, linears = _encodings(quantization)
-    layers = [_form(module, experts) for _, module in structure.find_experts(model)]
-    return Forms(layers, _saved(model, quantization, linears))
+def _stored_dtype(model: Any, config: Any) -> torch.dtype:
+    """Of what is not encoded: the config's, else the one that the model is to run in."""
+    dtype = getattr(config, "dtype", None) or model.dtype
+    return cast(torch.dtype, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
-def _encodings(said: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Of experts and of linear layers outside them, None where these are plain."""
-    method = str(said.get("quant_method") or said.get("quant_algo") or "")
-    weights: Mapping[str, Any] = next(
-        (
-            group["weights"]
-            for group in (said.get("config_groups") or {}).values()
-            if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
-        ),
-        {},
-    )
-    size = weights.get("group_size") or said.get("group_size") or 128
-    block = said.get("weight_block_size") or weights.get("block_structure") or weights.get("weight_block_size")
-    if method in ("fp8", "mxfp8"):
-        scale = "e8m0" if said.get("scale_fmt") == "ue8m0" or method == "mxfp8" else "float32"
-        bytes_ = f"e4m3-{block[0]}x{block[1]}-{scale}" if block else "e4m3-tensor-float32"
-        return ("mxfp4" if said.get("expert_dtype") == "fp4" else bytes_), bytes_
-    if method == "mxfp4":
-        return "mxfp4", None
-    if method == "compressed-tensors":
-        kind = str(said.get("format") or "")
-        scale = {"tensor": "tensor", "block": f"{block[0]}x{block[1]}" if block else "128x128"}.get(
-            str(weights.get("strategy")), "row"
-        )
-        found = {
-            "pack-quantized": f"int4-{size}-bfloat16", "nvfp4-pack-quantized": "nvfp4_divided",
-            "mxfp4-pack-quantized": "mxfp4", "float-quantized": f"e4m3-{scale}-bfloat16",
-            "int-quantized": f"int8-{scale}-bfloat16",
-        }.get(kind)  # fmt: skip
-        if found is not None:
-            return found, found
-    if method == "modelopt" or "quant_algo" in said:
-        algorithm = str(said.get("quant_algo") or "")
-        found = "nvfp4" if "NVFP4" in algorithm else "mxfp4" if "MXFP4" in algorithm else "e4m3-tensor-float32"
-        return found, found
-    if method in ("awq", "gptq"):
-        return (f"{method}-{size if size > 0 else 'row'}-float16",) * 2
-    raise UnsupportedModelError(
-        f"config.json says that weights are quantized ({method or 'by an unknown method'}); emoe reads FP8, MXFP4, "
-        "NVFP4, INT8, INT4, AWQ, GPTQ and blocks of GGUF, and there are no files here to tell which of them these are"
-    )
+class _Checkpoint:
+    """The tensors of a checkpoint, as far as they are added.
+
+    Attributes:
+        nbytes: of all.
+        encoded: bytes of the encoded weights outside experts.
+        decoded: bytes of these in the model's dtype.
+    """
+
+    def __init__(self, model: Any, formats: Formats, dtype: torch.dtype) -> None:
+        self._model, self._formats, self._dtype = model, formats, dtype
+        self.nbytes = self.encoded = self.decoded = 0
+
+    def add_model(self) -> list[ExpertForm]:
+        """Adds what a model holds; gives what its experts are."""
+        model, found = self._model, experts_modules(self._model)
+        one = {
+            f"{path}.{param.name}": module.get_parameter(param.name)[:1]
+            for path, module in found
+            for param in param_specs(module)
+        }
+        inside = tuple(f"{path}." for path, _ in found)
+        linear = _linear_layers(model, found, head=self._formats.head)
+        rest = {name: each for name, each in _kept(model) if not name.startswith(inside) and name not in linear}
+        for name, each in _as_saved(model, linear).items():
+            self._add_linear(name, each)
+        self.nbytes += sum(self._plain_bytes(each) for each in _as_saved(model, rest).values())
+        return self._add_experts(found, _as_saved(model, one))
+
+    def predicting_layers(self, forms: list[ExpertForm]) -> int:
+        """Bytes of the layers that predict more tokens than one, which a checkpoint has and a model does not."""
+        from transformers.modeling_layers import MtpModel
+
+        model, text = self._model, self._model.config.get_text_config(decoder=True)
+        first = f"model.layers.{text.num_hidden_layers}."
+        ignored = [str(each) for each in type(model)._keys_to_ignore_on_load_unexpected or ()]
+        appended = any(re.search(pattern, f"{first}mlp") for pattern in ignored)
+        if not appended and not any("mtp" in pattern for pattern in ignored):
+            return 0
+        names = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+        count = next((each for each in (getattr(text, name, None) for name in names) if each is not None), None)
+        if count is None:
+            raise LookupError(" or ".join(names))
+        try:
+            with torch.device("meta"):
+                layers = list(MtpModel(model, count).layers)
+            projection = 0
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            logger.debug("%s: such a layer is taken to be as the last of the model: %r", type(model).__name__, error)
+            layers = [model.get_decoder().layers[-1]] * count
+            projection = 2 * text.hidden_size**2 * self._dtype.itemsize  # of embedding and hidden state
+        nbytes = len(layers) * projection
+        for number, layer in enumerate(layers):
+            prefix = f"model.layers.{text.num_hidden_layers + number}" if appended else f"mtp.{number}"
+            found = experts_modules(layer)
+            inside = tuple(f"{path}." for path, _ in found)
+            for _, module in found:
+                plain = self._formats.encoding(f"{prefix}.mlp.experts.0.gate_proj", expert=True) is None
+                params = sum(math.prod(param.shape) for param in param_specs(module))
+                nbytes += num_experts(module) * (params * self._dtype.itemsize if plain else forms[-1].nbytes)
+            linear = _linear_layers(layer, found)
+            for name, each in _kept(layer):
+                how = None
+                if name in linear and not name.startswith("eh_proj."):
+                    how = self._formats.encoding(f"{prefix}.{name.removesuffix('.weight').removeprefix('mtp_block.')}")
+                if not name.startswith(inside):
+                    plain_bytes = each.numel() * self._dtype.itemsize
+                    nbytes += plain_bytes if how is None else _bytes_of(self._encoded(name, how, tuple(each.shape)))
+            if appended:  # with what it shares with the model
+                shared = (model.get_input_embeddings(), model.get_output_embeddings())
+                nbytes += sum(each.weight.numel() * self._dtype.itemsize for each in shared if each is not None)
+        return nbytes
+
+    def _add_experts(self, found: Sequence[Any], one: Mapping[str, torch.Tensor]) -> list[ExpertForm]:
+        """`one` has the tensors of expert 0, of all experts where they are not apart."""
+        modules = {f"{path}.{param.name}": (module, param) for path, module in found for param in param_specs(module)}
+        weights: dict[str, Any] = {}
+        for name, key, pattern, _ in model_keys(one, self._model):
+            module, param = modules[key]
+            shape = tuple(one[name].shape)
+            if pattern is None:
+                shape = (num_experts(module), *shape[1:])
+            how = self._formats.encoding(name.removesuffix(".weight"), expert=True) if len(param.shape) == 2 else None
+            if how is None:
+                weights[name] = self._entry(name, str(self._dtype).removeprefix("torch."), shape)
+            else:
+                by_rows = encoding(how).codes not in ("e4m3", "e5m2", "int8")
+                if pattern is None and by_rows and module.is_transposed:
+                    shape = (*shape[:-2], shape[-1], shape[-2])
+                weights[name] = self._encoded(name, how, shape, by_rows)
+            nbytes = _bytes_of(weights[name]) + (0 if how is None else _beside(how, shape))
+            self.nbytes += nbytes * (1 if pattern is None else num_experts(module))
+        return forms_of_one(weights, self._model)
+
+    def _add_linear(self, name: str, weight: torch.Tensor) -> None:
+        how = self._formats.encoding(name.removesuffix(".weight"))
+        if how is None or not all(each.holds(*weight.shape[-2:]) for each in encoding(how).planes):
+            self.nbytes += self._plain_bytes(weight)  # quantizers leave alone what is no whole number of blocks
+            return
+        nbytes = _bytes_of(self._encoded(name, how, tuple(weight.shape)))
+        self.nbytes += nbytes + _beside(how, tuple(weight.shape))
+        self.encoded += nbytes
+        self.decoded += weight.numel() * weight.dtype.itemsize
+
+    def _plain_bytes(self, tensor: torch.Tensor) -> int:
+        stored = tensor.dtype == self._model.dtype
+        return tensor.numel() * (self._dtype if stored else tensor.dtype).itemsize
+
+    def _entry(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorEntry:
+        return TensorEntry(self._formats.where, name, dtype, shape, 0, encoding(dtype).nbytes(shape))
+
+    def _encoded(self, name: str, how: str, shape: tuple[int, ...], by_rows: bool = False) -> EncodedWeight:
+        """Raises UnsupportedModelError where the weight is no whole number of blocks."""
+        lead = shape[:-2]
+        planes = encoding(how)
+        try:
+            shapes = planes.shapes(shape[-2], shape[-1])
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self._formats.where} says that {name} is {how}: {error}") from error
+        entries = {each.name: self._entry(name, each.dtype, (*lead, *shapes[each.name])) for each in planes.planes}
+        return EncodedWeight(name, how, shape, entries, by_rows)
 
 
-def _form(module: Any, name: str) -> ExpertForm:
-    """Gate and up are matrices of their own, but where they interleave."""
-    params = structure.param_specs(module)
-    stored: list[ParamSpec] = []
-    matrices: list[EncodedMatrix] = []
-    for param in params:
-        if len(param.shape) != 2:
-            stored.append(param)
-            continue
-        rows, cols = reversed(param.shape) if module.is_transposed else param.shape
-        parts = 2 if param.name == "gate_up_proj" and not module.is_transposed else 1
-        for number in range(parts):
-            shapes = encoding(name).shapes(rows // parts, cols)
-            names = {plane.name: f"{param.name}.{number}.{plane.name}" for plane in encoding(name).planes}
-            stored += [ParamSpec(names[each.name], shapes[each.name], each.dtype) for each in encoding(name).planes]
-            matrices.append(
-                EncodedMatrix(
-                    name, rows // parts, cols, names, param.name, number * rows // parts,
-                    transposed=bool(module.is_transposed),
-                )
-            )  # fmt: skip
-    plain = [each for each in stored if each in params]
-    return ExpertForm(params, (*plain, *(each for each in stored if each not in params)), tuple(matrices))
+def _bytes_of(source: Any) -> int:
+    planes = source.planes.values() if isinstance(source, EncodedWeight) else (source,)
+    return sum(each.nbytes for each in planes)
 
 
-def _saved(model: Any, said: Mapping[str, Any], name: str | None) -> int:
-    if name is None:
-        return 0
-    saved = 0
-    for weight in _linears(model, said):
-        if all(plane.holds(*weight.shape) for plane in encoding(name).planes):
-            saved += math.prod(weight.shape) * weight.dtype.itemsize - encoding(name).nbytes(tuple(weight.shape))
-    return saved
+def _beside(how: str, shape: tuple[int, ...]) -> int:
+    """Bytes of what lies beside a weight and is not kept: the group of each input, or its shape."""
+    codes = encoding(how).codes
+    each = 4 * shape[-1] if codes.startswith("gptq") else 16 if codes == "int4" else 0
+    return math.prod(shape[:-2]) * each
 
 
-def _linears(model: Any, said: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    left_out = [
-        str(each)
-        for key in ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-        for each in said.get(key) or ()
-    ]
-    head = model.get_output_embeddings()
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and not any(_names(each, path) for each in left_out):
-            yield module.weight
+def _as_saved(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names of a checkpoint, in its shapes."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return cast(dict[str, torch.Tensor], revert_weight_conversion(model, dict(tensors)))
 
 
-def _names(pattern: str, path: str) -> bool:
-    """Whether an entry of such a list means a module: by name, by its end or a part, by `*`, or by `re:`."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], path) is not None
-    if "*" in pattern:
-        return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"{pattern}.*")
-    return f".{pattern}." in f".{path}."
+def _kept(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint has of a model: parameters, tied ones once, and the buffers that are kept."""
+    yield from model.named_parameters()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    yield from ((name, each) for name, each in model.state_dict().items() if name not in names)
+
+
+def _linear_layers(model: Any, found: Sequence[Any], *, head: bool = False) -> dict[str, torch.Tensor]:
+    """Weights of linear layers that quantizers take: all outside experts, but for routers and gates of one row.
+
+    Args:
+        found: its experts modules.
+        head: the output projection, too.
+    """
+    parameters = dict(model.named_parameters())
+    output = None if head or not hasattr(model, "get_output_embeddings") else model.get_output_embeddings()
+    blocks = tuple((f"{path.rpartition('.')[0]}.", num_experts(module)) for path, module in found)
+    inside = tuple(f"{path}." for path, _ in found)
+    return {
+        f"{path}.weight": module.weight
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output and f"{path}.weight" in parameters
+        and not path.startswith(inside) and module.out_features != 1
+        and not any(path.startswith(block) and module.out_features == experts for block, experts in blocks)
+    }  # fmt: skip

@@ -11,6 +11,7 @@ from emoe.errors import CheckpointError, one_line
 from emoe.model import auto
 from emoe.model.config import read_config, remote_code_refused, without_quantization
 from emoe.store.checkpoint import first_dtype
+from emoe.store.declared import said_of_encodings
 
 
 def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> Any:
@@ -26,7 +27,7 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
     """
     config, rest = read_config(path_or_id, kwargs)
     cls = auto.model_class(config, rest.get("auto_class"))
-    resolved = _resolve_dtype(dtype, config, Path(path_or_id))
+    resolved = _resolve_dtype(dtype, config, Path(path_or_id) / (rest.get("subfolder") or ""))
     config, _ = without_quantization(config)  # a copy: Transformers writes the dtype into it
     if rest.get("attn_implementation") == "eager":  # what it computes with is in the plan; of others load says its own
         config._attn_implementation = "eager"
@@ -43,7 +44,9 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
 
 def _resolve_dtype(dtype: Any, config: Any, folder: Path) -> torch.dtype:
     if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or first_dtype(folder)
+        quantized = said_of_encodings(without_quantization(config)[1], folder) is not None
+        # What is plain in a quantized checkpoint is bfloat16, whoever makes it: for a config alone that does not say.
+        dtype = getattr(config, "dtype", None) or first_dtype(folder, "bfloat16" if quantized else "float32")
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     return cast(torch.dtype, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any
 
 from emoe.errors import BudgetError, ConfigError
 from emoe.memory import available_memory, format_bytes
-from emoe.model import layout, structure
+from emoe.model import layout, structure, summary
 from emoe.model.config import read_config
-from emoe.model.spec import ExpertForm, ParamSpec
+from emoe.model.spec import ExpertForm
 from emoe.options import Budget, Options, parse_budget, takes
 from emoe.planning import activations, bandwidth, encoded, kv_cache
+from emoe.planning.encoded import Stored
 from emoe.planning.meta import meta_model
-from emoe.store.checkpoint import Forms
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,16 @@ RECURRENT_HIT_RATE = ((0.0, 0.0), (0.2, 0.75), (0.3, 0.84), (0.4, 0.90), (0.5, 0
 class Plan:
     """How a model is laid out in a budget. Bytes unless named otherwise.
 
-    `dtype` is the one that the model runs in, `encodings` are those of its experts. `non_expert_bytes` are in memory,
-    `non_expert_stored_bytes` in the files. `activation_bytes` is what a prompt's chunk of `prefill_chunk` tokens a
-    sequence takes at the end of a full context; None: prompts are computed whole. `layouts` says of each layer where an
-    expert's parameters lie in a slot; it is not in `to_dict`.
+    `dtype` is the one that the model runs in, `encodings` are those that its experts are stored in; `experts` says of
+    layers that are alike: their numbers, the encoding of gate, up and down, bytes_per_expert, and the kernels that
+    compute them on a CPU ("native", or "stock" and the reason). `activation_bytes` is what a prompt's chunk of
+    `prefill_chunk` tokens a sequence takes at the end of a full context; None: prompts are computed whole. `layouts` says of each layer where an expert's
+    parameters lie in a slot; it is not in `to_dict`.
+
+    What is on the disk is as `source` says: "headers" of the files, the "config" where there are none, or "model" where
+    the model is in memory (`emoe.wrap`) and there is no checkpoint (None). `checkpoint_bytes` are all its tensors,
+    among them `not_loaded_bytes` of parts that the model does not have, and `encoded_bytes` of weights outside experts,
+    which in memory are decoded and take `decoded_bytes`.
     """
 
     model: str
@@ -49,7 +55,6 @@ class Plan:
     encodings: tuple[str, ...]
     budget_bytes: int
     non_expert_bytes: int
-    non_expert_stored_bytes: int
     expert_bytes: int
     bytes_per_expert: int
     slot_bytes: int
@@ -66,12 +71,31 @@ class Plan:
     tokens_per_second: tuple[float, float] | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    source: str = "model"
+    checkpoint_bytes: int | None = None
+    not_loaded_bytes: int = 0
+    encoded_bytes: int = 0
+    decoded_bytes: int = 0
+    experts: tuple[dict[str, Any], ...] = ()
     layouts: tuple[layout.SlotLayout, ...] = field(default=(), repr=False)
 
     @property
     def model_bytes(self) -> int:
-        """Weights of the whole model, encoded ones as their files have them."""
+        """Weights of the whole model, encoded ones as they are stored."""
         return self.non_expert_stored_bytes + self.expert_bytes
+
+    @property
+    def non_expert_stored_bytes(self) -> int:
+        """Weights outside experts, encoded ones as they are stored."""
+        return self.non_expert_bytes - self.decoded_bytes + self.encoded_bytes
+
+    @property
+    def decoded(self) -> dict[str, Any] | None:
+        """What outside experts is encoded on the disk and not in memory, and why; None where there is nothing."""
+        if not self.encoded_bytes:
+            return None
+        why = f"linear layers outside experts are computed by torch, in {self.dtype}"
+        return {"stored_bytes": self.encoded_bytes, "bytes": self.decoded_bytes, "why": why}
 
     @property
     def slab_bytes(self) -> int:
@@ -96,6 +120,8 @@ class Plan:
         return {
             **values,
             "model_bytes": self.model_bytes,
+            "non_expert_stored_bytes": self.non_expert_stored_bytes,
+            "decoded": self.decoded,
             "slab_bytes": self.slab_bytes,
             "planned_bytes": self.planned_bytes,
             "resident_share": self.resident_share,
@@ -146,10 +172,10 @@ def plan_checkpoint(
     """`plan` with options that are checked; kwargs as `emoe.model.config.read_config` takes them."""
     config, rest = read_config(path_or_id, kwargs)
     model = meta_model(path_or_id, dtype=options.dtype, config=config, **rest)
-    forms, note = encoded.forms(path_or_id, model, config, rest)
+    stored = encoded.stored(path_or_id, model, config, rest)
     folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
     rates = bandwidth.measure(folder) if calibrate else None
-    return _plan(model, str(path_or_id), options, rates, free, forms, note)
+    return _plan(model, str(path_or_id), options, rates, free, stored)
 
 
 def plan_for_model(model: Any, options: Options, *, free: Callable[[], int] = available_memory) -> Plan:
@@ -163,33 +189,31 @@ def _plan(
     options: Options,
     rates: bandwidth.Rates | None,
     free: Callable[[], int],
-    stored: Forms | None = None,
-    note: str = "",
+    stored: Stored | None = None,
 ) -> Plan:
-    """`stored` is what weights are in their files, None where all are stored as they are; `note` says whence."""
+    """`stored` is how the checkpoint lies on the disk; None where the model is in memory."""
     budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
     specs = [structure.param_specs(module) for _, module in found]
-    forms = stored.experts if stored is not None else [ExpertForm.plain(params) for params in specs]
+    forms = (stored and stored.forms.experts) or [ExpertForm.plain(params) for params in specs]
     layouts = tuple(layout.describe(module, form) for (_, module), form in zip(found, forms, strict=True))
     slot_bytes = _round_up(max(each.nbytes for each in layouts), PAGE)
     experts = tuple(structure.num_experts(module) for _, module in found)
     bytes_of = [form.nbytes for form in forms]
     expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
-    in_model = sum(count * _param_bytes(params) for count, params in zip(experts, specs, strict=True))
-    non_expert = structure.unique_bytes(model) - in_model
+    non_expert = rest_bytes(model)
     kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
     prefill = activations.plan_prefill(
         model, options.prefill_chunk, context=options.context, batch=options.batch,
-        model_bytes=non_expert + in_model,
+        model_bytes=structure.unique_bytes(model),
         native=options.kernels == "native" and all(each.native is not None for each in layouts),
     )  # fmt: skip
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     smallest = fixed + len(experts) * slot_bytes
-    notes = [each for each in (note, kv_note) if each]
-    if stored is not None and stored.saved > 0:
+    notes = [note for note in (stored.note if stored else "", kv_note) if note]
+    if stored is not None and (more := stored.forms.sizes.decoded - stored.forms.sizes.encoded) > 0:
         notes.append(
-            f"weights outside experts take {format_bytes(stored.saved)} more than in their files: they are decoded to "
+            f"weights outside experts take {format_bytes(more)} more than in their files: they are decoded to "
             f"{specs[0][0].dtype} when they are loaded; experts stay as they are"
         )
     notes += prefill.notes
@@ -208,7 +232,6 @@ def _plan(
         encodings=tuple(dict.fromkeys(name for form in forms for name in form.encodings)),
         budget_bytes=planned if budget.kind == "fraction" else (budget.nbytes or planned),
         non_expert_bytes=non_expert,
-        non_expert_stored_bytes=non_expert - (stored.saved if stored is not None else 0),
         expert_bytes=expert_bytes,
         bytes_per_expert=max(bytes_of),
         slot_bytes=slot_bytes,
@@ -222,10 +245,39 @@ def _plan(
         context=options.context,
         batch=options.batch,
         smallest_budget=smallest,
-        tokens_per_second=_forecast(rates, non_expert, max(bytes_of), slots, experts, top_k) if rates else None,
+        tokens_per_second=_forecast(rates, non_expert, bytes_of, slots, experts, top_k) if rates else None,
         notes=tuple(notes + ([rates.note] if rates else [])),
         warnings=tuple(warnings),
+        source=stored.source if stored else "model",
+        checkpoint_bytes=stored.forms.sizes.nbytes if stored else None,
+        not_loaded_bytes=stored.forms.sizes.not_loaded if stored else 0,
+        encoded_bytes=stored.forms.sizes.encoded if stored else 0,
+        decoded_bytes=stored.forms.sizes.decoded if stored else 0,
+        experts=_summary(forms, layouts),
         layouts=layouts,
+    )
+
+
+def _summary(forms: Sequence[ExpertForm], layouts: Sequence[layout.SlotLayout]) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        summary.alike(
+            {
+                "encodings": summary.encodings_of(form),
+                "bytes_per_expert": form.nbytes,
+                "kernels": "stock" if where.native is None else "native",
+                "reason": where.reason,
+            }
+            for form, where in zip(forms, layouts, strict=True)
+        )
+    )
+
+
+def rest_bytes(model: Any) -> int:
+    """Bytes in memory of what a model holds outside experts. Weights that are encoded on the disk are decoded there."""
+    experts = (module for _, module in structure.experts_modules(model))
+    return structure.unique_bytes(model) - sum(
+        structure.num_experts(module) * sum(param.nbytes for param in structure.param_specs(module))
+        for module in experts
     )
 
 
@@ -292,17 +344,22 @@ def divide_slots(total: int, experts: tuple[int, ...]) -> tuple[int, ...]:
 def _forecast(
     rates: bandwidth.Rates,
     non_expert: int,
-    bytes_per_expert: int,
+    bytes_of: Sequence[int],
     slots: tuple[int, ...],
     experts: tuple[int, ...],
     top_k: int,
 ) -> tuple[float, float]:
-    """Tokens/s of decode with routing at random, and with routing that recurs as in the public traces."""
+    """Tokens/s of decode with routing at random, and with routing that recurs as in the public traces.
+
+    Args:
+        bytes_of: an expert of each layer, as it is stored.
+    """
 
     def seconds(hit_rate: Any) -> float:
-        compute = (non_expert + len(experts) * top_k * bytes_per_expert) / rates.memory
-        misses = sum(top_k * (1 - hit_rate(s / e)) for s, e in zip(slots, experts, strict=True))
-        return compute + misses * bytes_per_expert / rates.disk
+        compute = (non_expert + top_k * sum(bytes_of)) / rates.memory
+        layers = zip(slots, experts, bytes_of, strict=True)
+        missed = sum(top_k * (1 - hit_rate(have / count)) * nbytes for have, count, nbytes in layers)
+        return compute + missed / rates.disk
 
     return 1 / seconds(lambda share: share), 1 / seconds(recurrent_hit_rate)
 
@@ -313,10 +370,6 @@ def recurrent_hit_rate(share: float) -> float:
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
     return 1.0
-
-
-def _param_bytes(params: tuple[ParamSpec, ...]) -> int:
-    return sum(param.nbytes for param in params)
 
 
 def _round_up(value: int, unit: int) -> int:

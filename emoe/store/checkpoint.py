@@ -8,7 +8,7 @@ move the numbers that these stand for; experts come out as whole matrices. No te
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from emoe.store.companions import (
     is_of_activations,
     zeros_said,
 )
-from emoe.store.declared import Declared, declared
+from emoe.store.declared import NOTHING, Declared, declared
 from emoe.store.headers import INDEX_NAME, SINGLE_NAME, TensorEntry, checkpoint_files, read_header, read_headers
 from emoe.store.opened import OpenFile
 from emoe.store.strided import (
@@ -58,16 +58,32 @@ class Indexed(NamedTuple):
     rest: dict[str, Unread] | None
 
 
+class Sizes(NamedTuple):
+    """How much a checkpoint holds.
+
+    Attributes:
+        nbytes: of all its tensors.
+        not_loaded: bytes of those that are of no part of the model.
+        encoded: bytes of the encoded weights outside experts, as stored.
+        decoded: bytes of these in the model's dtype.
+    """
+
+    nbytes: int
+    not_loaded: int
+    encoded: int = 0
+    decoded: int = 0
+
+
 class Forms(NamedTuple):
     """What the weights of a checkpoint are.
 
     Attributes:
-        experts: what an expert of each layer is.
-        saved: bytes by which weights outside experts are smaller in their files than in the model's dtype.
+        experts: what an expert of each layer is; None where nothing is encoded.
+        sizes: in bytes.
     """
 
-    experts: list[ExpertForm]
-    saved: int
+    experts: list[ExpertForm] | None
+    sizes: Sizes
 
 
 @dataclass
@@ -112,8 +128,8 @@ def read_checkpoint(
 
 def encoded_forms(
     entries: Mapping[str, TensorEntry], meta_model: Any, quantization: Mapping[str, Any] | None, folder: str
-) -> Forms | None:
-    """What the weights are by their headers alone, wherever the files are; None where nothing is encoded.
+) -> Forms:
+    """What the weights are by their headers alone, wherever the files are.
 
     Args:
         entries: of the headers.
@@ -123,28 +139,48 @@ def encoded_forms(
     Raises:
         CheckpointError, UnsupportedModelError: as `read_checkpoint`.
     """
-    if quantization is None and not is_encoded(grouped(entries)):
-        return None
+    names = grouped(entries)
+    if quantization is None and not is_encoded(names):
+        return Forms(None, _sizes(names, {name for name, *_ in model_keys(names, meta_model)}))
     read = read_from_path if Path(folder).is_dir() else None
     found = _find(entries, meta_model, quantization, folder, read)
-    return Forms([layer.form for layer in found.layers], found.saved)
+    return Forms([layer.form for layer in found.layers], found.sizes)
 
 
-def first_dtype(folder: Path) -> str:
+def forms_of_one(weights: Mapping[str, Source], meta_model: Any) -> list[ExpertForm]:
+    """What an expert of each layer is, were these the weights of a checkpoint.
+
+    Args:
+        weights: of experts, by name; where experts have weights of their own, those of expert 0.
+        meta_model: as `read_checkpoint` takes it.
+
+    Raises:
+        UnsupportedModelError: as `read_checkpoint`.
+    """
+    sources, _ = _sources(weights, meta_model, NOTHING, None)
+    forms = []
+    for path, module in experts_modules(meta_model):
+        tensors = _tensors(path, module, sources, meta_model, count=None)
+        count = max((tensor.shape[0] for tensor in tensors.values()), default=0)
+        forms.append(_layer(path, param_specs(module), tensors, count, meta_model).form)
+    return forms
+
+
+def first_dtype(folder: Path, otherwise: str = "float32") -> str:
     """The dtype of a checkpoint whose config names none: of the first plain weight, as in Transformers."""
     here = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))  # else a config alone is planned
     for file in checkpoint_files(folder) if here else []:
         for each in grouped(read_header(file)).values():
             if isinstance(each, TensorEntry) and each.is_float and not is_of_activations(each.name):
                 return each.dtype
-    return "float32"
+    return otherwise
 
 
 class _Found(NamedTuple):
     layers: list[StoreLayer]
     names: Mapping[str, TensorEntry | Group]
     weights: Mapping[str, EncodedWeight]
-    saved: int
+    sizes: Sizes
 
 
 def _index(opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, Any] | None) -> Indexed:
@@ -184,11 +220,7 @@ def _find(
     for path, module in experts_modules(meta_model):
         params = param_specs(module)
         count = num_experts(module)
-        tensors: dict[str, StridedTensor] = {}
-        for target in (f"{path}.{param.name}" for param in params):
-            for first in _first_targets(target, sources):
-                _require_all_experts(sources[first], count, target)
-                tensors.update(_converted(first, sources[first], module, meta_model))
+        tensors = _tensors(path, module, sources, meta_model, count)
         for param in params:
             target = f"{path}.{param.name}"
             if target not in tensors:
@@ -197,18 +229,36 @@ def _find(
                 )
             _require_shape(param, target, tensors[target], count)
         layers.append(_layer(path, params, tensors, count, meta_model))
-    return _Found(layers, names, weights, _saved(sources, layers, meta_model))
+    used = {source.name: key for key, its in sources.items() for each in its.by_pattern.values() for source in each}
+    inside = tuple(f"{layer.path}." for layer in layers)
+    outside = {name: weight for name, weight in weights.items() if not used[name].startswith(inside)}
+    state = meta_model.state_dict()
+    sizes = _sizes(names, set(used))._replace(
+        encoded=sum(plane.nbytes for weight in outside.values() for plane in weight.planes.values()),
+        decoded=sum(math.prod(each.shape) * state[used[name]].dtype.itemsize for name, each in outside.items()),
+    )
+    return _Found(layers, names, weights, sizes)
 
 
-def _saved(sources: Mapping[str, _Sources], layers: Iterable[StoreLayer], model: Any) -> int:
-    experts = tuple(f"{layer.path}." for layer in layers)
-    state, saved = model.state_dict(), 0
-    for key, source in sources.items():
-        for each in (each for entries in source.by_pattern.values() for each in entries):
-            if isinstance(each, EncodedWeight) and not key.startswith(experts):
-                planes = sum(plane.nbytes for plane in each.planes.values())
-                saved += math.prod(each.shape) * state[key].dtype.itemsize - planes
-    return saved
+def _sizes(names: Mapping[str, TensorEntry | Group], used: set[str]) -> Sizes:
+    nbytes = {
+        name: sum(part.nbytes for part in (each.parts.values() if isinstance(each, Group) else (each,)))
+        for name, each in names.items()
+    }
+    return Sizes(sum(nbytes.values()), sum(size for name, size in nbytes.items() if name not in used))
+
+
+def _tensors(
+    path: str, module: Any, sources: dict[str, _Sources], model: Any, count: int | None
+) -> dict[str, StridedTensor]:
+    """Parameters of an experts module, by their paths; `count` of experts, None where there need not be all."""
+    tensors: dict[str, StridedTensor] = {}
+    for target in (f"{path}.{param.name}" for param in param_specs(module)):
+        for first in _first_targets(target, sources):
+            if count is not None:
+                _require_all_experts(sources[first], count, target)
+            tensors.update(_converted(first, sources[first], module, model))
+    return tensors
 
 
 def _place(piece: Piece) -> tuple[str, int]:
@@ -216,12 +266,11 @@ def _place(piece: Piece) -> tuple[str, int]:
     return piece.file, piece.offset
 
 
-def _sources(
-    entries: Mapping[str, TensorEntry | Group], model: Any, said: Declared, read: Read | None
-) -> tuple[dict[str, _Sources], dict[str, EncodedWeight]]:
-    """Model key -> weights of the checkpoint, exactly as Transformers assigns them when it loads; and those encoded.
+def model_keys(names: Iterable[str], model: Any) -> Iterator[tuple[str, str, str | None, Any]]:
+    """(tensor, model key, source pattern, converter), exactly as Transformers assigns them when it loads.
 
-    The order matters: some renamings wait for a key that sorts before those they act on.
+    Tensors of a part that this model does not have are left out. The order matters: some renamings wait for a key that
+    sorts before those they act on.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -231,15 +280,23 @@ def _sources(
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    rows_first = _rows_first(model)
-    found: dict[str, _Sources] = {}
-    weights: dict[str, EncodedWeight] = {}
-    for name in sorted(entries, key=dot_natural_key):
+    for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if key not in state and name in state:
             key, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        if key not in state:
-            continue  # of a part that this model does not have
+        if key in state:
+            yield name, key, pattern, None if pattern is None else by_pattern[pattern]
+
+
+def _sources(
+    entries: Mapping[str, Source | Group], model: Any, said: Declared, read: Read | None
+) -> tuple[dict[str, _Sources], dict[str, EncodedWeight]]:
+    """Model key -> weights of the checkpoint; and those encoded."""
+    state = model.state_dict()
+    rows_first = _rows_first(model)
+    found: dict[str, _Sources] = {}
+    weights: dict[str, EncodedWeight] = {}
+    for name, key, pattern, converter in model_keys(entries, model):
         entry = entries[name]
         source: Source
         if isinstance(entry, Group):
@@ -249,7 +306,6 @@ def _sources(
         _check_dtype(source, key, state[key])
         if pattern is None:
             _check_shape(source, key, state[key], key in rows_first)
-        converter = None if pattern is None else by_pattern[pattern]
         target = found.setdefault(key, _Sources(converter))
         target.by_pattern.setdefault(pattern or name, []).append(source)
     return found, weights

@@ -16,7 +16,7 @@ from emoe.errors import CheckpointError
 from emoe.files import jsontext
 
 # Beside config.json: of modelopt, AutoGPTQ and AutoAWQ.
-_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Rows and columns that share a scale; 0 stands for all there are.
 TENSOR, ROW = (0, 0), (1, 0)
 
@@ -55,7 +55,15 @@ def shown(block: Block) -> str:
 
 
 def declared(quantization: Mapping[str, Any] | None, folder: str | Path | None = None) -> Declared:
-    """What a config says, and where it says nothing, a file of the quantizer beside it.
+    """What a config says, and where it says nothing, a file of the quantizer beside it. As `said_of_encodings`."""
+    found = said_of_encodings(quantization, folder)
+    return NOTHING if found is None else _declared(*found)
+
+
+def said_of_encodings(
+    quantization: Mapping[str, Any] | None, folder: str | Path | None = None
+) -> tuple[Mapping[str, Any], str] | None:
+    """What a config says, or a file of the quantizer beside it, and which of them; None where neither does.
 
     Args:
         quantization: `quantization_config` of the config, wherever in it.
@@ -65,14 +73,14 @@ def declared(quantization: Mapping[str, Any] | None, folder: str | Path | None =
         CheckpointError: such a file is no JSON.
     """
     if quantization is not None:
-        return _declared(quantization, "config.json")
-    for name in _FILES if folder is not None else ():
+        return quantization, "config.json"
+    for name in QUANTIZER_FILES if folder is not None else ():
         path = Path(folder or "") / name
         if path.is_file():
             found = jsontext.read(path, "config of a quantizer", partial(CheckpointError, file=str(path)))
             if isinstance(found, dict):
-                return _declared(found, name)
-    return NOTHING
+                return found, name
+    return None
 
 
 def _declared(said: Mapping[str, Any], where: str) -> Declared:
@@ -84,7 +92,7 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
         width = _width(weights)
         widths |= {width} if width else set()
         symmetric |= {weights["symmetric"]} if type(weights.get("symmetric")) is bool else set()
-        block = _block(weights)
+        block = block_of(weights)
         if block is not None and (width == 8 or "weight_block_size" in weights):
             blocks.add(block)
         elif block is not None and block[0] <= 1 and width in (4, 0):
@@ -130,7 +138,7 @@ def _width(weights: Mapping[str, Any]) -> int:
     return 0 if not algorithm or algorithm.startswith("MIXED") else 4 if "4" in algorithm else 8
 
 
-def _block(weights: Mapping[str, Any]) -> Block | None:
+def block_of(weights: Mapping[str, Any]) -> Block | None:
     for key in ("weight_block_size", "block_structure"):
         size = weights.get(key)
         if isinstance(size, str) and (found := re.fullmatch(r"(\d+)x(\d+)", size)):
