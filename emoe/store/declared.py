@@ -139,6 +139,7 @@ def _width(weights: Mapping[str, Any]) -> int:
 
 
 def block_of(weights: Mapping[str, Any]) -> Block | None:
+    """Rows and columns that share a scale by what is said of weights; None where that is not said."""
     for key in ("weight_block_size", "block_structure"):
         size = weights.get(key)
         if isinstance(size, str) and (found := re.fullmatch(r"(\d+)x(\d+)", size)):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from commands import run, run_json
+from safetensors.torch import load_file, save_file
 
 import emoe
 from emoe import cli, options
+from emoe.store.headers import read_headers
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
@@ -191,6 +195,85 @@ def test_plan_shows_bytes_and_refuses_with_the_smallest_budget(model_folder, cap
     status, out, _ = run(capsys, "plan", "--model", model_folder, "--memory-budget", refusal["needed"])
     assert status == 0
     assert "smallest budget" in out
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(model_folder, tmp_path_factory):
+    """The model with experts of FP8 in its first layer, and linear layers in it everywhere."""
+    import quantized
+
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    shutil.copytree(model_folder, folder)
+    encode = quantized.byte("_scale_inv", 16, 16)
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        for name, weight in load_file(file).items():
+            its = re.search(r"layers\.0\..*experts|self_attn\.\w_proj", name) and weight.dim() == 2
+            parts = encode(weight.float())[0] if its else {"": weight}
+            tensors |= {name + end: part.contiguous() for end, part in parts.items()}
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_plan_says_how_experts_are_stored_and_what_is_decoded(quantized_folder, capsys):
+    words = ["plan", "--model", quantized_folder, "--memory-budget", "50%", "--no-forecast"]
+    status, plan = run_json(capsys, *words)
+    assert status == 0
+    assert plan["source"] == "headers"
+    assert plan["checkpoint_bytes"] == sum(
+        entry.nbytes for entry in read_headers(quantized_folder.glob("*.s*")).values()
+    )
+    assert plan["experts"][0]["layers"] == [0] and plan["experts"][0]["encodings"]["up"] == "e4m3-16x16-float32"
+    assert plan["decoded"]["bytes"] > plan["decoded"]["stored_bytes"] == plan["encoded_bytes"] > 0
+    text = " ".join(run(capsys, *words)[1].split())
+    for said in ("checkpoint", "headers of its files", "e4m3-16x16-float32 in 1 of", "are decoded to"):
+        assert said in text
+
+
+def test_plan_of_a_config_alone_says_so(quantized_folder, tmp_path, capsys):
+    config = json.loads((quantized_folder / "config.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    status, out, _ = run(capsys, "plan", "--model", tmp_path, "--memory-budget", "50%", "--no-forecast")
+    assert status == 0
+    assert "no weights are here" in " ".join(out.split()) and "there are no weights here" in " ".join(out.split())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    status, refusal = run_json(capsys, "plan", "--model", tmp_path, "--memory-budget", "50%")
+    assert status == 2 and refusal["kind"] == "UnsupportedModelError" and "hqq" in refusal["error"]
+
+
+def test_run_says_what_was_read_in_place_and_what_was_decoded(quantized_folder, capsys):
+    words = ["run", "--model", quantized_folder, "--memory-budget", "50%", "--prompt", "w5 w6", "--max-new-tokens", 2]
+    words += ["--kernels", "stock"]
+    status, report = run_json(capsys, *words)
+    assert status == 0
+    first, *others = report["stats"]["experts"]
+    assert first["layers"] == [0] and first["read"] == "in place" and first["kernels"] == "stock"
+    assert set(first["encodings"].values()) == {"e4m3-16x16-float32"} and others
+    assert report["stats"]["decoded"] == report["plan"]["decoded"]
+    said = run(capsys, *words)[2]
+    assert "experts read in place: e4m3-16x16-float32 by stock kernels" in said and "outside them decoded to" in said
+
+
+def test_run_says_nothing_of_encodings_where_there_are_none(model_folder, capsys):
+    words = ["run", "--model", model_folder, "--memory-budget", "50%", "--prompt", "w5 w6", "--max-new-tokens", 2]
+    assert "in place" not in run(capsys, *words, "--dtype", "float16")[2]
+    status, report = run_json(capsys, *words, "--dtype", "float16")
+    assert status == 0
+    assert {row["read"] for row in report["stats"]["experts"]} == {"converted from float32"}
+    assert report["stats"]["decoded"] is None
+
+
+def test_doctor_says_which_encodings_the_kernels_serve(capsys):
+    status, found = run_json(capsys, "doctor")
+    assert status == 0
+    served = found["native"]["encodings"]
+    assert {"float32", "float16", "bfloat16"} <= set(served["native"])
+    assert not set(served["native"]) & set(served["stock"])
+    assert {"mxfp4", "q4_k", "e4m3-128x128-float32", "int4-32-bfloat16"} <= {*served["native"], *served["stock"]}
+    assert "encodings" in run(capsys, "doctor")[1]
 
 
 def test_doctor_says_what_was_built_and_why_there_is_no_cuda(capsys):

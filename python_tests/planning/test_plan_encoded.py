@@ -19,6 +19,7 @@ import emoe
 from emoe import errors
 from emoe.planning import bandwidth
 from emoe.planning import plan as planning
+from emoe.planning.encoded import stored
 from emoe.planning.meta import meta_model
 from emoe.store.headers import read_headers
 
@@ -78,20 +79,26 @@ def test_a_config_alone_gives_the_published_size(config, published, encoding, tm
     json.dumps(plan.to_dict())
 
 
+def _sizes(folder: Path, config: tf.PretrainedConfig):
+    """Of the checkpoint and one expert, without what a plan asks beside it."""
+    model = meta_model(_alone(folder, config))
+    found = stored(folder, model, config, {})
+    assert found.source == "config"
+    return found.forms.sizes, found.forms.experts[0].nbytes
+
+
 def test_a_layer_of_multi_token_prediction_is_counted_and_said_not_to_be_loaded(tmp_path):
-    plan = _plan(_alone(tmp_path, tf.DeepseekV3Config(quantization_config=BLOCKS)))
+    sizes, expert = _sizes(tmp_path, tf.DeepseekV3Config(quantization_config=BLOCKS))
     shared = 2 * 129280 * 7168 * 2  # embedding and output projection once more
-    experts = 256 * plan.bytes_per_expert
-    assert plan.not_loaded_bytes == pytest.approx(shared + experts + 7168 * 14336 * 2, rel=0.03)
-    without = _plan(_alone(tmp_path / "without", tf.DeepseekV3Config(quantization_config=BLOCKS, num_mtp_layers=0)))
-    assert without.not_loaded_bytes == 0 and without.model_bytes == plan.model_bytes
+    assert sizes.not_loaded == pytest.approx(shared + 256 * expert + 7168 * 14336 * 2, rel=0.03)
+    without, _ = _sizes(tmp_path / "without", tf.DeepseekV3Config(quantization_config=BLOCKS, num_mtp_layers=0))
+    assert without.not_loaded == 0 and without.nbytes == sizes.nbytes - sizes.not_loaded
 
 
 def test_a_layer_of_multi_token_prediction_that_cannot_be_made_is_as_the_last_of_the_model(tmp_path):
     config = tf.DeepseekV4Config(num_hidden_layers=3, quantization_config={**BLOCKS, "expert_dtype": "fp4"})
-    plan = _plan(_alone(tmp_path, config))
-    assert plan.encodings == ("mxfp4",)
-    assert plan.not_loaded_bytes == pytest.approx(config.n_routed_experts * plan.bytes_per_expert, rel=0.2)
+    sizes, expert = _sizes(tmp_path, config)
+    assert sizes.not_loaded == pytest.approx(config.n_routed_experts * expert, rel=0.2)
 
 
 # --- as the files ----------------------------------------------------------------------------------------------------
