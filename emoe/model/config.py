@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emoe.errors import CheckpointError, ConfigError, UnsupportedModelError, one_line
+from emoe.errors import CheckpointError, ConfigError, one_line
+from emoe.model.gguf_files import gguf_config, gguf_files
 from emoe.options import one_device, unknown_option
 
 # Where Transformers looks for files; for the config as for the weights.
@@ -21,14 +22,13 @@ PLACES = (
 # What Transformers' from_pretrained takes itself, and auto_class; every other name is a value of the config.
 _TAKEN = (
     "adapter_kwargs", "adapter_name", "auto_class", "allow_all_kernels", "attn_implementation", "config", "device_map",
-    "generation_config", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "tqdm_class",
+    "generation_config", "gguf_file", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "tqdm_class",
     "use_kernels", "use_safetensors", "variant", "weights_only",
 )  # fmt: skip
 _QUANTIZES_NONE = "emoe reads quantized checkpoints as their files say, and quantizes nothing while it loads"
 # Those that contradict keeping experts elsewhere, and what to do instead.
 _REFUSED = {
     "quantization_config": _QUANTIZES_NONE,
-    "gguf_file": "emoe reads safetensors",
     "state_dict": "emoe reads the checkpoint itself",
     "key_mapping": "emoe finds experts through Transformers' own mapping",
     "max_memory": "memory_budget says what may be used",
@@ -45,10 +45,6 @@ _REFUSED = {
     "torch_dtype": "it is called dtype",
     "return_unused_kwargs": "an unknown option is an error here",
 }
-_CONVERT = (
-    "emoe reads safetensors; AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW) writes "
-    "them, the whole model being in memory once"
-)
 
 
 def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -74,12 +70,14 @@ def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dic
     places["trust_remote_code"] = bool(given.get("trust_remote_code"))  # with None Transformers asks at the terminal
     taken = {name: value for name, value in given.items() if name in _TAKEN and name != "config" and value is not None}
     values = {name: value for name, value in given.items() if name not in (*PLACES, *_TAKEN, *_REFUSED)}
-    require_checkpoint(path_or_id, subfolder=places.get("subfolder"))
+    require_checkpoint(path_or_id, subfolder=places.get("subfolder"), gguf_file=taken.get("gguf_file"))
     if config is None or isinstance(config, (str, Path)):
         if config is not None:
             if _is_local(config) and not Path(config).exists():
                 raise CheckpointError(f"config={str(config)!r}: there is no such folder or file", file=str(config))
             config, values = _read(config, {**places, "subfolder": ""}, values)
+        elif files := gguf_files(path_or_id, {**places, **taken}):
+            config, values = gguf_config(files, values)
         else:
             config, values = _read(path_or_id, places, values)
     elif not hasattr(config, "to_diff_dict"):
@@ -129,25 +127,24 @@ def remote_code_refused(name: str) -> ConfigError:
     )
 
 
-def require_checkpoint(path_or_id: str | Path, *, subfolder: str | None = None) -> None:
+def require_checkpoint(path_or_id: str | Path, *, subfolder: str | None = None, gguf_file: str | None = None) -> None:
     """Refuses what is here and is no checkpoint folder; what is not here may be a hub id.
 
     Raises:
-        UnsupportedModelError: GGUF; says how it becomes safetensors.
-        ConfigError: a file of another kind.
-        CheckpointError: there is no such folder, or no config.json in it.
+        ConfigError: a file of another kind, or a folder with several GGUF checkpoints.
+        CheckpointError: there is no such folder or file, or no config.json and no GGUF in it.
     """
     path = Path(path_or_id)
     if path.is_dir():
-        if subfolder or (path / "config.json").is_file():
+        if subfolder or gguf_file or (path / "config.json").is_file() or gguf_files(path, {}):
             return
-        if found := sorted(path.glob("*.gguf")):
-            raise UnsupportedModelError(f"{path} holds {found[0].name} and no config.json: {_CONVERT}")
         raise CheckpointError(
-            f"{str(path)!r} has no config.json; give a checkpoint folder of Transformers", file=str(path)
+            f"{str(path)!r} has no config.json and no .gguf; give a checkpoint folder of Transformers, or a GGUF file",
+            file=str(path),
         )
-    if path.suffix == ".gguf":
-        raise UnsupportedModelError(f"{path} is a GGUF file: {_CONVERT}")
+    if path.suffix == ".gguf" and gguf_file is None:
+        gguf_files(path, {})
+        return
     if path.exists():
         raise ConfigError(f"{str(path)!r} is a file; give the folder that holds it and config.json")
     if _is_local(path_or_id):

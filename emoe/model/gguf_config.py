@@ -1,0 +1,333 @@
+"""The config of a model that lies in a GGUF file: its metadata, put into the words of Transformers.
+
+One function for each architecture, after what llama.cpp's converter writes (`conversion/*.py`) and what its model reads
+(`src/models/*.cpp`). What a model is, is never taken from a default of Transformers: those are one checkpoint's values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from emoe.errors import CheckpointError, UnsupportedModelError
+from emoe.files.gguf import GgufHeader
+
+SOFTMAX, SIGMOID = 1, 2  # ggml's expert_gating_func
+
+# Keys that say nothing of the arithmetic, or what the tensors' shapes say as well.
+_DESCRIPTIVE = {
+    "vocab_size", "tensor_data_layout", "expert_shared_count", "expert_shared_feed_forward_length",
+    "attention.value_length", "feed_forward_length", "expert_feed_forward_length",
+}  # fmt: skip
+# Keys that change the arithmetic, and the value at which they do not; where a function below does not ask for one, any
+# other value is refused.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "nextn_predict_layers": (0,),
+    "interleave_moe_layer_step": (1,),
+    "leading_dense_block_count": (0,),
+    "attention.sliding_window": (0,),
+    "rope.scaling.alpha": (0.0,),
+}
+
+
+class Metadata:
+    """What a file says of its architecture: `of["embedding_length"]` is the key `<architecture>.embedding_length`.
+
+    Attributes:
+        architecture: ggml's name of it.
+        tensors: shapes of all tensors by name, of every part.
+    """
+
+    def __init__(self, headers: Sequence[GgufHeader]) -> None:
+        self._header = headers[0]
+        self.architecture = self.value("general.architecture", str)
+        self.tensors = {name: each.shape for header in headers for name, each in header.tensors.items()}
+        self._asked: set[str] = set()
+
+    def error(self, why: str) -> CheckpointError:
+        """A CheckpointError about the file's metadata."""
+        return CheckpointError(f"{self._header.path}: {why}", file=self._header.path)
+
+    def unsupported(self, why: str) -> UnsupportedModelError:
+        """For what is no damage."""
+        return UnsupportedModelError(
+            f"{self._header.path} ({self.architecture}): {why}. With config= (a folder with config.json, or a config "
+            "object) that of the file is not asked"
+        )
+
+    def value(self, key: str, *kinds: type, default: Any = None) -> Any:
+        """The value of a whole key, of one of these types; CheckpointError where it is missing and has no default."""
+        if key not in self._header.metadata:
+            if default is None:
+                raise self.error(f"its metadata lacks {key}, without which the model is not known; config= gives it")
+            return default
+        value = self._header.metadata[key]
+        if kinds and type(value) not in kinds:
+            raise self.error(f"{key} is {value!r:.80}, not of type {' or '.join(kind.__name__ for kind in kinds)}")
+        return value
+
+    def _key(self, key: str) -> str:
+        self._asked.add(key)
+        return f"{self.architecture}.{key}"
+
+    def __getitem__(self, key: str) -> int:
+        """A whole number of at least 1 that has to be there; one for all layers, where there is one for each."""
+        return self._whole(key, self.value(self._key(key), int, list), 1)
+
+    def get(self, key: str, default: int) -> int:
+        """A whole number of at least 0."""
+        return self._whole(key, self.value(self._key(key), int, list, default=default), 0)
+
+    def _whole(self, key: str, value: Any, least: int) -> int:
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise self.unsupported(f"{self._key(key)} differs from layer to layer: {value!r:.80}")
+            value = value[0]
+        if type(value) is not int or not least <= value < 1 << 31:
+            raise self.error(f"{self._key(key)} is {value!r:.80}, no whole number of at least {least}")
+        return value
+
+    def each(self, key: str, count: int) -> list[int]:
+        """A whole number for each of `count` layers."""
+        value = self.value(self._key(key), int, list)
+        values = value if isinstance(value, list) else [value] * count
+        if len(values) != count or any(type(each) is not int or each < 0 for each in values):
+            raise self.error(f"{self._key(key)} is {value!r:.80}, no list of {count} whole numbers")
+        return values
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A float, as short as its 32 bits allow: 1e-5 and not 9.99999974e-06."""
+        value = self.value(self._key(key), int, float, default=default)
+        if not np.isfinite(value):
+            raise self.error(f"{self._key(key)} is {value}")
+        return float(str(np.float32(value)))
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or False."""
+        return bool(self.value(self._key(key), bool, int, default=default))
+
+    def word(self, key: str, default: str) -> str:
+        """A text."""
+        return str(self.value(self._key(key), str, default=default))
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there."""
+        return self._key(key) in self._header.metadata
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Of a tensor that has to be there."""
+        if tensor not in self.tensors:
+            raise CheckpointError(
+                f"{self._header.path} and its parts hold no tensor {tensor}", file=self._header.path, tensor=tensor
+            )
+        return self.tensors[tensor]
+
+    def token(self, which: str) -> int | None:
+        """The id of a special token, None where the file names none."""
+        value = self._header.metadata.get(f"tokenizer.ggml.{which}_token_id")
+        return value if type(value) is int else None
+
+    def require_all_known(self) -> None:
+        """UnsupportedModelError where a key that changes the arithmetic was not asked for; call it last."""
+        import gguf
+
+        prefix = f"{self.architecture}."
+        known = {
+            value.partition(".")[2]
+            for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM, gguf.Keys.ShortConv)
+            for value in vars(group).values()
+            if isinstance(value, str) and value.startswith("{arch}.")
+        }
+        for key, value in self._header.metadata.items():
+            name = key.removeprefix(prefix)
+            if not key.startswith(prefix) or name in self._asked or name in _DESCRIPTIVE or name not in known:
+                continue
+            if value not in _NEUTRAL.get(name, ()):
+                raise self.unsupported(f"{key} is {value!r:.80}, which emoe does not know of this architecture")
+
+
+def config_values(of: Metadata, architecture: Callable[[Metadata], dict[str, Any]]) -> dict[str, Any]:
+    """Fields of the config of Transformers, `model_type` among them.
+
+    Raises:
+        CheckpointError: a key is missing or damaged; names it.
+        UnsupportedModelError: the file asks for what emoe does not know of this architecture.
+    """
+    layers = of["block_count"]
+    blocks = {int(found[1]) for name in of.tensors if (found := re.match(r"blk\.(\d+)\.", name))}
+    if blocks != set(range(layers)):
+        raise of.error(
+            f"{of.architecture}.block_count is {layers}, and its tensors are of {len(blocks)} blocks"
+            + (f", the last one {max(blocks)}" if blocks else "")
+        )
+    values = architecture(of)
+    of.require_all_known()
+    return values
+
+
+def _base(of: Metadata, *, partial: bool = False, head_dim: bool = True, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """What all decoders share.
+
+    Args:
+        partial: rotary embeddings may be of a part of a head.
+        head_dim: the config has a size of a head of its own; else it is hidden_size / num_attention_heads.
+        eps: what the config calls that of its norms.
+    """
+    hidden, heads = of["embedding_length"], of["attention.head_count"]
+    head = of["attention.key_length"] if of.has("attention.key_length") else hidden // heads
+    if of.get("attention.value_length", head) != head:
+        raise of.unsupported("its values are of another size than its keys")
+    if not head_dim and head * heads != hidden:
+        raise of.unsupported(f"{heads} heads of {head} are not the {hidden} of a hidden state")
+    end = list(dict.fromkeys(each for each in (of.token("eos"), of.token("eot"), of.token("eom")) if each is not None))
+    return {
+        "vocab_size": of.shape("token_embd.weight")[0],
+        "hidden_size": hidden,
+        "num_hidden_layers": of["block_count"] - of.get("nextn_predict_layers", 0),
+        "num_attention_heads": heads,
+        **({"head_dim": head} if head_dim else {}),
+        "max_position_embeddings": of["context_length"],
+        eps: of.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(of, head, partial),
+        "tie_word_embeddings": "output.weight" not in of.tensors,
+        "bos_token_id": of.token("bos"),
+        "eos_token_id": end[0] if len(end) == 1 else end or None,
+        "pad_token_id": of.token("padding"),
+        "hidden_act": "silu",
+    }
+
+
+def _kv_heads(of: Metadata) -> dict[str, int]:
+    return {"num_key_value_heads": of.get("attention.head_count_kv", of["attention.head_count"])}
+
+
+def _rope(of: Metadata, head: int, partial: bool) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": of.number("rope.freq_base", 10000.0)}
+    rotated = of.get("rope.dimension_count", head)
+    if partial:
+        rope["partial_rotary_factor"] = rotated / head
+    elif rotated != head:
+        raise of.unsupported(f"{rotated} of the {head} values of a head are rotated, which this architecture does not")
+    kind = of.word("rope.scaling.type", "linear")
+    factor = of.number("rope.scaling.factor", 0.0) or of.number("rope.scale_linear", 0.0) or 1.0
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return rope
+    if kind == "linear":
+        return {**rope, "rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise of.unsupported(f"positions are scaled by {kind!r}; emoe knows none, linear, yarn")
+    if of.number("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):
+        raise of.unsupported("rope.scaling.yarn_ext_factor is not 1")
+    if of.number("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise of.unsupported("rope.scaling.attn_factor is not 1")
+    rope |= {"rope_type": "yarn", "factor": factor}
+    rope["original_max_position_embeddings"] = of.get("rope.scaling.original_context_length", of["context_length"])
+    optional = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+    for key, name in optional.items():
+        if of.has(f"rope.scaling.{key}"):
+            rope[name] = of.number(f"rope.scaling.{key}")
+    return rope
+
+
+def _experts(of: Metadata, count: str, width: str | None) -> dict[str, int]:
+    """Experts, those of a token and their width, under the config's names."""
+    found = {count: of["expert_count"], "num_experts_per_tok": of["expert_used_count"]}
+    if width is not None:
+        found[width] = _width(of)
+    return found
+
+
+def _width(of: Metadata) -> int:
+    """Of a routed expert; older files leave it to the tensors."""
+    block = next((name for name in of.tensors if re.search(r"ffn_(gate|up|gate_up)_exps\.weight$", name)), "")
+    rows = of.shape(block or "blk.0.ffn_up_exps.weight")[-2] // (2 if "gate_up" in block else 1)
+    if (said := of.get("expert_feed_forward_length", rows)) != rows:
+        raise of.error(f"expert_feed_forward_length is {said}, experts have {rows} rows")
+    return rows
+
+
+def _gating(of: Metadata, only: int, default: int) -> None:
+    names = {0: "none", SOFTMAX: "softmax", SIGMOID: "sigmoid"}
+    if (found := of.get("expert_gating_func", default)) != only:
+        raise of.unsupported(
+            f"experts are chosen by {names.get(found, found)}; emoe knows {names[only]} of this architecture"
+        )
+
+
+def _scale(of: Metadata) -> float:
+    """What outputs of experts are multiplied by; 0 stands for 1."""
+    return of.number("expert_weights_scale", 1.0) or 1.0
+
+
+def _groups(of: Metadata) -> dict[str, int]:
+    count = of.get("expert_group_count", 1) or 1
+    return {"n_group": count, "topk_group": of.get("expert_group_used_count", 1) or 1 if count > 1 else 1}
+
+
+def _bias(of: Metadata, block: int = 0) -> bool:
+    return f"blk.{block}.attn_q.bias" in of.tensors
+
+
+def qwen3moe(of: Metadata) -> dict[str, Any]:
+    """Weights of a token's experts are normed: llama.cpp does so, and all published models."""
+    return {
+        **{"model_type": "qwen3_moe", **_base(of), **_kv_heads(of)},
+        **_experts(of, "num_experts", "moe_intermediate_size"),
+        "intermediate_size": of["feed_forward_length"],
+        "attention_bias": _bias(of),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def qwen2moe(of: Metadata) -> dict[str, Any]:
+    """Weights of a token's experts are not normed."""
+    return {
+        **{"model_type": "qwen2_moe", **_base(of, head_dim=False), **_kv_heads(of)},
+        **_experts(of, "num_experts", "moe_intermediate_size"),
+        "intermediate_size": of["feed_forward_length"],
+        "shared_expert_intermediate_size": of.shape("blk.0.ffn_gate_shexp.weight")[0],
+        "qkv_bias": _bias(of),
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def olmoe(of: Metadata) -> dict[str, Any]:
+    """Weights of a token's experts are not normed."""
+    values = _base(of, head_dim=False)
+    # The converter writes 1e-5 whatever the config says; published models have it.
+    return {
+        **{"model_type": "olmoe", **values, **_kv_heads(of), **_experts(of, "num_experts", None)},
+        "intermediate_size": _width(of),
+        "clip_qkv": of.number("attention.clamp_kqv") if of.has("attention.clamp_kqv") else None,
+        "attention_bias": _bias(of),
+        "norm_topk_prob": False,
+    }
+
+
+def gpt_oss(of: Metadata) -> dict[str, Any]:
+    """Every other layer attends to a window; corrections of yarn are not rounded, which files cannot say."""
+    values = _base(of)
+    layers = values["num_hidden_layers"]
+    if values["rope_parameters"]["rope_type"] == "yarn":
+        values["rope_parameters"]["truncate"] = False
+    if of.get("attention.sliding_window_pattern", 2) != 2:
+        raise of.unsupported("not every other layer attends to a window")
+    return {
+        **{"model_type": "gpt_oss", **values, **_kv_heads(of), **_experts(of, "num_local_experts", None)},
+        "intermediate_size": _width(of),
+        "sliding_window": of["attention.sliding_window"],
+        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)],
+        "attention_bias": True,
+    }

@@ -1,0 +1,154 @@
+"""Which tensors of a GGUF file make a parameter of Transformers, and what a converter did to them, undone.
+
+Names are those of the `gguf` library's own map, which llama.cpp's converter uses; here is what that does not say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from emoe.errors import UnsupportedModelError
+from emoe.model import gguf_config as configs
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A parameter and what makes it.
+
+    Attributes:
+        sources: names of tensors.
+        undo: makes the parameter of their values in float32, given the config too; None: it is the one source.
+    """
+
+    sources: tuple[str, ...]
+    undo: Callable[..., torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of ggml.
+
+    Attributes:
+        values: fields of the config.
+        made: by the name of a parameter ("{bid}" for the layer), where it is not a tensor of the library's name as it
+            lies; no sources stand for that name.
+        unused: patterns of tensors that Transformers' model has no place for and does not need.
+    """
+
+    values: Callable[[configs.Metadata], dict[str, Any]]
+    made: Mapping[str, Made] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+def _unpermuted(heads: str) -> Callable[..., torch.Tensor]:
+    """Undoes `LlamaModel.permute` of llama.cpp, which puts the two halves of a rotated head side by side."""
+
+    def undo(config: Any, rows: torch.Tensor) -> torch.Tensor:
+        count = getattr(config, heads)
+        split = rows.view(count, rows.shape[0] // count // 2, 2, *rows.shape[1:])
+        return split.transpose(1, 2).reshape(rows.shape)
+
+    return undo
+
+
+_LAYERS = "model.layers.{bid}."
+_PERMUTED = {
+    f"{_LAYERS}self_attn.{kind}_proj.{part}": Made((), _unpermuted(heads))
+    for kind, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
+    for part in ("weight", "bias")
+}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "qwen3moe": Architecture(configs.qwen3moe),
+    "qwen2moe": Architecture(
+        configs.qwen2moe,
+        {
+            f"{_LAYERS}mlp.shared_expert_gate.weight": Made(
+                ("blk.{bid}.ffn_gate_inp_shexp.weight",), lambda config, row: row.reshape(1, -1)
+            )
+        },
+    ),
+    "olmoe": Architecture(configs.olmoe),
+    "gpt-oss": Architecture(configs.gpt_oss),
+}
+
+
+def architecture(name: str, file: str) -> Architecture:
+    """The row of that name.
+
+    Raises:
+        UnsupportedModelError: there is none; names those there are.
+    """
+    if name not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{file} holds a model of architecture {name!r}; emoe reads GGUF of: {', '.join(sorted(ARCHITECTURES))}. "
+            "The model's checkpoint in safetensors works where its family does"
+        )
+    return ARCHITECTURES[name]
+
+
+class TensorNames:
+    """Names of one checkpoint's tensors.
+
+    Args:
+        name: ggml's name of the architecture.
+        layers: how many the model has.
+        tensors: names there are.
+    """
+
+    def __init__(self, name: str, layers: int, tensors: Collection[str]) -> None:
+        import gguf
+
+        self._rules = ARCHITECTURES[name]
+        self._tensors = tensors
+        code = next(code for code, its_name in gguf.MODEL_ARCH_NAMES.items() if its_name == name)
+        self._map = gguf.get_tensor_name_map(code, layers)
+        self._unused = [re.compile(pattern) for pattern in self._rules.unused]
+        self._layers = layers
+
+    def of(self, key: str) -> Made | None:
+        """What makes the parameter `key` of the model; None where nobody knows. The sources may be missing."""
+        found = _LAYER.search(key)
+        made = self._rules.made.get(_LAYER.sub(".{bid}.", key, count=1)) or Made(())
+        bid = found[1] if found else ""
+        if made.sources:
+            return Made(tuple(each.format(bid=bid) for each in made.sources), made.undo)
+        name = self._named(key)
+        return None if name is None else Made((name,), made.undo)
+
+    def _named(self, key: str) -> str | None:
+        """By the library's map. Files have ".weight" and ".bias" where Transformers has nothing or "_bias"."""
+        for ending, suffixes in ((".weight", (".weight",)), (".bias", (".bias",)), ("_bias", (".bias",)), ("", ())):
+            if key.endswith(ending) and (name := self._map.get_name(key[: len(key) - len(ending)])):
+                for suffix in suffixes or (".weight", ".bias", ""):
+                    if name + suffix in self._tensors:
+                        break
+                return name + suffix
+        return None
+
+    def experts(self, path: str, bias: bool = False) -> dict[str, str]:
+        """Tensors of the experts module `path`, by what they are: "gate", "up", "gate_up", "down"."""
+        import gguf
+
+        found = _LAYER.search(f"{path}.")
+        if found is None:
+            raise UnsupportedModelError(
+                f"{path} is in no layer with a number, so no tensor of a GGUF file belongs to it"
+            )
+        kinds = gguf.MODEL_TENSOR
+        names = {"gate": kinds.FFN_GATE_EXP, "up": kinds.FFN_UP_EXP, "down": kinds.FFN_DOWN_EXP}
+        suffix = ".bias" if bias else ".weight"
+        named = {kind: gguf.TENSOR_NAMES[code].format(bid=found[1]) + suffix for kind, code in names.items()}
+        return {**named, "gate_up": f"blk.{found[1]}.ffn_gate_up_exps{suffix}"}
+
+    def unused(self, tensor: str) -> bool:
+        """Whether the model has no need of a tensor: it is of a layer beyond the model's, or known to be left out."""
+        found = re.match(r"blk\.(\d+)\.", tensor)
+        return bool(found and int(found[1]) >= self._layers) or any(each.fullmatch(tensor) for each in self._unused)

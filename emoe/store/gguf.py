@@ -1,0 +1,346 @@
+"""A GGUF checkpoint, of one file or several: where its experts lie, and the values of all that is outside them.
+
+Every expert is one slab of each 3-D tensor, so it is read in place, whatever blocks it is in; of its tensors only
+headers are read here. A tensor outside experts is read and decoded alone, its rows a few MiB at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from emoe.errors import CheckpointError, ReadError, UnsupportedModelError
+from emoe.files.gguf import GgufHeader, read_header, require_parts
+from emoe.model.encoding import COMPUTED, ENCODINGS, EncodedMatrix, encoding
+from emoe.model.gguf_tensors import Made, TensorNames, architecture
+from emoe.model.spec import ExpertForm, ParamSpec
+from emoe.model.structure import experts_modules, num_experts, param_specs
+from emoe.store import ExpertStore, Piece, StoreLayer
+from emoe.store.headers import TensorEntry
+from emoe.store.opened import OpenFile
+
+_PLAIN = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I8": "int8", "I16": "int16",
+    "I32": "int32", "I64": "int64",
+}  # fmt: skip
+_CHUNK = 16 << 20  # bytes of decoded values
+
+
+def encoding_name(kind: str) -> str:
+    """What the table of encodings calls a type of ggml, whether or not it is there."""
+    return _PLAIN.get(kind) or {"MXFP4": "gguf_mxfp4"}.get(kind, kind.lower())
+
+
+class GgufCheckpoint:
+    """The open files of a checkpoint.
+
+    Args:
+        paths: its files, all parts in order.
+
+    Raises:
+        CheckpointError: one is missing, truncated or damaged, or they do not belong together.
+        UnsupportedModelError: emoe does not know the architecture.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]) -> None:
+        self.opened: list[OpenFile] = []
+        try:
+            headers = [self._open(str(Path(path).absolute())) for path in paths]
+            require_parts(headers)
+            self._read(headers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: str) -> GgufHeader:
+        file = OpenFile(path)
+        self.opened.append(file)
+        try:
+            return read_header(file.fd, path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", file=path) from error
+
+    def _read(self, headers: list[GgufHeader]) -> None:
+        self.name = self.opened[0].path
+        self.kind = str(headers[0].metadata.get("general.architecture"))
+        architecture(self.kind, self.name)
+        self._files = {file.path: file for file in self.opened}
+        self.tensors: dict[str, TensorEntry] = {}
+        for header in headers:
+            for each in header.tensors.values():
+                entry = TensorEntry(
+                    header.path, each.name, encoding_name(each.kind), each.shape, each.offset, each.nbytes
+                )
+                if each.name in self.tensors:
+                    raise entry.error(f"is in {self.tensors[each.name].file} as well")
+                self.tensors[each.name] = entry
+
+    def close(self) -> None:
+        """Closes its files, where no store has taken them over."""
+        for file in self.opened:
+            file.close()
+
+    def names(self, model: Any) -> TensorNames:
+        """Which tensors make a model's parameters."""
+        return TensorNames(self.kind, model.config.get_text_config(decoder=True).num_hidden_layers, self.tensors)
+
+    def index(self, meta_model: Any) -> ExpertStore:
+        """Finds every expert; the store closes the files.
+
+        Args:
+            meta_model: the model on the meta device, experts' parameters included; its dtypes are the ones to run in.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape than the config says, or not in bytes that emoe
+                reads experts from; names file, tensor and bytes.
+            UnsupportedModelError: an experts module is unlike those that GGUF files hold.
+        """
+        names = self.names(meta_model)
+        layers = [self._layer(path, module, names) for path, module in experts_modules(meta_model)]
+        return ExpertStore(layers, f"GGUF {self.name}", opened=self.opened)
+
+    def _layer(self, path: str, module: Any, names: TensorNames) -> StoreLayer:
+        params = {param.name: param for param in param_specs(module)}
+        parts = [part for param in params.values() for part in self._parts(path, param, module, names)]
+        weights = [part for part in parts if not part.is_bias]
+        if all(part.entry.dtype in COMPUTED for part in weights):
+            form = ExpertForm.plain(tuple(params.values()))
+            encoded: list[_Part] = []
+        else:
+            form, encoded = _encoded_form(params, weights), weights
+        plain = [part for part in parts if part not in encoded]
+        pieces = [
+            sorted(
+                [
+                    *(part.stored_piece(expert) for part in encoded),
+                    *(part.param_piece(expert, params[part.param.name]) for part in plain),
+                ],
+                key=lambda piece: (piece.file, piece.offset),
+            )
+            for expert in range(num_experts(module))
+        ]
+        return StoreLayer(path, form, tuple(map(tuple, pieces)))
+
+    def _parts(self, path: str, param: ParamSpec, module: Any, names: TensorNames) -> Iterator[_Part]:
+        """Where the rows of a parameter lie."""
+        is_bias = param.name.endswith("_bias")
+        transposed = bool(module.is_transposed) and not is_bias
+        shape = (*param.shape, 1) if is_bias else tuple(reversed(param.shape)) if transposed else param.shape
+        base = param.name.removesuffix("_bias")
+        if len(shape) != 2 or base not in ("gate_up_proj", "up_proj", "down_proj"):
+            raise UnsupportedModelError(
+                f"{path} keeps a parameter {param.name} of shape {list(param.shape)}, which GGUF files do not hold"
+            )
+        rows, cols = shape
+        named = names.experts(path, is_bias)
+        if base != "gate_up_proj":
+            kind = base.removesuffix("_proj")
+            yield _Part(kind, self._expert(named[kind], module, rows, cols, is_bias), param, 0, rows, 0, 1, transposed)
+            return
+        half = rows // 2
+        places = ((0, 1), (half, 1)) if module.is_concatenated else ((0, 2), (1, 2))
+        fused = named["gate_up"] in self.tensors
+        for number, kind in enumerate(("gate", "up")):
+            name = named["gate_up" if fused else kind]
+            entry = self._expert(name, module, rows if fused else half, cols, is_bias)
+            yield _Part(kind, entry, param, half * number if fused else 0, half, *places[number], transposed)
+
+    def _expert(self, name: str, module: Any, rows: int, cols: int, is_bias: bool) -> TensorEntry:
+        entry = self._entry(name)
+        wanted = (num_experts(module), rows) if is_bias else (num_experts(module), rows, cols)
+        if entry.shape != wanted:
+            raise entry.error(f"has not the shape {list(wanted)} that the config gives it")
+        if entry.dtype not in ENCODINGS or (ENCODINGS[entry.dtype].plain and entry.dtype not in COMPUTED):
+            known = ", ".join(each for each in ENCODINGS if not ENCODINGS[each].plain and "fp4" not in each)
+            raise entry.error(
+                f"is of a type that emoe reads no experts in; it reads {known}, gguf_mxfp4, {', '.join(COMPUTED)}"
+            )
+        return entry
+
+    def _entry(self, name: str, of: str = "") -> TensorEntry:
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.name} lacks tensor {name}" + (f", which makes {of}" if of else ""), file=self.name, tensor=name
+            )
+        return self.tensors[name]
+
+    def state(self, meta_model: Any) -> dict[str, torch.Tensor]:
+        """Values of all parameters outside experts, by their names in the model, decoded.
+
+        What the file holds in float32 stays so, for Transformers to cast or keep; the rest has the model's dtype.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape, or cannot be read.
+            UnsupportedModelError: the file holds tensors that the model has no place for.
+        """
+        names = self.names(meta_model)
+        used = {
+            name
+            for path, _ in experts_modules(meta_model)
+            for bias in (False, True)
+            for name in names.experts(path, bias).values()
+        }
+        ours = {f"{path}.{param.name}" for path, module in experts_modules(meta_model) for param in param_specs(module)}
+        state: dict[str, torch.Tensor] = {}
+        tied = bool(getattr(meta_model.config.get_text_config(decoder=True), "tie_word_embeddings", False))
+        for key, parameter in meta_model.state_dict().items():
+            if key in ours:
+                continue
+            made = names.of(key)
+            if made is None:
+                raise UnsupportedModelError(
+                    f"{self.name}: emoe does not know which tensor makes {key} of {type(meta_model).__name__}"
+                )
+            used |= set(made.sources)
+            if not (tied and made.sources == ("output.weight",)):
+                state[key] = self._value(key, made, parameter, meta_model.config)
+        unknown = [name for name in self.tensors if name not in used and not names.unused(name)]
+        if unknown:
+            raise UnsupportedModelError(
+                f"{self.name}: {type(meta_model).__name__} has no place for tensor {unknown[0]}"
+                + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+            )
+        return state
+
+    def _value(self, key: str, made: Made, parameter: torch.Tensor, config: Any) -> torch.Tensor:
+        entries = [self._entry(name, key) for name in made.sources]
+        plain = all(entry.dtype == "float32" for entry in entries)
+        dtype = torch.float32 if plain or not parameter.is_floating_point() else parameter.dtype
+        if made.undo is None:
+            value = self.decoded(entries[0], dtype)
+        else:
+            value = made.undo(config, *(self.decoded(entry, torch.float32) for entry in entries)).to(dtype)
+        if value.shape != parameter.shape:
+            raise entries[0].error(f"has not the shape {list(parameter.shape)} that the config gives {key}")
+        return value.contiguous()
+
+    def decoded(self, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor's values, read and decoded a few rows at a time.
+
+        Raises:
+            ReadError: it cannot be read.
+            CheckpointError: the gguf library does not decode it.
+        """
+        out = torch.empty(entry.shape, dtype=dtype)
+        rows = out.view(-1, entry.shape[-1])
+        size = entry.nbytes // len(rows)
+        step = max(1, _CHUNK // (4 * entry.shape[-1]))
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            part.copy_(self._rows(entry, first * size, len(part), size))
+        return out
+
+    def _rows(self, entry: TensorEntry, offset: int, count: int, size: int) -> torch.Tensor:
+        import gguf
+
+        raw = bytearray(count * size)
+        file = self._files[entry.file]
+        try:
+            done = file.read(memoryview(raw), entry.offset + offset)
+        except OSError as error:
+            raise self._unread(entry, offset, len(raw), error.strerror or str(error)) from error
+        if why := file.change() or ("" if done == len(raw) else f"the file ends after {done} of them"):
+            raise self._unread(entry, offset, len(raw), why)
+        if entry.dtype in _PLAIN.values():
+            return torch.frombuffer(raw, dtype=getattr(torch, entry.dtype)).view(count, -1)
+        kind = {"gguf_mxfp4": "MXFP4"}.get(entry.dtype, entry.dtype.upper())
+        try:
+            values = gguf.quants.dequantize(
+                np.frombuffer(raw, np.uint8).reshape(count, size), gguf.GGMLQuantizationType[kind]
+            )
+        except NotImplementedError as error:
+            raise entry.error("is of a type that the gguf library does not decode") from error
+        return torch.from_numpy(values)
+
+    @staticmethod
+    def _unread(entry: TensorEntry, offset: int, nbytes: int, why: str) -> ReadError:
+        return ReadError(
+            f"{entry.file}: {nbytes} bytes of {entry.name} at byte {entry.offset + offset} cannot be read: {why}",
+            file=entry.file,
+            tensor=entry.name,
+            offset=entry.offset + offset,
+            nbytes=nbytes,
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one tensor, for each expert, that are rows of one parameter.
+
+    Attributes:
+        kind: what they are stored as where they are encoded.
+        entry: the tensor; an expert is one slab of it.
+        first, rows: of the slab.
+        start, step: row r is row `start + r * step` of the parameter, its column where that is `transposed`.
+    """
+
+    kind: str
+    entry: TensorEntry
+    param: ParamSpec
+    first: int
+    rows: int
+    start: int
+    step: int
+    transposed: bool
+
+    @property
+    def is_bias(self) -> bool:
+        return len(self.entry.shape) == 2
+
+    @property
+    def cols(self) -> int:
+        return 1 if self.is_bias else self.entry.shape[-1]
+
+    def matrix(self) -> EncodedMatrix:
+        plane = encoding(self.entry.dtype).planes[0].name
+        return EncodedMatrix(
+            self.entry.dtype, self.rows, self.cols, {plane: self.kind}, self.param.name, self.start, self.step,
+            self.transposed,
+        )  # fmt: skip
+
+    def stored(self) -> ParamSpec:
+        """The one plane of it."""
+        plane = encoding(self.entry.dtype).planes[0]
+        return ParamSpec(self.kind, plane.shape(self.rows, self.cols), plane.dtype)
+
+    def _range(self, expert: int) -> tuple[int, int]:
+        """First byte and bytes of its rows of one expert."""
+        slab = self.entry.nbytes // self.entry.shape[0]
+        row = slab // self.entry.shape[1]
+        return self.entry.offset + expert * slab + self.first * row, self.rows * row
+
+    def stored_piece(self, expert: int) -> Piece:
+        """Bytes as they lie."""
+        offset, nbytes = self._range(expert)
+        stored = self.stored()
+        count = math.prod(stored.shape)
+        return Piece(
+            file=self.entry.file, offset=offset, nbytes=nbytes, tensor=self.entry.name, src_dtype=stored.dtype,
+            stored=self.kind, rows=1, cols=count, dst_offset=0, dst_row_stride=count, dst_col_stride=1,
+        )  # fmt: skip
+
+    def param_piece(self, expert: int, param: ParamSpec) -> Piece:
+        """Numbers that go into the parameter itself."""
+        offset, nbytes = self._range(expert)
+        width = param.shape[-1]
+        row, col = (1, width) if self.transposed else (1, 1) if self.is_bias else (width, 1)
+        return Piece(
+            file=self.entry.file, offset=offset, nbytes=nbytes, tensor=self.entry.name, src_dtype=self.entry.dtype,
+            stored=param.name, rows=self.rows, cols=self.cols, dst_offset=self.start * row,
+            dst_row_stride=self.step * row, dst_col_stride=col,
+        )  # fmt: skip
+
+
+def _encoded_form(params: dict[str, ParamSpec], weights: list[_Part]) -> ExpertForm:
+    """Planes first, then the parameters that stay as they are."""
+    encoded = {part.param.name for part in weights}
+    rest = tuple(param for name, param in params.items() if name not in encoded)
+    return ExpertForm(
+        tuple(params.values()), (*(part.stored() for part in weights), *rest), tuple(part.matrix() for part in weights)
+    )
