@@ -163,7 +163,7 @@ def config_values(of: Metadata, architecture: Callable[[Metadata], dict[str, Any
     """
     layers = of["block_count"]
     blocks = {int(found[1]) for name in of.tensors if (found := re.match(r"blk\.(\d+)\.", name))}
-    if blocks != set(range(layers)):
+    if not set(range(layers - of.get("nextn_predict_layers", 0))) <= blocks <= set(range(layers)):
         raise of.error(
             f"{of.architecture}.block_count is {layers}, and its tensors are of {len(blocks)} blocks"
             + (f", the last one {max(blocks)}" if blocks else "")
@@ -187,16 +187,24 @@ def _base(of: Metadata, *, partial: bool = False, head_dim: bool = True, eps: st
         raise of.unsupported("its values are of another size than its keys")
     if not head_dim and head * heads != hidden:
         raise of.unsupported(f"{heads} heads of {head} are not the {hidden} of a hidden state")
+    return {
+        **_shared(of, eps),
+        **({"head_dim": head} if head_dim else {}),
+        "rope_parameters": _rope(of, head, partial),
+    }
+
+
+def _shared(of: Metadata, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """What does not depend on sizes of heads."""
     end = list(dict.fromkeys(each for each in (of.token("eos"), of.token("eot"), of.token("eom")) if each is not None))
     return {
         "vocab_size": of.shape("token_embd.weight")[0],
-        "hidden_size": hidden,
+        "hidden_size": of["embedding_length"],
         "num_hidden_layers": of["block_count"] - of.get("nextn_predict_layers", 0),
-        "num_attention_heads": heads,
-        **({"head_dim": head} if head_dim else {}),
+        "num_attention_heads": of["attention.head_count"],
         "max_position_embeddings": of["context_length"],
         eps: of.number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(of, head, partial),
+        "rope_parameters": _rope(of, of.get("rope.dimension_count", 0), partial=False),
         "tie_word_embeddings": "output.weight" not in of.tensors,
         "bos_token_id": of.token("bos"),
         "eos_token_id": end[0] if len(end) == 1 else end or None,
@@ -331,3 +339,209 @@ def gpt_oss(of: Metadata) -> dict[str, Any]:
         "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)],
         "attention_bias": True,
     }
+
+
+def mixtral(of: Metadata) -> dict[str, Any]:
+    """Architecture llama, with experts."""
+    if not of.get("expert_count", 0):
+        raise of.unsupported("it is dense: there are no experts to manage")
+    return {
+        "model_type": "mixtral",
+        **_base(of),
+        **_kv_heads(of),
+        **_experts(of, "num_local_experts", None),
+        "intermediate_size": _width(of),
+        "sliding_window": None,
+    }
+
+
+def deepseek2(of: Metadata) -> dict[str, Any]:
+    """DeepSeek V2 where experts are chosen by softmax, else V3 and those like it (R1, Kimi K2, GLM-4.7-Flash).
+
+    Newer files hold `kv_b_proj` as two tensors, and sizes of heads under keys of their own.
+    """
+    heads, rotated = of["attention.head_count"], of["rope.dimension_count"]
+    split = of.has("attention.key_length_mla")
+    key, value = (of[f"attention.{each}_length" + ("_mla" if split else "")] for each in ("key", "value"))
+    of.get("attention.key_length", 0), of.get("attention.head_count_kv", 0)
+    values = _shared(of)
+    if of.has("rope.scaling.yarn_log_multiplier"):
+        # The converter writes a tenth of mscale_all_dim; mscale is the same in all published models.
+        both = round(10 * of.number("rope.scaling.yarn_log_multiplier"), 6)
+        values["rope_parameters"] |= {"mscale": both, "mscale_all_dim": both}
+    values |= {
+        "num_key_value_heads": heads,
+        **_experts(of, "n_routed_experts", "moe_intermediate_size"),
+        "intermediate_size": of["feed_forward_length"],
+        "first_k_dense_replace": of.get("leading_dense_block_count", 0),
+        "n_shared_experts": of.get("expert_shared_count", 0),
+        "routed_scaling_factor": _scale(of),
+        "kv_lora_rank": of["attention.kv_lora_rank"],
+        "q_lora_rank": of["attention.q_lora_rank"] if _any(of, r"blk\.\d+\.attn_q_a\.weight") else None,
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": key - rotated,
+        "v_head_dim": value,
+        "attention_bias": False,
+        **_groups(of),
+    }
+    if not of.has("expert_group_count") and values["n_routed_experts"] in (160, 256):
+        raise of.unsupported(
+            f"the published models of {values['n_routed_experts']} experts choose among groups of them, and the file "
+            "was made before converters wrote expert_group_count"
+        )
+    normed = of.flag("expert_weights_norm", False)
+    corrected = _any(of, r"blk\.\d+\.exp_probs_b\.bias")
+    if of.get("expert_gating_func", SIGMOID if corrected else SOFTMAX) == SIGMOID:
+        return {**values, "model_type": "deepseek_v3", "norm_topk_prob": normed, "num_mtp_layers": 0}
+    _gating(of, SOFTMAX, SOFTMAX)
+    if normed:
+        raise of.unsupported("weights of experts chosen by softmax are normed")
+    method = "group_limited_greedy" if values["n_group"] > 1 else "greedy"
+    return {**values, "model_type": "deepseek_v2", "topk_method": method, "norm_topk_prob": False}
+
+
+def glm4moe(of: Metadata) -> dict[str, Any]:
+    """GLM-4.5 to 4.7 and Solar Open."""
+    _gating(of, SIGMOID, SIGMOID)
+    if of.has("rope.dimension_sections"):
+        raise of.unsupported("it is the text part of a vision model")
+    return {
+        "model_type": "glm4_moe",
+        **_base(of, partial=True),
+        **_kv_heads(of),
+        **_deepseek_like(of),
+        **_groups(of),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in of.tensors,
+        "attention_bias": _bias(of),
+        "num_mtp_layers": 0,
+    }
+
+
+def dots1(of: Metadata) -> dict[str, Any]:
+    """As DeepSeek V3 with ordinary attention."""
+    values = _base(of)
+    _gating(of, SIGMOID, 0)
+    return {
+        "model_type": "dots1",
+        **values,
+        **_kv_heads(of),
+        **_deepseek_like(of),
+        **_groups(of),
+        "attention_bias": _bias(of),
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * values["num_hidden_layers"],
+    }
+
+
+def _deepseek_like(of: Metadata) -> dict[str, Any]:
+    dense = of.get("leading_dense_block_count", 0)
+    experts = _experts(of, "n_routed_experts", "moe_intermediate_size")
+    return {
+        **experts,
+        # Of dense layers; where there are none, a file may not say it.
+        "intermediate_size": of["feed_forward_length"] if dense else experts["moe_intermediate_size"],
+        "first_k_dense_replace": dense,
+        "n_shared_experts": of["expert_shared_count"],
+        "routed_scaling_factor": _scale(of),
+        "norm_topk_prob": of.flag("expert_weights_norm", False),
+    }
+
+
+def ernie4_5_moe(of: Metadata) -> dict[str, Any]:
+    """Weights of a token's experts are normed."""
+    values = _base(of, head_dim=False)
+    experts = _experts(of, "moe_num_experts", "moe_intermediate_size")
+    shared = next((shape[0] for name, shape in of.tensors.items() if name.endswith("ffn_up_shexp.weight")), 0)
+    return {
+        "model_type": "ernie4_5_moe",
+        **values,
+        **_kv_heads(of),
+        **experts,
+        "moe_k": experts["num_experts_per_tok"],
+        "intermediate_size": of["feed_forward_length"],
+        "moe_num_shared_experts": shared // experts["moe_intermediate_size"],
+        "moe_layer_start_index": of.get("leading_dense_block_count", 0),
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": of.get("interleave_moe_layer_step", 1) or 1,
+        "use_bias": _bias(of),
+    }
+
+
+def granitemoe(of: Metadata) -> dict[str, Any]:
+    """Granite 3; with a shared expert where the file has one."""
+    values = _base(of, head_dim=False)
+    head = values["hidden_size"] // values["num_attention_heads"]
+    shared = next((shape[0] for name, shape in of.tensors.items() if name.endswith("ffn_up_shexp.weight")), None)
+    if not of.flag("rope.scaling.finetuned", True):
+        raise of.unsupported("positions are not rotated")
+    return {
+        "model_type": "granitemoe" if shared is None else "granitemoeshared",
+        **values,
+        **_kv_heads(of),
+        **_experts(of, "num_local_experts", None),
+        "intermediate_size": _width(of),
+        **({} if shared is None else {"shared_intermediate_size": shared}),
+        "logits_scaling": of.number("logit_scale"),
+        "residual_multiplier": of.number("residual_scale", 1.0) or 1.0,
+        "embedding_multiplier": of.number("embedding_scale", 1.0) or 1.0,
+        "attention_multiplier": of.number("attention.scale", 0.0) or head**-0.5,
+        "attention_bias": _bias(of),
+    }
+
+
+def minimax_m2(of: Metadata) -> dict[str, Any]:
+    """Weights of a token's experts are normed; the sigmoid of a router decides."""
+    _gating(of, SIGMOID, 0)
+    return {
+        "model_type": "minimax_m2",
+        **_base(of, partial=True),
+        **_kv_heads(of),
+        **_experts(of, "num_local_experts", None),
+        "intermediate_size": _width(of),
+    }
+
+
+def lfm2moe(of: Metadata) -> dict[str, Any]:
+    """Layers without heads for keys are convolutions."""
+    _gating(of, SIGMOID, 0)
+    values = _base(of, head_dim=False, eps="norm_eps")
+    heads = of.each("attention.head_count_kv", values["num_hidden_layers"])
+    if len(set(heads) - {0}) != 1:
+        raise of.unsupported(f"heads for keys differ between layers of attention: {heads}")
+    return {
+        "model_type": "lfm2_moe",
+        **values,
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if each else "conv" for each in heads],
+        **_experts(of, "num_experts", "moe_intermediate_size"),
+        "intermediate_size": of["feed_forward_length"],
+        "num_dense_layers": of.get("leading_dense_block_count", 0),
+        "conv_L_cache": of["shortconv.l_cache"],
+        "conv_bias": _any(of, r"blk\.\d+\.shortconv\.in_proj\.bias"),
+        "use_expert_bias": _any(of, r"blk\.\d+\.exp_probs_b\.bias"),
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+    }
+
+
+def hunyuan_moe(of: Metadata) -> dict[str, Any]:
+    """The base of its rotations is stored as it is after scaling."""
+    experts = _experts(of, "num_experts", None)
+    width = _width(of)
+    if of.has("rope.scaling.original_context_length"):
+        of.get("rope.scaling.original_context_length", 0)
+    if of.shape("blk.0.ffn_up_shexp.weight")[0] != width:
+        raise of.unsupported("its shared expert is not as wide as the others")
+    return {
+        "model_type": "hunyuan_v1_moe",
+        **_base(of),
+        **_kv_heads(of),
+        "num_experts": experts["num_experts"],
+        "moe_topk": experts["num_experts_per_tok"],
+        "intermediate_size": width,
+        "attention_bias": _bias(of),
+    }
+
+
+def _any(of: Metadata, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name in of.tensors)

@@ -59,10 +59,28 @@ def _unpermuted(heads: str) -> Callable[..., torch.Tensor]:
 
 
 _LAYERS = "model.layers.{bid}."
+_EVERYWHERE = {"lm_head.weight": "output.weight"}  # the library leaves it out of architectures that tie it
 _PERMUTED = {
     f"{_LAYERS}self_attn.{kind}_proj.{part}": Made((), _unpermuted(heads))
     for kind, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
     for part in ("weight", "bias")
+}
+
+
+
+def _kv_b(config: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[heads, rank, nope] and [heads, value, rank] -> [heads * (nope + value), rank]"""
+    return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
+
+
+_MLA = {f"{_LAYERS}self_attn.kv_b_proj.weight": Made(("blk.{bid}.attn_k_b.weight", "blk.{bid}.attn_v_b.weight"), _kv_b)}
+
+_GRANITE = {
+    f"{_LAYERS}block_sparse_moe.router.weight": Made(("blk.{bid}.ffn_gate_inp.weight",)),
+    f"{_LAYERS}shared_mlp.input_linear.weight": Made(
+        ("blk.{bid}.ffn_gate_shexp.weight", "blk.{bid}.ffn_up_shexp.weight"), lambda config, *rows: torch.cat(rows)
+    ),
+    f"{_LAYERS}shared_mlp.output_linear.weight": Made(("blk.{bid}.ffn_down_shexp.weight",)),
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -77,6 +95,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "olmoe": Architecture(configs.olmoe),
     "gpt-oss": Architecture(configs.gpt_oss),
+    "llama": Architecture(configs.mixtral, _PERMUTED),
+    "deepseek2": Architecture(configs.deepseek2, _MLA),
+    "glm4moe": Architecture(configs.glm4moe),
+    "dots1": Architecture(configs.dots1),
+    "ernie4_5-moe": Architecture(
+        configs.ernie4_5_moe,
+        {
+            f"{_LAYERS}mlp.gate.moe_statics.e_score_correction_bias": Made(
+                ("blk.{bid}.exp_probs_b.bias",), lambda config, row: row.reshape(1, -1)
+            )
+        },
+    ),
+    "granitemoe": Architecture(configs.granitemoe, {**_PERMUTED, **_GRANITE}),
+    "minimax-m2": Architecture(configs.minimax_m2),
+    "lfm2moe": Architecture(
+        configs.lfm2moe,
+        {f"{_LAYERS}conv.conv.weight": Made((), lambda config, rows: rows.unsqueeze(1))},
+    ),
+    "hunyuan-moe": Architecture(configs.hunyuan_moe),
 }
 
 
@@ -118,9 +155,9 @@ class TensorNames:
         found = _LAYER.search(key)
         made = self._rules.made.get(_LAYER.sub(".{bid}.", key, count=1)) or Made(())
         bid = found[1] if found else ""
-        if made.sources:
+        if made.sources and not (self._named(key) in self._tensors and made.undo is _kv_b):
             return Made(tuple(each.format(bid=bid) for each in made.sources), made.undo)
-        name = self._named(key)
+        name = self._named(key) or _EVERYWHERE.get(key)
         return None if name is None else Made((name,), made.undo)
 
     def _named(self, key: str) -> str | None:

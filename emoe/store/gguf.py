@@ -188,9 +188,9 @@ class GgufCheckpoint:
         }
         ours = {f"{path}.{param.name}" for path, module in experts_modules(meta_model) for param in param_specs(module)}
         state: dict[str, torch.Tensor] = {}
-        tied = bool(getattr(meta_model.config.get_text_config(decoder=True), "tie_word_embeddings", False))
+        tied = set(meta_model.all_tied_weights_keys)  # of the model, by its config; Transformers ties them
         for key, parameter in meta_model.state_dict().items():
-            if key in ours:
+            if key in ours or key in tied:
                 continue
             made = names.of(key)
             if made is None:
@@ -198,8 +198,8 @@ class GgufCheckpoint:
                     f"{self.name}: emoe does not know which tensor makes {key} of {type(meta_model).__name__}"
                 )
             used |= set(made.sources)
-            if not (tied and made.sources == ("output.weight",)):
-                state[key] = self._value(key, made, parameter, meta_model.config)
+            state[key] = self._value(key, made, parameter, meta_model.config)
+        used |= {source for key in tied if (made := names.of(key)) is not None for source in made.sources}
         unknown = [name for name in self.tensors if name not in used and not names.unused(name)]
         if unknown:
             raise UnsupportedModelError(
