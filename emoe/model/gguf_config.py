@@ -74,53 +74,54 @@ class Metadata:
             raise self.error(f"{key} is {value!r:.80}, not of type {' or '.join(kind.__name__ for kind in kinds)}")
         return value
 
-    def _key(self, key: str) -> str:
+    def key(self, key: str) -> str:
+        """The whole key; from now on it counts as asked for."""
         self._asked.add(key)
         return f"{self.architecture}.{key}"
 
     def __getitem__(self, key: str) -> int:
         """A whole number of at least 1 that has to be there; one for all layers, where there is one for each."""
-        return self._whole(key, self.value(self._key(key), int, list), 1)
+        return self._whole(key, self.value(self.key(key), int, list), 1)
 
     def get(self, key: str, default: int) -> int:
         """A whole number of at least 0."""
-        return self._whole(key, self.value(self._key(key), int, list, default=default), 0)
+        return self._whole(key, self.value(self.key(key), int, list, default=default), 0)
 
     def _whole(self, key: str, value: Any, least: int) -> int:
         if isinstance(value, list):
             if len(set(value)) != 1:
-                raise self.unsupported(f"{self._key(key)} differs from layer to layer: {value!r:.80}")
+                raise self.unsupported(f"{self.key(key)} differs from layer to layer: {value!r:.80}")
             value = value[0]
         if type(value) is not int or not least <= value < 1 << 31:
-            raise self.error(f"{self._key(key)} is {value!r:.80}, no whole number of at least {least}")
+            raise self.error(f"{self.key(key)} is {value!r:.80}, no whole number of at least {least}")
         return value
 
     def each(self, key: str, count: int) -> list[int]:
         """A whole number for each of `count` layers."""
-        value = self.value(self._key(key), int, list)
+        value = self.value(self.key(key), int, list)
         values = value if isinstance(value, list) else [value] * count
         if len(values) != count or any(type(each) is not int or each < 0 for each in values):
-            raise self.error(f"{self._key(key)} is {value!r:.80}, no list of {count} whole numbers")
+            raise self.error(f"{self.key(key)} is {value!r:.80}, no list of {count} whole numbers")
         return values
 
     def number(self, key: str, default: float | None = None) -> float:
         """A float, as short as its 32 bits allow: 1e-5 and not 9.99999974e-06."""
-        value = self.value(self._key(key), int, float, default=default)
+        value = self.value(self.key(key), int, float, default=default)
         if not np.isfinite(value):
-            raise self.error(f"{self._key(key)} is {value}")
+            raise self.error(f"{self.key(key)} is {value}")
         return float(str(np.float32(value)))
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """True or False."""
-        return bool(self.value(self._key(key), bool, int, default=default))
+        return bool(self.value(self.key(key), bool, int, default=default))
 
     def word(self, key: str, default: str) -> str:
         """A text."""
-        return str(self.value(self._key(key), str, default=default))
+        return str(self.value(self.key(key), str, default=default))
 
     def has(self, key: str) -> bool:
         """Whether the key is there."""
-        return self._key(key) in self._header.metadata
+        return self.key(key) in self._header.metadata
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Of a tensor that has to be there."""
@@ -541,6 +542,67 @@ def hunyuan_moe(of: Metadata) -> dict[str, Any]:
         "intermediate_size": width,
         "attention_bias": _bias(of),
     }
+
+
+def exaone_moe(of: Metadata) -> dict[str, Any]:
+    """Layers that attend to all positions do not rotate them."""
+    _gating(of, SIGMOID, 0)
+    values = _base(of)
+    return {
+        "model_type": "exaone_moe",
+        **values,
+        **_kv_heads(of),
+        **_experts(of, "num_experts", "moe_intermediate_size"),
+        "intermediate_size": of["feed_forward_length"],
+        "mlp_layer_types": _sparse_after(of, values["num_hidden_layers"]),
+        "num_shared_experts": of["expert_shared_count"],
+        "routed_scaling_factor": _scale(of),
+        "norm_topk_prob": of.flag("expert_weights_norm", False),
+        **_groups(of),
+        "sliding_window": of["attention.sliding_window"],
+        "layer_types": _windows(of, values["num_hidden_layers"], 4),
+    }
+
+
+def afmoe(of: Metadata) -> dict[str, Any]:
+    """Embeddings are scaled by the root of their size, as llama.cpp does and published models ask for."""
+    _gating(of, SIGMOID, SIGMOID)
+    values = _base(of)
+    if not of.flag("expert_weights_norm", True):
+        raise of.unsupported("weights of a token's experts are not normed")
+    return {
+        "model_type": "afmoe",
+        **values,
+        **_kv_heads(of),
+        **_experts(of, "num_experts", "moe_intermediate_size"),
+        "intermediate_size": of["feed_forward_length"],
+        "num_dense_layers": of.get("leading_dense_block_count", 0),
+        "num_shared_experts": of["expert_shared_count"],
+        "route_scale": _scale(of),
+        "sliding_window": of["attention.sliding_window"],
+        "layer_types": _windows(of, values["num_hidden_layers"], 4),
+        "mup_enabled": True,
+        "attention_bias": _bias(of),
+    }
+
+
+def _sparse_after(of: Metadata, layers: int) -> list[str]:
+    """Which layers have experts: those after the first dense ones."""
+    dense = of.get("leading_dense_block_count", 0)
+    return ["dense"] * dense + ["sparse"] * (layers - dense)
+
+
+def _windows(of: Metadata, layers: int, every: int) -> list[str]:
+    """What each layer attends to: a window, but the last of `every` all positions, where the file does not say."""
+    key = "attention.sliding_window_pattern"
+    said = of.value(of.key(key), int, list, default=every)
+    if isinstance(said, list):
+        if len(said) < layers or any(type(each) not in (bool, int) for each in said):
+            raise of.error(f"{of.key(key)} is {said!r:.80}, no list of {layers} flags")
+        windows = [bool(each) for each in said[:layers]]
+    else:
+        windows = [said == 0 or (layer + 1) % said != 0 for layer in range(layers)]
+    return ["sliding_attention" if each else "full_attention" for each in windows]
 
 
 def _any(of: Metadata, pattern: str) -> bool:

@@ -114,6 +114,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         {f"{_LAYERS}conv.conv.weight": Made((), lambda config, rows: rows.unsqueeze(1))},
     ),
     "hunyuan-moe": Architecture(configs.hunyuan_moe),
+    "exaone-moe": Architecture(configs.exaone_moe),
+    "afmoe": Architecture(configs.afmoe),
 }
 
 
