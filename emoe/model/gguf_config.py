@@ -288,7 +288,7 @@ def _bias(of: Metadata, block: int = 0) -> bool:
 def qwen3moe(of: Metadata) -> dict[str, Any]:
     """Weights of a token's experts are normed: llama.cpp does so, and all published models."""
     return {
-        **{"model_type": "qwen3_moe", **_base(of), **_kv_heads(of)},
+        "model_type": "qwen3_moe", **_base(of), **_kv_heads(of),
         **_experts(of, "num_experts", "moe_intermediate_size"),
         "intermediate_size": of["feed_forward_length"],
         "attention_bias": _bias(of),
@@ -301,7 +301,7 @@ def qwen3moe(of: Metadata) -> dict[str, Any]:
 def qwen2moe(of: Metadata) -> dict[str, Any]:
     """Weights of a token's experts are not normed."""
     return {
-        **{"model_type": "qwen2_moe", **_base(of, head_dim=False), **_kv_heads(of)},
+        "model_type": "qwen2_moe", **_base(of, head_dim=False), **_kv_heads(of),
         **_experts(of, "num_experts", "moe_intermediate_size"),
         "intermediate_size": of["feed_forward_length"],
         "shared_expert_intermediate_size": of.shape("blk.0.ffn_gate_shexp.weight")[0],
@@ -317,7 +317,7 @@ def olmoe(of: Metadata) -> dict[str, Any]:
     values = _base(of, head_dim=False)
     # The converter writes 1e-5 whatever the config says; published models have it.
     return {
-        **{"model_type": "olmoe", **values, **_kv_heads(of), **_experts(of, "num_experts", None)},
+        "model_type": "olmoe", **values, **_kv_heads(of), **_experts(of, "num_experts", None),
         "intermediate_size": _width(of),
         "clip_qkv": of.number("attention.clamp_kqv") if of.has("attention.clamp_kqv") else None,
         "attention_bias": _bias(of),
@@ -334,7 +334,7 @@ def gpt_oss(of: Metadata) -> dict[str, Any]:
     if of.get("attention.sliding_window_pattern", 2) != 2:
         raise of.unsupported("not every other layer attends to a window")
     return {
-        **{"model_type": "gpt_oss", **values, **_kv_heads(of), **_experts(of, "num_local_experts", None)},
+        "model_type": "gpt_oss", **values, **_kv_heads(of), **_experts(of, "num_local_experts", None),
         "intermediate_size": _width(of),
         "sliding_window": of["attention.sliding_window"],
         "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)],
@@ -583,6 +583,50 @@ def afmoe(of: Metadata) -> dict[str, Any]:
         "layer_types": _windows(of, values["num_hidden_layers"], 4),
         "mup_enabled": True,
         "attention_bias": _bias(of),
+    }
+
+
+def qwen3next(of: Metadata) -> dict[str, Any]:
+    """Layers with a state in place of keys and values; Qwen3-Next norms the weights of a token's experts."""
+    return {
+        **_linear_attention(of),
+        "model_type": "qwen3_next",
+        "intermediate_size": of["feed_forward_length"],
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def qwen35moe(of: Metadata) -> dict[str, Any]:
+    """Qwen3.5 and 3.6, the text model; its axes of rotation are one and the same for text."""
+    values = _linear_attention(of)
+    sections = of.value(of.key("rope.dimension_sections"), list, default=[])
+    if any(type(each) is not int for each in sections):
+        raise of.error(f"{of.key('rope.dimension_sections')} is {sections!r:.80}")
+    values["rope_parameters"] |= {"mrope_section": [each for each in sections if each], "mrope_interleaved": True}
+    return {**values, "model_type": "qwen3_5_moe_text"}
+
+
+def _linear_attention(of: Metadata) -> dict[str, Any]:
+    values = _base(of, partial=True)
+    heads = of["ssm.time_step_rank"]
+    linear = [f"blk.{layer}.ssm_out.weight" in of.tensors for layer in range(values["num_hidden_layers"])]
+    of.get("full_attention_interval", 0)
+    if of["ssm.inner_size"] % heads:
+        raise of.error(f"{of.key('ssm.inner_size')} is no multiple of its {heads} heads")
+    return {
+        **values,
+        **_kv_heads(of),
+        **_experts(of, "num_experts", "moe_intermediate_size"),
+        "shared_expert_intermediate_size": of.shape("blk.0.ffn_up_shexp.weight")[0],
+        "layer_types": ["linear_attention" if each else "full_attention" for each in linear],
+        "linear_conv_kernel_dim": of["ssm.conv_kernel"],
+        "linear_key_head_dim": of["ssm.state_size"],
+        "linear_value_head_dim": of["ssm.inner_size"] // heads,
+        "linear_num_key_heads": of["ssm.group_count"],
+        "linear_num_value_heads": heads,
+        "attention_bias": _bias(of, linear.index(False) if False in linear else 0),
     }
 
 

@@ -67,7 +67,6 @@ _PERMUTED = {
 }
 
 
-
 def _kv_b(config: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[heads, rank, nope] and [heads, value, rank] -> [heads * (nope + value), rank]"""
     return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
@@ -75,6 +74,76 @@ def _kv_b(config: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor
 
 _MLA = {f"{_LAYERS}self_attn.kv_b_proj.weight": Made(("blk.{bid}.attn_k_b.weight", "blk.{bid}.attn_v_b.weight"), _kv_b)}
 
+
+def _less_one(config: Any, row: torch.Tensor) -> torch.Tensor:
+    return row - 1
+
+
+def _decay(config: Any, row: torch.Tensor) -> torch.Tensor:
+    return torch.log(-row)
+
+
+def _by_key_head(config: Any, qkv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Rows of all q, all k, all v, and z; Qwen3-Next has q, k, v, z of one key head after another."""
+    heads, wide = config.linear_num_key_heads, config.linear_num_key_heads * config.linear_key_head_dim
+    q, k, v = qkv.split([wide, wide, len(qkv) - 2 * wide])
+    return torch.cat([each.view(heads, -1, each.shape[1]) for each in (q, k, v, gate)], dim=1).flatten(0, 1)
+
+
+def _grouped(config: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Undoes the order in which ggml repeats key heads: value heads of one key head side by side again."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    return rows.view(values // keys, keys, len(rows) // values, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def _grouped_values(config: Any, rows: torch.Tensor) -> torch.Tensor:
+    """As `_grouped`, for the rows of values below those of queries and keys."""
+    before = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    return torch.cat([rows[:before], _grouped(config, rows[before:])])
+
+
+_NORMS = {
+    name: Made((), _less_one)
+    for name in (
+        "model.norm.weight",
+        f"{_LAYERS}input_layernorm.weight",
+        f"{_LAYERS}post_attention_layernorm.weight",
+        f"{_LAYERS}self_attn.q_norm.weight",
+        f"{_LAYERS}self_attn.k_norm.weight",
+    )
+}
+_SHARED_GATE = {
+    f"{_LAYERS}mlp.shared_expert_gate.weight": Made(
+        ("blk.{bid}.ffn_gate_inp_shexp.weight",), lambda config, row: row.reshape(1, -1)
+    )
+}
+_LINEAR = f"{_LAYERS}linear_attn."
+_QWEN3_NEXT = {
+    **_NORMS,
+    **_SHARED_GATE,
+    f"{_LINEAR}A_log": Made(("blk.{bid}.ssm_a",), _decay),
+    f"{_LINEAR}dt_bias": Made(("blk.{bid}.ssm_dt.bias",)),
+    f"{_LINEAR}conv1d.weight": Made(("blk.{bid}.ssm_conv1d.weight",), lambda config, rows: rows.unsqueeze(1)),
+    f"{_LINEAR}norm.weight": Made(("blk.{bid}.ssm_norm.weight",)),
+    f"{_LINEAR}in_proj_ba.weight": Made(("blk.{bid}.ssm_ba.weight",)),
+    f"{_LINEAR}out_proj.weight": Made(("blk.{bid}.ssm_out.weight",)),
+    f"{_LINEAR}in_proj_qkvz.weight": Made(("blk.{bid}.attn_qkv.weight", "blk.{bid}.attn_gate.weight"), _by_key_head),
+}
+_QWEN35 = {
+    **_NORMS,
+    **_SHARED_GATE,
+    f"{_LINEAR}A_log": Made(("blk.{bid}.ssm_a",), lambda config, row: _grouped(config, _decay(config, row))),
+    f"{_LINEAR}dt_bias": Made(("blk.{bid}.ssm_dt.bias",), _grouped),
+    f"{_LINEAR}conv1d.weight": Made(
+        ("blk.{bid}.ssm_conv1d.weight",), lambda config, rows: _grouped_values(config, rows).unsqueeze(1)
+    ),
+    f"{_LINEAR}norm.weight": Made(("blk.{bid}.ssm_norm.weight",)),
+    f"{_LINEAR}in_proj_a.weight": Made(("blk.{bid}.ssm_alpha.weight",), _grouped),
+    f"{_LINEAR}in_proj_b.weight": Made(("blk.{bid}.ssm_beta.weight",), _grouped),
+    f"{_LINEAR}in_proj_qkv.weight": Made(("blk.{bid}.attn_qkv.weight",), _grouped_values),
+    f"{_LINEAR}in_proj_z.weight": Made(("blk.{bid}.attn_gate.weight",), _grouped),
+    f"{_LINEAR}out_proj.weight": Made(("blk.{bid}.ssm_out.weight",), lambda config, rows: _grouped(config, rows.T).T),
+}
 _GRANITE = {
     f"{_LAYERS}block_sparse_moe.router.weight": Made(("blk.{bid}.ffn_gate_inp.weight",)),
     f"{_LAYERS}shared_mlp.input_linear.weight": Made(
@@ -85,14 +154,9 @@ _GRANITE = {
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(configs.qwen3moe),
-    "qwen2moe": Architecture(
-        configs.qwen2moe,
-        {
-            f"{_LAYERS}mlp.shared_expert_gate.weight": Made(
-                ("blk.{bid}.ffn_gate_inp_shexp.weight",), lambda config, row: row.reshape(1, -1)
-            )
-        },
-    ),
+    "qwen2moe": Architecture(configs.qwen2moe, _SHARED_GATE),
+    "qwen3next": Architecture(configs.qwen3next, _QWEN3_NEXT),
+    "qwen35moe": Architecture(configs.qwen35moe, _QWEN35),
     "olmoe": Architecture(configs.olmoe),
     "gpt-oss": Architecture(configs.gpt_oss),
     "llama": Architecture(configs.mixtral, _PERMUTED),
