@@ -233,8 +233,9 @@ def _placed(
 
 
 def _about(head: _Cursor, tensor: GgufTensor, why: str) -> CheckpointError:
+    what = f"{tensor.kind}{list(tensor.shape)}, {tensor.nbytes} bytes at byte {tensor.offset}"
     return head.error(
-        f"tensor {tensor.name} ({tensor.kind}{list(tensor.shape)}, {tensor.nbytes} bytes at byte {tensor.offset}) {why}",
+        f"tensor {tensor.name} ({what}) {why}",
         tensor=tensor.name,
         offset=tensor.offset,
         nbytes=tensor.nbytes,

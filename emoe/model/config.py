@@ -22,8 +22,8 @@ PLACES = (
 # What Transformers' from_pretrained takes itself, and auto_class; every other name is a value of the config.
 _TAKEN = (
     "adapter_kwargs", "adapter_name", "auto_class", "allow_all_kernels", "attn_implementation", "config", "device_map",
-    "generation_config", "gguf_file", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict", "tqdm_class",
-    "use_kernels", "use_safetensors", "variant", "weights_only",
+    "generation_config", "gguf_file", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict",
+    "tqdm_class", "use_kernels", "use_safetensors", "variant", "weights_only",
 )  # fmt: skip
 _QUANTIZES_NONE = "emoe reads quantized checkpoints as their files say, and quantizes nothing while it loads"
 # Those that contradict keeping experts elsewhere, and what to do instead.
