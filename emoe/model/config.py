@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe.errors import CheckpointError, ConfigError, one_line
-from emoe.model.gguf_files import gguf_config, gguf_files
+from emoe.model.gguf_files import gguf_config, gguf_files, read_headers, stored_dtype
 from emoe.options import one_device, unknown_option
 
 # Where Transformers looks for files; for the config as for the weights.
@@ -89,6 +89,9 @@ def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dic
         if hasattr(config, name):
             raise ConfigError(f"{name}= beside a config object is ambiguous; set config.{name} in its place")
         raise unknown_option(name, "load", (*PLACES, *_TAKEN, *config.to_dict()))
+    if getattr(config, "dtype", None) is None and (files := gguf_files(path_or_id, {**places, **taken})):
+        config = copy.copy(config)
+        config.dtype = stored_dtype(read_headers(files))
     return config, {**places, **taken}
 
 

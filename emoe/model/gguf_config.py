@@ -288,7 +288,9 @@ def _bias(of: Metadata, block: int = 0) -> bool:
 def qwen3moe(of: Metadata) -> dict[str, Any]:
     """Weights of a token's experts are normed: llama.cpp does so, and all published models."""
     return {
-        "model_type": "qwen3_moe", **_base(of), **_kv_heads(of),
+        "model_type": "qwen3_moe",
+        **_base(of),
+        **_kv_heads(of),
         **_experts(of, "num_experts", "moe_intermediate_size"),
         "intermediate_size": of["feed_forward_length"],
         "attention_bias": _bias(of),
@@ -301,7 +303,9 @@ def qwen3moe(of: Metadata) -> dict[str, Any]:
 def qwen2moe(of: Metadata) -> dict[str, Any]:
     """Weights of a token's experts are not normed."""
     return {
-        "model_type": "qwen2_moe", **_base(of, head_dim=False), **_kv_heads(of),
+        "model_type": "qwen2_moe",
+        **_base(of, head_dim=False),
+        **_kv_heads(of),
         **_experts(of, "num_experts", "moe_intermediate_size"),
         "intermediate_size": of["feed_forward_length"],
         "shared_expert_intermediate_size": of.shape("blk.0.ffn_gate_shexp.weight")[0],
@@ -317,7 +321,10 @@ def olmoe(of: Metadata) -> dict[str, Any]:
     values = _base(of, head_dim=False)
     # The converter writes 1e-5 whatever the config says; published models have it.
     return {
-        "model_type": "olmoe", **values, **_kv_heads(of), **_experts(of, "num_experts", None),
+        "model_type": "olmoe",
+        **values,
+        **_kv_heads(of),
+        **_experts(of, "num_experts", None),
         "intermediate_size": _width(of),
         "clip_qkv": of.number("attention.clamp_kqv") if of.has("attention.clamp_kqv") else None,
         "attention_bias": _bias(of),
@@ -334,7 +341,10 @@ def gpt_oss(of: Metadata) -> dict[str, Any]:
     if of.get("attention.sliding_window_pattern", 2) != 2:
         raise of.unsupported("not every other layer attends to a window")
     return {
-        "model_type": "gpt_oss", **values, **_kv_heads(of), **_experts(of, "num_local_experts", None),
+        "model_type": "gpt_oss",
+        **values,
+        **_kv_heads(of),
+        **_experts(of, "num_local_experts", None),
         "intermediate_size": _width(of),
         "sliding_window": of["attention.sliding_window"],
         "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)],

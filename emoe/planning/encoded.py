@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +18,14 @@ from torch import nn
 from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.model.config import without_quantization
 from emoe.model.encoding import encoding
+from emoe.model.gguf_files import gguf_files
 from emoe.model.spec import ExpertForm
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.planning.formats import Formats, formats_said
 from emoe.store.checkpoint import Forms, Sizes, encoded_forms, forms_of_one, model_keys
 from emoe.store.companions import EncodedWeight
 from emoe.store.declared import QUANTIZER_FILES, said_of_encodings
+from emoe.store.gguf import GgufCheckpoint
 from emoe.store.headers import INDEX_NAME, SINGLE_NAME, TensorEntry, checkpoint_files, read_headers, remote_headers
 
 logger = logging.getLogger(__name__)
@@ -48,12 +51,15 @@ def stored(path_or_id: str | Path, model: Any, config: Any, places: Mapping[str,
         path_or_id: of the checkpoint.
         model: on the meta device.
         config: of the checkpoint, with what it says of encodings.
-        places: where Transformers looks for files (`subfolder`, `revision`, `token`).
+        places: where Transformers looks for files (`subfolder`, `revision`, `token`), and `gguf_file`.
 
     Raises:
         CheckpointError, UnsupportedModelError: as `emoe.store.checkpoint.read_checkpoint`; without files, the config
             leaves open how weights lie.
     """
+    if files := gguf_files(path_or_id, places):
+        with closing(GgufCheckpoint(files)) as checkpoint:
+            return Stored(checkpoint.forms(model), "headers")
     _, quantization = without_quantization(config)
     folder = Path(path_or_id) / (places.get("subfolder") or "")
     if folder.is_dir():

@@ -173,7 +173,8 @@ def plan_checkpoint(
     config, rest = read_config(path_or_id, kwargs)
     model = meta_model(path_or_id, dtype=options.dtype, config=config, **rest)
     stored = encoded.stored(path_or_id, model, config, rest)
-    folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
+    here = Path(path_or_id)
+    folder = here if here.is_dir() else here.parent if here.is_file() else None
     rates = bandwidth.measure(folder) if calibrate else None
     return _plan(model, str(path_or_id), options, rates, free, stored)
 

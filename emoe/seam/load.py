@@ -6,6 +6,7 @@ quantizer.py.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -19,12 +20,14 @@ from torch import nn
 from emoe.errors import CheckpointError
 from emoe.model import auto
 from emoe.model.config import PLACES, read_config, without_quantization
+from emoe.model.gguf_files import gguf_files
 from emoe.model.structure import experts_modules, find_experts
 from emoe.seam import elsewhere
 from emoe.seam.guard import ModelGuard
 from emoe.seam.saving import SavingGuard
 from emoe.store import ExpertStore, StoreLayer, read_layer
 from emoe.store.checkpoint import first_dtype, read_checkpoint
+from emoe.store.gguf import GgufCheckpoint
 from emoe.store.headers import checkpoint_files
 from emoe.store.unread import Unread
 
@@ -62,6 +65,8 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
         ConfigError: an option contradicts keeping experts elsewhere.
     """
     config, kwargs = read_config(path_or_id, kwargs)
+    if files := gguf_files(path_or_id, kwargs):
+        return _finished(*_load_gguf(files, path_or_id, config, dtype, kwargs), str(path_or_id))
     plain = not any(kwargs.get(name) for name in ("subfolder", "variant")) and not getattr(
         config, "transformers_weights", None
     )
@@ -78,11 +83,40 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
         _own_memory(model, model._emoe_store.files())
     except _EncodedError as found:
         model, info = _load_decoded(path_or_id, found, **kwargs)
+    return _finished(model, info, str(path_or_id))
+
+
+def _finished(model: Any, info: dict[str, Any], name: str) -> tuple[Any, ExpertStore]:
     store = cast(ExpertStore, model.__dict__.pop("_emoe_store"))
     store.require_in_place()  # what Transformers read by name is of the same files
-    _require_complete(info, str(path_or_id))
+    _require_complete(info, name)
     detach_experts(model, store.layers)
     return model, store
+
+
+def _load_gguf(
+    files: list[Path], path_or_id: str | Path, config: Any, dtype: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import GenerationConfig
+
+    given = {name: value for name, value in kwargs.items() if name not in ("gguf_file", "auto_class")}
+    cls = auto.model_class(config, kwargs.get("auto_class"))
+    config, _ = without_quantization(auto.part_of(config, cls))
+    if dtype != "auto":
+        config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    checkpoint = GgufCheckpoint(files)
+    try:
+        with torch.device("meta"):
+            shapes = auto.from_config(cls, copy.deepcopy(config), dtype=config.dtype, trust_remote_code=False)
+        if not Path(path_or_id).is_dir():  # nothing beside a file is known to be its own
+            given.setdefault("generation_config", GenerationConfig.from_model_config(config))
+        state = checkpoint.state(shapes)
+        return load_from_state(
+            type(shapes), config, lambda model, _: checkpoint.index(model), state, path_or_id, **given
+        )
+    except BaseException:
+        checkpoint.close()
+        raise
 
 
 class _EncodedError(Exception):

@@ -7,7 +7,7 @@ headers are read here. A tensor outside experts is read and decoded alone, its r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from emoe.errors import CheckpointError, ReadError, UnsupportedModelError
+from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.files.gguf import GgufHeader, read_header, require_parts
 from emoe.model.encoding import COMPUTED, ENCODINGS, EncodedMatrix, encoding
 from emoe.model.gguf_tensors import Made, TensorNames, architecture
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
+from emoe.store.checkpoint import Forms, Sizes
 from emoe.store.headers import TensorEntry
 from emoe.store.opened import OpenFile
+from emoe.store.unread import Unread, read_into
 
 _PLAIN = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I8": "int8", "I16": "int16",
     "I32": "int32", "I64": "int64",
 }  # fmt: skip
+_KINDS = {"gguf_mxfp4": "MXFP4"}  # names of ggml that are not the capitals of ours
 _CHUNK = 16 << 20  # bytes of decoded values
 
 
 def encoding_name(kind: str) -> str:
     """What the table of encodings calls a type of ggml, whether or not it is there."""
-    return _PLAIN.get(kind) or {"MXFP4": "gguf_mxfp4"}.get(kind, kind.lower())
+    return _PLAIN.get(kind) or next((name for name, its in _KINDS.items() if its == kind), kind.lower())
 
 
 class GgufCheckpoint:
@@ -170,36 +173,33 @@ class GgufCheckpoint:
             )
         return self.tensors[name]
 
-    def state(self, meta_model: Any) -> dict[str, torch.Tensor]:
-        """Values of all parameters outside experts, by their names in the model, decoded.
-
-        What the file holds in float32 stays so, for Transformers to cast or keep; the rest has the model's dtype.
+    def state(self, meta_model: Any) -> dict[str, _Value]:
+        """All parameters outside experts by their names in the model; each is read and decoded when it is indexed.
 
         Raises:
-            CheckpointError: a tensor is missing, of another shape, or cannot be read.
-            UnsupportedModelError: the file holds tensors that the model has no place for.
+            CheckpointError: a tensor is missing, or of another shape.
+            UnsupportedModelError: the file holds tensors that the model has no place for, or does not hold parameters
+                that emoe knows a tensor for.
         """
         names = self.names(meta_model)
-        used = {
-            name
-            for path, _ in experts_modules(meta_model)
-            for bias in (False, True)
-            for name in names.experts(path, bias).values()
-        }
-        ours = {f"{path}.{param.name}" for path, module in experts_modules(meta_model) for param in param_specs(module)}
-        state: dict[str, torch.Tensor] = {}
-        tied = set(meta_model.all_tied_weights_keys)  # of the model, by its config; Transformers ties them
+        experts = [(path, module, param_specs(module)) for path, module in experts_modules(meta_model)]
+        ours = {f"{path}.{param.name}" for path, _, params in experts for param in params}
+        used = {name for path, _, _ in experts for bias in (False, True) for name in names.experts(path, bias).values()}
+        tied = set(meta_model.all_tied_weights_keys)  # by the config; Transformers ties them
+        state: dict[str, _Value] = {}
         for key, parameter in meta_model.state_dict().items():
-            if key in ours or key in tied:
-                continue
             made = names.of(key)
+            if key in ours:
+                continue
+            if key in tied:
+                used |= set(made.sources if made else ())
+                continue
             if made is None:
                 raise UnsupportedModelError(
                     f"{self.name}: emoe does not know which tensor makes {key} of {type(meta_model).__name__}"
                 )
             used |= set(made.sources)
-            state[key] = self._value(key, made, parameter, meta_model.config)
-        used |= {source for key in tied if (made := names.of(key)) is not None for source in made.sources}
+            state[key] = self._unread(key, made, parameter, meta_model.config)
         unknown = [name for name in self.tensors if name not in used and not names.unused(name)]
         if unknown:
             raise UnsupportedModelError(
@@ -208,65 +208,97 @@ class GgufCheckpoint:
             )
         return state
 
-    def _value(self, key: str, made: Made, parameter: torch.Tensor, config: Any) -> torch.Tensor:
-        entries = [self._entry(name, key) for name in made.sources]
-        plain = all(entry.dtype == "float32" for entry in entries)
-        dtype = torch.float32 if plain or not parameter.is_floating_point() else parameter.dtype
-        if made.undo is None:
-            value = self.decoded(entries[0], dtype)
-        else:
-            value = made.undo(config, *(self.decoded(entry, torch.float32) for entry in entries)).to(dtype)
-        if value.shape != parameter.shape:
-            raise entries[0].error(f"has not the shape {list(parameter.shape)} that the config gives {key}")
-        return value.contiguous()
+    def forms(self, meta_model: Any) -> Forms:
+        """What its experts are, and bytes. Raises as `index` and `state`."""
+        forms = [layer.form for layer in self.index(meta_model).layers]
+        rest = self.state(meta_model)
+        kept = {
+            id(each): each for value in rest.values() for each in value.entries if each.dtype not in _PLAIN.values()
+        }
+        made = [key for key, value in rest.items() if any(id(each) in kept for each in value.entries)]
+        parameters = meta_model.state_dict()
+        return Forms(
+            forms if any(form.matrices for form in forms) else None,
+            Sizes(
+                nbytes=sum(each.nbytes for each in self.tensors.values()),
+                not_loaded=0,
+                encoded=sum(each.nbytes for each in kept.values()),
+                decoded=sum(parameters[key].nbytes for key in made),
+            ),
+        )
 
-    def decoded(self, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor's values, read and decoded a few rows at a time.
+    def _unread(self, key: str, made: Made, parameter: torch.Tensor, config: Any) -> _Value:
+        value = _Value([self._entry(name, key) for name in made.sources], self._files, made.undo, config)
+        if value.shape() != tuple(parameter.shape):
+            raise value.entries[0].error(f"has not the shape {list(parameter.shape)} that the config gives {key}")
+        return value
+
+
+class _Value(Unread):
+    """A parameter made of tensors of a file."""
+
+    def __init__(
+        self,
+        entries: list[TensorEntry],
+        files: dict[str, OpenFile],
+        undo: Callable[..., torch.Tensor] | None,
+        config: Any,
+    ) -> None:
+        super().__init__(entries[0], files)
+        self.entries, self._undo, self._config = entries, undo, config
+
+    @property
+    def is_float(self) -> bool:
+        return not self.entries[0].dtype.startswith("int")
+
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter; () where its tensors cannot be put together."""
+        if self._undo is None:
+            return self.entries[0].shape
+        try:
+            made = self._undo(self._config, *(torch.empty(each.shape, device="meta") for each in self.entries))
+        except RuntimeError:
+            return ()
+        return tuple(made.shape)
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        """The whole parameter, whatever the index.
 
         Raises:
-            ReadError: it cannot be read.
+            ReadError: its bytes cannot be read, or have changed.
             CheckpointError: the gguf library does not decode it.
         """
-        out = torch.empty(entry.shape, dtype=dtype)
+        if self._undo is None:
+            return self._decoded_entry(self.entries[0], self.dtype)
+        values = self._undo(self._config, *(self._decoded_entry(each, torch.float32) for each in self.entries))
+        return values.to(self.dtype or values.dtype).contiguous()
+
+    def _decoded_entry(self, entry: TensorEntry, dtype: torch.dtype | None) -> torch.Tensor:
+        """Read and decoded a few rows at a time, so that only what is asked for is whole in memory."""
+        plain = getattr(torch, entry.dtype) if entry.dtype in _PLAIN.values() else torch.float32
+        out = torch.empty(entry.shape, dtype=dtype or plain)
         rows = out.view(-1, entry.shape[-1])
         size = entry.nbytes // len(rows)
         step = max(1, _CHUNK // (4 * entry.shape[-1]))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
-            part.copy_(self._rows(entry, first * size, len(part), size))
+            raw = bytearray(len(part) * size)
+            read_into(self._files[entry.file], entry, memoryview(raw), first * size)
+            part.copy_(_numbers(entry, raw, len(part)))
         return out
 
-    def _rows(self, entry: TensorEntry, offset: int, count: int, size: int) -> torch.Tensor:
-        import gguf
 
-        raw = bytearray(count * size)
-        file = self._files[entry.file]
-        try:
-            done = file.read(memoryview(raw), entry.offset + offset)
-        except OSError as error:
-            raise self._unread(entry, offset, len(raw), error.strerror or str(error)) from error
-        if why := file.change() or ("" if done == len(raw) else f"the file ends after {done} of them"):
-            raise self._unread(entry, offset, len(raw), why)
-        if entry.dtype in _PLAIN.values():
-            return torch.frombuffer(raw, dtype=getattr(torch, entry.dtype)).view(count, -1)
-        kind = {"gguf_mxfp4": "MXFP4"}.get(entry.dtype, entry.dtype.upper())
-        try:
-            values = gguf.quants.dequantize(
-                np.frombuffer(raw, np.uint8).reshape(count, size), gguf.GGMLQuantizationType[kind]
-            )
-        except NotImplementedError as error:
-            raise entry.error("is of a type that the gguf library does not decode") from error
-        return torch.from_numpy(values)
+def _numbers(entry: TensorEntry, raw: bytearray, rows: int) -> torch.Tensor:
+    """[rows, columns] of bytes of a tensor."""
+    import gguf
 
-    @staticmethod
-    def _unread(entry: TensorEntry, offset: int, nbytes: int, why: str) -> ReadError:
-        return ReadError(
-            f"{entry.file}: {nbytes} bytes of {entry.name} at byte {entry.offset + offset} cannot be read: {why}",
-            file=entry.file,
-            tensor=entry.name,
-            offset=entry.offset + offset,
-            nbytes=nbytes,
-        )
+    if entry.dtype in _PLAIN.values():
+        return torch.frombuffer(raw, dtype=getattr(torch, entry.dtype)).view(rows, -1)
+    kind = gguf.GGMLQuantizationType[_KINDS.get(entry.dtype, entry.dtype.upper())]
+    try:
+        return torch.from_numpy(gguf.quants.dequantize(np.frombuffer(raw, np.uint8).reshape(rows, -1), kind))
+    except NotImplementedError as error:
+        raise entry.error("is of a type that the gguf library does not decode") from error
 
 
 @dataclass(frozen=True)
