@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextStreamer
 
 from emoe.errors import ConfigError, one_line
+from emoe.files.gguf import open_header
 from emoe.model.config import remote_code_refused
+from emoe.model.gguf_files import gguf_files
+
+logger = logging.getLogger(__name__)
+
+# What llama.cpp calls ways to cut text (`tokenizer.ggml.pre`) that are GPT-2's.
+_SPLIT_AS_GPT2 = (
+    "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "mellum", "gigachat", "a.x-4.0",
+)  # fmt: skip
 
 
 @dataclass
@@ -68,18 +79,33 @@ def quiet_transformers() -> None:
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a checkpoint.
+    """The tokenizer beside a checkpoint, or in it where it is GGUF.
 
     Raises:
         ConfigError: there is none that Transformers can load.
     """
     try:
+        if files := gguf_files(model, {}):
+            return _tokenizer_of(files[0])
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files raise anything from OSError to TypeError
         if "trust_remote_code" in str(error):
             raise remote_code_refused(model) from error
         why = one_line(error)[:200]
         raise ConfigError(f"{model} has no tokenizer that Transformers can load: {why}") from error
+
+
+def _tokenizer_of(file: Path) -> Any:
+    """With the file's chat template. Transformers' Auto class would make a config first, which it can of few files."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    metadata = open_header(file).metadata
+    kind, split = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *_SPLIT_AS_GPT2):
+        logger.warning(
+            "emoe: %s cuts text into words by %r, which Transformers does not know; it is cut as for GPT-2", file, split
+        )
+    return PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> Any:

@@ -45,7 +45,7 @@ ALLOWED_IMPORTS = {
         "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",
     },
     "__init__": {"entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
-    "generate": {"model"},
+    "generate": {"model", "files"},
     "analysis": {
         "__init__", "runtime", "routing", "slots", "replay", "sensitivity", "predictor", "tasks", "trace", "memory",
     },

@@ -611,10 +611,10 @@ def qwen3next(of: Metadata) -> dict[str, Any]:
 def qwen35moe(of: Metadata) -> dict[str, Any]:
     """Qwen3.5 and 3.6, the text model; its axes of rotation are one and the same for text."""
     values = _linear_attention(of)
-    sections = of.value(of.key("rope.dimension_sections"), list, default=[])
-    if any(type(each) is not int for each in sections):
-        raise of.error(f"{of.key('rope.dimension_sections')} is {sections!r:.80}")
-    values["rope_parameters"] |= {"mrope_section": [each for each in sections if each], "mrope_interleaved": True}
+    sections = of.value(of.key("rope.dimension_sections"), list)
+    if len(sections) < 3 or any(type(each) is not int for each in sections):
+        raise of.error(f"{of.key('rope.dimension_sections')} is {sections!r:.80}, not at least 3 whole numbers")
+    values["rope_parameters"] |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     return {**values, "model_type": "qwen3_5_moe_text"}
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from emoe.errors import CheckpointError, ConfigError, one_line
 from emoe.files.gguf import GgufHeader, checkpoints, open_header, parts, require_parts
-from emoe.model.gguf_config import Metadata, config_values
-from emoe.model.gguf_tensors import architecture
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
@@ -82,6 +80,9 @@ def gguf_config(files: list[Path], values: Mapping[str, Any]) -> tuple[Any, dict
         ConfigError: `values` do not go with the rest.
     """
     from transformers import AutoConfig
+
+    from emoe.model.gguf_config import Metadata, config_values
+    from emoe.model.gguf_tensors import architecture
 
     headers = read_headers(files)
     of = Metadata(headers)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ class Made:
     Attributes:
         sources: names of tensors.
         undo: makes the parameter of their values in float32, given the config too; None: it is the one source.
+        unless_whole: older files hold the parameter whole, under the library's name; that one is taken where it is.
     """
 
     sources: tuple[str, ...]
     undo: Callable[..., torch.Tensor] | None = None
+    unless_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ def _kv_b(config: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor
     return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
 
 
-_MLA = {f"{_LAYERS}self_attn.kv_b_proj.weight": Made(("blk.{bid}.attn_k_b.weight", "blk.{bid}.attn_v_b.weight"), _kv_b)}
+_MLA = {
+    f"{_LAYERS}self_attn.kv_b_proj.weight": Made(
+        ("blk.{bid}.attn_k_b.weight", "blk.{bid}.attn_v_b.weight"), _kv_b, unless_whole=True
+    )
+}
 
 
 def _less_one(config: Any, row: torch.Tensor) -> torch.Tensor:
@@ -221,10 +227,10 @@ class TensorNames:
         found = _LAYER.search(key)
         made = self._rules.made.get(_LAYER.sub(".{bid}.", key, count=1)) or Made(())
         bid = found[1] if found else ""
-        if made.sources and not (self._named(key) in self._tensors and made.undo is _kv_b):
-            return Made(tuple(each.format(bid=bid) for each in made.sources), made.undo)
         name = self._named(key) or _EVERYWHERE.get(key)
-        return None if name is None else Made((name,), made.undo)
+        if made.sources and not (made.unless_whole and name in self._tensors):
+            return replace(made, sources=tuple(each.format(bid=bid) for each in made.sources))
+        return None if name is None else Made((name,), None if made.sources else made.undo)
 
     def _named(self, key: str) -> str | None:
         """By the library's map. Files have ".weight" and ".bias" where Transformers has nothing or "_bias"."""

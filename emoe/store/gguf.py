@@ -182,9 +182,11 @@ class GgufCheckpoint:
                 that emoe knows a tensor for.
         """
         names = self.names(meta_model)
-        experts = [(path, module, param_specs(module)) for path, module in experts_modules(meta_model)]
-        ours = {f"{path}.{param.name}" for path, _, params in experts for param in params}
-        used = {name for path, _, _ in experts for bias in (False, True) for name in names.experts(path, bias).values()}
+        experts = [
+            (path, module, param) for path, module in experts_modules(meta_model) for param in param_specs(module)
+        ]
+        ours = {f"{path}.{param.name}" for path, _, param in experts}
+        used = {part.entry.name for path, module, param in experts for part in self._parts(path, param, module, names)}
         tied = set(meta_model.all_tied_weights_keys)  # by the config; Transformers ties them
         state: dict[str, _Value] = {}
         for key, parameter in meta_model.state_dict().items():
