@@ -29,11 +29,11 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
     """Loads a Transformers MoE model inside a byte budget; experts stay on disk and are read into slots when routed to.
 
     Args:
-        path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
+        path_or_id: a checkpoint folder, a GGUF file (any part of several), or a hub id that Transformers resolves.
         {options}
         kwargs: values of the config (num_hidden_layers=2), which plan and model then have, and what Transformers'
             `from_pretrained` takes: config (an object, a folder or a JSON file), revision, trust_remote_code,
-            attn_implementation, ...; a device_map that names one device is `device`. `auto_class` is the class of
+            attn_implementation, gguf_file, ...; a device_map that names one device is `device`. `auto_class` is the class of
             Transformers to load with or its name ("AutoModelForImageTextToText"), where it is not the one in the
             config's `architectures`.
 

@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH",
         type=model_path,
-        help="checkpoint folder, or a hub id such as Qwen/Qwen3-30B-A3B",
+        help="checkpoint folder, GGUF file, or a hub id such as Qwen/Qwen3-30B-A3B",
     )
     options.add_arguments(parser, ("memory_budget", "dtype"))
 

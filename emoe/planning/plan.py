@@ -140,7 +140,7 @@ def plan(
     """Says what `from_pretrained` would do with this budget; loads no weights.
 
     Args:
-        path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
+        path_or_id: a checkpoint folder, a GGUF file (any part of several), or a hub id that Transformers resolves.
         {options}
         calibrate: measure memory and disk rates for the forecast (about a second, then cached).
         free: bytes that are free where the slots will be, for "auto"; the host's memory unless said otherwise.

@@ -52,7 +52,7 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
     """Loads a model whose experts stay where they are.
 
     Args:
-        path_or_id: a checkpoint folder, or a hub id that Transformers resolves.
+        path_or_id: a checkpoint folder, a GGUF file, or a hub id that Transformers resolves.
         dtype: as in Transformers.
         kwargs: as `emoe.model.config.read_config` takes them; the rest is handed to Transformers' `from_pretrained`.
 

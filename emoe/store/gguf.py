@@ -104,9 +104,11 @@ class GgufCheckpoint:
                 reads experts from; names file, tensor and bytes.
             UnsupportedModelError: an experts module is unlike those that GGUF files hold.
         """
+        return ExpertStore(self._layers(meta_model), f"GGUF {self.name}", opened=self.opened)
+
+    def _layers(self, meta_model: Any) -> list[StoreLayer]:
         names = self.names(meta_model)
-        layers = [self._layer(path, module, names) for path, module in experts_modules(meta_model)]
-        return ExpertStore(layers, f"GGUF {self.name}", opened=self.opened)
+        return [self._layer(path, module, names) for path, module in experts_modules(meta_model)]
 
     def _layer(self, path: str, module: Any, names: TensorNames) -> StoreLayer:
         params = {param.name: param for param in param_specs(module)}
@@ -212,7 +214,7 @@ class GgufCheckpoint:
 
     def forms(self, meta_model: Any) -> Forms:
         """What its experts are, and bytes. Raises as `index` and `state`."""
-        forms = [layer.form for layer in self.index(meta_model).layers]
+        forms = [layer.form for layer in self._layers(meta_model)]
         rest = self.state(meta_model)
         kept = {
             id(each): each for value in rest.values() for each in value.entries if each.dtype not in _PLAIN.values()

@@ -137,17 +137,17 @@ def test_code_of_a_checkpoint_is_run_when_asked_for(own_code):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_gguf_file_and_a_folder_of_one_are_refused_with_the_way_to_safetensors(exists, tmp_path, capsys):
+def test_a_gguf_file_that_is_missing_or_empty_is_an_error_that_names_it(exists, tmp_path, capsys):
     file = tmp_path / "model.Q4_K_M.gguf"
     if exists:
         file.touch()
     for path in (file, str(file), *([tmp_path] if exists else [])):
         for call in (emoe.plan, emoe.from_pretrained):
-            with pytest.raises(errors.UnsupportedModelError, match=r"GGUF|gguf.*gguf_file=NAME.*save_pretrained"):
+            with pytest.raises(errors.CheckpointError, match=r"model\.Q4_K_M\.gguf"):
                 call(path)
         status, _, err = run(capsys, "plan", "--model", path)
         assert status == 2
-        assert "gguf_file=NAME" in err
+        assert "model.Q4_K_M.gguf" in err
 
 
 def test_a_path_that_is_no_checkpoint_is_refused_by_what_it_is(tmp_path, checkpoint):

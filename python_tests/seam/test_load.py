@@ -98,8 +98,8 @@ def test_the_dtype_is_the_one_transformers_takes(dtype, checkpoint):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("device_map", "auto"), ("quantization_config", {"load_in_8bit": True}), ("gguf_file", "x.gguf"),
-     ("state_dict", {}), ("torch_dtype", "bfloat16"), ("experts_implementation", "eager"), ("tp_plan", "auto")],
+    [("device_map", "auto"), ("quantization_config", {"load_in_8bit": True}), ("state_dict", {}),
+     ("torch_dtype", "bfloat16"), ("experts_implementation", "eager"), ("tp_plan", "auto")],
 )  # fmt: skip
 def test_an_option_that_contradicts_emoe_is_refused_by_name(option, value, checkpoint):
     with pytest.raises(errors.ConfigError, match=option):
