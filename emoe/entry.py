@@ -33,9 +33,9 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
         {options}
         kwargs: values of the config (num_hidden_layers=2), which plan and model then have, and what Transformers'
             `from_pretrained` takes: config (an object, a folder or a JSON file), revision, trust_remote_code,
-            attn_implementation, gguf_file, ...; a device_map that names one device is `device`. `auto_class` is the class of
-            Transformers to load with or its name ("AutoModelForImageTextToText"), where it is not the one in the
-            config's `architectures`.
+            attn_implementation, gguf_file (a file in the folder or of the hub id), ...; a device_map that names one
+            device is `device`. `auto_class` is the class of Transformers to load with or its name
+            ("AutoModelForImageTextToText"), where it is not the one in the config's `architectures`.
 
     Returns:
         The Transformers model, in evaluation mode and with gradients off; `model.emoe` is its `Runtime`.

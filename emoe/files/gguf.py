@@ -183,11 +183,31 @@ class _Cursor:
             raise self.error(f"is damaged: {key!r} has a value of type {kind}", offset=self.at)
         kind, count = self.number("I"), self.number("Q")
         if kind == _STRING:
-            return [self.string(f"an element of {key!r}") for _ in range(self._bounded(count, 8))]
+            return self._strings(self._bounded(count, 8), key)
         if kind not in _NUMBERS:
             raise self.error(f"is damaged: {key!r} is an array of type {kind}", offset=self.at)
         code = f"<{self._bounded(count, 1)}{_NUMBERS[kind]}"
         return list(struct.unpack(code, self.take(struct.calcsize(code))))
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """As `string`, for hundreds of thousands."""
+        found: list[str] = []
+        at = self.at
+        for _ in range(count):
+            end = at + 8 + int.from_bytes(self._data[at : at + 8], "little")
+            if at + 8 > len(self._data) or end > len(self._data):  # to be read first
+                self.at = at
+                found.append(self.string(f"an element of {key!r}"))
+                at = self.at
+                continue
+            try:
+                found.append(self._data[at + 8 : end].decode("utf-8"))
+            except UnicodeDecodeError:
+                self.at = at
+                self.string(f"an element of {key!r}")  # raises
+            at = end
+        self.at = at
+        return found
 
     def _bounded(self, count: int, least: int) -> int:
         """A count of elements of at least `least` bytes each, which the rest of the file has room for."""

@@ -163,19 +163,8 @@ def test_the_tokenizer_merges_spaces_and_words_and_keeps_control_tokens_whole(wr
 def test_a_file_of_another_kind_is_refused_with_what_it_is(written, tmp_path):
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGML" + bytes(64))
-    with pytest.raises(DemoBuildError, match=r"other\.gguf begins with b'GGML' version 0, not b'GGUF' version 3"):
+    with pytest.raises(DemoBuildError, match=r"other\.gguf: is no GGUF file: it begins with b'GGML'"):
         gguf.Gguf(other)
     path, _ = written(general__architecture="falcon")
     with pytest.raises(DemoBuildError, match="'falcon', not 'llama'"):
         gguf.Gguf(path)
-
-
-def test_a_type_of_blocks_that_is_not_read_is_named(written):
-    path, _ = written()
-    data = path.read_bytes()
-    at = data.index(b"blk.0.ffn_down.weight") + len(b"blk.0.ffn_down.weight") + 4 + 16
-    path.write_bytes(data[:at] + struct.pack("<I", 14) + data[at + 4 :])
-    with pytest.raises(
-        DemoBuildError, match=r"blk\.0\.ffn_down\.weight is of ggml type 14; known here: F32, Q4_1, Q8_0"
-    ):
-        source.read_dense(path)
