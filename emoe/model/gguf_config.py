@@ -197,20 +197,27 @@ def _base(of: Metadata, *, partial: bool = False, head_dim: bool = True, eps: st
 
 def _shared(of: Metadata, eps: str = "rms_norm_eps") -> dict[str, Any]:
     """What does not depend on sizes of heads."""
+    return {
+        **_tokens(of),
+        "num_hidden_layers": of["block_count"] - of.get("nextn_predict_layers", 0),
+        "num_attention_heads": of["attention.head_count"],
+        eps: of.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(of, of.get("rope.dimension_count", 0), partial=False),
+        "hidden_act": "silu",
+    }
+
+
+def _tokens(of: Metadata) -> dict[str, Any]:
+    """Of the vocabulary and the hidden state."""
     end = list(dict.fromkeys(each for each in (of.token("eos"), of.token("eot"), of.token("eom")) if each is not None))
     return {
         "vocab_size": of.shape("token_embd.weight")[0],
         "hidden_size": of["embedding_length"],
-        "num_hidden_layers": of["block_count"] - of.get("nextn_predict_layers", 0),
-        "num_attention_heads": of["attention.head_count"],
         "max_position_embeddings": of["context_length"],
-        eps: of.number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(of, of.get("rope.dimension_count", 0), partial=False),
         "tie_word_embeddings": "output.weight" not in of.tensors,
         "bos_token_id": of.token("bos"),
         "eos_token_id": end[0] if len(end) == 1 else end or None,
         "pad_token_id": of.token("padding"),
-        "hidden_act": "silu",
     }
 
 
@@ -478,17 +485,17 @@ def ernie4_5_moe(of: Metadata) -> dict[str, Any]:
     }
 
 
-def granitemoe(of: Metadata) -> dict[str, Any]:
+def granitemoe(of: Metadata, rotated: bool = True) -> dict[str, Any]:
     """Granite 3; with a shared expert where the file has one."""
     values = _base(of, head_dim=False)
     head = values["hidden_size"] // values["num_attention_heads"]
     shared = next((shape[0] for name, shape in of.tensors.items() if name.endswith("ffn_up_shexp.weight")), None)
-    if not of.flag("rope.scaling.finetuned", True):
+    if rotated and not of.flag("rope.scaling.finetuned", True):
         raise of.unsupported("positions are not rotated")
     return {
         "model_type": "granitemoe" if shared is None else "granitemoeshared",
         **values,
-        **_kv_heads(of),
+        **(_kv_heads(of) if rotated else {}),
         **_experts(of, "num_local_experts", None),
         "intermediate_size": _width(of),
         **({} if shared is None else {"shared_intermediate_size": shared}),
@@ -638,6 +645,119 @@ def _linear_attention(of: Metadata) -> dict[str, Any]:
         "linear_num_value_heads": heads,
         "attention_bias": _bias(of, linear.index(False) if False in linear else 0),
     }
+
+
+def nemotron_h_moe(of: Metadata) -> dict[str, Any]:
+    """Nemotron 3: a layer is attention, a state or experts, and positions are not rotated."""
+    layers = of["block_count"] - of.get("nextn_predict_layers", 0)
+    kinds = [_mixer(of, layer) for layer in range(layers)]
+    of.get("rope.dimension_count", 0), of.flag("rope.scaling.finetuned", False)
+    eps = "attention.layer_norm_rms_epsilon" if of.has("attention.layer_norm_rms_epsilon") else "attention.layer_norm_epsilon"
+    heads = of["ssm.time_step_rank"]
+    return {
+        "model_type": "nemotron_h",
+        **_tokens(of),
+        "layers_block_type": kinds,
+        "layer_norm_epsilon": of.number(eps),
+        "num_attention_heads": of["attention.head_count"],
+        **_kv_heads_of_some(of, of["attention.key_length"]),
+        "head_dim": of["attention.key_length"],
+        **_experts(of, "n_routed_experts", "moe_intermediate_size"),
+        "intermediate_size": max(of.each("feed_forward_length", of["block_count"])),
+        "n_shared_experts": of["expert_shared_count"],
+        "moe_shared_expert_intermediate_size": _rows(of, r"blk\.\d+\.ffn_up_shexp\.weight"),
+        "moe_latent_size": of.get("moe_latent_size", 0) or None,
+        "routed_scaling_factor": _scale(of),
+        "norm_topk_prob": of.flag("expert_weights_norm", False),
+        **_groups(of),
+        "mamba_num_heads": heads,
+        "mamba_head_dim": of["ssm.inner_size"] // heads,
+        "ssm_state_size": of["ssm.state_size"],
+        "n_groups": of["ssm.group_count"],
+        "conv_kernel": of["ssm.conv_kernel"],
+        "use_conv_bias": _any(of, r"blk\.\d+\.ssm_conv1d\.bias"),
+        "attention_bias": _any(of, r"blk\.\d+\.attn_q\.bias"),
+        "mlp_hidden_act": "relu2",
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _mixer(of: Metadata, layer: int) -> str:
+    for tensor, kind in (("ssm_out", "mamba"), ("attn_q", "attention"), ("ffn_gate_inp", "moe"), ("ffn_up", "mlp")):
+        if f"blk.{layer}.{tensor}.weight" in of.tensors:
+            return kind
+    raise of.error(f"block {layer} is neither attention nor a state nor experts")
+
+
+def granitehybrid(of: Metadata) -> dict[str, Any]:
+    """Granite 4: attention in some layers, a state in the others."""
+    if not of.get("expert_count", 0):
+        raise of.unsupported("it is dense: there are no experts to manage")
+    values = granitemoe(of, rotated=False)
+    layers, heads = values["num_hidden_layers"], of["ssm.time_step_rank"]
+    linear = [f"blk.{layer}.ssm_out.weight" in of.tensors for layer in range(layers)]
+    return {
+        **values,
+        "model_type": "granitemoehybrid",
+        **_kv_heads_of_some(of, values["hidden_size"] // values["num_attention_heads"]),
+        "shared_intermediate_size": values.get("shared_intermediate_size", 0),
+        "layer_types": ["mamba" if each else "attention" for each in linear],
+        "position_embedding_type": "rope" if of.flag("rope.scaling.finetuned", False) else "nope",
+        "mamba_n_heads": heads,
+        "mamba_d_head": of["ssm.inner_size"] // heads,
+        "mamba_expand": of["ssm.inner_size"] // values["hidden_size"],
+        "mamba_d_state": of["ssm.state_size"],
+        "mamba_n_groups": of["ssm.group_count"],
+        "mamba_d_conv": of["ssm.conv_kernel"],
+        "mamba_conv_bias": _any(of, r"blk\.\d+\.ssm_conv1d\.bias"),
+        "mamba_proj_bias": _any(of, r"blk\.\d+\.ssm_in\.bias"),
+    }
+
+
+def jamba(of: Metadata) -> dict[str, Any]:
+    """Attention and experts come at periods, and positions are not rotated."""
+    layers, hidden = of["block_count"], of["embedding_length"]
+    attention = [f"blk.{layer}.attn_q.weight" in of.tensors for layer in range(layers)]
+    sparse = [f"blk.{layer}.ffn_gate_inp.weight" in of.tensors for layer in range(layers)]
+    return {
+        "model_type": "jamba",
+        **_tokens(of),
+        "num_hidden_layers": layers,
+        "rms_norm_eps": of.number("attention.layer_norm_rms_epsilon"),
+        "num_attention_heads": of["attention.head_count"],
+        **_kv_heads_of_some(of, hidden // of["attention.head_count"]),
+        **_experts(of, "num_experts", None),
+        "intermediate_size": _width(of),
+        **_period(of, "attn_layer", attention),
+        **_period(of, "expert_layer", sparse),
+        "mamba_d_conv": of["ssm.conv_kernel"],
+        "mamba_d_state": of["ssm.state_size"],
+        "mamba_dt_rank": of["ssm.time_step_rank"],
+        "mamba_expand": of["ssm.inner_size"] // hidden,
+        "mamba_conv_bias": _any(of, r"blk\.\d+\.ssm_conv1d\.bias"),
+        "mamba_proj_bias": _any(of, r"blk\.\d+\.ssm_in\.bias"),
+    }
+
+
+def _period(of: Metadata, name: str, layers: list[bool]) -> dict[str, int]:
+    """Which layers, as a config says it: one in so many."""
+    first = layers.index(True) if True in layers else 0
+    for period in range(first + 1, len(layers) + 1):
+        if layers == [layer % period == first for layer in range(len(layers))]:
+            return {f"{name}_period": period, f"{name}_offset": first}
+    raise of.unsupported(f"its {name}s do not come at a period")
+
+
+def _kv_heads_of_some(of: Metadata, head: int) -> dict[str, int]:
+    """Where only some layers are attention, so that the file lists heads by layer: by their tensors."""
+    of.each("attention.head_count_kv", of["block_count"])
+    return {"num_key_value_heads": _rows(of, r"blk\.\d+\.attn_k\.weight") // head}
+
+
+def _rows(of: Metadata, pattern: str) -> int:
+    """Of the tensors of such names."""
+    name = next((name for name in of.tensors if re.fullmatch(pattern, name)), "")
+    return of.shape(name or pattern)[0]
 
 
 def _sparse_after(of: Metadata, layers: int) -> list[str]:

@@ -42,11 +42,13 @@ class Architecture:
         made: by the name of a parameter ("{bid}" for the layer), where it is not a tensor of the library's name as it
             lies; no sources stand for that name.
         unused: patterns of tensors that Transformers' model has no place for and does not need.
+        prefix: what names in the library's map begin with where the model's begin with "model.".
     """
 
     values: Callable[[configs.Metadata], dict[str, Any]]
     made: Mapping[str, Made] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    prefix: str = "model."
 
 
 def _unpermuted(heads: str) -> Callable[..., torch.Tensor]:
@@ -158,6 +160,47 @@ _GRANITE = {
     f"{_LAYERS}shared_mlp.output_linear.weight": Made(("blk.{bid}.ffn_down_shexp.weight",)),
 }
 
+
+def _state_space(layer: str, *, flat: bool) -> dict[str, Made]:
+    """Parameters of Mamba; those of Mamba 2 are stored as columns."""
+    same = None if not flat else (lambda config, rows: rows.flatten())
+    return {
+        f"{layer}A_log": Made(("blk.{bid}.ssm_a",), lambda config, rows: _decay(config, rows.flatten() if flat else rows)),
+        f"{layer}D": Made(("blk.{bid}.ssm_d",), same),
+        f"{layer}conv1d.weight": Made(("blk.{bid}.ssm_conv1d.weight",), lambda config, rows: rows.unsqueeze(1)),
+        f"{layer}conv1d.bias": Made(("blk.{bid}.ssm_conv1d.bias",)),
+        f"{layer}in_proj.weight": Made(("blk.{bid}.ssm_in.weight",)),
+        f"{layer}out_proj.weight": Made(("blk.{bid}.ssm_out.weight",)),
+    }
+
+
+def _mamba2(layer: str) -> dict[str, Made]:
+    return {
+        **_state_space(layer, flat=True),
+        f"{layer}dt_bias": Made(("blk.{bid}.ssm_dt.bias",)),
+        f"{layer}norm.weight": Made(("blk.{bid}.ssm_norm.weight",), lambda config, rows: rows.flatten()),
+    }
+
+
+_MAMBA2 = _mamba2(f"{_LAYERS}mamba.")
+_NEMOTRON = {
+    **_mamba2(f"{_LAYERS}mixer."),
+    f"{_LAYERS}mixer.fc1_latent_proj.weight": Made(("blk.{bid}.ffn_latent_down.weight",)),
+    f"{_LAYERS}mixer.fc2_latent_proj.weight": Made(("blk.{bid}.ffn_latent_up.weight",)),
+}
+_JAMBA = {
+    **_state_space(f"{_LAYERS}mamba.", flat=False),
+    **{
+        f"{_LAYERS}mamba.{name}": Made((f"blk.{{bid}}.{tensor}",))
+        for name, tensor in (
+            ("x_proj.weight", "ssm_x.weight"), ("dt_proj.weight", "ssm_dt.weight"), ("dt_proj.bias", "ssm_dt.bias"),
+            ("dt_layernorm.weight", "ssm_dt_norm.weight"), ("b_layernorm.weight", "ssm_b_norm.weight"),
+            ("c_layernorm.weight", "ssm_c_norm.weight"),
+        )
+    },
+    f"{_LAYERS}feed_forward.router.weight": Made(("blk.{bid}.ffn_gate_inp.weight",)),
+}  # fmt: skip
+
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(configs.qwen3moe),
     "qwen2moe": Architecture(configs.qwen2moe, _SHARED_GATE),
@@ -184,6 +227,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         {f"{_LAYERS}conv.conv.weight": Made((), lambda config, rows: rows.unsqueeze(1))},
     ),
     "hunyuan-moe": Architecture(configs.hunyuan_moe),
+    "nemotron_h_moe": Architecture(configs.nemotron_h_moe, _NEMOTRON, prefix="backbone."),
+    "granitehybrid": Architecture(configs.granitehybrid, {**_PERMUTED, **_GRANITE, **_MAMBA2}),
+    "jamba": Architecture(configs.jamba, _JAMBA),
     "exaone-moe": Architecture(configs.exaone_moe),
     "afmoe": Architecture(configs.afmoe),
 }
@@ -234,6 +280,8 @@ class TensorNames:
 
     def _named(self, key: str) -> str | None:
         """By the library's map. Files have ".weight" and ".bias" where Transformers has nothing or "_bias"."""
+        if key.startswith("model."):
+            key = self._rules.prefix + key.removeprefix("model.")
         for ending, suffixes in ((".weight", (".weight",)), (".bias", (".bias",)), ("_bias", (".bias",)), ("", ())):
             if key.endswith(ending) and (name := self._map.get_name(key[: len(key) - len(ending)])):
                 for suffix in suffixes or (".weight", ".bias", ""):
