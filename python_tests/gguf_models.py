@@ -117,6 +117,24 @@ def _correction(name: str, value: torch.Tensor, config: Any) -> Arrays:
     return {name.replace("e_score_correction_bias", "e_score_correction.bias"): value.squeeze()}
 
 
+def _mamba(name: str, value: torch.Tensor, config: Any) -> Arrays:
+    """Mamba 2: a column for each head; the first Mamba has matrices already."""
+    if name.endswith(".A_log"):
+        return {name: -torch.exp(value if value.dim() > 1 else value[:, None])}
+    if name.endswith(".dt_bias"):
+        part = "dt_proj" if config.model_type == "granitemoehybrid" else "dt"
+        return {f"{name.removesuffix('dt_bias')}{part}.bias": value}
+    if name.endswith(("mixer.D", "mamba.D")):
+        return {name: value[:, None] if config.model_type != "jamba" else value}
+    if name.endswith("conv1d.weight"):
+        return {name: value.squeeze(1)}
+    if name.endswith(("mixer.norm.weight", "mamba.norm.weight")):
+        return {name: value.view(getattr(config, "n_groups", 1), -1)}
+    if config.model_type == "granitemoehybrid":
+        return _granite(name, value, config)
+    return {name.replace("e_score_correction_bias", "e_score_correction.bias"): value}
+
+
 # By architecture: what a converter does to a tensor of the checkpoint; names may be those of the checkpoint or GGUF's.
 CONVERTED: dict[str, Callable[[str, torch.Tensor, Any], Arrays]] = {
     "llama": _permuted,
@@ -126,6 +144,7 @@ CONVERTED: dict[str, Callable[[str, torch.Tensor, Any], Arrays]] = {
     "lfm2moe": _conv,
     "afmoe": _conv,
     "qwen3next": _qwen3_next,
+    **dict.fromkeys(("nemotron_h_moe", "granitehybrid", "jamba"), _mamba),
     "qwen35moe": _qwen35,
     **dict.fromkeys(("glm4moe", "dots1", "ernie4_5-moe", "minimax-m2", "exaone-moe"), _correction),
 }
@@ -148,6 +167,7 @@ def arrays(model: Any, architecture: str) -> Arrays:
         found |= convert(name, value.float(), model.config)
     for name, each in experts.items():
         merged = name.replace("model.layers", "layers").replace("block_sparse_moe", "feed_forward")
+        merged = merged.replace("backbone.layers", "model.layers").replace("mixer.experts", "mlp.experts")
         own = names.get_name(name, (".weight",))
         found[name if own else merged] = torch.stack([each[number] for number in range(len(each))])
     out = {}
@@ -247,7 +267,7 @@ def blocks(shape: tuple[int, ...], kind: str, seed: int = 0) -> tuple[np.ndarray
 
 def base(config: Any, **own: Any) -> dict[str, Any]:
     """Metadata that all decoders share."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)
     found = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -255,7 +275,7 @@ def base(config: Any, **own: Any) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(getattr(config, "rms_norm_eps", 1e-5)),
-        "rope.freq_base": float(rope["rope_theta"]),
+        **({"rope.freq_base": float(rope["rope_theta"])} if rope else {}),
         "expert_used_count": config.num_experts_per_tok,
     }
     if getattr(config, "intermediate_size", None):

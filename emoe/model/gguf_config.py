@@ -652,7 +652,11 @@ def nemotron_h_moe(of: Metadata) -> dict[str, Any]:
     layers = of["block_count"] - of.get("nextn_predict_layers", 0)
     kinds = [_mixer(of, layer) for layer in range(layers)]
     of.get("rope.dimension_count", 0), of.flag("rope.scaling.finetuned", False)
-    eps = "attention.layer_norm_rms_epsilon" if of.has("attention.layer_norm_rms_epsilon") else "attention.layer_norm_epsilon"
+    eps = (
+        "attention.layer_norm_rms_epsilon"
+        if of.has("attention.layer_norm_rms_epsilon")
+        else "attention.layer_norm_epsilon"
+    )
     heads = of["ssm.time_step_rank"]
     return {
         "model_type": "nemotron_h",

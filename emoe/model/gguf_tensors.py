@@ -165,7 +165,9 @@ def _state_space(layer: str, *, flat: bool) -> dict[str, Made]:
     """Parameters of Mamba; those of Mamba 2 are stored as columns."""
     same = None if not flat else (lambda config, rows: rows.flatten())
     return {
-        f"{layer}A_log": Made(("blk.{bid}.ssm_a",), lambda config, rows: _decay(config, rows.flatten() if flat else rows)),
+        f"{layer}A_log": Made(
+            ("blk.{bid}.ssm_a",), lambda config, rows: _decay(config, rows.flatten() if flat else rows)
+        ),
         f"{layer}D": Made(("blk.{bid}.ssm_d",), same),
         f"{layer}conv1d.weight": Made(("blk.{bid}.ssm_conv1d.weight",), lambda config, rows: rows.unsqueeze(1)),
         f"{layer}conv1d.bias": Made(("blk.{bid}.ssm_conv1d.bias",)),

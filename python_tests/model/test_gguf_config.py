@@ -174,6 +174,37 @@ CASES = {
         said={**_HEAD, **_SHARED, "attention.sliding_window": 16, "expert_weights_scale": 1.25,
               "expert_weights_norm": True, "expert_gating_func": 2},
     ),
+    "nemotron_h_moe": _case(
+        "nemotron_h_moe", tf.NemotronHConfig, _WIDE, _GROUPS, num_hidden_layers=..., head_dim=16, moe_latent_size=40,
+        layers_block_type=["attention", "moe", "mamba", "moe"], moe_shared_expert_intermediate_size=32, n_groups=2,
+        mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, chunk_size=16,
+        said={
+            **_HEAD, "attention.layer_norm_rms_epsilon": 1e-5, "attention.head_count_kv": [2, 0, 0, 0],
+            "feed_forward_length": [0, WIDTH, 0, WIDTH], "expert_shared_count": 1, "expert_weights_norm": True,
+            "expert_weights_scale": 1.0, "expert_group_count": 2, "expert_group_used_count": 1, "moe_latent_size": 40,
+            "ssm.conv_kernel": 4, "ssm.state_size": 8, "ssm.group_count": 2, "ssm.inner_size": 64,
+            "ssm.time_step_rank": 4, "rope.dimension_count": 16, "rope.scaling.finetuned": False,
+        },
+    ),
+    "granitehybrid": _case(
+        "granitehybrid", tf.GraniteMoeHybridConfig, intermediate_size=WIDTH, num_local_experts=E,
+        shared_intermediate_size=32, layer_types=["mamba", "attention", "mamba"], mamba_n_heads=8, mamba_n_groups=1,
+        mamba_d_state=16, mamba_d_head=16, mamba_expand=2, mamba_chunk_size=16, position_embedding_type="nope",
+        logits_scaling=2.0, attention_multiplier=0.25,
+        said={
+            "attention.head_count_kv": [0, 2, 0], "logit_scale": 2.0, "attention.scale": 0.25, "ssm.conv_kernel": 4,
+            "ssm.state_size": 16, "ssm.group_count": 1, "ssm.inner_size": 128, "ssm.time_step_rank": 8,
+            "rope.dimension_count": 16, "rope.scaling.finetuned": False, "expert_shared_feed_forward_length": 32,
+        },
+    ),
+    "jamba": _case(
+        "jamba", tf.JambaConfig, num_hidden_layers=4, intermediate_size=WIDTH, num_experts=E, attn_layer_period=2,
+        attn_layer_offset=1, mamba_d_state=8, use_mamba_kernels=False,
+        said={
+            "attention.head_count_kv": [0, 2, 0, 2], "ssm.conv_kernel": 4, "ssm.state_size": 8, "ssm.inner_size": 128,
+            "ssm.time_step_rank": 4,
+        },
+    ),
     "qwen3next": _case(
         "qwen3next", tf.Qwen3NextConfig, _WIDE, _LINEAR, num_experts=E, shared_expert_intermediate_size=32, head_dim=16,
         said=_LINEAR_KEYS,
