@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 import numpy as np
 import torch
 from made_traces import task_trace
@@ -36,6 +37,7 @@ from emoe import files
 from emoe.demo.delta import Delta, load_delta, save_delta
 from emoe.demo.delta import Shape as DeltaShape
 from emoe.errors import EmoeError
+from emoe.model.gguf_files import gguf_config
 from emoe.planning import bandwidth
 from emoe.predictor import KINDS, load
 from emoe.predictor import files as predictor_files
@@ -311,6 +313,40 @@ class Letters:
         return {"input_ids": [[ord(letter) % 40 for letter in text] for text in texts]}
 
 
+def damage_gguf(rng: random.Random, data: bytes) -> bytes:
+    """A key's type or value, or what follows the name of a tensor, is something else."""
+    at = data.index(rng.choice(GGUF_NAMES))
+    at = data.index(b"\0" if rng.random() < 0.1 else data[at : at + 1], at) + rng.choice([0, 20, 30, 34, 40, 44])
+    number = rng.choice([0, 1, 4, 6, 8, 9, 12, 13, 39, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1])
+    return data[:at] + struct.pack("<Q", number)[: rng.choice([1, 4, 8])] + data[at + rng.choice([1, 4, 8]) :]
+
+
+GGUF_NAMES = (
+    b"general.architecture",
+    b"qwen3moe.",
+    b"tokenizer.ggml.tokens",
+    b"token_embd.weight",
+    b"blk.0.ffn_up_exps",
+)
+
+
+def whole_gguf(folder: Path) -> bytes:
+    sizes = {
+        "block_count": 1, "context_length": 64, "embedding_length": 32, "attention.head_count": 2,
+        "attention.key_length": 16, "attention.layer_norm_rms_epsilon": 1e-6, "expert_count": 4,
+        "expert_used_count": 2, "feed_forward_length": 32,
+    }  # fmt: skip
+    tensors = {
+        "token_embd.weight": torch.zeros(8, 32),
+        **{f"blk.0.ffn_{kind}_exps.weight": torch.zeros(4, 32, 32) for kind in ("gate", "up", "down")},
+    }
+    path = folder / "whole.gguf"
+    gguf_models.write(path, "qwen3moe", tensors, sizes, kinds=lambda name: "Q8_0")
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
 def readers(folder: Path) -> list[Reader]:
     """Every loader of files that users give, with a whole file."""
     rng = np.random.default_rng(0)
@@ -344,6 +380,7 @@ def readers(folder: Path) -> list[Reader]:
         ),
         Reader("delta", "d.safetensors", delta, load_delta, damage_safetensors),
         Reader("header", "m2.safetensors", delta, headers.read_header, damage_safetensors),
+        Reader("gguf", "g.gguf", whole_gguf(folder), lambda path: gguf_config([path], {}), damage_gguf),
     ]  # fmt: skip
     embedding = torch.nn.Embedding(40, 6), Letters()
 
