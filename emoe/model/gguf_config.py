@@ -20,7 +20,7 @@ SOFTMAX, SIGMOID = 1, 2  # ggml's expert_gating_func
 # Keys that say nothing of the arithmetic, or what the tensors' shapes say as well.
 _DESCRIPTIVE = {
     "vocab_size", "tensor_data_layout", "expert_shared_count", "expert_shared_feed_forward_length",
-    "attention.value_length", "feed_forward_length", "expert_feed_forward_length",
+    "attention.value_length", "feed_forward_length", "expert_feed_forward_length", "rope.scaling.finetuned",
 }  # fmt: skip
 # Keys that change the arithmetic, and the value at which they do not; where a function below does not ask for one, any
 # other value is refused.
@@ -119,6 +119,10 @@ class Metadata:
         """A text."""
         return str(self.value(self.key(key), str, default=default))
 
+    def said_by_tensors(self, *keys: str) -> None:
+        """Keys that count as asked for, since tensors or other keys say the same."""
+        self._asked.update(keys)
+
     def has(self, key: str) -> bool:
         """Whether the key is there."""
         return self.key(key) in self._header.metadata
@@ -143,7 +147,8 @@ class Metadata:
         prefix = f"{self.architecture}."
         known = {
             value.partition(".")[2]
-            for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM, gguf.Keys.ShortConv)
+            for group in vars(gguf.Keys).values()
+            if isinstance(group, type)
             for value in vars(group).values()
             if isinstance(value, str) and value.startswith("{arch}.")
         }
@@ -381,7 +386,7 @@ def deepseek2(of: Metadata) -> dict[str, Any]:
     heads, rotated = of["attention.head_count"], of["rope.dimension_count"]
     split = of.has("attention.key_length_mla")
     key, value = (of[f"attention.{each}_length" + ("_mla" if split else "")] for each in ("key", "value"))
-    of.get("attention.key_length", 0), of.get("attention.head_count_kv", 0)
+    of.said_by_tensors("attention.key_length", "attention.head_count_kv")
     values = _shared(of)
     if of.has("rope.scaling.yarn_log_multiplier"):
         # The converter writes a tenth of mscale_all_dim; mscale is the same in all published models.
@@ -546,8 +551,7 @@ def hunyuan_moe(of: Metadata) -> dict[str, Any]:
     """The base of its rotations is stored as it is after scaling."""
     experts = _experts(of, "num_experts", None)
     width = _width(of)
-    if of.has("rope.scaling.original_context_length"):
-        of.get("rope.scaling.original_context_length", 0)
+    of.said_by_tensors("rope.scaling.original_context_length")
     if of.shape("blk.0.ffn_up_shexp.weight")[0] != width:
         raise of.unsupported("its shared expert is not as wide as the others")
     return {
@@ -629,7 +633,7 @@ def _linear_attention(of: Metadata) -> dict[str, Any]:
     values = _base(of, partial=True)
     heads = of["ssm.time_step_rank"]
     linear = [f"blk.{layer}.ssm_out.weight" in of.tensors for layer in range(values["num_hidden_layers"])]
-    of.get("full_attention_interval", 0)
+    of.said_by_tensors("full_attention_interval")
     if of["ssm.inner_size"] % heads:
         raise of.error(f"{of.key('ssm.inner_size')} is no multiple of its {heads} heads")
     return {
@@ -651,7 +655,7 @@ def nemotron_h_moe(of: Metadata) -> dict[str, Any]:
     """Nemotron 3: a layer is attention, a state or experts, and positions are not rotated."""
     layers = of["block_count"] - of.get("nextn_predict_layers", 0)
     kinds = [_mixer(of, layer) for layer in range(layers)]
-    of.get("rope.dimension_count", 0), of.flag("rope.scaling.finetuned", False)
+    of.said_by_tensors("rope.dimension_count")  # which nothing is rotated by
     eps = (
         "attention.layer_norm_rms_epsilon"
         if of.has("attention.layer_norm_rms_epsilon")
@@ -754,7 +758,7 @@ def _period(of: Metadata, name: str, layers: list[bool]) -> dict[str, int]:
 
 def _kv_heads_of_some(of: Metadata, head: int) -> dict[str, int]:
     """Where only some layers are attention, so that the file lists heads by layer: by their tensors."""
-    of.each("attention.head_count_kv", of["block_count"])
+    of.said_by_tensors("attention.head_count_kv")
     return {"num_key_value_heads": _rows(of, r"blk\.\d+\.attn_k\.weight") // head}
 
 

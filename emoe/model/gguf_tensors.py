@@ -241,12 +241,19 @@ def architecture(name: str, file: str) -> Architecture:
     """The row of that name.
 
     Raises:
-        UnsupportedModelError: there is none; names those there are.
+        UnsupportedModelError: there is none, and names those there are; or the gguf library does not know it.
     """
+    import gguf
+
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{file} holds a model of architecture {name!r}; emoe reads GGUF of: {', '.join(sorted(ARCHITECTURES))}. "
             "The model's checkpoint in safetensors works where its family does"
+        )
+    if name not in gguf.MODEL_ARCH_NAMES.values():
+        raise UnsupportedModelError(
+            f"{file} holds a model of architecture {name!r}, which this version of the gguf library does not know; "
+            "a newer one does (pip install --upgrade gguf)"
         )
     return ARCHITECTURES[name]
 
