@@ -1,0 +1,267 @@
+"""Bytes for numbers: a matrix in an encoding, and what that loses. decode.py is the way back.
+
+Q4_K, Q5_K and Q6_K search their scales as llama.cpp does (ggml-quants.c): several roundings of a group are tried, each
+with the scale (and offset) that fits it best in weighted least squares. Groups lie along the last axis here, numbers of
+a group along the first, so that every step runs over whole groups at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from emoe.errors import ConfigError
+from emoe.model.decode import decoded
+from emoe.model.encoding import encoding
+
+FP8 = "e4m3-128x128-float32"
+_CHUNK = 1 << 18  # numbers that are encoded at once: 1 MiB of float32, and about ten times that for what is computed
+WORKSPACE = 40 << 20  # bytes that encoding takes beside the matrix and what becomes of it, for each thread
+_TILE = 128  # rows and columns that share a scale of FP8
+_LARGEST_E4M3 = 448.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A matrix in bytes.
+
+    Attributes:
+        planes: an array for each plane of the encoding.
+        squared_error, squared: sums over all numbers, of what was lost and of what there was.
+    """
+
+    planes: dict[str, torch.Tensor]
+    squared_error: float
+    squared: float
+
+
+def encode(name: str, matrix: torch.Tensor, pool: Executor | None = None) -> Encoded:
+    """Puts a matrix into an encoding.
+
+    Args:
+        name: one of `ENCODERS`, or a plain dtype.
+        matrix: [rows, cols] of any floating dtype.
+        pool: threads that share the rows.
+
+    Raises:
+        UnsupportedModelError: it is no whole number of blocks.
+        ConfigError: it holds a number that is not finite, or the encoding can be read and not written.
+    """
+    how = encoding(name)
+    rows, cols = matrix.shape
+    shapes = how.shapes(rows, cols)
+    if not how.plain and name not in ENCODERS:
+        raise ConfigError(f"{name} can be read and not written; the encodings that can: {', '.join(ENCODERS)}")
+    high = max(1, _CHUNK // cols)
+    high = max(_TILE, high // _TILE * _TILE) if name == FP8 else high
+    parts = list((pool.map if pool else map)(partial(_part, name), matrix.split(high)))
+    planes = {
+        plane: torch.cat([part.planes[plane] for part in parts]).reshape(shape) for plane, shape in shapes.items()
+    }
+    return Encoded(planes, sum(part.squared_error for part in parts), sum(part.squared for part in parts))
+
+
+def _part(name: str, some: torch.Tensor) -> Encoded:
+    numbers = some.float().contiguous()
+    plain = encoding(name).plain
+    if not plain and not torch.isfinite(numbers).all():
+        raise ConfigError("it holds numbers that are not finite")
+    planes = {"values": numbers.to(getattr(torch, name))} if plain else ENCODERS[name](numbers)
+    rows, cols = numbers.shape
+    lost = (decoded(encoding(name), rows, cols, planes) - numbers).double().square().sum().item()
+    return Encoded(planes, lost, numbers.double().square().sum().item())
+
+
+def _library(kind: str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """Blocks as the `gguf` library makes them."""
+
+    def make(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        import gguf
+
+        blocks = gguf.quants.quantize(numbers.numpy(), gguf.GGMLQuantizationType[kind])
+        return {"blocks": torch.from_numpy(blocks)}
+
+    return make
+
+
+def _fp8(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, cols = numbers.shape
+    tall, wide = -(-rows // _TILE), -(-cols // _TILE)
+    padded = torch.nn.functional.pad(numbers, (0, wide * _TILE - cols, 0, tall * _TILE - rows))
+    tiles = padded.view(tall, _TILE, wide, _TILE)
+    largest = tiles.abs().amax((1, 3))
+    scales = torch.where(largest > 0, largest / _LARGEST_E4M3, 1.0)
+    codes = (tiles / scales[:, None, :, None]).clamp(-_LARGEST_E4M3, _LARGEST_E4M3).to(torch.float8_e4m3fn)
+    return {"codes": codes.view(tall * _TILE, wide * _TILE)[:rows, :cols].contiguous(), "scales": scales}
+
+
+def _mxfp4(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The lesser error of two powers of two: the standard's, which cuts numbers over 6 off, and twice that."""
+    groups = numbers.view(numbers.shape[0], -1, 32)
+    largest = groups.abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(largest).exponent.float() - 3  # floor(log2) of the largest, less that of 6
+    exponent = torch.where(largest > 0, exponent, -127.0).clamp(-127, 126)
+    best, codes, error = exponent, *_e2m1(groups, exponent)
+    more, more_codes, more_error = exponent + 1, *_e2m1(groups, exponent + 1)
+    better = (more_error < error) & (largest > 0)
+    best, codes = torch.where(better, more, best), torch.where(better, more_codes, codes)
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    return {"codes": packed.view(numbers.shape[0], -1), "scales": (best[..., 0] + 127).to(torch.uint8)}
+
+
+def _e2m1(groups: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and the squared error of each group."""
+    magnitude = (groups * torch.exp2(-exponent)).abs()
+    # Steps of a half up to 2, of 1 up to 4, of 2 up to 6: the coarsest that applies gives the least code.
+    codes = torch.minimum((2 * magnitude).round(), magnitude.round() + 2)
+    codes = torch.minimum(codes, (magnitude / 2).round() + 4).clamp(max=7)
+    values = torch.maximum(torch.maximum(codes / 2, codes - 2), 2 * codes - 8)
+    error = (values - magnitude).square().sum(-1, keepdim=True) * torch.exp2(2 * exponent)
+    return codes.to(torch.uint8) | torch.signbit(groups).to(torch.uint8) << 3, error
+
+
+def _gguf_mxfp4(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same numbers in blocks: the scale first, then nibbles j and j + 16 together."""
+    planes = _mxfp4(numbers)
+    packed = planes["codes"].view(numbers.shape[0], -1, 16)
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)  # [rows, groups, 32]
+    halves = codes[..., :16] | codes[..., 16:] << 4
+    return {"blocks": torch.cat((planes["scales"][..., None], halves), -1).flatten(1)}
+
+
+def _grouped(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """[rows, cols] -> [size, groups], a group in each column."""
+    return numbers.reshape(-1, size).T.contiguous()
+
+
+def _fit_affine(x: torch.Tensor, most: int, first: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of each group such that scale * code - offset is near x, with codes from 0 to `most`.
+
+    Numbers weigh more the larger they are. Candidates differ in how many levels the range is stretched over, from
+    `most + first` on in steps of a tenth; each is fitted by least squares.
+    """
+    weight = x.square().mean(0).sqrt() + x.abs()
+    high, low = x.amax(0), x.amin(0).clamp(max=0)
+    weighted = weight * x
+    sum_w, sum_x, sum_x2 = weight.sum(0), weighted.sum(0), (weighted * x).sum(0)
+    scale = (high - low) / most
+    codes = torch.empty_like(x)
+
+    def sums(levels: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        torch.sub(x, low, out=codes)
+        codes.mul_(levels / (high - low)).round_().clamp_(0, most)
+        heavy = weight * codes
+        return heavy.sum(0), heavy.mul_(codes).sum(0), (weighted * codes).sum(0)
+
+    def error(scale: torch.Tensor, low: torch.Tensor, of_codes: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Weighted and squared, by expanding the square."""
+        sum_l, sum_l2, sum_xl = of_codes
+        return sum_x2 + scale * (scale * sum_l2 + 2 * (low * sum_l - sum_xl)) + low * (low * sum_w - 2 * sum_x)
+
+    least = error(scale, low, sums(most))
+    for step in range(steps + 1):
+        sum_l, sum_l2, sum_xl = of_codes = sums(first + 0.1 * step + most)
+        determinant = sum_w * sum_l2 - sum_l.square()
+        fitted = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        offset = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        above = offset > 0  # an offset cannot be subtracted from below zero
+        fitted = torch.where(above, sum_xl / sum_l2, fitted)
+        offset = torch.where(above, 0.0, offset)
+        found = error(fitted, offset, of_codes)
+        better = (determinant > 0) & (found < least)
+        least = torch.where(better, found, least)
+        scale = torch.where(better, fitted, scale)
+        low = torch.where(better, offset, low)
+    return torch.where(high > x.amin(0).clamp(max=0), scale, 0.0), -low  # all the same and not above zero: no scale
+
+
+def _fit_symmetric(x: torch.Tensor, most: int) -> torch.Tensor:
+    """The scale of each group such that scale * code is near x, with codes from -most to most - 1; of either sign."""
+    weight = x.square()
+    weighted = weight * x
+    largest = x.gather(0, x.abs().argmax(0, keepdim=True))[0]  # with its sign: there is one more code below zero
+    best = torch.zeros_like(largest)
+    scale = torch.zeros_like(largest)
+    codes = torch.empty_like(x)
+    for step in (0, *range(-9, 0), *range(1, 10)):
+        torch.mul(x, -(most + 0.1 * step) / largest, out=codes)
+        codes.round_().clamp_(-most, most - 1)
+        sum_xl, sum_l2 = (weighted * codes).sum(0), (weight * codes).mul_(codes).sum(0)
+        better = (sum_l2 > 0) & (sum_xl.square() > best * sum_l2)
+        fitted = sum_xl / sum_l2
+        best = torch.where(better, fitted * sum_xl, best)
+        scale = torch.where(better, fitted, scale)
+    return scale
+
+
+def _affine_blocks(numbers: torch.Tensor, most: int, first: float, steps: int) -> dict[str, torch.Tensor]:
+    """Q4_K and Q5_K: eight groups of 32 a block, scales and offsets in six bits times one of the block each."""
+    x = _grouped(numbers, 32)
+    scale, offset = (each.view(-1, 8) for each in _fit_affine(x, most, first, steps))
+    unit, units = _six_bits(scale)
+    low_unit, low_units = _six_bits(offset)
+    step, low = (unit.float() * units).flatten(), (low_unit.float() * low_units).flatten()
+    codes = ((x + low) / step).round().clamp(0, most).nan_to_num(0)  # a group without a step is flat
+    codes = codes.to(torch.uint8).T.reshape(-1, 4, 2, 32)  # [blocks, pairs of groups, 2, 32]
+    low_bits = codes & 15
+    parts = [_as_bytes(unit), _as_bytes(low_unit), _packed_scales(units.to(torch.uint8), low_units.to(torch.uint8))]
+    if most > 15:
+        high = (codes >> 4).view(-1, 8, 32) << torch.arange(8, dtype=torch.uint8)[:, None]
+        parts.append(high.sum(1, dtype=torch.uint8))
+    parts.append((low_bits[:, :, 0] | low_bits[:, :, 1] << 4).flatten(1))
+    return {"blocks": torch.cat(parts, 1).view(numbers.shape[0], -1)}
+
+
+def _six_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[blocks, 8] -> a float16 each block, [blocks, 1], and how many of it, 0 to 63."""
+    largest = values.amax(1, keepdim=True).clamp(min=0)
+    units = (values * (63 / largest)).round().clamp(0, 63).nan_to_num(0)
+    return (largest / 63).half(), units
+
+
+def _packed_scales(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Twice eight numbers of six bits in twelve bytes: the upper two bits of the last four are with the first four."""
+    first = scales[:, :4] | (scales[:, 4:] >> 4) << 6
+    second = offsets[:, :4] | (offsets[:, 4:] >> 4) << 6
+    third = (scales[:, 4:] & 15) | (offsets[:, 4:] & 15) << 4
+    return torch.cat((first, second, third), 1)
+
+
+def _q6_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sixteen groups of 16 a block, scales in eight bits times one of the block."""
+    x = _grouped(numbers, 16)
+    scale = _fit_symmetric(x, 32).view(-1, 16)
+    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
+    unit = (largest / -128).half()
+    units = (scale * (-128 / largest)).round().clamp(-128, 127).nan_to_num(0)
+    step = (unit.float() * units).flatten()
+    codes = (x / step).round().clamp(-32, 31).nan_to_num(0) + 32
+    codes = codes.to(torch.uint8).T.reshape(-1, 2, 4, 32)  # [blocks, halves, quarters of a half, 32]
+    low = codes & 15
+    low = torch.cat((low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4), -1).flatten(1)
+    high = codes >> 4
+    high = (high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6).flatten(1)
+    parts = (low, high, units.to(torch.int8).view(torch.uint8), _as_bytes(unit))
+    return {"blocks": torch.cat(parts, 1).view(numbers.shape[0], -1)}
+
+
+def _as_bytes(unit: torch.Tensor) -> torch.Tensor:
+    return unit.view(torch.uint8)
+
+
+ENCODERS: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {
+    "q8_0": _library("Q8_0"),
+    "q4_0": _library("Q4_0"),
+    "q5_0": _library("Q5_0"),
+    "q5_1": _library("Q5_1"),
+    "q4_k": lambda numbers: _affine_blocks(numbers, 15, -1.0, 20),
+    "q5_k": lambda numbers: _affine_blocks(numbers, 31, -0.5, 15),
+    "q6_k": _q6_k,
+    "mxfp4": _mxfp4,
+    "gguf_mxfp4": _gguf_mxfp4,
+    FP8: _fp8,
+}

@@ -1,0 +1,252 @@
+"""What a converted checkpoint will hold, before a byte is written: every tensor, its file and its place there.
+
+All sizes follow from shapes, so that files are written from front to back with one expert in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from emoe.convert.encode import FP8
+from emoe.convert.names import Matrix, matrices
+from emoe.model.encoding import ITEMSIZE, encoding
+from emoe.store import ExpertStore
+from emoe.store.headers import DTYPES, TensorEntry
+
+# What `--experts` takes -> the encoding.
+EXPERTS = {
+    "q4_k": "q4_k",
+    "q8_0": "q8_0",
+    "q4_0": "q4_0",
+    "q5_k": "q5_k",
+    "q6_k": "q6_k",
+    "mxfp4": "mxfp4",
+    "fp8": FP8,
+}
+# Where the columns are no whole number of blocks, as llama.cpp does; what fits nothing stays as it is.
+_FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+SHARD_BYTES = 4 << 30
+_ENTRY = 160  # bytes of a header that a tensor takes at most, beside its name
+_CODES = {name: code for code, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is written.
+
+    Attributes:
+        name, shape: of it.
+        code: of its dtype, in safetensors.
+        entry: what is copied byte by byte; None: it is made of `matrix`.
+        layer, matrix: whose numbers it holds, and in which encoding (`as_`) and plane of that.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    nbytes: int
+    entry: TensorEntry | None = None
+    layer: int = -1
+    matrix: Matrix | None = None
+    as_: str = ""
+    plane: str = ""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file, with its tensors in order."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+
+    def header(self) -> bytes:
+        """Of a safetensors file, its length first; padded, so that data starts at a multiple of 64."""
+        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for each in self.tensors:
+            table[each.name] = {"dtype": each.code, "shape": list(each.shape), "data_offsets": [end, end + each.nbytes]}
+            end += each.nbytes
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % 64)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of the file."""
+        return len(self.header()) + sum(each.nbytes for each in self.tensors)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Matrices that got another encoding than was asked for."""
+
+    matrices: str
+    count: int
+    cols: int
+    asked: str
+    got: str
+
+
+@dataclass
+class Conversion:
+    """The files, and what there is to say about them."""
+
+    shards: list[Shard] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    expert_bytes: int = 0
+    rest_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    def digest(self) -> str:
+        """Tells one from any other that has other tensors, or them in other places."""
+        lines = (
+            f"{shard.name} {each.name} {each.code} {each.shape}" for shard in self.shards for each in shard.tensors
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def chosen(asked: str, matrix: Matrix, plain: str) -> str:
+    """The encoding of a matrix: what was asked for where its rows are whole blocks, else the next that fits.
+
+    Args:
+        plain: the dtype it keeps where none does.
+    """
+    if matrix.vector:
+        return plain
+    for name in (asked, _FALLBACKS.get(asked, plain)):
+        if all(plane.holds(matrix.rows, matrix.cols) for plane in encoding(name).planes):
+            return name
+    return plain
+
+
+def conversion(
+    entries: dict[str, TensorEntry],
+    store: ExpertStore,
+    meta_model: Any,
+    asked: str,
+    plain: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
+    """Says what is written where.
+
+    Args:
+        entries: every tensor of the checkpoint.
+        store: its experts.
+        meta_model: the model on the meta device.
+        asked: an encoding, by name.
+        plain: dtype of what fits no encoding, where the checkpoint has that encoded; else it keeps its own.
+        shard_bytes: most bytes of a file, where no single tensor or expert has more.
+    """
+    result = Conversion()
+    of_experts = {piece.tensor for layer in store.layers for pieces in layer.pieces for piece in pieces}
+    units = [[_copied(entry)] for name, entry in sorted(entries.items()) if name not in of_experts]
+    result.rest_bytes = sum(unit[0].nbytes for unit in units)
+    fallbacks: Counter[tuple[str, int, str, str]] = Counter()
+    for number, (layer, (_, found)) in enumerate(zip(store.layers, matrices(meta_model), strict=True)):
+        experts = len(layer.pieces)
+        dtypes = {piece.stored: piece.src_dtype for piece in layer.pieces[0]}
+        made = []
+        for matrix in found:
+            name = chosen(asked, matrix, dtypes.get(matrix.param, plain))
+            made.append((matrix, name))
+            if name != asked and not matrix.vector:
+                count = experts if matrix.expert is None else 1
+                fallbacks[_without_numbers(matrix.name), matrix.cols, asked, name] += count
+        for unit in _units(number, made, experts, shard_bytes):
+            result.expert_bytes += sum(each.nbytes for each in unit)
+            units.append(unit)
+    result.fallbacks = [
+        Fallback(place, count, cols, wanted, got) for (place, cols, wanted, got), count in sorted(fallbacks.items())
+    ]
+    result.shards = _shards(units, shard_bytes)
+    return result
+
+
+def _copied(entry: TensorEntry) -> Tensor:
+    return Tensor(entry.name, _CODES.get(entry.dtype, entry.dtype), entry.shape, entry.nbytes, entry)
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _units(layer: int, made: Iterable[tuple[Matrix, str]], experts: int, shard_bytes: int) -> Iterator[list[Tensor]]:
+    """Tensors that are written together, so that an expert is read once: those of an expert, or of all of a layer."""
+    by_expert: dict[int | None, list[list[Tensor]]] = {}
+    for matrix, name in made:
+        by_expert.setdefault(matrix.expert, []).append(_tensors(layer, matrix, name, experts))
+    for groups in by_expert.values():
+        whole = [tensor for group in groups for tensor in group]
+        if sum(each.nbytes for each in whole) <= shard_bytes:
+            yield whole
+        else:  # a layer in one tensor a projection: read once for each
+            yield from groups
+
+
+def _tensors(layer: int, matrix: Matrix, name: str, experts: int) -> list[Tensor]:
+    """One for each plane."""
+    how = encoding(name)
+    found = []
+    for plane, (ending, shape) in _planes(matrix, name).items():
+        full = shape if matrix.expert is not None else (experts, *shape)
+        dtype = next(each.dtype for each in how.planes if each.name == plane)
+        nbytes = math.prod(full) * ITEMSIZE[dtype]
+        found.append(Tensor(matrix.name + ending, _CODES[dtype], full, nbytes, None, layer, matrix, name, plane))
+    return found
+
+
+def _planes(matrix: Matrix, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What each plane's tensor is called after the matrix, and its shape for one expert.
+
+    FP8 and MXFP4 are called as the field calls them; blocks by their encoding.
+    """
+    how = encoding(name)
+    shapes = how.shapes(*written_shape(matrix, name))
+    if how.plain:
+        return {"values": ("", shapes["values"][1:] if matrix.vector else shapes["values"])}
+    if name == FP8:
+        return {"codes": ("", shapes["codes"]), "scales": ("_scale_inv", shapes["scales"])}
+    if name != "mxfp4":
+        return {"blocks": (f"_{name}", shapes["blocks"])}
+    if matrix.name.endswith(".weight"):  # compressed-tensors
+        return {"codes": ("_packed", shapes["codes"]), "scales": ("_scale", shapes["scales"])}
+    rows, groups = shapes["scales"]  # gpt-oss
+    return {"codes": ("_blocks", (rows, groups, 16)), "scales": ("_scales", (rows, groups))}
+
+
+def written_shape(matrix: Matrix, name: str) -> tuple[int, int]:
+    """Of what is written: outputs are the rows of what is encoded along the inputs, the rest lies as it did."""
+    as_it_was = encoding(name).plain or name == FP8
+    return (matrix.cols, matrix.rows) if matrix.flipped and as_it_was else (matrix.rows, matrix.cols)
+
+
+def _shards(units: list[list[Tensor]], shard_bytes: int) -> list[Shard]:
+    files: list[list[Tensor]] = []
+    taken = 0
+    for unit in units:
+        nbytes = sum(each.nbytes + len(each.name) + _ENTRY for each in unit)
+        if not files or taken + nbytes > shard_bytes:
+            files.append([])
+            taken = 0
+        files[-1].extend(unit)
+        taken += nbytes
+    return [  # the largest elements first, as the library has it, so that each lies at a multiple of its size
+        Shard(f"model-{number:05}-of-{len(files):05}.safetensors", tuple(sorted(tensors, key=_element, reverse=True)))
+        for number, tensors in enumerate(files, start=1)
+    ]
+
+
+def _element(tensor: Tensor) -> int:
+    """Bytes of one."""
+    return tensor.nbytes // max(1, math.prod(tensor.shape))
