@@ -26,6 +26,7 @@ import emoe
 from emoe.convert import state
 from emoe.convert.config import quantization
 from emoe.convert.encode import WORKSPACE, Encoded, encode
+from emoe.convert.perplexity import perplexity_of
 from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, written_shape
 from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, WriteError
 from emoe.files import jsontext
@@ -145,6 +146,7 @@ def convert(
     *,
     rest: str = "keep",
     memory: int = 2 << 30,
+    text: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool | None = None,
 ) -> Report:
@@ -156,6 +158,7 @@ def convert(
         experts: what they become: one of `EXPERTS`.
         rest: what becomes of the weights outside experts: "keep".
         memory: bytes that this process may take, Python and torch included.
+        text: a file on which perplexity is measured before and after, by models that run in `memory`.
         shard_bytes: most bytes of a file, where no single expert or tensor has more.
         progress: whether to show a bar; None: where a terminal shows it.
 
@@ -173,6 +176,7 @@ def convert(
     out = Path(out).expanduser().absolute()
     state.require_free(out)
     folder = _folder(model)
+    before = perplexity_of(folder, text, memory) if text is not None else None  # what cannot be measured is known first
     with ExitStack() as stack:
         source = stack.enter_context(_open(folder))
         plan = conversion(
@@ -200,6 +204,8 @@ def convert(
             _add_losses(report, own.shards[shard.name]["losses"])
         _write_rest(own.path, folder, source, plan, experts)
         report.peak_memory = process_memory()["peak"]
+        if text is not None and before is not None:
+            report.perplexity = {"before": before, "after": perplexity_of(own.path, text, memory)}
         own.finish({"report": report.to_dict()})
     return report
 
