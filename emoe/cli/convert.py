@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         if args.model or args.out or args.experts:
             raise ConfigError("--verify OUT takes neither MODEL nor --experts")
         return _verify(args)
-    lacking = [name for name, value in (("MODEL", args.model), ("OUT", args.out), ("--experts", args.experts)) if not value]
+    lacking = [
+        name for name, value in (("MODEL", args.model), ("OUT", args.out), ("--experts", args.experts)) if not value
+    ]
     if lacking:
         raise ConfigError(f"{' and '.join(lacking)} must be given: emoe convert MODEL OUT --experts ENCODING")
     from emoe.convert.state import unfinished
@@ -128,9 +130,7 @@ def _convert(args: argparse.Namespace) -> Report:
 
     generate.quiet_transformers()
     with common.checkpoint_errors(args.model):
-        return convert(
-            args.model, args.out, args.experts, rest=args.rest, memory=args.memory, text=args.perplexity
-        )
+        return convert(args.model, args.out, args.experts, rest=args.rest, memory=args.memory, text=args.perplexity)
 
 
 def _summary(report: Report) -> Table:
@@ -146,8 +146,8 @@ def _summary(report: Report) -> Table:
         before, after = report.bytes_before[name], report.bytes_after[name]
         table.add_row(label, format_bytes(before), format_bytes(after), common.percent(after / before if before else 1))
     if report.perplexity:
-        before, after = report.perplexity["before"], report.perplexity["after"]
-        table.add_row("perplexity", f"{before:.3f}", f"{after:.3f}", common.percent(after / before))
+        old, new = report.perplexity["before"], report.perplexity["after"]
+        table.add_row("perplexity", f"{old:.3f}", f"{new:.3f}", common.percent(new / old))
     table.caption = f"peak memory {format_bytes(report.peak_memory)}"
     return table
 

@@ -11,16 +11,19 @@ from emoe.convert.plan import Conversion
 from emoe.model.structure import experts_modules
 
 
-def quantization(plan: Conversion, meta_model: Any, experts: str) -> dict[str, Any]:
+def quantization(plan: Conversion, meta_model: Any, experts: str, rest: dict[str, Any] | None = None) -> dict[str, Any]:
     """What readers are told; emoe goes by the tensors themselves.
 
     Args:
         meta_model: the model on the meta device.
         experts: what was asked for.
+        rest: what the config of before says, where weights outside experts stay encoded.
     """
     made = [each for shard in plan.shards for each in shard.tensors if each.matrix is not None]
     encoded = [each for each in made if each.plane != "values"]
     names = {each.as_ for each in encoded}
+    if rest is not None:
+        return {**rest, "quant_method": "emoe", "experts": experts, "encodings": sorted(names)}
     outside = _outside_experts(meta_model)
     if names == {FP8} and not any(each.matrix.flipped for each in encoded if each.matrix):
         return {

@@ -14,6 +14,7 @@ from emoe.files import content
 
 WINDOW = 256  # tokens that are predicted from one another
 MOST = 64  # windows
+KERNELS = "auto"  # as the models will run
 _LARGEST = 64 << 20  # bytes of a text
 
 
@@ -37,7 +38,7 @@ def perplexity_of(folder: Path, text: str | Path, memory: int) -> float:
     if length < 2:
         raise ConfigError(f"{text}: the text has {len(ids)} tokens; perplexity takes two")
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:MOST]
-    model = emoe.from_pretrained(folder, memory_budget=memory, context=length)
+    model = emoe.from_pretrained(folder, memory_budget=memory, context=length, kernels=KERNELS)
     try:
         return perplexity(model, rows, batch=1)
     finally:

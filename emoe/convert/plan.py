@@ -18,6 +18,7 @@ from emoe.convert.encode import FP8
 from emoe.convert.names import Matrix, matrices
 from emoe.model.encoding import ITEMSIZE, encoding
 from emoe.store import ExpertStore
+from emoe.store.companions import Group, grouped
 from emoe.store.headers import DTYPES, TensorEntry
 
 # What `--experts` takes -> the encoding.
@@ -96,12 +97,17 @@ class Fallback:
 
 @dataclass
 class Conversion:
-    """The files, and what there is to say about them."""
+    """The files, and what there is to say about them.
+
+    Attributes:
+        copied: tensors of the checkpoint that stay as they are.
+    """
 
     shards: list[Shard] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     expert_bytes: int = 0
     rest_bytes: int = 0
+    copied: dict[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +155,8 @@ def conversion(
         shard_bytes: most bytes of a file, where no single tensor or expert has more.
     """
     result = Conversion()
-    of_experts = {piece.tensor for layer in store.layers for pieces in layer.pieces for piece in pieces}
-    units = [[_copied(entry)] for name, entry in sorted(entries.items()) if name not in of_experts]
+    result.copied = _outside(entries, store)
+    units = [[_copied(entry)] for _, entry in sorted(result.copied.items())]
     result.rest_bytes = sum(unit[0].nbytes for unit in units)
     fallbacks: Counter[tuple[str, int, str, str]] = Counter()
     for number, (layer, (_, found)) in enumerate(zip(store.layers, matrices(meta_model), strict=True)):
@@ -173,6 +179,15 @@ def conversion(
     return result
 
 
+def _outside(entries: dict[str, TensorEntry], store: ExpertStore) -> dict[str, TensorEntry]:
+    """Tensors that are nothing of a routed expert: neither numbers of one, nor beside them."""
+    of_experts = {piece.tensor for layer in store.layers for pieces in layer.pieces for piece in pieces}
+    for each in grouped(entries).values():
+        if isinstance(each, Group) and any(part.name in of_experts for part in each.parts.values()):
+            of_experts |= {part.name for part in each.parts.values()}
+    return {name: entry for name, entry in entries.items() if name not in of_experts}
+
+
 def _copied(entry: TensorEntry) -> Tensor:
     return Tensor(entry.name, _CODES.get(entry.dtype, entry.dtype), entry.shape, entry.nbytes, entry)
 
@@ -186,12 +201,12 @@ def _units(layer: int, made: Iterable[tuple[Matrix, str]], experts: int, shard_b
     by_expert: dict[int | None, list[list[Tensor]]] = {}
     for matrix, name in made:
         by_expert.setdefault(matrix.expert, []).append(_tensors(layer, matrix, name, experts))
-    for groups in by_expert.values():
+    for expert, groups in by_expert.items():
         whole = [tensor for group in groups for tensor in group]
-        if sum(each.nbytes for each in whole) <= shard_bytes:
+        if expert is None and sum(each.nbytes for each in whole) > shard_bytes:
+            yield from groups  # an expert is then read once for each
+        else:
             yield whole
-        else:  # a layer in one tensor a projection: read once for each
-            yield from groups
 
 
 def _tensors(layer: int, matrix: Matrix, name: str, experts: int) -> list[Tensor]:
@@ -212,7 +227,8 @@ def _planes(matrix: Matrix, name: str) -> dict[str, tuple[str, tuple[int, ...]]]
     FP8 and MXFP4 are called as the field calls them; blocks by their encoding.
     """
     how = encoding(name)
-    shapes = how.shapes(*written_shape(matrix, name))
+    shape = (matrix.cols, matrix.rows) if flipped(matrix, name) else (matrix.rows, matrix.cols)
+    shapes = how.shapes(*shape)
     if how.plain:
         return {"values": ("", shapes["values"][1:] if matrix.vector else shapes["values"])}
     if name == FP8:
@@ -225,10 +241,9 @@ def _planes(matrix: Matrix, name: str) -> dict[str, tuple[str, tuple[int, ...]]]
     return {"codes": ("_blocks", (rows, groups, 16)), "scales": ("_scales", (rows, groups))}
 
 
-def written_shape(matrix: Matrix, name: str) -> tuple[int, int]:
-    """Of what is written: outputs are the rows of what is encoded along the inputs, the rest lies as it did."""
-    as_it_was = encoding(name).plain or name == FP8
-    return (matrix.cols, matrix.rows) if matrix.flipped and as_it_was else (matrix.rows, matrix.cols)
+def flipped(matrix: Matrix, name: str) -> bool:
+    """Whether it is written [inputs, outputs]: as it lay, unless numbers are encoded along the inputs."""
+    return matrix.flipped and (encoding(name).plain or name == FP8)
 
 
 def _shards(units: list[list[Tensor]], shard_bytes: int) -> list[Shard]:

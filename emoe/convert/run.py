@@ -27,13 +27,16 @@ from emoe.convert import state
 from emoe.convert.config import quantization
 from emoe.convert.encode import WORKSPACE, Encoded, encode
 from emoe.convert.perplexity import perplexity_of
-from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, written_shape
+from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, flipped
 from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, WriteError
 from emoe.files import jsontext
 from emoe.memory import format_bytes, process_memory
+from emoe.model.encoding import encoding
+from emoe.model.structure import find_experts
 from emoe.planning.meta import meta_model
 from emoe.store import ExpertStore, read_expert
-from emoe.store.checkpoint import index_checkpoint
+from emoe.store.checkpoint import read_checkpoint
+from emoe.store.companions import Group, grouped
 from emoe.store.headers import INDEX_NAME, TensorEntry, checkpoint_files, read_headers
 
 REST = ("keep",)
@@ -183,11 +186,9 @@ def convert(
             source.entries, source.store, source.meta, EXPERTS[experts], source.dtype, shard_bytes=shard_bytes
         )
         report = _report(str(model), out, experts, source, plan)
-        if (
-            not any(each.as_ == EXPERTS[experts] for shard in plan.shards for each in shard.tensors)
-            and not plan.fallbacks
-        ):
-            raise ConfigError(f"{model} has no matrix to encode")
+        if all(encoding(name).plain for name in report.encodings):
+            widths = sorted({each.cols for each in plan.fallbacks})
+            raise ConfigError(f"nothing of {model} can be {experts}: rows of {widths} numbers are no whole blocks")
         source.threads = _threads(source.store, memory)
         key = _key(folder, source, experts, rest, plan)
         names = {shard.name: shard.nbytes for shard in plan.shards}
@@ -198,6 +199,7 @@ def convert(
         own = stack.enter_context(state.claim(out, key, names))
         report.resumed = len(own.shards)
         _require_disk(own, plan)
+        _require_readable(own.path, source, plan, experts)
         with _threads_of_encoding(source):
             _write_all(own, plan, source, progress)
         for shard in plan.shards:
@@ -219,9 +221,15 @@ class _Source:
     store: ExpertStore
     meta: Any
     dtype: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # without quantization_config
+    encoded: dict[str, Any] | None
     threads: int = 1
     pool: Executor | None = None
+
+    def quantization(self, plan: Conversion, experts: str) -> dict[str, Any]:
+        """Of the config that is written."""
+        rest = self.encoded if any(isinstance(each, Group) for each in grouped(plan.copied).values()) else None
+        return quantization(plan, self.meta, experts, rest)
 
     def __enter__(self) -> _Source:
         return self
@@ -246,13 +254,21 @@ def _open(folder: Path) -> _Source:
     plain = str(meta_model(folder).dtype).removeprefix("torch.")
     meta = meta_model(folder, dtype=torch.float32)  # so that experts are read without rounding
     files = checkpoint_files(folder)
-    store = index_checkpoint(files, meta)
+    config = jsontext.read(folder / "config.json", "config", partial(CheckpointError, file=str(folder)))
+    find_experts(meta)
+    encoded = next((each.pop("quantization_config") for each in _parts(config) if "quantization_config" in each), None)
+    store = read_checkpoint(files, meta, encoded).store
     try:
-        config = jsontext.read(folder / "config.json", "config", partial(CheckpointError, file=str(folder)))
-        return _Source(folder, read_headers([store.opened(file) for file in files]), store, meta, plain, config)
+        entries = read_headers([store.opened(file) for file in files])
+        return _Source(folder, entries, store, meta, plain, config, encoded)
     except BaseException:
         store.close()
         raise
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config, and those in it of the models that it is made of."""
+    return [config, *(each for each in config.values() if isinstance(each, dict))]
 
 
 def _report(model: str, out: Path, experts: str, source: _Source, plan: Conversion) -> Report:
@@ -293,6 +309,21 @@ def _require_disk(own: state.Unfinished, plan: Conversion) -> None:
     free = shutil.disk_usage(own.path).free
     if needed > free:
         raise WriteError(f"{own.path.parent} has {format_bytes(free)} free; {format_bytes(needed)} are needed")
+
+
+def _require_readable(folder: Path, source: _Source, plan: Conversion, experts: str) -> None:
+    """Reads what will be written as a model's loading would, from headers alone: files without their numbers."""
+    sketch = folder / "headers"
+    sketch.mkdir()
+    try:
+        for shard in plan.shards:
+            with (sketch / shard.name).open("wb") as file:
+                file.write(shard.header())
+                file.truncate(shard.nbytes)
+        files = [sketch / shard.name for shard in plan.shards]
+        read_checkpoint(files, source.meta, source.quantization(plan, experts)).store.close()
+    finally:
+        shutil.rmtree(sketch, ignore_errors=True)
 
 
 def _key(folder: Path, source: _Source, experts: str, rest: str, plan: Conversion) -> dict[str, Any]:
@@ -438,10 +469,8 @@ def _encoded(tensor: Tensor, values: dict[str, torch.Tensor], pool: Executor | N
     matrix = tensor.matrix
     assert matrix is not None
     numbers = matrix.of(values[matrix.param])
-    if written_shape(matrix, tensor.as_) != tuple(numbers.shape):
-        numbers = numbers.T
     try:
-        return encode(tensor.as_, numbers, pool)
+        return encode(tensor.as_, numbers.T if flipped(matrix, tensor.as_) else numbers, pool)
     except ConfigError as error:
         raise CheckpointError(f"tensor {matrix.name} cannot be encoded: {error}", tensor=matrix.name) from error
 
@@ -474,11 +503,7 @@ def _write_rest(out: Path, folder: Path, source: _Source, plan: Conversion, expe
             logger.warning("%s is left out: it has %s", path, format_bytes(path.stat().st_size))
             continue
         shutil.copyfile(path, out / name)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    for value in config.values():
-        if isinstance(value, dict):
-            value.pop("quantization_config", None)
-    config["quantization_config"] = quantization(plan, source.meta, experts)
+    config = {**source.config, "quantization_config": source.quantization(plan, experts)}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     index = {
         "metadata": {"total_size": plan.expert_bytes + plan.rest_bytes},

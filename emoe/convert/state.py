@@ -174,7 +174,12 @@ def verify(out: Path) -> dict[str, Any]:
     from tqdm import tqdm
 
     files = record["files"]
-    total = sum(int(facts["bytes"]) for facts in files.values())
+    for name, facts in files.items():
+        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or "sha256" not in facts:
+            raise CheckpointError(
+                f"{out / RECORD} is damaged: its entry of {name} is {facts!r:.100}", file=str(out / RECORD)
+            )
+    total = sum(facts["bytes"] for facts in files.values())
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
         for name, facts in files.items():
             path = out / Path(name).name

@@ -12,6 +12,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import emoe
 from emoe.convert.encode import FP8, encode
 from emoe.convert.run import convert
 from emoe.convert.state import RECORD, verify
@@ -49,12 +50,18 @@ def plain(tensors: dict[str, torch.Tensor], flip: bool = False) -> dict[str, tor
             codes = tensor.flatten(-2) if name.endswith("_blocks") else tensor
             scales = tensors[f"{of}_scales" if name.endswith("_blocks") else f"{of}_scale"]
             value = _each(
-                lambda t, s: decoded(encoding("mxfp4"), len(t), 2 * t.shape[1], {"codes": t, "scales": s}), codes, scales
+                lambda t, s: decoded(encoding("mxfp4"), len(t), 2 * t.shape[1], {"codes": t, "scales": s}),
+                codes,
+                scales,
             )
             found[of] = value.mT if flip else value
         elif not name.endswith(("_scale_inv", "_scales", "weight_scale")):
             found[name] = tensor
     return found
+
+
+def _mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return decoded(encoding("mxfp4"), len(codes), 2 * codes.shape[1], {"codes": codes, "scales": scales})
 
 
 def _each(decode, *planes):
@@ -90,6 +97,8 @@ def wide(folder: Path, name: str = "qwen3_moe", dtype: torch.dtype = torch.bfloa
     sizes = {"hidden_size": 256, "num_hidden_layers": 2, "moe_intermediate_size": 256, "intermediate_size": 256}
     for key, value in {**sizes, **values}.items():
         setattr(config, key, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     families.randomize(model)
@@ -97,15 +106,25 @@ def wide(folder: Path, name: str = "qwen3_moe", dtype: torch.dtype = torch.bfloa
     return folder
 
 
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
-def test_the_checkpoint_of_every_family_holds_the_same_model_in_other_bytes(family, checkpoint, tmp_path):
-    """Its numbers, decoded and loaded by Transformers under their names, give nearly the same logits."""
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [(family, "q8_0") for family in sorted(families.FAMILIES) if family != "nemotron_h_latent"]
+    + [(family, "fp8") for family in ("nemotron_h_latent", *FLIPPED, "inkling2_text", "granitemoe", "deepseek_v4")]
+    + [(family, "mxfp4") for family in (*FLIPPED, "inkling2_text", "granitemoe")],
+)
+def test_the_checkpoint_of_every_family_holds_the_same_model_in_other_bytes(family, experts, checkpoint, tmp_path):
+    """Its numbers, decoded and loaded by Transformers under their names, give nearly the logits of before; emoe reads
+    the same of it."""
     source = checkpoint(family)
-    convert(source, tmp_path / "out", "q8_0", progress=False)
-    got = logits(twin(tmp_path / "out", tmp_path / "plain", family in FLIPPED))
+    convert(source, tmp_path / "out", experts, progress=False)
+    got = logits(twin(tmp_path / "out", tmp_path / "plain", family in FLIPPED and experts != "fp8"))
+    model = emoe.from_pretrained(tmp_path / "out", memory_budget=1.0, kernels="stock")
+    with torch.no_grad():
+        assert (model(IDS).logits - got).norm() < 1e-5 * got.norm()
+    model.emoe.close(restore=False)
     expected = logits(source)
-    assert (got - expected).norm() < 0.2 * expected.norm()  # a flip of routing for single tokens is no fault of names
-    assert (got - expected).abs().median() < 0.02 * expected.abs().median() + 0.02
+    most = {"q8_0": 0.02, "fp8": 0.06, "mxfp4": 0.2}[experts]
+    assert (got - expected).abs().median() < most * (expected.abs().median() + 1)  # few tokens are routed elsewhere
 
 
 @pytest.mark.parametrize("experts", ["q4_k", "q5_k", "q6_k", "q4_0", "q8_0", "mxfp4", "fp8"])
@@ -117,16 +136,16 @@ def test_every_encoding_holds_what_its_encoder_gives_for_each_matrix(experts, fa
     after = plain(tensors_of(tmp_path / "out"), flip=family in FLIPPED and experts != "fp8")
     assert set(after) == set(before)
     name = FP8 if experts == "fp8" else experts
-    changed = 0
+    changed, transposed = 0, family in FLIPPED and experts != "fp8"
     for key, value in before.items():
         if ".experts." not in key or key.endswith("_bias"):
             assert torch.equal(after[key], value), key
             continue
         changed += 1
         for matrix, got in zip(value.view(-1, *value.shape[-2:]), after[key].view(-1, *value.shape[-2:]), strict=True):
-            given = matrix.T if family in FLIPPED and experts != "fp8" else matrix
+            given = matrix.T if transposed else matrix
             expected = decoded(encoding(name), *given.shape, encode(name, given).planes)
-            assert torch.equal(got, expected.T if given is not matrix else expected), key
+            assert torch.equal(got, expected.T if transposed else expected), key
     assert changed == {"qwen3_moe": 24, "gpt_oss": 4}[family]
 
 
@@ -180,7 +199,7 @@ def test_rows_of_no_whole_blocks_fall_back_and_the_report_says_so(checkpoint, tm
 
 def test_what_fits_no_encoding_is_refused_when_nothing_is_left_to_encode(tmp_path):
     source = wide(tmp_path / "source", hidden_size=48, moe_intermediate_size=40)
-    with pytest.raises(ConfigError, match=r"no matrix.*q4_k"):
+    with pytest.raises(ConfigError, match=r"nothing of .* can be q4_k: rows of \[40, 48\]"):
         convert(source, tmp_path / "out", "q4_k", progress=False)
     assert not list(tmp_path.glob("*out*"))
 
@@ -263,7 +282,7 @@ def test_files_beside_the_weights_come_along_and_weights_of_other_formats_do_not
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "modeling_own.py", "vocab.txt"):
         (source / name).write_text("{}")
     for name in ("pytorch_model.bin", "model.gguf", ".hidden", "hf_quant_config.json"):
-        (source / name).write_text("x")
+        (source / name).write_text("[]")
     (source / "folder").mkdir()
     convert(source, tmp_path / "out", "q8_0", progress=False)
     found = {path.name for path in (tmp_path / "out").iterdir()}
