@@ -52,8 +52,8 @@ ALLOWED_IMPORTS = {
     "demo": {"__init__", "generate", "files", "memory"},
     "convert": {"__init__", "generate", "demo", "planning", "store", "model", "memory", "files"},
     "cli": {
-        "__init__", "convert", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity", "predictor", "tasks",
-        "trace", "options", "model", "native", "memory", "files",
+        "__init__", "convert", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity", "predictor",
+        "tasks", "trace", "options", "model", "native", "memory", "files",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -49,7 +49,7 @@ def test_perplexity_before_and_after_is_measured_on_a_text(model_folder, tmp_pat
         capsys, "convert", model_folder, tmp_path / "out", "--experts", "q8_0", "--perplexity", text
     )
     assert status == 0
-    assert 50 < found["perplexity"]["before"] < 500
+    assert 50 < found["perplexity"]["before"] < 5000
     assert found["perplexity"]["after"] == pytest.approx(found["perplexity"]["before"], rel=0.02)
     record = json.loads((tmp_path / "out/emoe-convert.json").read_text())
     assert record["report"]["perplexity"] == found["perplexity"]
