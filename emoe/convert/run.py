@@ -312,7 +312,7 @@ def _require_disk(own: state.Unfinished, plan: Conversion) -> None:
 
 
 def _require_readable(folder: Path, source: _Source, plan: Conversion, experts: str) -> None:
-    """Reads what will be written as a model's loading would, from headers alone: files without their numbers."""
+    """Reads what will be written as a model's loading would, from files that have headers and no weights."""
     sketch = folder / "headers"
     sketch.mkdir()
     try:
@@ -320,6 +320,12 @@ def _require_readable(folder: Path, source: _Source, plan: Conversion, experts: 
             with (sketch / shard.name).open("wb") as file:
                 file.write(shard.header())
                 file.truncate(shard.nbytes)
+                at = file.tell()
+                for tensor in shard.tensors:  # shapes, orders and zeros are looked at
+                    if tensor.entry is not None and tensor.code in ("I32", "I64") and tensor.nbytes <= _COPY:
+                        file.flush()
+                        _copy(file.fileno(), at, source, tensor.entry, lambda _: None)
+                    at += tensor.nbytes
         files = [sketch / shard.name for shard in plan.shards]
         read_checkpoint(files, source.meta, source.quantization(plan, experts)).store.close()
     finally:
