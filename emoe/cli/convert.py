@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="measure perplexity before and after on this file of text (both models run, in --memory)",
     )
+    parser.add_argument(
+        "--gguf", action="store_true", help="write GGUF for llama.cpp and emoe (families qwen3_moe, qwen2_moe, olmoe)"
+    )
     parser.add_argument("--verify", type=Path, metavar="OUT", help="check every file of a finished conversion")
 
 
@@ -130,7 +133,9 @@ def _convert(args: argparse.Namespace) -> Report:
 
     generate.quiet_transformers()
     with common.checkpoint_errors(args.model):
-        return convert(args.model, args.out, args.experts, rest=args.rest, memory=args.memory, text=args.perplexity)
+        return convert(
+            args.model, args.out, args.experts, rest=args.rest, memory=args.memory, text=args.perplexity, gguf=args.gguf
+        )
 
 
 def _summary(report: Report) -> Table:

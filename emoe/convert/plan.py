@@ -45,7 +45,7 @@ class Tensor:
     Attributes:
         name, shape: of it.
         code: of its dtype, in safetensors.
-        entry: what is copied byte by byte; None: it is made of `matrix`.
+        entry: what is copied byte by byte, or as numbers of dtype `as_`; None: it is made of `matrix`.
         layer, matrix: whose numbers it holds, and in which encoding (`as_`) and plane of that.
     """
 
@@ -62,13 +62,21 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file, with its tensors in order."""
+    """A file, with its tensors in order.
+
+    Attributes:
+        start: what it begins with, where it is a GGUF file, whose tensors start at multiples of `alignment`.
+    """
 
     name: str
     tensors: tuple[Tensor, ...]
+    start: bytes = b""
+    alignment: int = 1
 
     def header(self) -> bytes:
         """Of a safetensors file, its length first; padded, so that data starts at a multiple of 64."""
+        if self.start:
+            return self.start
         table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for each in self.tensors:
@@ -79,9 +87,17 @@ class Shard:
         return len(text).to_bytes(8, "little") + text
 
     @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Byte at which each tensor starts, and the end of the file."""
+        at = [len(self.header())]
+        for each in self.tensors:
+            at.append(-(-(at[-1] + each.nbytes) // self.alignment) * self.alignment)
+        return tuple(at)
+
+    @property
     def nbytes(self) -> int:
         """Of the file."""
-        return len(self.header()) + sum(each.nbytes for each in self.tensors)
+        return self.places[-1]
 
 
 @dataclass(frozen=True)
@@ -115,10 +131,10 @@ class Conversion:
 
     def digest(self) -> str:
         """Tells one from any other that has other tensors, or them in other places."""
-        lines = (
-            f"{shard.name} {each.name} {each.code} {each.shape}" for shard in self.shards for each in shard.tensors
-        )
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        found = hashlib.sha256()
+        for shard in self.shards:
+            found.update(f"{shard.name}\n".encode() + shard.header())
+        return found.hexdigest()
 
 
 def chosen(asked: str, matrix: Matrix, plain: str) -> str:

@@ -26,6 +26,7 @@ import emoe
 from emoe.convert import state
 from emoe.convert.config import quantization
 from emoe.convert.encode import WORKSPACE, Encoded, encode
+from emoe.convert.gguf import conversion as gguf_conversion
 from emoe.convert.perplexity import perplexity_of
 from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, flipped
 from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, WriteError
@@ -37,6 +38,7 @@ from emoe.planning.meta import meta_model
 from emoe.store import ExpertStore, read_expert
 from emoe.store.checkpoint import read_checkpoint
 from emoe.store.companions import Group, grouped
+from emoe.store.gguf import GgufCheckpoint
 from emoe.store.headers import INDEX_NAME, TensorEntry, checkpoint_files, read_headers
 
 REST = ("keep",)
@@ -150,6 +152,7 @@ def convert(
     rest: str = "keep",
     memory: int = 2 << 30,
     text: str | Path | None = None,
+    gguf: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: bool | None = None,
 ) -> Report:
@@ -162,6 +165,7 @@ def convert(
         rest: what becomes of the weights outside experts: "keep".
         memory: bytes that this process may take, Python and torch included.
         text: a file on which perplexity is measured before and after, by models that run in `memory`.
+        gguf: write GGUF files in the place of safetensors, for families that llama.cpp knows.
         shard_bytes: most bytes of a file, where no single expert or tensor has more.
         progress: whether to show a bar; None: where a terminal shows it.
 
@@ -182,15 +186,17 @@ def convert(
     before = perplexity_of(folder, text, memory) if text is not None else None  # what cannot be measured is known first
     with ExitStack() as stack:
         source = stack.enter_context(_open(folder))
-        plan = conversion(
-            source.entries, source.store, source.meta, EXPERTS[experts], source.dtype, shard_bytes=shard_bytes
-        )
+        what = (source.entries, source.store, source.meta, EXPERTS[experts], source.dtype)
+        if gguf:
+            plan = gguf_conversion(*what, folder, shard_bytes=shard_bytes)
+        else:
+            plan = conversion(*what, shard_bytes=shard_bytes)
         report = _report(str(model), out, experts, source, plan)
         if all(encoding(name).plain for name in report.encodings):
             widths = sorted({each.cols for each in plan.fallbacks})
             raise ConfigError(f"nothing of {model} can be {experts}: rows of {widths} numbers are no whole blocks")
         source.threads = _threads(source.store, memory)
-        key = _key(folder, source, experts, rest, plan)
+        key = _key(folder, source, {"experts": experts, "rest": rest, "gguf": gguf}, plan)
         names = {shard.name: shard.nbytes for shard in plan.shards}
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +210,8 @@ def convert(
             _write_all(own, plan, source, progress)
         for shard in plan.shards:
             _add_losses(report, own.shards[shard.name]["losses"])
-        _write_rest(own.path, folder, source, plan, experts)
+        if not gguf:
+            _write_rest(own.path, folder, source, plan, experts)
         report.peak_memory = process_memory()["peak"]
         if text is not None and before is not None:
             report.perplexity = {"before": before, "after": perplexity_of(own.path, text, memory)}
@@ -320,19 +327,21 @@ def _require_readable(folder: Path, source: _Source, plan: Conversion, experts: 
             with (sketch / shard.name).open("wb") as file:
                 file.write(shard.header())
                 file.truncate(shard.nbytes)
-                at = file.tell()
-                for tensor in shard.tensors:  # shapes, orders and zeros are looked at
+                file.flush()
+                for tensor, at in zip(shard.tensors, shard.places, strict=False):  # shapes, orders, zeros are looked at
                     if tensor.entry is not None and tensor.code in ("I32", "I64") and tensor.nbytes <= _COPY:
-                        file.flush()
-                        _copy(file.fileno(), at, source, tensor.entry, lambda _: None)
-                    at += tensor.nbytes
+                        _copy(file.fileno(), at, source, tensor, lambda _: None)
         files = [sketch / shard.name for shard in plan.shards]
+        if plan.shards[0].start:
+            meta = meta_model(files[0])
+            GgufCheckpoint(files).index(meta).close()
+            return
         read_checkpoint(files, source.meta, source.quantization(plan, experts)).store.close()
     finally:
         shutil.rmtree(sketch, ignore_errors=True)
 
 
-def _key(folder: Path, source: _Source, experts: str, rest: str, plan: Conversion) -> dict[str, Any]:
+def _key(folder: Path, source: _Source, options: dict[str, Any], plan: Conversion) -> dict[str, Any]:
     """What the result depends on."""
     files = {}
     for file in sorted({entry.file for entry in source.entries.values()}):
@@ -344,7 +353,7 @@ def _key(folder: Path, source: _Source, experts: str, rest: str, plan: Conversio
             "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
             "files": files,
         },
-        "options": {"experts": experts, "rest": rest},
+        "options": options,
         "layout": plan.digest(),
         "emoe": emoe.__version__,
     }
@@ -391,10 +400,9 @@ def _write(
             header = shard.header()
             _put(handle, header, 0)
             on_bytes(len(header))
-            start = len(header)
-            for tensors, at in _together(shard, start):
+            for tensors, at in _together(shard):
                 if tensors[0].entry is not None:
-                    _copy(handle, at[0], source, tensors[0].entry, on_bytes)
+                    _copy(handle, at[0], source, tensors[0], on_bytes)
                 else:
                     _encode(handle, at, tensors, source, losses, on_bytes)
             os.fsync(handle)
@@ -420,14 +428,13 @@ def _reserve(handle: int, nbytes: int) -> None:
         os.ftruncate(handle, nbytes)
 
 
-def _together(shard: Shard, start: int) -> Iterator[tuple[list[Tensor], list[int]]]:
+def _together(shard: Shard) -> Iterator[tuple[list[Tensor], list[int]]]:
     """Tensors that are made of the same expert, or of the same layer's experts, with their places in the file."""
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}
-    for tensor in shard.tensors:
+    for tensor, place in zip(shard.tensors, shard.places, strict=False):
         tensors, at = groups.setdefault(_made_of(tensor), ([], []))
         tensors.append(tensor)
-        at.append(start)
-        start += tensor.nbytes
+        at.append(place)
     yield from groups.values()
 
 
@@ -435,7 +442,9 @@ def _made_of(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.name,) if tensor.matrix is None else (tensor.layer, tensor.matrix.expert)
 
 
-def _copy(handle: int, at: int, source: _Source, entry: TensorEntry, on_bytes: Callable[[int], Any]) -> None:
+def _copy(handle: int, at: int, source: _Source, tensor: Tensor, on_bytes: Callable[[int], Any]) -> None:
+    entry = tensor.entry
+    assert entry is not None
     file = source.store.opened(entry.file)
     data = memoryview(bytearray(min(_COPY, entry.nbytes)))
     done = 0
@@ -443,9 +452,18 @@ def _copy(handle: int, at: int, source: _Source, entry: TensorEntry, on_bytes: C
         part = data[: min(len(data), entry.nbytes - done)]
         if file.read(part, entry.offset + done) < len(part) or file.change():
             raise entry.error(file.change() or "cannot be read to its end")
-        _put(handle, part, at + done)
         done += len(part)
-        on_bytes(len(part))
+        written = _converted(part, entry.dtype, tensor.as_ or entry.dtype)
+        _put(handle, written, at)
+        at += len(written)
+        on_bytes(len(written))
+
+
+def _converted(data: memoryview, before: str, after: str) -> memoryview:
+    if before == after:
+        return data
+    numbers = torch.frombuffer(data, dtype=getattr(torch, before)).to(getattr(torch, after))
+    return numbers.view(torch.uint8).numpy().data
 
 
 def _encode(
