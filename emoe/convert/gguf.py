@@ -26,6 +26,7 @@ from emoe.store.headers import TensorEntry
 
 # Family of Transformers -> architecture of llama.cpp, and whether it norms the weights of a token's experts.
 ARCHITECTURES = {"qwen3_moe": ("qwen3moe", True), "qwen2_moe": ("qwen2moe", False), "olmoe": ("olmoe", False)}
+_UNTIED = ("qwen2_moe", "olmoe")  # llama.cpp wants output.weight of these, also where it is the embeddings again
 _ALIGNMENT = 32
 _KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "gguf_mxfp4": "MXFP4"}
 # How a tokenizer cuts text into words, as patterns in tokenizer.json, and what llama.cpp calls that.
@@ -97,6 +98,8 @@ def _require_same_model(config: Any) -> None:
         "decoder_sparse_step": 1,
         "use_sliding_window": False,
     }
+    if config.model_type == "olmoe":  # its norms of keys have the width of a hidden state
+        wanted["num_key_value_heads"] = config.num_attention_heads
     for name, value in wanted.items():
         if hasattr(config, name) and getattr(config, name) != value:
             raise UnsupportedModelError(
@@ -108,12 +111,13 @@ def _require_same_model(config: Any) -> None:
 def _outside(entries: dict[str, TensorEntry], meta_model: Any, names: TensorNames) -> list[Tensor]:
     """All that is not an expert's; vectors and routers as float32, which llama.cpp wants."""
     ours = {f"{path}.{param.name}" for path, module in experts_modules(meta_model) for param in param_specs(module)}
-    tied = set(meta_model.all_tied_weights_keys)
+    tied = dict(meta_model.all_tied_weights_keys)
+    whole = meta_model.config.model_type in _UNTIED
     found = []
     for key, parameter in meta_model.state_dict().items():
-        if key in ours or key in tied:
+        if key in ours or (key in tied and not whole):
             continue
-        made, entry = names.of(key), entries.get(key)
+        made, entry = names.of(key), entries.get(tied.get(key, key))
         if made is None or len(made.sources) != 1:
             raise UnsupportedModelError(f"emoe does not know which tensor of a GGUF file {key} is")
         if entry is None or entry.dtype not in _KINDS or entry.shape != tuple(parameter.shape):
@@ -156,7 +160,8 @@ def _files(
     import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(None, architecture, split_max_size=shard_bytes)
+    split = shard_bytes if sum(each.nbytes for each in tensors) > shard_bytes else 0
+    writer = gguf.GGUFWriter(None, architecture, split_max_size=split)
     writer.data_alignment = _ALIGNMENT
     writer.add_name(name)
     describe(writer)

@@ -21,7 +21,7 @@ from emoe.errors import ConfigError, UnsupportedModelError
 FAMILIES = {
     "qwen3_moe": {"mlp_only_layers": [], "norm_topk_prob": True},
     "qwen2_moe": {"norm_topk_prob": False},
-    "olmoe": {"intermediate_size": 256},
+    "olmoe": {"intermediate_size": 256, "num_key_value_heads": 4},
 }
 
 
@@ -64,6 +64,15 @@ def test_tensors_have_the_types_that_llama_cpp_wants(tmp_path):
     assert fields["general.architecture"] == "qwen2moe"
     assert fields["qwen2moe.expert_feed_forward_length"] == 320
     assert fields["qwen2moe.expert_shared_feed_forward_length"] == 32
+
+
+def test_llama_cpp_gets_the_output_that_it_wants_where_it_is_the_embeddings(tmp_path):
+    for family, wanted in (("olmoe", True), ("qwen2_moe", True), ("qwen3_moe", False)):
+        source = model_of(tmp_path / family, family, tie_word_embeddings=True)
+        convert(source, tmp_path / family / "out", "q8_0", gguf=True, progress=False)
+        reader = gguf.GGUFReader(tmp_path / family / "out/source-Q8_0.gguf")
+        assert ("output.weight" in {tensor.name for tensor in reader.tensors}) == wanted
+        assert logits(tmp_path / family / "out").isfinite().all()
 
 
 def test_values_are_those_of_the_encoder(tmp_path):
@@ -165,6 +174,7 @@ def test_a_tokenizer_that_llama_cpp_may_cut_otherwise_is_refused(tmp_path):
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("olmoe", {"hidden_act": "gelu"}, "hidden_act"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("olmoe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
     ],
 )
