@@ -21,6 +21,7 @@ from emoe.model.encoding import encoding
 FP8 = "e4m3-128x128-float32"
 _CHUNK = 1 << 18  # numbers that are encoded at once: 1 MiB of float32, and about ten times that for what is computed
 WORKSPACE = 40 << 20  # bytes that encoding takes beside the matrix and what becomes of it, for each thread
+_REFINED = 2  # more roundings of the best of a search
 _TILE = 128  # rows and columns that share a scale of FP8
 _LARGEST_E4M3 = 448.0
 
@@ -142,36 +143,39 @@ def _fit_affine(x: torch.Tensor, most: int, first: float, steps: int) -> tuple[t
     """Scale and offset of each group such that scale * code - offset is near x, with codes from 0 to `most`.
 
     Numbers weigh more the larger they are. Candidates differ in how many levels the range is stretched over, from
-    `most + first` on in steps of a tenth; each is fitted by least squares.
+    `most + first` on in steps of a tenth; each is fitted by least squares. The best is then rounded to again, which
+    llama.cpp leaves out.
     """
     weight = x.square().mean(0).sqrt() + x.abs()
     high, low = x.amax(0), x.amin(0).clamp(max=0)
     weighted = weight * x
-    sum_w, sum_x, sum_x2 = weight.sum(0), weighted.sum(0), (weighted * x).sum(0)
+    sum_w, sum_x = weight.sum(0), weighted.sum(0)
     scale = (high - low) / most
-    codes = torch.empty_like(x)
+    codes, lost = torch.empty_like(x), torch.empty_like(x)
 
-    def sums(levels: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def round_to(levels: torch.Tensor) -> None:
+        """`levels` a unit, from the least number on."""
         torch.sub(x, low, out=codes)
-        codes.mul_(levels / (high - low)).round_().clamp_(0, most)
-        heavy = weight * codes
-        return heavy.sum(0), heavy.mul_(codes).sum(0), (weighted * codes).sum(0)
+        codes.mul_(levels).round_().clamp_(0, most)
 
-    def error(scale: torch.Tensor, low: torch.Tensor, of_codes: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Weighted and squared, by expanding the square."""
-        sum_l, sum_l2, sum_xl = of_codes
-        return sum_x2 + scale * (scale * sum_l2 + 2 * (low * sum_l - sum_xl)) + low * (low * sum_w - 2 * sum_x)
+    def error(scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """Weighted and squared; summed from differences, since sums of squares cancel where little is lost."""
+        torch.mul(codes, scale, out=lost)
+        return lost.add_(low).sub_(x).square_().mul_(weight).sum(0)
 
-    least = error(scale, low, sums(most))
-    for step in range(steps + 1):
-        sum_l, sum_l2, sum_xl = of_codes = sums(first + 0.1 * step + most)
+    round_to(most / (high - low))
+    least = error(scale, low)
+    for step in range(steps + 1 + _REFINED):
+        round_to((first + 0.1 * step + most) / (high - low) if step <= steps else 1 / scale)
+        torch.mul(weight, codes, out=lost)
+        sum_l, sum_l2, sum_xl = lost.sum(0), lost.mul_(codes).sum(0), torch.mul(weighted, codes, out=lost).sum(0)
         determinant = sum_w * sum_l2 - sum_l.square()
         fitted = (sum_w * sum_xl - sum_x * sum_l) / determinant
         offset = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
         above = offset > 0  # an offset cannot be subtracted from below zero
         fitted = torch.where(above, sum_xl / sum_l2, fitted)
         offset = torch.where(above, 0.0, offset)
-        found = error(fitted, offset, of_codes)
+        found = error(fitted, offset)
         better = (determinant > 0) & (found < least)
         least = torch.where(better, found, least)
         scale = torch.where(better, fitted, scale)
