@@ -106,10 +106,12 @@ def _table(plan: Plan) -> Table:
 def _on_disk(plan: Plan) -> list[tuple[str, str, str]]:
     from emoe.memory import format_bytes
 
-    told = "as the headers of its files say" if plan.source == "headers" else "as its config says: no weights are here"
+    by_files = plan.source == "headers"
+    told = "as the headers of its files say" if by_files else "as its config says: no weights are here"
     rows = [("checkpoint", format_bytes(plan.checkpoint_bytes or 0), told)]
     if plan.not_loaded_bytes:
-        rows.append(("not loaded", format_bytes(plan.not_loaded_bytes), "of tensors that the model has no use for"))
+        what = "tensors that the model has no use for" if by_files else "layers of multi-token prediction"
+        rows.append(("not loaded", format_bytes(plan.not_loaded_bytes), what))
     return rows
 
 
