@@ -41,8 +41,8 @@ class Plan:
     `dtype` is the one that the model runs in, `encodings` are those that its experts are stored in; `experts` says of
     layers that are alike: their numbers, the encoding of gate, up and down, bytes_per_expert, and the kernels that
     compute them on a CPU ("native", or "stock" and the reason). `activation_bytes` is what a prompt's chunk of
-    `prefill_chunk` tokens a sequence takes at the end of a full context; None: prompts are computed whole. `layouts` says of each layer where an expert's
-    parameters lie in a slot; it is not in `to_dict`.
+    `prefill_chunk` tokens a sequence takes at the end of a full context; None: prompts are computed whole. `layouts`
+    says of each layer where an expert's parameters lie in a slot; it is not in `to_dict`.
 
     What is on the disk is as `source` says: "headers" of the files, the "config" where there are none, or "model" where
     the model is in memory (`emoe.wrap`) and there is no checkpoint (None). `checkpoint_bytes` are all its tensors,
