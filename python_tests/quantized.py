@@ -334,6 +334,10 @@ FORMATS: dict[str, Format] = {
         mxfp4(("", ".scale"), (torch.int8, E8M0)), "mxfp4", fp8(32, 32, expert_dtype="fp4"),
         byte(".scale", 32, 32, E8M0), "deepseek_v4",
     ),
+    "deepseek-v4 nvfp4": Format(
+        nvfp4(divided=False), "nvfp4", fp8(128, 128, moe_quant_algo="NVFP4"), byte(".scale", 128, 128, E8M0),
+        "deepseek_v4",
+    ),
     "deepseek-v4 fp8": Format(
         byte(".scale", 32, 32, E8M0), "e4m3-32x32-e8m0", fp8(32, 32), byte(".scale", 32, 32, E8M0), "deepseek_v4",
     ),
@@ -457,7 +461,10 @@ def plain_tensors(family: str) -> tuple[tf.PretrainedConfig, Parts]:
     families.randomize(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_original_format=family != "fused")
-        return config, load_file(Path(folder) / "model.safetensors")
+        tensors = load_file(Path(folder) / "model.safetensors")
+    if family == "deepseek_v4":  # as its makers name them
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return config, tensors
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -229,6 +229,7 @@ def _find(
                 )
             _require_shape(param, target, tensors[target], count)
         layers.append(_layer(path, params, tensors, count, meta_model))
+        _confirm_experts(tensors, said)
     used = {source.name: key for key, its in sources.items() for each in its.by_pattern.values() for source in each}
     inside = tuple(f"{layer.path}." for layer in layers)
     outside = {name: weight for name, weight in weights.items() if not used[name].startswith(inside)}
@@ -259,6 +260,15 @@ def _tensors(
                 _require_all_experts(sources[first], count, target)
             tensors.update(_converted(first, sources[first], module, model))
     return tensors
+
+
+def _confirm_experts(tensors: Mapping[str, StridedTensor], said: Declared) -> None:
+    """Where a config says apart how many bits experts have."""
+    for tensor in tensors.values() if said.experts else ():
+        for region in tensor.regions:
+            source = region.source
+            if isinstance(source, EncodedWeight) and (source.bits <= 4) != (said.experts <= 4):
+                raise source.error(f"is not of the {said.experts} bits that {said.where} says of experts")
 
 
 def _place(piece: Piece) -> tuple[str, int]:

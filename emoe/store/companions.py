@@ -86,6 +86,11 @@ class EncodedWeight:
     def dtype(self) -> str:
         return self.encoding
 
+    @property
+    def bits(self) -> float:
+        """Of one number, without what it shares with others."""
+        return 8 * self.codes.nbytes / math.prod(self.shape)
+
     def error(self, why: str) -> CheckpointError:
         """A CheckpointError about it."""
         return self.codes.error(f"is a weight {list(self.shape)} in {self.encoding} that {why}")
@@ -146,7 +151,7 @@ def grouped(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry | Group
                 own = entries.get(weight)
                 belongs = weight in groups or end in _ALWAYS or (own is not None and own.dtype in _CODES)
                 belongs = belongs or (end[0] == "_" and weight.endswith(".weight"))
-                belongs = belongs or (end == "_scales" and entry.dtype == "uint8")
+                belongs = belongs or (end == "_scales" and entry.dtype == "uint8") or entry.dtype == "float8_e8m0fnu"
             if belongs:
                 groups.setdefault(weight, Group(weight)).parts[end] = entry
             else:
@@ -216,6 +221,8 @@ def _scale(group: Group, ends: Sequence[str]) -> TensorEntry:
         raise group.lacks(f"a scale, {' or '.join(_named(group, end) for end in ends)}")
     if len(found) > 1:
         raise found[0].error(f"lies there beside {found[1].name}: either would scale {group.name}")
+    if 0 in found[0].shape:
+        raise found[0].error("is no scale: it has no element")
     return found[0]
 
 
@@ -262,15 +269,16 @@ def _made(
 
 def _matrices(entry: TensorEntry, more: int = 0) -> tuple[int, ...]:
     """[E] of a tensor of all experts, () of a matrix; `more` dimensions follow rows and columns."""
-    if len(entry.shape) - more not in (2, 3):
+    if len(entry.shape) - more not in (2, 3) or 0 in entry.shape:
         raise entry.error("is neither a matrix nor one for each expert")
     return entry.shape[: len(entry.shape) - 2 - more]
 
 
 def _a_byte_each(group: Group, scale: TensorEntry, said: Declared) -> EncodedWeight:
     """FP8 and INT8; blocks at the edges are cut, not stretched."""
-    _refuse_others(group, ("", *_SCALES), "emoe reads weights with a byte each that have one scale and no zero point")
     entry = group.parts[""]
+    _confirm_width(entry, 8, said)
+    _refuse_others(group, ("", *_SCALES), "emoe reads weights with a byte each that have one scale and no zero point")
     lead = _matrices(entry)
     rows, cols = entry.shape[-2:]
     grid = _grid(scale, lead)
@@ -338,6 +346,7 @@ def _blocks_of(shape: Block, grid: Block) -> Block | None:
 def _two_a_byte(group: Group, core: str, ends: Sequence[str], said: Declared) -> EncodedWeight:
     """MXFP4 and NVFP4, whoever packed them: the low four bits are the first of two columns."""
     entry, scale = group.parts[core], _scale(group, ends)
+    _confirm_width(entry, 4, said)
     if core == "_blocks":
         lead = _matrices(entry, more=1)
         cols = entry.shape[-2] * entry.shape[-1] * 2
@@ -369,6 +378,11 @@ def _two_a_byte(group: Group, core: str, ends: Sequence[str], said: Declared) ->
         raise scale.error(f"is the scales of {entry.name}, {list(shape)} in {name}, which are {list(scales)}")
     _confirm_group(group, scale, name, wanted, said)
     return _made(group, name, shape, planes, by_rows=True)
+
+
+def _confirm_width(entry: TensorEntry, bits: int, said: Declared) -> None:
+    if said.widths and bits not in said.widths:
+        raise _unsupported(entry, f"would be {bits} bits a weight, but {said.where} says {sorted(said.widths)}")
 
 
 def _confirm_group(group: Group, scale: TensorEntry, name: str, found: int, said: Declared) -> None:
@@ -407,8 +421,7 @@ def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWei
                 entry, f"holds {bits:g} bits for each of the {rows} x {cols} that {group.parts['_shape'].name} says; "
                 "emoe reads 4"
             )  # fmt: skip
-    if said.widths and 4 not in said.widths:
-        raise _unsupported(entry, f"would be 4 bits a weight, but {said.where} says {sorted(said.widths)}")
+    _confirm_width(entry, 4, said)
     if scale.shape[:-1] != (*lead, rows):
         raise scale.error(f"is the scales of {entry.name}, whose rows are {[*lead, rows]}")
     size = _group_size(scale, cols, scale.shape[-1], said)
@@ -462,8 +475,7 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     zeros = group.parts[".qzeros"]
     if zeros.dtype != "int32":
         raise _unsupported(zeros, "is zeros; emoe reads those that are packed into int32")
-    if said.widths and 4 not in said.widths:
-        raise _unsupported(entry, f"would be 4 bits a weight, but {said.where} says {sorted(said.widths)}")
+    _confirm_width(entry, 4, said)
     lead = _matrices(entry)
     if scale.shape[:-2] != lead or len(scale.shape) != len(entry.shape):
         raise scale.error(f"does not fit {entry.name} {list(entry.shape)}")

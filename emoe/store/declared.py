@@ -34,6 +34,7 @@ class Declared:
     symmetric: whether integers have zero points of their own, as far as that is said.
     zeros: "gptq" or "gptq_v2" where that is said.
     in_order: False where GPTQ may have put inputs into groups in another order than theirs.
+    experts: bits of experts' weights where they are said apart, else 0.
     """
 
     where: str = ""
@@ -44,6 +45,7 @@ class Declared:
     symmetric: frozenset[bool] = field(default=frozenset())
     zeros: str = ""
     in_order: bool = True
+    experts: int = 0
 
 
 NOTHING = Declared()
@@ -111,6 +113,7 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
         frozenset(symmetric),
         str(zeros),
         not said.get("desc_act"),
+        {"fp4": 4, "fp8": 8}.get(str(said.get("expert_dtype")), 0),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,11 @@ from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig
 import emoe
 from emoe import errors
 from emoe.model.config import without_quantization
+from emoe.model.encoding import encoding
 from emoe.store import read_layer
-from emoe.store.headers import DTYPES, read_headers
+from emoe.store.companions import encoded, grouped, plane_bytes
+from emoe.store.declared import declared
+from emoe.store.headers import DTYPES, TensorEntry, read_headers
 
 MIB = 1 << 20
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
@@ -165,14 +169,14 @@ def test_an_expert_lies_in_a_slot_as_in_its_files(written):
 
 _KINDS = {
     "gate_proj": byte("_scale_inv", 128, 128), "up_proj": mxfp4(("_packed", "_scale")), "down_proj": int4(32),
-    "q_proj": byte("_scale", 0, 0), "o_proj": nvfp4(divided=False),
+    "q_proj": byte("_scale", 0, 0), "o_proj": nvfp4(divided=False), "lm_head": nvfp4(divided=False),
 }  # fmt: skip
 
 
 def _by_kind(name: str):
-    if ".experts." not in name and "self_attn" not in name:
+    if ".experts." not in name and "self_attn" not in name and "lm_head" not in name:
         return None
-    return next((encode for kind, encode in _KINDS.items() if f".{kind}." in name), None)
+    return next((encode for kind, encode in _KINDS.items() if f".{kind}." in f".{name}"), None)
 
 
 def test_each_weight_has_an_encoding_of_its_own(tmp_path):
@@ -241,6 +245,10 @@ def test_a_config_of_the_quantizer_beside_confirms_or_is_refused_with_both_block
         ("int4", quantized.compressed("x", num_bits=8, strategy="group", group_size=32), ("4 bits", "[8]")),
         ("awq", {"quant_method": "awq", "bits": 4, "group_size": 64}, ("groups of 32", "says 64")),
         ("gptq", {"quant_method": "gptq", "bits": 8, "group_size": 32}, ("4 bits", "[8]")),
+        ("nvfp4", {"quant_method": "modelopt", "quant_algo": "FP8"}, ("4 bits", "[8]")),
+        ("modelopt fp8", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, ("8 bits", "[4]")),
+        ("deepseek-v4 fp8", fp8(32, 32, expert_dtype="fp4"), ("e4m3", "4 bits", "of experts")),
+        ("deepseek-v4", fp8(128, 128, expert_dtype="fp8"), ("mxfp4", "8 bits", "of experts")),
     ],
 )  # fmt: skip
 def test_a_config_that_says_another_block_is_refused_with_both(name, said, words, tmp_path):
@@ -493,6 +501,45 @@ def test_a_damaged_file_is_an_error_of_emoe_that_names_it(data, written, tmp_pat
         model.emoe.close(restore=False)
 
 
+_ENDS = ("", "_scale_inv", "_scale", "_scale_2", "_packed", "_global_scale", "_zero_point", "_shape", "_g_idx", "_q8_0")
+_OTHER_ENDS = (".scale", ".qscale_weight", ".qweight", ".scales", ".qzeros", ".g_idx", "_blocks", "_scales")
+_SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 64, 128]), max_size=4).map(tuple)
+
+
+def _entries(found: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorEntry]:
+    names = {"B.weight" + end if end[:1] != "." else "B" + end: each for end, each in found.items()}
+    return {
+        name: TensorEntry("file", name, dtype, shape, 8, encoding(dtype).nbytes(shape))
+        for name, (dtype, shape) in names.items()
+    }
+
+
+@given(
+    found=st.dictionaries(
+        st.sampled_from(_ENDS + _OTHER_ENDS), st.tuples(st.sampled_from(sorted(DTYPES.values())), _SHAPES), min_size=1
+    ),
+    raw=st.integers(0, 255),
+    said=st.sampled_from([None, fp8(128, 128), FORMATS["gptq"].config, FORMATS["int4 zeros said"].config]),
+)
+@settings(max_examples=600)
+def test_whatever_lies_beside_a_weight_is_one_or_an_error_that_names_it(found, raw, said):
+    names = grouped(_entries(found))
+    for group in names.values():
+        if isinstance(group, TensorEntry):
+            continue
+        try:
+            weight = encoded(group, declared(said), lambda entry: bytes([raw]) * entry.nbytes)
+        except errors.CheckpointError as error:
+            assert error.file == "file" and error.tensor.startswith("B") and error.nbytes >= 0
+            continue
+        wanted = plane_bytes(weight.encoding, weight.shape)
+        for number in range(math.prod(weight.shape[:-2])):
+            for plane, entry in weight.planes.items():
+                start, nbytes = weight.place(plane, number)
+                assert nbytes == wanted[plane]
+                assert entry.offset <= start and start + nbytes <= entry.offset + entry.nbytes
+
+
 # --- the model afterwards --------------------------------------------------------------------------------------------
 
 
@@ -500,12 +547,13 @@ def test_a_damaged_file_is_an_error_of_emoe_that_names_it(data, written, tmp_pat
 def test_saving_writes_the_numbers_and_a_config_without_quantization(name, written, tmp_path):
     model = _load(written(name) / "quantized")
     model.save_pretrained(tmp_path)
+    _truth(written(name)).save_pretrained(tmp_path / "truth")
     config = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in config and "expert_dtype" not in config
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     _assert_same(_logits(again), _logits(_truth(written(name))))
     names = read_headers(sorted(tmp_path.glob("*.safetensors")))
-    assert set(names) == set(read_headers([written(name) / "plain" / "model.safetensors"]))
+    assert set(names) == set(read_headers([tmp_path / "truth" / "model.safetensors"]))
 
 
 def test_a_state_dict_and_the_restored_model_hold_the_numbers(written):
@@ -591,6 +639,7 @@ def test_a_plan_says_the_bytes_of_the_files_and_of_memory(name, written):
     stored = sum(entry.nbytes for each, entry in weights.items() if ".experts." not in each)
     assert abs(plan.non_expert_stored_bytes - stored) < 4096
     assert plan.model_bytes == plan.expert_bytes + plan.non_expert_stored_bytes
+    assert plan.checkpoint_bytes == sum(entry.nbytes for entry in names.values())
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks e8m0", "fp8 tensor", "mxfp4 compressed", "awq", "gpt-oss", "deepseek-v4"])
