@@ -348,7 +348,7 @@ _ONE_EXPERT = (
     "model.layers.1.mlp.experts.gate_up_proj",
     "layers.1.ffn.experts.3.w1",
 )
-_LINEAR = ("model.layers.0.self_attn.q_proj", "layers.0.attn.wq_a")
+_LINEAR = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.kv_a_proj_with_mqa", "layers.0.attn.wq_a")
 
 
 def _parts(tensors: dict, bases: tuple[str, ...]) -> list[str]:
