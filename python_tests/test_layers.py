@@ -50,7 +50,9 @@ ALLOWED_IMPORTS = {
         "__init__", "runtime", "routing", "slots", "replay", "sensitivity", "predictor", "tasks", "trace", "memory",
     },
     "demo": {"__init__", "generate", "files", "memory"},
-    "convert": {"__init__", "generate", "demo", "planning", "store", "model", "memory", "files"},
+    "convert": {
+        "__init__", "generate", "demo", "planning", "store", "model", "memory", "files", "sensitivity", "tasks",
+    },
     "cli": {
         "__init__", "convert", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity", "predictor",
         "tasks", "trace", "options", "model", "native", "memory", "files",

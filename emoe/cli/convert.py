@@ -31,6 +31,10 @@ that is lost where they are spread like a bell (relative RMS):
 q4_k, q5_k and q6_k take rows of a multiple of 256; others become q5_0, q5_1 and q8_0, as in llama.cpp, and rows of no
 multiple of 32 stay as they are. The report says where.
 
+--keep-tasks measures, as 'emoe profile sensitivity' does, what the tasks' answers lose with each layer, and gives more
+bits to the fewest layers that account for half of every task's loss: q4_k becomes q6_k, mxfp4 fp8, q4_0, q5_k and q6_k
+q8_0; what is q8_0 or fp8 stays as it is there.
+
 OUT appears when all is written. Until then files lie in a hidden folder beside it, and a run that was stopped goes on
 where it was: give the same command. The memory is that of the whole process; it does not depend on the model's size but
 on that of one expert. The result is a checkpoint folder for emoe; fp8, and mxfp4 of most families, are laid out and
@@ -60,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2 << 30,
         metavar="SIZE",
         help="that the process may take, Python and torch included (default: 2GiB)",
+    )
+    parser.add_argument(
+        "--keep-tasks",
+        type=Path,
+        metavar="PROMPTS",
+        help="labelled prompts, JSON lines: the layers that their tasks need most keep more bits",
     )
     parser.add_argument(
         "--perplexity",
@@ -105,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
     out = common.console()
     out.print(_summary(report))
     out.print(_layers(report))
+    if report.kept:
+        numbers = ", ".join(map(str, report.kept["layers"]))
+        out.print(f"more bits for {', '.join(report.kept['tasks'])}: layers {numbers}", markup=False, soft_wrap=True)
     for each in report.fallbacks:
         out.print(
             f"note: {each.count} of {each.matrices} are {each.got}: rows of {each.cols} are no whole blocks of "
@@ -134,8 +147,9 @@ def _convert(args: argparse.Namespace) -> Report:
     generate.quiet_transformers()
     with common.checkpoint_errors(args.model):
         return convert(
-            args.model, args.out, args.experts, rest=args.rest, memory=args.memory, text=args.perplexity, gguf=args.gguf
-        )
+            args.model, args.out, args.experts, rest=args.rest, memory=args.memory, text=args.perplexity,
+            keep_tasks=args.keep_tasks, gguf=args.gguf,
+        )  # fmt: skip
 
 
 def _summary(report: Report) -> Table:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emoe.convert.names import Matrix
-from emoe.convert.plan import Conversion, Fallback, Shard, Tensor, chosen
+from emoe.convert.plan import MORE, Conversion, Fallback, Shard, Tensor, chosen
 from emoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from emoe.files import jsontext
 from emoe.model.encoding import ITEMSIZE, encoding
@@ -43,6 +43,7 @@ def conversion(
     plain: str,
     folder: Path,
     *,
+    keep: Collection[int] = (),
     shard_bytes: int,
 ) -> Conversion:
     """Says what is written where; as `emoe.convert.plan.conversion`.
@@ -74,11 +75,13 @@ def conversion(
     for number, ((path, module), layer) in enumerate(zip(experts_modules(meta_model), store.layers, strict=True)):
         dtypes = {piece.stored: piece.src_dtype for piece in layer.pieces[0]}
         for matrix in _matrices(path, module, names):
-            kind = chosen(asked, matrix, dtypes.get(matrix.param, plain))
+            own = dtypes.get(matrix.param, plain)
+            wanted = (MORE[asked] or own) if number in keep else asked
+            kind = chosen(wanted, matrix, own)
             tensors.append(_experts(number, matrix, kind, num_experts(module)))
             result.expert_bytes += tensors[-1].nbytes
-            if kind != asked:
-                fallbacks[matrix.name.partition("ffn_")[2], matrix.cols, asked, kind] += num_experts(module)
+            if kind != wanted:
+                fallbacks[matrix.name.partition("ffn_")[2], matrix.cols, wanted, kind] += num_experts(module)
     result.fallbacks = [
         Fallback(place, count, cols, wanted, got) for (place, cols, wanted, got), count in sorted(fallbacks.items())
     ]

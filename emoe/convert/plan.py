@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,17 @@ EXPERTS = {
 }
 # Where the columns are no whole number of blocks, as llama.cpp does; what fits nothing stays as it is.
 _FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+# What has more bits, for layers that tasks need; "" stands for what it was.
+MORE = {
+    "q4_k": "q6_k",
+    "q4_0": "q8_0",
+    "q5_k": "q8_0",
+    "q6_k": "q8_0",
+    "gguf_mxfp4": "q8_0",
+    "mxfp4": FP8,
+    "q8_0": "",
+    FP8: "",
+}
 SHARD_BYTES = 4 << 30
 _ENTRY = 160  # bytes of a header that a tensor takes at most, beside its name
 _CODES = {name: code for code, name in DTYPES.items()}
@@ -158,6 +169,7 @@ def conversion(
     asked: str,
     plain: str,
     *,
+    keep: Collection[int] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
     """Says what is written where.
@@ -168,6 +180,7 @@ def conversion(
         meta_model: the model on the meta device.
         asked: an encoding, by name.
         plain: dtype of what fits no encoding, where the checkpoint has that encoded; else it keeps its own.
+        keep: layers whose experts have more bits.
         shard_bytes: most bytes of a file, where no single tensor or expert has more.
     """
     result = Conversion()
@@ -180,11 +193,13 @@ def conversion(
         dtypes = {piece.stored: piece.src_dtype for piece in layer.pieces[0]}
         made = []
         for matrix in found:
-            name = chosen(asked, matrix, dtypes.get(matrix.param, plain))
+            own = dtypes.get(matrix.param, plain)
+            wanted = (MORE[asked] or own) if number in keep else asked
+            name = chosen(wanted, matrix, own)
             made.append((matrix, name))
-            if name != asked and not matrix.vector:
+            if name != wanted and not matrix.vector:
                 count = experts if matrix.expert is None else 1
-                fallbacks[_without_numbers(matrix.name), matrix.cols, asked, name] += count
+                fallbacks[_without_numbers(matrix.name), matrix.cols, wanted, name] += count
         for unit in _units(number, made, experts, shard_bytes):
             result.expert_bytes += sum(each.nbytes for each in unit)
             units.append(unit)

@@ -27,6 +27,7 @@ from emoe.convert import state
 from emoe.convert.config import quantization
 from emoe.convert.encode import WORKSPACE, Encoded, encode
 from emoe.convert.gguf import conversion as gguf_conversion
+from emoe.convert.keep import layers_to_keep
 from emoe.convert.perplexity import perplexity_of
 from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, flipped
 from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, WriteError
@@ -91,6 +92,7 @@ class Report:
     Attributes:
         experts: what was asked for; `encodings`: what the matrices became, with their number.
         bytes_before, bytes_after: of experts, the rest, and all files of weights.
+        kept: layers that have more bits for tasks, as `keep.layers_to_keep` found them.
         losses: layer by path -> matrix -> what encoding lost of it, over all experts.
     """
 
@@ -105,6 +107,7 @@ class Report:
     resumed: int = 0
     peak_memory: int = 0
     perplexity: dict[str, float] | None = None
+    kept: dict[str, Any] | None = None
 
     def layer(self, path: str) -> Loss:
         """Of all matrices of a layer."""
@@ -141,6 +144,7 @@ class Report:
             "files_of_an_earlier_run": self.resumed,
             "peak_memory_bytes": self.peak_memory,
             "perplexity": self.perplexity,
+            "kept_for_tasks": self.kept,
         }
 
 
@@ -152,6 +156,7 @@ def convert(
     rest: str = "keep",
     memory: int = 2 << 30,
     text: str | Path | None = None,
+    keep_tasks: str | Path | None = None,
     gguf: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: bool | None = None,
@@ -165,6 +170,7 @@ def convert(
         rest: what becomes of the weights outside experts: "keep".
         memory: bytes that this process may take, Python and torch included.
         text: a file on which perplexity is measured before and after, by models that run in `memory`.
+        keep_tasks: a file of labelled prompts; the layers that their tasks need most keep more bits (keep.py).
         gguf: write GGUF files in the place of safetensors, for families that llama.cpp knows.
         shard_bytes: most bytes of a file, where no single expert or tensor has more.
         progress: whether to show a bar; None: where a terminal shows it.
@@ -184,14 +190,17 @@ def convert(
     state.require_free(out)
     folder = _folder(model)
     before = perplexity_of(folder, text, memory) if text is not None else None  # what cannot be measured is known first
+    kept = _measured(folder, keep_tasks, memory, progress) if keep_tasks is not None else None
+    keep = kept["layers"] if kept else ()
     with ExitStack() as stack:
         source = stack.enter_context(_open(folder))
         what = (source.entries, source.store, source.meta, EXPERTS[experts], source.dtype)
         if gguf:
-            plan = gguf_conversion(*what, folder, shard_bytes=shard_bytes)
+            plan = gguf_conversion(*what, folder, keep=keep, shard_bytes=shard_bytes)
         else:
-            plan = conversion(*what, shard_bytes=shard_bytes)
+            plan = conversion(*what, keep=keep, shard_bytes=shard_bytes)
         report = _report(str(model), out, experts, source, plan)
+        report.kept = kept
         if all(encoding(name).plain for name in report.encodings):
             widths = sorted({each.cols for each in plan.fallbacks})
             raise ConfigError(f"nothing of {model} can be {experts}: rows of {widths} numbers are no whole blocks")
@@ -217,6 +226,18 @@ def convert(
             report.perplexity = {"before": before, "after": perplexity_of(own.path, text, memory)}
         own.finish({"report": report.to_dict()})
     return report
+
+
+def _measured(folder: Path, prompts: str | Path, memory: int, progress: bool | None) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    with tqdm(desc="measuring tasks", unit="forward", disable=None if progress is None else not progress) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return layers_to_keep(folder, prompts, memory, on_step)
 
 
 @dataclass
