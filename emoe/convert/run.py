@@ -30,10 +30,11 @@ from emoe.convert.gguf import conversion as gguf_conversion
 from emoe.convert.keep import layers_to_keep
 from emoe.convert.perplexity import perplexity_of
 from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, flipped
-from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, WriteError
+from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, UnsupportedModelError, WriteError
 from emoe.files import jsontext
 from emoe.memory import format_bytes, process_memory
 from emoe.model.encoding import encoding
+from emoe.model.gguf_files import gguf_files
 from emoe.model.structure import find_experts
 from emoe.planning.meta import meta_model
 from emoe.store import ExpertStore, read_expert
@@ -279,6 +280,8 @@ def _folder(model: str | Path) -> Path:
 
 
 def _open(folder: Path) -> _Source:
+    if gguf_files(folder, {}):
+        raise UnsupportedModelError(f"{folder} is GGUF already; emoe convert reads checkpoints in safetensors")
     plain = str(meta_model(folder).dtype).removeprefix("torch.")
     meta = meta_model(folder, dtype=torch.float32)  # so that experts are read without rounding
     files = checkpoint_files(folder)

@@ -190,3 +190,11 @@ def test_other_families_and_fp8_are_refused(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="GGUF holds no FP8"):
         convert(model_of(tmp_path), tmp_path / "out", "fp8", gguf=True)
     assert json.loads((tmp_path / "source/config.json").read_text())["model_type"] == "olmoe"
+
+
+def test_a_gguf_file_is_no_source(tmp_path):
+    convert(model_of(tmp_path), tmp_path / "out", "q8_0", gguf=True, progress=False)
+    for given in (tmp_path / "out", tmp_path / "out/source-Q8_0.gguf"):
+        with pytest.raises(UnsupportedModelError, match="GGUF already"):
+            convert(given, tmp_path / "again", "q4_0")
+    assert not (tmp_path / "again").exists()
