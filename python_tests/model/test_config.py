@@ -85,7 +85,8 @@ def test_a_config_object_is_taken_and_not_changed(checkpoint):
      ({"num_hidden_layer": 2}, "did you mean 'num_hidden_layers'"), ({"revison": "main"}, "did you mean 'revision'"),
      ({"attn_implementaton": "eager"}, "did you mean 'attn_implementation'"),
      ({"zzz": 1}, "options are: memory_budget"),
-     ({"num_hidden_layers": "two"}, "num_hidden_layers='two'"), ({"load_in_4bit": True}, "load_in_4bit=True is no option here")],
+     ({"num_hidden_layers": "two"}, "num_hidden_layers='two'"),
+     ({"load_in_4bit": True}, "load_in_4bit=True is no option here")],
 )  # fmt: skip
 def test_a_keyword_that_nobody_knows_is_refused_with_the_nearest(given, said, checkpoint):
     for call in (emoe.from_pretrained, emoe.plan):
