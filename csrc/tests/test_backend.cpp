@@ -87,7 +87,10 @@ TEST("the CPU backend computes what its kernels compute, on slots of a slab") {
     const float hidden = 3.0F, weight = 0.5F;
     float out = 0.0F;
     GatherMlp op;
-    op.layout = {1, 1, 1, DType::kFloat32, false, false, false, Activation::kIdentity, 1.0F, 0.0F, 0, -1, 64, -1};
+    op.layout.hidden = op.layout.intermediate = op.layout.hidden_out = 1;
+    op.layout.has_gate = false;
+    op.layout.activation = Activation::kIdentity;
+    op.layout.down_offset = 64;
     op.slab = slab.memory().data;
     op.slot_bytes = slab.slot_bytes();
     op.slot_of = slot_of;
