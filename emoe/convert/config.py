@@ -10,6 +10,8 @@ from emoe.convert.encode import FP8
 from emoe.convert.plan import Conversion
 from emoe.model.structure import experts_modules
 
+_OF_EXPERTS = ("expert_dtype", "moe_quant_algo")  # what a config says of experts apart, which are others now
+
 
 def quantization(plan: Conversion, meta_model: Any, experts: str, rest: dict[str, Any] | None = None) -> dict[str, Any]:
     """What readers are told; emoe goes by the tensors themselves.
@@ -23,6 +25,7 @@ def quantization(plan: Conversion, meta_model: Any, experts: str, rest: dict[str
     encoded = [each for each in made if each.plane != "values"]
     names = {each.as_ for each in encoded}
     if rest is not None:
+        rest = {name: value for name, value in rest.items() if name not in _OF_EXPERTS}
         return {**rest, "quant_method": "emoe", "experts": experts, "encodings": sorted(names)}
     outside = _outside_experts(meta_model)
     if names == {FP8} and not any(each.matrix.flipped for each in encoded if each.matrix):

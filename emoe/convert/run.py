@@ -288,6 +288,8 @@ def _open(folder: Path) -> _Source:
     config = jsontext.read(folder / "config.json", "config", partial(CheckpointError, file=str(folder)))
     find_experts(meta)
     encoded = next((each.pop("quantization_config") for each in _parts(config) if "quantization_config" in each), None)
+    for each in _parts(config):
+        each.pop("expert_dtype", None)  # what DeepSeek-V4 says of experts, which will be others
     store = read_checkpoint(files, meta, encoded).store
     try:
         entries = read_headers([store.opened(file) for file in files])
