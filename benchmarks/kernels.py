@@ -4,6 +4,7 @@ python benchmarks/kernels.py [--rounds 15] [--threads 1 2] [--isa avx2] [--check
 
 The sides of a case are timed in turn, in many short rounds: times are the best of all rounds, ratios the median.
 Decode: one token, each call on experts that the last ones did not touch; the bound is a native read of as many bytes.
+Encoded: the same for one token and experts in each encoding, and 256 rows of one expert.
 Prefill: torch runs the same two linear layers and the gate in bfloat16; several experts: Transformers' eager loop.
 Overhead: gather_mlp and combine from Python on experts of a few kilobytes.
 Everything is measured in child processes: as the CPU is, and with both sides held to AVX2.
@@ -34,6 +35,8 @@ from rich.table import Table
 
 from emoe import native
 from emoe.compute import ops
+from emoe.model.encoding import encoding
+from emoe.model.spec import ParamSpec, slot_offsets
 
 LONG = 0.3  # seconds; a side that takes longer runs once a round
 AVX2 = {"EMOE_FORCE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -86,6 +89,73 @@ class Experts:
         return out
 
 
+# Where blocks have float16 scales: random bytes there would be infinite.
+HALVES = {
+    "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2),
+    "q6_k": (208,), "iq4_nl": (0,), "iq4_xs": (0,), "gguf_mxfp4": (), "q2_k": (80, 82), "q3_k": (108,),
+}  # fmt: skip
+ENCODED = (
+    *HALVES, "mxfp4", "nvfp4", "e4m3-128x128-float32", "int8-row-float32", "int4-32-bfloat16", "int4-128-float16-zeros",
+    "awq-128-float16", "gptq-128-float16",
+)  # fmt: skip
+WITH_TARGET = [name for name in ENCODED if name not in ("q2_k", "q3_k")]
+
+
+class Encoded:
+    """E experts of one encoding, alike: codes are random, scales about 0.01."""
+
+    def __init__(self, name: str, E: int, H: int, I: int) -> None:
+        self.H, self.slots, how = H, E, encoding(name)
+        shapes = {"up": (2 * I, H), "down": (H, I)}
+        stored = [
+            ParamSpec(f"{matrix}.{plane.name}", how.shapes(*shape)[plane.name], plane.dtype)
+            for matrix, shape in shapes.items()
+            for plane in how.planes
+        ]
+        offsets, self.slot_bytes = slot_offsets(stored)
+        one = torch.randint(0, 256, (self.slot_bytes,), dtype=torch.uint8)
+        for spec in stored:
+            array = one[offsets[spec.name] :][: spec.nbytes]
+            plane = spec.name.split(".")[1]
+            if plane in ("scales", "factor"):
+                dtype = getattr(torch, spec.dtype)
+                array[:] = (
+                    torch.full(spec.shape, 120 if spec.dtype == "uint8" else 0.01).to(dtype).view(-1).view(torch.uint8)
+                )
+            elif plane == "codes" and how.codes in ("e4m3", "e5m2"):
+                array &= 0xBB  # neither NaN nor infinite
+            elif plane == "blocks":
+                blocks = array.view(-1, how.planes[0].count)
+                for at in HALVES[name]:
+                    blocks[:, at : at + 2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+                if name == "gguf_mxfp4":
+                    blocks[:, 0] = 120
+        self.memory = one.repeat(E)
+        self.address = self.memory.data_ptr()
+        scales = how.plane("scales")
+
+        def weights(matrix: str, first: int, count: int) -> dict[str, Any]:
+            rows, depth = shapes[matrix]
+            return {
+                "codes": how.codes, "rows": rows, "depth": depth, "first": first, "step": 1, "count": count,
+                "planes": {plane.name: offsets[f"{matrix}.{plane.name}"] for plane in how.planes},
+                "scale": how.scale, "scale_block": scales.block if scales else (0, 0),
+            }  # fmt: skip
+
+        self.layout = ops.make_layout(
+            {
+                "hidden": H, "intermediate": I, "hidden_out": H, "has_gate": True, "interleaved": False,
+                "activation": "silu", "gate": weights("up", 0, I), "up": weights("up", I, I),
+                "down": weights("down", 0, H),
+            }
+        )  # fmt: skip
+
+    def emoe(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros((*index.shape, self.H))
+        ops.gather_mlp(self.layout, self, np.arange(self.slots, dtype=np.int32), x, index, weights, out, "pairs")
+        return ops.combine(out, x.dtype)
+
+
 @dataclass
 class Case:
     name: str
@@ -135,6 +205,34 @@ def decode_cases(quick: bool) -> list[Case]:
                 8 * experts.slot_bytes,
             )
         )
+    return cases
+
+
+def encoded_cases(name: str, quick: bool) -> list[Case]:
+    """One encoding at a time, since all together would not fit into memory."""
+    cases = []
+    for H, I in ((2048, 1024), (1024, 512)):
+        one = Encoded(name, 1, H, I).slot_bytes
+        experts = Encoded(name, max(24, min(256, (400 << 20) // one) // 8 * 8), H, I)
+        turns = [itertools.count(side * (experts.slots // 8) // 2) for side in range(2)]
+
+        def first(side: int, experts: Encoded = experts, turns: Any = turns) -> int:
+            return int(8 * next(turns[side]) % experts.slots)
+
+        def read(experts: Encoded = experts, first: Any = first) -> float:
+            return native.load().read_seconds(experts.address + first(1) * experts.slot_bytes, 8 * experts.slot_bytes)
+
+        x, weights = torch.randn(1, H, dtype=torch.bfloat16), torch.full((1, 8), 0.125)
+
+        def call(experts: Encoded = experts, first: Any = first, x: Any = x, weights: Any = weights) -> torch.Tensor:
+            return experts.emoe(x, (torch.arange(8) + first(0)).view(1, 8), weights)
+
+        cases.append(Case(f"{name} H={H} I={I}", {"emoe": call, "read": read}, 8 * experts.slot_bytes))
+    if not quick:
+        many = torch.randn(256, 2048, dtype=torch.bfloat16)
+        experts, index = Encoded(name, 1, 2048, 1024), torch.zeros((256, 1), dtype=torch.int64)
+        alone: dict[str, Callable[[], Any]] = {"emoe": lambda: experts.emoe(many, index, torch.ones(256, 1))}
+        cases.append(Case(f"{name}, 256 rows of one expert, H=2048 I=1024", alone, 2.0 * 256 * 3 * 2048 * 1024))
     return cases
 
 
@@ -219,6 +317,9 @@ def child(args: argparse.Namespace) -> None:
         result["decode"] = measure(decode_cases(args.quick), args.rounds)
         result["prefill"] = measure(prefill_cases(args.quick), args.rounds)
         result["overhead_us"] = overhead(args.rounds)
+        result["encoded"] = [
+            each for name in args.encodings for each in measure(encoded_cases(name, args.quick), args.rounds)
+        ]
     print(json.dumps(result))
 
 
@@ -265,6 +366,17 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
         bounded = case["name"].endswith("bf16") and "one expert" in case["name"]
         target = PREFILL_TARGETS.get(result["isa"]) if bounded else None
         rows.append(Row((f"prefill {case['name']}", *_milliseconds(case), rate, f"{ratio:.2f}x"), ratio, target))
+    for case in result["encoded"]:
+        if "read" in case:
+            share = case["read_ratio"]
+            rate = f"{case['work'] / case['emoe'] / 1e9:.1f} of {case['work'] / case['read'] / 1e9:.1f} GB/s"
+            bounded = case["name"].split()[0] in WITH_TARGET
+            cells = (f"decode {case['name']}", f"{1e3 * case['emoe']:.2f}", "", rate, f"{share:.0%}")
+            rows.append(Row(cells, share, DECODE_TARGET if bounded else None))
+        else:
+            rate = case["work"] / case["emoe"] / 1e9
+            cells = (f"prefill {case['name']}", f"{1e3 * case['emoe']:.2f}", "", f"{rate:.0f} GFLOP/s", "")
+            rows.append(Row(cells, rate))
     spent = result["overhead_us"]
     cells = ("overhead of one layer from Python", f"{spent / 1e3:.3f}", "", "", f"{spent:.0f} us")
     rows.append(Row(cells, spent, OVERHEAD_TARGET, most=True))
@@ -297,6 +409,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--isa", choices=["native", "avx2", "both"], default="both")
     parser.add_argument("--quick", action="store_true", help="only the cases that have a target")
+    parser.add_argument("--encodings", nargs="*", default=ENCODED, help="of encoded experts, default: all")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--json", type=Path, default=common.RESULTS / "kernels.json")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -310,6 +423,7 @@ def main() -> None:
     for what, environment in {"native": {}, "avx2": AVX2}.items():
         for threads in args.threads if args.isa in (what, "both") else []:
             arguments = ["--rounds", str(args.rounds), "--threads", str(threads), *(["--quick"] if args.quick else [])]
+            arguments += ["--encodings", *args.encodings]
             results.append({"held_to": what, **in_child(arguments, environment)})
             missed += show(console, "as the CPU is" if what == "native" else "both held to AVX2", results[-1])
     common.write_result(args.json, results)

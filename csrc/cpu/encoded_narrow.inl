@@ -2,12 +2,6 @@
 namespace emoe::cpu {
 namespace {
 
-// Some of the rows of an encoded matrix, and where the expert lies.
-struct Source {
-    const Weights& w;
-    const unsigned char* slot;
-};
-
 // y[m][r] of rows [first, first + count), which are expanded a piece at a time.
 inline void expanded_rows(const Source& a, int64_t first, int64_t count, int rows, const float* x, int64_t ldx,
                           float* y) {
@@ -54,9 +48,24 @@ inline void encoded_product(const Source& a, int64_t first, int64_t count, int r
         case Codes::kFloat16:
             return plain_rows<F16>(a, first, count, rows, floats, ldx, y);
         default:
+#if defined(EMOE_INTEGERS)
+            if (const EncodedRows fast = fast_rows(a.w)) return fast(a, first, count, rows, x, y);
+#endif
             return expanded_rows(a, first, count, rows, floats, ldx, y);
     }
 }
+
+#if defined(EMOE_INTEGERS)
+// Whole numbers beside the floats of columns [k0, k1), where a matrix meets them.
+inline void encoded_narrow_load(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {
+    const MlpLayout& layout = *job.layout;
+    if (fast_rows(layout.gate) == nullptr && (!layout.has_gate || fast_rows(layout.up) == nullptr)) return;
+    const int64_t end = k1 == layout.hidden ? pad_up(k1, kEncodedPad) : k1;
+    for (int m = 0; m < chunk.rows; ++m) {
+        quantize(chunk.x + m * encoded_stride(layout.hidden), layout.hidden, k0 / kGroup, end / kGroup);
+    }
+}
+#endif
 
 void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
     const MlpLayout& layout = *job.layout;
@@ -72,6 +81,13 @@ void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int6
     }
     narrow_activate(layout, chunk, i0, i1, {gate, up, 1, gate_bias, up_bias}, encoded_stride(layout.intermediate),
                     pad_up(layout.intermediate, kEncodedPad));
+#if defined(EMOE_INTEGERS)
+    if (fast_rows(layout.down) == nullptr) return;
+    const int64_t end = i1 == layout.intermediate ? pad_up(i1, kEncodedPad) : i1;
+    for (int m = 0; m < chunk.rows; ++m) {
+        quantize(chunk.h + m * encoded_stride(layout.intermediate), layout.intermediate, i0 / kGroup, end / kGroup);
+    }
+#endif
 }
 
 void encoded_narrow_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {

@@ -3,21 +3,33 @@
 namespace emoe::cpu {
 namespace {
 
+inline void pairs_of(const float* from, int64_t n, Bits* to) {
+    int64_t u = 0;
+#if defined(EMOE_BF16_PAIRS)
+    for (; u + L <= n; u += L) store_pairs(vload(from + 2 * u), vload(from + 2 * u + L), to + u);
+#endif
+    for (; u < n; ++u) to[u] = bf16_of(from[2 * u]) | bf16_of(from[2 * u + 1]) << 16;
+}
+
 // Rows [first, first + count) of units [u0, u0 + n) into tile rows from `at`.
 inline void expand_tile(const Source& a, int64_t first, int64_t count, int64_t u0, int64_t n, bool pairs, float* tile,
                         int64_t at) {
-    for (int64_t r = 0; r < count; ++r) {
+    Expand fast = fast_expand(a.w);
+    if (fast == nullptr) fast = expand_slowly;
+    for (int64_t r = 0; r < count; r += kRowsAtOnce) {
+        const int64_t some = least(kRowsAtOnce, count - r);
         float* to = tile + (at + r) * kTileStride;
         if (!pairs) {
-            expand(a.w, a.slot, first + r, u0, u0 + n, to);
+            fast(a, first + r, some, u0, u0 + n, to, kTileStride);
             continue;
         }
-        alignas(64) float row[2 * kDepthBlock];
+        alignas(64) float rows[kRowsAtOnce][2 * kDepthBlock];
         const int64_t have = least(2 * n, a.w.depth - 2 * u0);
-        expand(a.w, a.slot, first + r, 2 * u0, 2 * u0 + have, row);
-        if (have < 2 * n) row[have] = 0.0F;
-        auto* bits = reinterpret_cast<Bits*>(to);
-        for (int64_t u = 0; u < n; ++u) bits[u] = bf16_of(row[2 * u]) | bf16_of(row[2 * u + 1]) << 16;
+        fast(a, first + r, some, 2 * u0, 2 * u0 + have, rows[0], 2 * kDepthBlock);
+        for (int64_t i = 0; i < some; ++i) {
+            if (have < 2 * n) rows[i][have] = 0.0F;
+            pairs_of(rows[i], n, reinterpret_cast<Bits*>(to + i * kTileStride));
+        }
     }
 }
 

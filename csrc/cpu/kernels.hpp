@@ -18,7 +18,7 @@ constexpr int kEncodedPad = 256;   // the same for rows that meet encoded weight
 
 // Some rows of one expert. `x` and `h` are scratch of 32-bit units:
 // narrow: float [rows][round_up(K, kRowPad)]; wide: panels of up to 2*lanes rows, each [units][panel rows];
-// narrow of encoded experts: csrc/cpu/encoded_narrow.inl.
+// narrow of encoded experts: csrc/cpu/encoded_integers.inl.
 struct Chunk {
     const unsigned char* slot;
     const int64_t* token;    // [rows] row of `hidden`

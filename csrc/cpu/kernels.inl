@@ -18,7 +18,7 @@ inline int64_t pad_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * 
 // Units of one narrow row that meets encoded weights (encoded_narrow.inl).
 inline int64_t encoded_stride(int64_t depth) {
     const int64_t padded = pad_up(depth, kEncodedPad);
-    return padded + padded / 2 + padded / 16;
+    return 2 * padded + padded / 16;
 }
 
 inline uint32_t bits_of(float a) {
@@ -202,6 +202,26 @@ inline int64_t up_row(const MlpLayout& a, int64_t i) { return a.interleaved ? 2 
 #include "cpu/narrow.inl"
 #include "cpu/wide.inl"
 
+namespace emoe::cpu {
+namespace {
+
+// Some of the rows of an encoded matrix, and where the expert lies.
+struct Source {
+    const Weights& w;
+    const unsigned char* slot;
+};
+
+}  // namespace
+}  // namespace emoe::cpu
+
+#if defined(EMOE_INTEGERS)
+#include "cpu/codecs.inl"
+#include "cpu/encoded_integers.inl"
+
+#include "cpu/encoded_columns.inl"
+#endif
+#include "cpu/encoded_expand.inl"
+
 #include "cpu/encoded_narrow.inl"
 #include "cpu/encoded_wide.inl"
 
@@ -214,6 +234,9 @@ void load_rows_as(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {
         wide_load<X>(job, chunk, k0, k1);
     } else {
         narrow_load<X>(job, chunk, k0, k1);
+#if defined(EMOE_INTEGERS)
+        if (job.layout->encoded) encoded_narrow_load(job, chunk, k0, k1);
+#endif
     }
 }
 void load_rows(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {

@@ -49,5 +49,6 @@ inline float vsum(V a) {
 }  // namespace
 }  // namespace emoe::cpu
 
+#include "cpu/integers_avx2.inl"
 #include "cpu/kernels.inl"
 #endif

@@ -8,5 +8,7 @@
 
 #include "cpu/vectors_avx512.inl"
 
+#include "cpu/integers_avx512.inl"
+
 #include "cpu/kernels.inl"  // uses the vectors
 #endif

@@ -45,6 +45,9 @@ inline float vsum(V a) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 #if defined(EMOE_BF16_PAIRS)
+inline void store_pairs(V first, V second, void* to) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+}
 inline V vdot_pairs(V acc, V pairs, V other) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(pairs.v), (__m512bh)_mm512_castps_si512(other.v))};
 }

@@ -218,7 +218,7 @@ def check(experts: Expert, tokens: int, dtype: torch.dtype = torch.float32) -> N
     pairs = run(experts, hidden, index, routing)
     error = (pairs.double().sum(1) - want).abs().max() / want.abs().max()
     # Rows that meet integers are 16-bit integers; the pairs of many bfloat16 rows are bfloat16 (docs/kernels.md).
-    assert error <= (8e-3 if dtype == torch.bfloat16 and tokens > 8 else 1e-4), f"error {error:.1e}"
+    assert error <= (8e-3 if dtype == torch.bfloat16 and tokens > 8 else 4e-4), f"error {error:.1e}"
 
 
 def test_the_names_have_every_word_of_codes():

@@ -1,0 +1,438 @@
+// How codes become small whole numbers, 32 at a time, and their scales, 8 groups of 32 at a time. For the x86 units.
+//
+// A codec has: kScales, scales of a group (2: one for either half); kMinimum, whether a value has an addend;
+// kStep, whether rows are made of whole steps of 8 groups; kApart, whether the codes of a group come in the order 0, 2,
+// ... 30, 1, 3, ... 31; row() and the two functions of a row.
+namespace emoe::cpu {
+namespace {
+
+constexpr int kGroup = 32;
+constexpr int kGroups = 8;  // of a step
+
+struct RowAt {
+    const unsigned char* codes;
+    const unsigned char* scales;  // null: `factor` is the scale of all
+    const unsigned char* zeros;   // null: none, or all are 8
+    int64_t shift;                // of its zero within a word
+    float factor;
+};
+
+template <int kScales>
+struct Scales {
+    __m256 scale[kScales];
+    __m256 minimum;
+};
+
+inline __m256 floats_of_f16(__m128i halves) { return _mm256_cvtph_ps(halves); }
+inline float one_of_f16(const unsigned char* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half_at(p)))); }
+inline __m128i load_bytes16(const unsigned char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline __m256i load_bytes32(const unsigned char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+// Halves at a distance of kBytes, zero from n on.
+template <int kBytes>
+inline __m256 strided_f16(const unsigned char* p, int64_t n) {
+    alignas(16) uint16_t halves[kGroups] = {};
+    if (n >= kGroups) {  // put together in general registers: vector inserts all want the port that widens codes
+        const auto four = [&](int i) {
+            uint64_t bits = 0;
+            for (int j = 3; j >= 0; --j) bits = bits << 16 | half_at(p + (i + j) * kBytes);
+            return (long long)bits;
+        };
+        return floats_of_f16(_mm_set_epi64x(four(4), four(0)));
+    }
+    for (int64_t i = 0; i < n; ++i) halves[i] = half_at(p + i * kBytes);
+    return floats_of_f16(_mm_load_si128(reinterpret_cast<const __m128i*>(halves)));
+}
+
+// 2^(byte - 127); 255 is no number.
+inline __m256 floats_of_e8m0(__m128i bytes) {
+    const __m256i wide = _mm256_cvtepu8_epi32(bytes);
+    const __m256i edge = _mm256_or_si256(_mm256_cmpeq_epi32(wide, _mm256_setzero_si256()),
+                                         _mm256_cmpeq_epi32(wide, _mm256_set1_epi32(255)));
+    const __m256i bits =
+        _mm256_or_si256(_mm256_slli_epi32(wide, 23), _mm256_and_si256(edge, _mm256_set1_epi32(1 << 22)));
+    return _mm256_castsi256_ps(bits);
+}
+// Widened bytes of e4m3 to the float16 that is 2^8 times smaller; 0x7F is no number.
+inline __m256i f16_of_e4m3(__m256i wide) {
+    const __m256i moved = _mm256_slli_epi16(wide, 7);
+    const __m256i value = _mm256_add_epi16(moved, _mm256_and_si256(moved, _mm256_set1_epi16(0x4000)));  // the sign
+    const __m256i all = _mm256_set1_epi16(0x3F80);
+    return _mm256_or_si256(value, _mm256_srli_epi16(_mm256_cmpeq_epi16(_mm256_and_si256(moved, all), all), 1));
+}
+// Eight in the low half.
+inline __m256 floats_of_e4m3(__m128i bytes) {
+    const __m256i halves = f16_of_e4m3(_mm256_cvtepu8_epi16(bytes));
+    return _mm256_mul_ps(floats_of_f16(_mm256_castsi256_si128(halves)), _mm256_set1_ps(256.0F));
+}
+
+inline int64_t scale_size(ScaleType scale) {
+    return scale == ScaleType::kFloat32 ? 4 : scale == ScaleType::kE8M0 || scale == ScaleType::kE4M3 ? 1 : 2;
+}
+
+// Eight neighbouring scales.
+inline __m256 eight_scales(ScaleType scale, const unsigned char* p) {
+    switch (scale) {
+        case ScaleType::kFloat32:
+            return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+        case ScaleType::kBFloat16:
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_bytes16(p)), 16));
+        case ScaleType::kFloat16:
+            return floats_of_f16(load_bytes16(p));
+        case ScaleType::kE8M0:
+            return floats_of_e8m0(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        default:
+            return floats_of_e4m3(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+}
+inline float one_scale(ScaleType scale, const unsigned char* p) {
+    unsigned char bytes[kGroups * 4] = {};
+    switch (scale) {
+        case ScaleType::kFloat32:
+            return F32::one(p);
+        case ScaleType::kBFloat16:
+            return Bf16::one(p);
+        case ScaleType::kFloat16:
+            return one_of_f16(p);
+        default:
+            bytes[0] = *p;
+            return _mm256_cvtss_f32(eight_scales(scale, bytes));
+    }
+}
+// Scales [i, i + n) of a row, n at most 8; zero after them.
+inline __m256 scales_at(ScaleType scale, const unsigned char* scales, int64_t i, int64_t n) {
+    const int64_t size = scale_size(scale);
+    if (n >= kGroups) return eight_scales(scale, scales + i * size);
+    alignas(32) float some[kGroups] = {};
+    for (int64_t j = 0; j < n; ++j) some[j] = one_scale(scale, scales + (i + j) * size);
+    return _mm256_load_ps(some);
+}
+
+// of(i) for each of groups [g0, g0 + n) where value i serves `per` groups.
+template <class Of>
+inline __m256 each_group(int64_t per, int64_t g0, int64_t n, const Of& of) {
+    int64_t i = g0 / per;
+    int64_t left = per - g0 % per;
+    if (left >= n) return _mm256_set1_ps(of(i));
+    if (per == 4 && n == kGroups) return _mm256_set_m128(_mm_set1_ps(of(i + 1)), _mm_set1_ps(of(i)));
+    if (per == 2 && n == kGroups) {
+        const __m128 low = _mm_set_ps(of(i + 1), of(i + 1), of(i), of(i));
+        return _mm256_set_m128(_mm_set_ps(of(i + 3), of(i + 3), of(i + 2), of(i + 2)), low);
+    }
+    alignas(32) float some[kGroups] = {};
+    for (int64_t j = 0; j < n;) {
+        const float value = of(i++);
+        for (const int64_t end = least(n, j + left); j < end; ++j) some[j] = value;
+        left = per;
+    }
+    return _mm256_load_ps(some);
+}
+
+inline RowAt block_row(const Source& a, int64_t row, int64_t values, int64_t bytes) {
+    return {a.slot + a.w.data + (a.w.first + row * a.w.step) * (a.w.depth / values) * bytes, nullptr, nullptr, 0, 1.0F};
+}
+inline int64_t groups_of(const Weights& w) {
+    return w.scale_cols == 0 ? 1 : (w.depth + w.scale_cols - 1) / w.scale_cols;
+}
+
+// Formats of 32 values: an f16 scale first.
+template <int kBytes>
+struct Small {
+    static constexpr int kScales = 1;
+    static constexpr bool kMinimum = false;
+    static constexpr bool kStep = false;
+    static constexpr bool kApart = false;
+    static constexpr int64_t kLine = kBytes * kGroups;  // bytes of a step
+    static RowAt row(const Source& a, int64_t row) { return block_row(a, row, kGroup, kBytes); }
+    static Scales<1> scales(const Source&, const RowAt& row, int64_t g0, int64_t n) {
+        return {{strided_f16<kBytes>(row.codes + g0 * kBytes, n)}, _mm256_setzero_ps()};
+    }
+};
+// Codes from zero on that stand for -kLess to ...
+template <int kBytes, int kLess>
+struct Offset : Small<kBytes> {
+    static constexpr bool kMinimum = true;
+    static Scales<1> scales(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
+        Scales<1> found = Small<kBytes>::scales(a, row, g0, n);
+        found.minimum = _mm256_mul_ps(found.scale[0], _mm256_set1_ps((float)-kLess));
+        return found;
+    }
+};
+// An f16 minimum after the scale.
+template <int kBytes>
+struct Affine : Small<kBytes> {
+    static constexpr bool kMinimum = true;
+    static Scales<1> scales(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
+        Scales<1> found = Small<kBytes>::scales(a, row, g0, n);
+        found.minimum = strided_f16<kBytes>(row.codes + g0 * kBytes + 2, n);
+        return found;
+    }
+};
+
+struct Q8_0 : Small<34> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return load_signed(row.codes + g * 34 + 2);
+    }
+};
+struct Q4_0 : Offset<18, 8> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return load_halves(row.codes + g * 18 + 2);
+    }
+};
+struct Q4_1 : Affine<20> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return load_halves(row.codes + g * 20 + 4);
+    }
+};
+struct Q5_0 : Offset<22, 16> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return load_halves_and_bits(row.codes + g * 22 + 6, row.codes + g * 22 + 2);
+    }
+};
+struct Q5_1 : Affine<24> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return load_halves_and_bits(row.codes + g * 24 + 8, row.codes + g * 24 + 4);
+    }
+};
+
+// Tables of 16 values that nibbles are looked up in.
+inline __m128i e2m1_doubled() { return _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12); }
+inline __m128i iq4_values() {
+    return _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+}
+struct Iq4Nl : Small<18> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return look_up_halves(row.codes + g * 18 + 2, iq4_values());
+    }
+};
+struct Mxfp4Blocks : Small<17> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return look_up_halves(row.codes + g * 17 + 1, e2m1_doubled());
+    }
+    static Scales<1> scales(const Source&, const RowAt& row, int64_t g0, int64_t n) {
+        uint64_t bytes = 0;
+        for (int64_t i = n - 1; i >= 0; --i) bytes = bytes << 8 | row.codes[(g0 + i) * 17];
+        // Half of 2^(byte - 127); what is below the smallest normal number is shifted into place.
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
+        const __m256i usual = _mm256_slli_epi32(_mm256_sub_epi32(wide, _mm256_set1_epi32(1)), 23);
+        const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), wide);
+        const __m256i is_tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), wide);
+        return {{_mm256_castsi256_ps(_mm256_blendv_epi8(usual, tiny, is_tiny))}, _mm256_setzero_ps()};
+    }
+};
+
+// Blocks of 256 values.
+template <int kBytes, int kScalesOf>
+struct Large {
+    static constexpr int kScales = kScalesOf;
+    static constexpr bool kMinimum = false;
+    static constexpr bool kStep = true;
+    static constexpr bool kApart = false;
+    static constexpr int64_t kLine = kBytes;
+    static RowAt row(const Source& a, int64_t row) { return block_row(a, row, 256, kBytes); }
+    static const unsigned char* block(const RowAt& row, int64_t g) { return row.codes + g / kGroups * kBytes; }
+};
+// An f16 scale and an f16 scale of minima, and twelve bytes of eight scales and eight minima, six bits each.
+template <int kBytes>
+struct WithMinima : Large<kBytes, 1> {
+    static constexpr bool kMinimum = true;
+    static Scales<1> scales(const Source&, const RowAt& row, int64_t g0, int64_t) {
+        const unsigned char* p = Large<kBytes, 1>::block(row, g0);
+        uint32_t u[3];
+        __builtin_memcpy(u, p + 4, 12);
+        const uint64_t scale =
+            (u[0] & 0x3F3F3F3FU) | (uint64_t)((u[2] & 0x0F0F0F0FU) | ((u[0] >> 6) & 0x03030303U) << 4) << 32;
+        const uint64_t minimum =
+            (u[1] & 0x3F3F3F3FU) | (uint64_t)(((u[2] >> 4) & 0x0F0F0F0FU) | ((u[1] >> 6) & 0x03030303U) << 4) << 32;
+        const auto floats = [](uint64_t bytes) {
+            return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+        };
+        return {{_mm256_mul_ps(floats(scale), _mm256_set1_ps(one_of_f16(p)))},
+                _mm256_mul_ps(floats(minimum), _mm256_set1_ps(-one_of_f16(p + 2)))};
+    }
+};
+struct Q4_K : WithMinima<144> {
+    template <int j>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return nibbles_of<j % 2 * 4>(load_unsigned(block(row, g) + 16 + j / 2 * 32));
+    }
+};
+// kTo - kFrom to the left; what other bits of a 16-bit lane move in is masked off by the caller.
+template <int kBy>
+inline __m256i shift(__m256i bytes) {
+    if constexpr (kBy > 0) return _mm256_slli_epi16(bytes, kBy);
+    if constexpr (kBy < 0) return _mm256_srli_epi16(bytes, -kBy);
+    return bytes;
+}
+struct Q5_K : WithMinima<176> {
+    template <int j>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        const unsigned char* p = block(row, g);
+        const __m256i low =
+            _mm256_and_si256(shift<j % 2 * -4>(load_bytes32(p + 48 + j / 2 * 32)), _mm256_set1_epi8(15));
+        const __m256i high = _mm256_and_si256(shift<4 - j>(load_bytes32(p + 16)), _mm256_set1_epi8(16));
+        return widen_unsigned(_mm256_or_si256(low, high));
+    }
+};
+struct Q6_K : Large<210, 2> {
+    template <int j>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        const unsigned char* p = block(row, g);
+        const __m256i low =
+            _mm256_and_si256(shift<j % 4 / 2 * -4>(load_bytes32(p + j / 4 * 64 + j % 2 * 32)), _mm256_set1_epi8(15));
+        const __m256i high =
+            _mm256_and_si256(shift<4 - j % 4 * 2>(load_bytes32(p + 128 + j / 4 * 32)), _mm256_set1_epi8(48));
+        return widen_signed(_mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32)));
+    }
+    static Scales<2> scales(const Source&, const RowAt& row, int64_t g0, int64_t) {
+        const unsigned char* p = block(row, g0);
+        const __m128i bytes = load_bytes16(p + 192);
+        const __m256 d = _mm256_set1_ps(one_of_f16(p + 208));
+        return {{_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), d),
+                 _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))), d)},
+                _mm256_setzero_ps()};
+    }
+};
+struct Iq4Xs : Large<136, 1> {
+    template <int j>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return look_up_halves(block(row, g) + 8 + j * 16, iq4_values());
+    }
+    static Scales<1> scales(const Source&, const RowAt& row, int64_t g0, int64_t) {
+        const unsigned char* p = block(row, g0);
+        uint32_t low;
+        __builtin_memcpy(&low, p + 4, 4);
+        const __m256i of_low =
+            _mm256_srlv_epi32(_mm256_set1_epi32((int)low), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+        const __m256i of_high =
+            _mm256_srlv_epi32(_mm256_set1_epi32(half_at(p + 2)), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+        const __m256i six = _mm256_or_si256(_mm256_and_si256(of_low, _mm256_set1_epi32(15)),
+                                            _mm256_slli_epi32(_mm256_and_si256(of_high, _mm256_set1_epi32(3)), 4));
+        const __m256 scale = _mm256_cvtepi32_ps(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
+        return {{_mm256_mul_ps(scale, _mm256_set1_ps(one_of_f16(p)))}, _mm256_setzero_ps()};
+    }
+};
+
+// Codes with scales in a plane of their own.
+template <int kBytes>
+struct Planes {
+    static constexpr int kScales = 1;
+    static constexpr bool kMinimum = false;
+    static constexpr bool kStep = false;
+    static constexpr bool kApart = false;
+    static constexpr int64_t kLine = kBytes * kGroups;
+    static RowAt row(const Source& a, int64_t row) {
+        const int64_t at = a.w.first + row * a.w.step;
+        const int64_t its_scale = a.w.scale_rows == 0 ? 0 : a.w.scale_rows == 1 ? at : at / a.w.scale_rows;
+        const int64_t line = groups_of(a.w) * scale_size(a.w.scale);
+        const unsigned char* scales = a.slot + a.w.scales + its_scale * line;
+        const bool one = a.w.scale_cols == 0;
+        return {a.slot + a.w.data + at * (a.w.depth / kGroup) * kBytes, one ? nullptr : scales, nullptr, 0,
+                one ? one_scale(a.w.scale, scales) : 1.0F};
+    }
+    static __m256 of_groups(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
+        const ScaleType scale = a.w.scale;
+        if (row.scales == nullptr) return _mm256_set1_ps(1.0F);
+        const int64_t per = a.w.scale_cols / kGroup;
+        if (per == 1) return scales_at(scale, row.scales, g0, n);
+        const int64_t size = scale_size(scale);
+        return each_group(per, g0, n, [&](int64_t i) { return one_scale(scale, row.scales + i * size); });
+    }
+    static Scales<1> scales(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
+        return {{_mm256_mul_ps(of_groups(a, row, g0, n), _mm256_set1_ps(row.factor))}, _mm256_setzero_ps()};
+    }
+};
+struct Int8 : Planes<32> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return load_signed(row.codes + g * 32);
+    }
+};
+// Floats of one byte. Those of e4m3 come 2^8 times too small.
+template <bool kE4M3>
+struct ByteFloats : Planes<32> {
+    static RowAt row(const Source& a, int64_t row) {
+        RowAt found = Planes<32>::row(a, row);
+        if constexpr (kE4M3) found.factor *= 256.0F;
+        return found;
+    }
+    static void values(const RowAt& row, int64_t g, V (&out)[kGroup / L]) {
+        if constexpr (kE4M3) {
+            load_e4m3(row.codes + g * 32, out);
+        } else {
+            load_e5m2(row.codes + g * 32, out);
+        }
+    }
+};
+struct E2M1 : Planes<16> {
+    static constexpr bool kApart = true;
+    static RowAt row(const Source& a, int64_t row) {
+        RowAt found = Planes<16>::row(a, row);
+        found.factor *= 0.5F;
+        if (a.w.factor >= 0) {
+            const float factor = F32::one(a.slot + a.w.factor);
+            found.factor = a.w.codes == Codes::kE2M1 ? found.factor * factor : found.factor / factor;
+        }
+        return found;
+    }
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return look_up_halves(row.codes + g * 16, e2m1_doubled());
+    }
+};
+// A scale for 16 values.
+struct E2M1By16 : E2M1 {
+    static constexpr int kScales = 2;
+    static Scales<2> scales(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
+        const __m256 factor = _mm256_set1_ps(row.factor);
+        const unsigned char* p = row.scales + 2 * g0 * scale_size(a.w.scale);
+        Scales<2> found;
+        if (n == kGroups && a.w.scale == ScaleType::kE4M3) {
+            const __m256i halves = f16_of_e4m3(_mm256_cvtepu8_epi16(load_bytes16(p)));
+            const __m256 by = _mm256_mul_ps(factor, _mm256_set1_ps(256.0F));
+            found.scale[0] = _mm256_mul_ps(floats_of_f16(_mm256_castsi256_si128(halves)), by);
+            found.scale[1] = _mm256_mul_ps(floats_of_f16(_mm256_extracti128_si256(halves, 1)), by);
+        } else {
+            const __m256 low = scales_at(a.w.scale, p, 0, least(2 * n, kGroups));
+            const __m256 high = scales_at(a.w.scale, p, kGroups, least(2 * n - kGroups, kGroups));
+            found.scale[0] = _mm256_mul_ps(low, factor);
+            found.scale[1] = _mm256_mul_ps(high, factor);
+        }
+        found.minimum = _mm256_setzero_ps();
+        return found;
+    }
+};
+struct Int4 : Planes<16> {
+    static constexpr bool kMinimum = true;
+    static constexpr bool kApart = true;
+    static RowAt row(const Source& a, int64_t row) {
+        RowAt found = Planes<16>::row(a, row);
+        const int64_t at = a.w.first + row * a.w.step;
+        found.zeros = a.w.zeros < 0 ? nullptr : a.slot + a.w.zeros + at / 8 * groups_of(a.w) * 4 + at % 8 / 2;
+        found.shift = at % 2 * 4;
+        return found;
+    }
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return load_halves(row.codes + g * 16);
+    }
+    static Scales<1> scales(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
+        const __m256 scale = _mm256_mul_ps(of_groups(a, row, g0, n), _mm256_set1_ps(row.factor));
+        const auto zero = [&](int64_t i) { return (float)-((row.zeros[i * 4] >> row.shift) & 15); };
+        const int64_t per = a.w.scale_cols / kGroup;
+        const __m256 zeros = row.zeros == nullptr ? _mm256_set1_ps(-8.0F)
+                             : per == 0           ? _mm256_set1_ps(zero(0))
+                                                  : each_group(per, g0, n, zero);
+        return {{scale}, _mm256_mul_ps(scale, zeros)};
+    }
+};
+
+}  // namespace
+}  // namespace emoe::cpu

@@ -1,0 +1,237 @@
+// Dot products of encoded rows with few rows of x, by whole numbers: x as 16-bit integers with a scale for every 32 of
+// them, made once per call. Codes that are floats of one byte are widened and meet x in float32.
+namespace emoe::cpu {
+namespace {
+
+// Where the parts of a narrow row lie: floats, 16-bit integers, the same with those of even place first in each group,
+// and a scale and a sum for each group.
+inline int64_t padded_depth(int64_t depth) { return pad_up(depth, kEncodedPad); }
+inline const int16_t* whole_of(const uint32_t* x, int64_t depth) {
+    return reinterpret_cast<const int16_t*>(x + padded_depth(depth));
+}
+inline const float* scale_of(const uint32_t* x, int64_t depth) {
+    return reinterpret_cast<const float*>(x + 2 * padded_depth(depth));
+}
+inline const float* sum_of(const uint32_t* x, int64_t depth) {
+    return scale_of(x, depth) + padded_depth(depth) / kGroup;
+}
+
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline float sum8(__m256 a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// Below this a group counts as zero, since its inverse would be infinite.
+constexpr float kLeast = 0x1p-100F;
+
+// Groups [g0, g1) of a narrow row whose floats are there.
+inline void quantize(uint32_t* x, int64_t depth, int64_t g0, int64_t g1) {
+    auto* whole = const_cast<int16_t*>(whole_of(x, depth));
+    int16_t* apart = whole + padded_depth(depth);
+    auto* scale = const_cast<float*>(scale_of(x, depth));
+    auto* sum = const_cast<float*>(sum_of(x, depth));
+    const __m256i size = _mm256_set1_epi32(0x7FFFFFFF);
+    for (int64_t g = g0; g < g1; ++g) {
+        const float* from = reinterpret_cast<const float*>(x) + g * kGroup;
+        __m256 part[4];
+        __m256i most = _mm256_setzero_si256();
+        for (int i = 0; i < 4; ++i) {  // as integers, so that infinity and NaN are the largest
+            part[i] = load8(from + 8 * i);
+            most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(part[i]), size));
+        }
+        __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+        four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+        const uint32_t bits = (uint32_t)_mm_cvtsi128_si32(four);
+        const bool usual = bits < 0x7F800000U && float_of(bits) >= kLeast;
+        const float inverse = usual ? 32767.0F / float_of(bits) : 0.0F;
+        scale[g] = usual ? float_of(bits) / 32767.0F : bits < 0x7F800000U ? 0.0F : float_of(0x7FC00000U);
+        const __m256 by = _mm256_set1_ps(inverse);
+        __m256i rounded[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m256 value = usual ? _mm256_mul_ps(part[i], by) : _mm256_setzero_ps();
+            rounded[i] = _mm256_cvtps_epi32(value);
+        }
+        __m256i total = _mm256_setzero_si256();
+        __m256i both[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256i packed =
+                _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded[2 * i], rounded[2 * i + 1]), 0xD8);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + g * kGroup + 16 * i), packed);
+            both[i] = packed;
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(packed, _mm256_set1_epi16(1)));
+        }
+        for (int i = 0; i < 2; ++i) {  // in 32 bits no value saturates
+            const auto half = [&](__m256i pairs) {
+                return i == 1 ? _mm256_srai_epi32(pairs, 16) : _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16);
+            };
+            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(half(both[0]), half(both[1])), 0xD8);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(apart + g * kGroup + 16 * i), packed);
+        }
+        __m128i two = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+        two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0x4E));
+        two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1));
+        sum[g] = scale[g] * (float)_mm_cvtsi128_si32(two);
+    }
+}
+
+// y[m][r] of R rows of weights and M rows of x; where fewer are left the last stands for those after it.
+template <class Q, int M, int R>
+inline void integer_tile(const Source& a, int64_t first, int64_t count, const uint32_t* x, float* y) {
+    constexpr int S = Q::kScales;
+    const int64_t depth = a.w.depth;
+    const int64_t stride = encoded_stride(depth);
+    const int64_t groups = depth / kGroup;
+    const int16_t* whole = whole_of(x, depth) + (Q::kApart ? padded_depth(depth) : 0);
+    const float* x_scale = scale_of(x, depth);
+    const float* x_sum = sum_of(x, depth);
+    const int64_t line = depth / kGroup * (Q::kLine / kGroups) * a.w.step;
+    RowAt row[R];
+    V acc[M][R];
+    __m256 low[M][R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        row[r] = Q::row(a, first + least(r, count - 1));
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+            acc[m][r] = vzero();
+            low[m][r] = _mm256_setzero_ps();
+        }
+    }
+    for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
+        const int64_t n = least(kGroups, groups - g0);
+        alignas(64) float t[R][M][kGroups * S];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const unsigned char* ahead = row[r].codes + g0 / kGroups * Q::kLine + R * line;
+            for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
+            const Scales<S> scales = Q::scales(a, row[r], g0, n);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                const __m256 its_scale = load8(x_scale + m * stride + g0);
+                if constexpr (S == 2) {
+                    const __m256i first_half = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+                    const __m256i second_half = _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
+                    const __m256 ones = _mm256_permutevar8x32_ps(its_scale, first_half);
+                    const __m256 others = _mm256_permutevar8x32_ps(its_scale, second_half);
+                    _mm256_store_ps(t[r][m], _mm256_mul_ps(scales.scale[0], ones));
+                    _mm256_store_ps(t[r][m] + kGroups, _mm256_mul_ps(scales.scale[1], others));
+                } else {
+                    _mm256_store_ps(t[r][m], _mm256_mul_ps(scales.scale[0], its_scale));
+                }
+                if constexpr (Q::kMinimum) {
+                    low[m][r] = _mm256_fmadd_ps(scales.minimum, load8(x_sum + m * stride + g0), low[m][r]);
+                }
+            }
+        }
+        // Kept in memory, so that one of them is broadcast by a load and not by the port that widens codes.
+        __asm__ volatile("" : "+m"(t));
+        const auto group = [&]<int j>(int64_t at) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const Codes32 codes = Q::template codes<j>(row[r], g0 + at);
+#pragma GCC unroll 4
+                for (int m = 0; m < M; ++m) {
+                    acc[m][r] = add_dot<S, Q::kApart>(acc[m][r], codes, whole + m * 2 * stride + (g0 + at) * kGroup,
+                                                      t[r][m] + at * S);
+                }
+            }
+        };
+        if (Q::kStep || n == kGroups) {
+            group.template operator()<0>(0);
+            group.template operator()<1>(1);
+            group.template operator()<2>(2);
+            group.template operator()<3>(3);
+            group.template operator()<4>(4);
+            group.template operator()<5>(5);
+            group.template operator()<6>(6);
+            group.template operator()<7>(7);
+        } else {
+            for (int64_t j = 0; j < n; ++j) group.template operator()<0>(j);
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        for (int r = 0; r < least(R, count); ++r) {
+            const float sum = vsum(acc[m][r]);
+            y[m * kNarrowBlock + r] = Q::kMinimum ? sum + sum8(low[m][r]) : sum;
+        }
+    }
+}
+
+template <class Q, int M, int R>
+inline void float_tile(const Source& a, int64_t first, int64_t count, const uint32_t* x, float* y) {
+    constexpr int kParts = kGroup / L;
+    const int64_t stride = encoded_stride(a.w.depth);
+    const int64_t groups = a.w.depth / kGroup;
+    const int64_t line = a.w.depth * a.w.step;
+    const auto* floats = reinterpret_cast<const float*>(x);
+    RowAt row[R];
+    V acc[M][R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        row[r] = Q::row(a, first + least(r, count - 1));
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) acc[m][r] = vzero();
+    }
+    for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
+        const int64_t n = least(kGroups, groups - g0);
+        alignas(64) float t[R][kGroups];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const unsigned char* ahead = row[r].codes + g0 * kGroup + R * line;
+            for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
+            _mm256_store_ps(t[r], Q::scales(a, row[r], g0, n).scale[0]);
+        }
+        for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                V values[kParts];
+                Q::values(row[r], g0 + j, values);
+                const V scale = vset(t[r][j]);
+#pragma GCC unroll 4
+                for (int m = 0; m < M; ++m) {
+                    const float* with = floats + m * stride + (g0 + j) * kGroup;
+                    V sum = vmul(values[0], vload(with));
+#pragma GCC unroll 4
+                    for (int i = 1; i < kParts; ++i) sum = vfma(values[i], vload(with + i * L), sum);
+                    acc[m][r] = vfma(sum, scale, acc[m][r]);
+                }
+            }
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        for (int r = 0; r < least(R, count); ++r) y[m * kNarrowBlock + r] = vsum(acc[m][r]);
+    }
+}
+
+template <class Q, int M, int R>
+inline void row_tile(const Source& a, int64_t first, int64_t count, const uint32_t* x, float* y) {
+    if constexpr (requires { &Q::values; }) {
+        float_tile<Q, M, R>(a, first, count, x, y);
+    } else {
+        integer_tile<Q, M, R>(a, first, count, x, y);
+    }
+}
+
+// y [rows][kNarrowBlock]
+template <class Q>
+void tiled_rows(const Source& a, int64_t first, int64_t count, int rows, const uint32_t* x, float* y) {
+    constexpr int kTogether = 4;
+    const int64_t stride = encoded_stride(a.w.depth);
+    for (int64_t r = 0; r < count; r += kTogether) {
+        int m = 0;
+        for (; m + 4 <= rows; m += 4) {
+            for (int64_t i = r; i < least(count, r + kTogether); i += 2) {
+                row_tile<Q, 4, 2>(a, first + i, count - i, x + m * stride, y + m * kNarrowBlock + i);
+            }
+        }
+        for (; m < rows; ++m) {
+            row_tile<Q, 1, kTogether>(a, first + r, count - r, x + m * stride, y + m * kNarrowBlock + r);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace emoe::cpu
