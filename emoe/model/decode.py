@@ -6,11 +6,12 @@ Blocks of GGUF are decoded by the `gguf` library; the other formats are describe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 
-from emoe.model.encoding import EncodedMatrix, Encoding, encoding
+from emoe.model.encoding import EncodedMatrix, Encoding, Plane, encoding
 from emoe.model.spec import ExpertForm
 
 # e2m1: 1 sign, 2 exponent, 1 mantissa bit (OCP Microscaling Formats 1.0).
@@ -73,6 +74,34 @@ def decoded(how: Encoding, rows: int, cols: int, planes: Mapping[str, torch.Tens
         factor = arrays["factor"].reshape(())
         values = values / factor if how.codes == "e2m1_divided" else values * factor
     return values
+
+
+# Numbers that are decoded at once, into float32 and on to the dtype that is wanted.
+_AT_ONCE = 1 << 18
+
+
+def decode_into(how: Encoding, planes: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    """As `decoded`, into [rows, cols] of any dtype, a few rows at a time.
+
+    Args:
+        planes: arrays of the shapes that `how` says.
+    """
+    rows, cols = out.shape
+    high = math.lcm(*(plane.block[0] or 1 for plane in how.planes))  # rows that no block of any plane divides
+    step = max(1, _AT_ONCE // (cols * high)) * high
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        part = {plane.name: _rows(plane, planes[plane.name], row, count) for plane in how.planes}
+        out[row : row + count] = decoded(how, count, cols, part)
+
+
+def _rows(plane: Plane, array: torch.Tensor, row: int, count: int) -> torch.Tensor:
+    """The part of a plane that is for rows `row` to `row + count`, which start with a block."""
+    high = plane.block[0]
+    if not high:
+        return array
+    first, last = row // high, -(-(row + count) // high)
+    return array[:, first * plane.count : last * plane.count] if plane.transposed else array[first:last]
 
 
 def _gguf(how: Encoding, blocks: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from emoe.model.gguf_files import gguf_files
 from emoe.model.structure import experts_modules, find_experts
 from emoe.seam import elsewhere
 from emoe.seam.guard import ModelGuard
+from emoe.seam.linear import Dense
 from emoe.seam.saving import SavingGuard
 from emoe.store import ExpertStore, StoreLayer, read_layer
 from emoe.store.checkpoint import first_dtype, read_checkpoint
@@ -48,12 +49,15 @@ __all__ = [
 ExpertValues = list[tuple[nn.Module, dict[str, torch.Tensor]]]
 
 
-def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) -> tuple[Any, ExpertStore]:
+def load_without_experts(
+    path_or_id: str | Path, *, dtype: Any = "auto", dense: Dense | None = None, **kwargs: Any
+) -> tuple[Any, ExpertStore]:
     """Loads a model whose experts stay where they are.
 
     Args:
         path_or_id: a checkpoint folder, a GGUF file, or a hub id that Transformers resolves.
         dtype: as in Transformers.
+        dense: which weights outside experts stay encoded, and what computes with them; None decodes all.
         kwargs: as `emoe.model.config.read_config` takes them; the rest is handed to Transformers' `from_pretrained`.
 
     Returns:
@@ -66,7 +70,7 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
     """
     config, kwargs = read_config(path_or_id, kwargs)
     if files := gguf_files(path_or_id, kwargs):
-        return _finished(*_load_gguf(files, path_or_id, config, dtype, kwargs), str(path_or_id))
+        return _finished(*_load_gguf(files, path_or_id, config, dtype, dense, kwargs), str(path_or_id))
     plain = not any(kwargs.get(name) for name in ("subfolder", "variant")) and not getattr(
         config, "transformers_weights", None
     )
@@ -82,7 +86,7 @@ def load_without_experts(path_or_id: str | Path, *, dtype: Any = "auto", **kwarg
         )
         _own_memory(model, model._emoe_store.files())
     except _EncodedError as found:
-        model, info = _load_decoded(path_or_id, found, **kwargs)
+        model, info = _load_decoded(path_or_id, found, dense, **kwargs)
     return _finished(model, info, str(path_or_id))
 
 
@@ -95,7 +99,7 @@ def _finished(model: Any, info: dict[str, Any], name: str) -> tuple[Any, ExpertS
 
 
 def _load_gguf(
-    files: list[Path], path_or_id: str | Path, config: Any, dtype: Any, kwargs: dict[str, Any]
+    files: list[Path], path_or_id: str | Path, config: Any, dtype: Any, dense: Dense | None, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     from transformers import GenerationConfig
 
@@ -112,7 +116,7 @@ def _load_gguf(
             given.setdefault("generation_config", GenerationConfig.from_model_config(config))
         state = checkpoint.state(shapes)
         return load_from_state(
-            type(shapes), config, lambda model, _: checkpoint.index(model), state, path_or_id, **given
+            type(shapes), config, lambda model, _: checkpoint.index(model), state, path_or_id, dense=dense, **given
         )
     except BaseException:
         checkpoint.close()
@@ -134,19 +138,30 @@ def _plain_store(quantization: dict[str, Any] | None, model: Any, files: list[st
     return found.store
 
 
-def _load(cls: Any, path: Any, make: Any, config: Any, dtype: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def _load(
+    cls: Any, path: Any, make: Any, config: Any, dtype: Any, dense: Dense | None = None, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
     from emoe.seam.quantizer import WithoutExperts
 
     model, info = cls.from_pretrained(
-        path, config=config, dtype=dtype, quantization_config=WithoutExperts(make), output_loading_info=True, **kwargs
+        path,
+        config=config,
+        dtype=dtype,
+        quantization_config=WithoutExperts(make, dense),
+        output_loading_info=True,
+        **kwargs,
     )
     return model, info
 
 
-def _load_decoded(path_or_id: str | Path, found: _EncodedError, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def _load_decoded(
+    path_or_id: str | Path, found: _EncodedError, dense: Dense | None, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
     """What is outside experts comes as a state dict whose tensors are decoded when Transformers takes them."""
     try:
-        return load_from_state(found.cls, found.config, lambda *_: found.store, found.rest, path_or_id, **kwargs)
+        return load_from_state(
+            found.cls, found.config, lambda *_: found.store, found.rest, path_or_id, dense=dense, **kwargs
+        )
     except BaseException:
         found.store.close()
         raise
@@ -158,6 +173,8 @@ def load_from_state(
     make: Callable[[Any, list[str]], ExpertStore],
     state: Mapping[str, Any],
     path_or_id: str | Path,
+    *,
+    dense: Dense | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Loads a model without its experts from tensors that are at hand, or given when they are asked for (`Unread`).
@@ -168,6 +185,7 @@ def load_from_state(
         make: as `WithoutExperts` takes it.
         state: tensors outside experts, by the names of the checkpoint.
         path_or_id: what the model is called, and where its generation config is, if it has one.
+        dense: as `load_without_experts` takes it.
         kwargs: as `emoe.model.config.read_config` gives them.
 
     Returns:
@@ -177,7 +195,9 @@ def load_from_state(
     for name in ("use_safetensors", "variant", "weights_only"):
         kwargs.pop(name, None)
     given = kwargs.pop("generation_config", None) or _generation_config(path_or_id, places)
-    model, info = _load(cls, None, make, config, config.dtype, state_dict=state, generation_config=given, **kwargs)
+    model, info = _load(
+        cls, None, make, config, config.dtype, dense, state_dict=state, generation_config=given, **kwargs
+    )
     model.config.name_or_path = model.name_or_path = str(path_or_id)
     return model, info
 

@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emoe.model.structure import experts_modules, find_experts
+from emoe.seam.linear import Dense
 from emoe.store import ExpertStore
 from emoe.store.unread import Unread
 
@@ -28,11 +30,14 @@ class WithoutExperts(QuantizationConfigMixin):
     Args:
         make: gives the store of the experts, called with the model on the meta device, its experts' parameters
             included, and the files that Transformers found (none where it is handed a state dict).
+        dense: what of the rest stays encoded; None for nothing.
     """
 
-    def __init__(self, make: Callable[[Any, list[str]], ExpertStore], **kwargs: Any) -> None:
+    def __init__(
+        self, make: Callable[[Any, list[str]], ExpertStore], dense: Dense | None = None, **kwargs: Any
+    ) -> None:
         self.quant_method = METHOD
-        self.make = make
+        self.make, self.dense = make, dense
 
     def __deepcopy__(self, memo: Any) -> WithoutExperts:
         return self  # Transformers copies the config that it has put this into; what is loaded is not to be copied
@@ -58,6 +63,8 @@ class _LeaveExpertsOut(HfQuantizer):
         if not isinstance(param, Unread):
             return super().get_new_dtype(converter, param, dtype)
         param.dtype = dtype if param.is_float else None
+        if self._kept is not None and isinstance(converter, WeightRenaming):  # else other tensors are put to it
+            self._kept.keep(converter.target_patterns[0], param)
         return param.dtype
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
@@ -65,6 +72,8 @@ class _LeaveExpertsOut(HfQuantizer):
         find_experts(model)
         model._emoe_store = self.quantization_config.make(model, list(checkpoint_files or []))
         model.config.quantization_config = own_config
+        dense = self.quantization_config.dense
+        self._kept = None if dense is None else dense.of(model)
         patterns = set()
         for layer, (path, module) in zip(model._emoe_store.layers, experts_modules(model), strict=True):
             for param in layer.params:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from emoe.errors import ReadError
-from emoe.model.decode import decoded
-from emoe.model.encoding import Encoding, Plane, encoding
+from emoe.model.decode import decode_into
+from emoe.model.encoding import COMPUTED, encoding
+from emoe.model.held import Held
 from emoe.store.companions import EncodedWeight
 from emoe.store.headers import TensorEntry
 from emoe.store.opened import OpenFile, read_error
-
-# Numbers that are decoded at once, into float32 and on to the dtype that is wanted.
-_AT_ONCE = 1 << 18
 
 
 class Unread:
@@ -24,6 +21,7 @@ class Unread:
 
     Attributes:
         dtype: what its numbers become; None leaves plain ones as they are and makes encoded ones float32.
+        keep: gives the tensor for a matrix that stays encoded, with `dtype`; None decodes it.
 
     Args:
         source: what lies there.
@@ -33,11 +31,33 @@ class Unread:
     def __init__(self, source: TensorEntry | EncodedWeight, files: Mapping[str, OpenFile]) -> None:
         self._source, self._files = source, files
         self.dtype: torch.dtype | None = None
+        self.keep: Callable[[Held, torch.dtype], torch.Tensor] | None = None
 
     @property
     def is_float(self) -> bool:
         """Whether it is one of floating-point numbers once it is read."""
         return isinstance(self._source, EncodedWeight) or self._source.is_float
+
+    @property
+    def encoding(self) -> str:
+        """Of the one matrix that it is, plain or not; "" where it is none that could be kept."""
+        weight = self._matrix()
+        return "" if weight is None else weight.encoding
+
+    def _matrix(self) -> EncodedWeight | None:
+        source = self._source
+        if len(source.shape) != 2 or not (isinstance(source, EncodedWeight) or source.dtype in COMPUTED):
+            return None
+        if isinstance(source, EncodedWeight):
+            return source
+        return EncodedWeight(source.name, source.dtype, source.shape, {"values": source})
+
+    def _held(self, weight: EncodedWeight) -> Held:
+        held = Held(encoding(weight.encoding), *weight.shape)
+        for plane, entry in weight.planes.items():
+            start, _ = weight.place(plane, 0)
+            read_into(self._files[entry.file], entry, held.raw(plane).numpy().data, start - entry.offset)
+        return held
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         """The whole tensor, whatever the index.
@@ -45,6 +65,9 @@ class Unread:
         Raises:
             ReadError: its bytes cannot be read, or have changed; names file, tensor and bytes.
         """
+        matrix = self._matrix()
+        if matrix is not None and self.keep is not None:
+            return self.keep(self._held(matrix), self.dtype or torch.float32)
         if isinstance(self._source, EncodedWeight):
             return self._decoded(self._source)
         entry = self._source
@@ -63,32 +86,13 @@ class Unread:
                 start, nbytes = weight.place(plane.name, number)
                 dtype = getattr(torch, plane.dtype)
                 planes[plane.name] = self._read(entry, dtype, start - entry.offset, nbytes).view(shapes[plane.name])
-            step = _step(how, rows, cols)
-            for row in range(0, rows, step):
-                count = min(step, rows - row)
-                part = {plane.name: _rows(plane, planes[plane.name], row, count) for plane in how.planes}
-                matrix[row : row + count] = decoded(how, count, cols, part)
+            decode_into(how, planes, matrix)
         return out
 
     def _read(self, entry: TensorEntry, dtype: torch.dtype, start: int, nbytes: int) -> torch.Tensor:
         raw = torch.empty(nbytes, dtype=torch.uint8)
         read_into(self._files[entry.file], entry, raw.numpy().data, start)
         return raw.view(dtype)
-
-
-def _step(how: Encoding, rows: int, cols: int) -> int:
-    """Rows that are decoded at once: a whole number of blocks of every plane."""
-    high = math.lcm(*(plane.block[0] or 1 for plane in how.planes))
-    return min(rows, max(1, _AT_ONCE // (cols * high)) * high)
-
-
-def _rows(plane: Plane, array: torch.Tensor, row: int, count: int) -> torch.Tensor:
-    """The part of a plane that is for rows `row` to `row + count`, which start with a block."""
-    high = plane.block[0]
-    if not high:
-        return array
-    first, last = row // high, -(-(row + count) // high)
-    return array[:, first * plane.count : last * plane.count] if plane.transposed else array[first:last]
 
 
 def read_bytes(file: OpenFile, entry: TensorEntry) -> bytes:
