@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from emoe.compute import ops
 from emoe.compute.choose import open_device
 from emoe.compute.device import Device
 from emoe.errors import ConfigError
@@ -19,6 +20,7 @@ from emoe.routing import find_routers
 from emoe.runtime import Runtime
 from emoe.seam import load
 from emoe.seam.elsewhere import GIVEN_UP
+from emoe.seam.linear import Dense
 from emoe.slots.options import opened
 from emoe.store import ExpertStore
 from emoe.store.writer import write_store
@@ -51,7 +53,8 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
     device = open_device(options.device)
     plan = plan_checkpoint(path_or_id, options, calibrate=False, free=device.free_bytes, config=config, **rest)
     options = _prepared(options, plan, device)
-    model, store = load.load_without_experts(path_or_id, dtype=options.dtype, config=config, **rest)
+    dense = Dense(ops.product, plain=options.dense == "native") if options.keeps_encoded else None
+    model, store = load.load_without_experts(path_or_id, dtype=options.dtype, dense=dense, config=config, **rest)
     return _start(model, store, plan, options, wrapped=False, device=device)
 
 

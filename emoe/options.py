@@ -359,6 +359,13 @@ class Options:
         "emoe's own, or Transformers' eager loop on the slots, slow and bit-equal to it (prompts in one chunk)",
         ways=("load", "wrap", "plan"),
     )  # fmt: skip
+    dense: str = _row(
+        "auto", OneOf(("auto", "native", "torch")),
+        """how weights of linear layers and embeddings outside experts are kept that a checkpoint has encoded: native as
+        they lie, computed by emoe's kernels, and plain linear layers by these as well; torch decoded; auto is native
+        for encoded ones and torch for the others, and torch for all on a GPU or with kernels stock""",
+        ways=("load", "plan"),
+    )  # fmt: skip
     routing: str = _row(
         "exact", OneOf(("exact", "resident", "biased")),
         """what happens to a routed expert that is not in memory: exact reads it first, resident takes the router's next
@@ -436,6 +443,8 @@ class Options:
             raise ConfigError(
                 "max_substituted_mass goes with routing='resident' or 'biased'; 'exact' substitutes nothing"
             )
+        if self.dense == "native" and self.device != "cpu":
+            raise ConfigError(f"dense='native' computes on the CPU; device={self.device!r} takes dense='auto' or 'torch'")
         if self.bias is not None and self.routing != "biased":
             raise ConfigError(f"bias={self.bias!r} goes with routing='biased', not {self.routing!r}")
         if self.routing == "biased" and self.bias is None and self.max_substituted_mass is None:
@@ -443,6 +452,11 @@ class Options:
                 "routing='biased' needs bias= (a number of at least 0, or one per task: {'code': 0.2, 'default': 0.5}) "
                 "or max_substituted_mass= (then the bias is found while running)"
             )
+
+    @property
+    def keeps_encoded(self) -> bool:
+        """Whether weights outside experts that are encoded stay so."""
+        return self.dense == "native" or (self.dense == "auto" and self.kernels == "native" and self.device == "cpu")
 
     @classmethod
     def split(cls, given: Mapping[str, Any], way: str) -> tuple[Options, dict[str, Any]]:

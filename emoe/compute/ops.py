@@ -14,6 +14,7 @@ import torch
 
 from emoe import native
 from emoe.errors import ConfigError
+from emoe.model.held import Held
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _FLOATS}
@@ -144,3 +145,18 @@ def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], sha
     if tensor.shape != shape:
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
     raise ConfigError(f"{name} has strides {tensor.stride()}: it must be contiguous")
+
+
+def product(held: Held, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear layer whose weight is encoded.
+
+    Args:
+        held: [outputs, inputs].
+        x: [T, inputs] float32, float16 or bfloat16.
+        bias: [outputs] of one of these, or None.
+
+    Returns:
+        [T, outputs] in the dtype of `x`.
+    """
+    y = torch.nn.functional.linear(x.float(), held.numbers(torch.float32), None if bias is None else bias.float())
+    return y.to(x.dtype)

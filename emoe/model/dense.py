@@ -10,12 +10,13 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from emoe.model.encoding import COMPUTED, encoding
-from emoe.model.held import apart
+from emoe.model.held import apart, nbytes
 from emoe.model.structure import experts_modules, num_experts
 
 # What code may ask of a weight without its numbers.
@@ -40,6 +41,29 @@ def layers(model: nn.Module) -> dict[str, str]:
         for path, module in named.items()
         if isinstance(module, (nn.Linear, nn.Embedding)) and not f"{path}.".startswith(inside)
     }
+
+
+def kept(model: nn.Module, encodings: Mapping[str, str]) -> dict[str, str]:
+    """Those of some encoded weights that stay so.
+
+    Args:
+        encodings: by name in the model, of weights that are one encoded matrix each.
+    """
+    found = layers(model)
+    return {
+        name: how
+        for name, how in encodings.items()
+        if found.get(name) == "" and not holds(model.get_submodule(name.rpartition(".")[0]), how)
+    }
+
+
+def saved_bytes(model: nn.Module, found: Mapping[str, str]) -> int:
+    """Bytes of memory by which weights are smaller in the encodings that `kept` gives than in the model's dtype."""
+    saved = {}
+    for name, how in found.items():
+        weight = model.get_parameter(name)
+        saved[id(weight)] = weight.numel() * weight.dtype.itemsize - nbytes(encoding(how), *weight.shape)
+    return sum(saved.values())
 
 
 def holds(module: nn.Module, name: str) -> str:

@@ -29,12 +29,9 @@ class Held:
 
     def __init__(self, how: Encoding, rows: int, cols: int) -> None:
         self.how, self.rows, self.cols = how, rows, cols
-        self._shapes = how.shapes(rows, cols)
-        self._dtypes = {plane.name: getattr(torch, plane.dtype) for plane in how.planes}
-        arrays = [ParamSpec(plane.name, self._shapes[plane.name], plane.dtype) for plane in how.planes]
-        self.offsets, nbytes = slot_offsets(arrays)
-        self._nbytes = {each.name: each.nbytes for each in arrays}
-        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self._arrays = {each.name: each for each in _arrays(how, rows, cols)}
+        self.offsets, size = slot_offsets(self._arrays.values())
+        self.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.prepared: Any = None
 
     @property
@@ -44,11 +41,12 @@ class Held:
 
     def raw(self, plane: str) -> torch.Tensor:
         """Bytes of a plane, a view."""
-        return self.buffer[self.offsets[plane] :][: self._nbytes[plane]]
+        return self.buffer[self.offsets[plane] :][: self._arrays[plane].nbytes]
 
     def plane(self, plane: str) -> torch.Tensor:
         """The array of a plane, a view."""
-        return self.raw(plane).view(self._dtypes[plane]).view(self._shapes[plane])
+        array = self._arrays[plane]
+        return self.raw(plane).view(getattr(torch, array.dtype)).view(array.shape)
 
     def numbers(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, cols] of what it stands for, decoded a few rows at a time."""
@@ -58,6 +56,8 @@ class Held:
 
     def some_rows(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[len(index), cols] of the rows that it names, in their order; only where `apart(how)`."""
+        if not len(index):
+            return torch.empty((0, self.cols), dtype=dtype)
         planes = {
             plane.name: self.plane(plane.name)[index] if plane.block[0] else self.plane(plane.name)
             for plane in self.how.planes
@@ -69,6 +69,16 @@ class Held:
         return (self.how, self.rows, self.cols) == (other.how, other.rows, other.cols) and all(
             torch.equal(self.raw(plane.name), other.raw(plane.name)) for plane in self.how.planes
         )
+
+
+def nbytes(how: Encoding, rows: int, cols: int) -> int:
+    """What a matrix takes in memory."""
+    return slot_offsets(_arrays(how, rows, cols))[1]
+
+
+def _arrays(how: Encoding, rows: int, cols: int) -> list[ParamSpec]:
+    shapes = how.shapes(rows, cols)
+    return [ParamSpec(plane.name, shapes[plane.name], plane.dtype) for plane in how.planes]
 
 
 def apart(how: Encoding) -> bool:

@@ -111,7 +111,8 @@ def _expected(model: Any, config: Any, said: tuple[Mapping[str, Any], str] | Non
         notes.append("layers of multi-token prediction, which are not loaded, are not counted")
         not_loaded = 0
     sizes = Sizes(checkpoint.nbytes + not_loaded, not_loaded, checkpoint.encoded, checkpoint.decoded)
-    return Stored(Forms(forms if any(form.matrices for form in forms) else None, sizes), "config", "; ".join(notes))
+    experts = forms if any(form.matrices for form in forms) else None
+    return Stored(Forms(experts, sizes, checkpoint.whole()), "config", "; ".join(notes))
 
 
 def _stored_dtype(model: Any, config: Any) -> torch.dtype:
@@ -132,6 +133,7 @@ class _Checkpoint:
     def __init__(self, model: Any, formats: Formats, dtype: torch.dtype) -> None:
         self._model, self._formats, self._dtype = model, formats, dtype
         self.nbytes = self.encoded = self.decoded = 0
+        self._linear: dict[str, str] = {}
 
     def add_model(self) -> list[ExpertForm]:
         """Adds what a model holds; gives what its experts are."""
@@ -148,6 +150,11 @@ class _Checkpoint:
             self._add_linear(name, each)
         self.nbytes += sum(self._plain_bytes(each) for each in _as_saved(model, rest).values())
         return self._add_experts(found, _as_saved(model, one))
+
+    def whole(self) -> dict[str, str]:
+        """As `Forms.whole`."""
+        keys = model_keys(self._linear, self._model)
+        return {key: self._linear[name] for name, key, pattern, _ in keys if pattern is None}
 
     def predicting_layers(self, forms: list[ExpertForm]) -> int:
         """Bytes of the layers that predict more tokens than one, which a checkpoint has and a model does not."""
@@ -223,6 +230,7 @@ class _Checkpoint:
         self.nbytes += nbytes + _beside(how, tuple(weight.shape))
         self.encoded += nbytes
         self.decoded += weight.numel() * weight.dtype.itemsize
+        self._linear[name] = how
 
     def _plain_bytes(self, tensor: torch.Tensor) -> int:
         stored = tensor.dtype == self._model.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 
 from emoe.errors import BudgetError, ConfigError
 from emoe.memory import available_memory, format_bytes
-from emoe.model import layout, structure, summary
+from emoe.model import dense, layout, structure, summary
 from emoe.model.config import read_config
+from emoe.model.encoding import encoding
 from emoe.model.spec import ExpertForm
 from emoe.options import Budget, Options, parse_budget, takes
 from emoe.planning import activations, bandwidth, encoded, kv_cache
@@ -202,7 +203,9 @@ def _plan(
     experts = tuple(structure.num_experts(module) for _, module in found)
     bytes_of = [form.nbytes for form in forms]
     expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
-    non_expert = rest_bytes(model)
+    whole = {} if stored is None else stored.forms.whole
+    kept = dense.kept(model, whole) if options.keeps_encoded else {}
+    non_expert = rest_bytes(model, kept)
     kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
     prefill = activations.plan_prefill(
         model, options.prefill_chunk, context=options.context, batch=options.batch,
@@ -212,10 +215,11 @@ def _plan(
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     smallest = fixed + len(experts) * slot_bytes
     notes = [note for note in (stored.note if stored else "", kv_note) if note]
-    if stored is not None and (more := stored.forms.sizes.decoded - stored.forms.sizes.encoded) > 0:
+    if stored is not None and (more := _decoded_more(model, stored, kept)) > 0:
         notes.append(
-            f"weights outside experts take {format_bytes(more)} more than in their files: they are decoded to "
-            f"{specs[0][0].dtype} when they are loaded; experts stay as they are"
+            f"weights outside experts take {format_bytes(more)} more than in their files: "
+            f"{'some' if kept else 'they'} are decoded to {specs[0][0].dtype} when they are loaded; experts stay as "
+            "they are"
         )
     notes += prefill.notes
     slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare)
@@ -273,13 +277,23 @@ def _summary(forms: Sequence[ExpertForm], layouts: Sequence[layout.SlotLayout]) 
     )
 
 
-def rest_bytes(model: Any) -> int:
-    """Bytes in memory of what a model holds outside experts. Weights that are encoded on the disk are decoded there."""
+def rest_bytes(model: Any, kept: Mapping[str, str] | None = None) -> int:
+    """Bytes in memory of what a model holds outside experts; `kept` is what stays encoded, as `dense.kept` gives it."""
     experts = (module for _, module in structure.experts_modules(model))
-    return structure.unique_bytes(model) - sum(
+    return structure.unique_bytes(model) - dense.saved_bytes(model, kept or {}) - sum(
         structure.num_experts(module) * sum(param.nbytes for param in structure.param_specs(module))
         for module in experts
     )
+
+
+def _decoded_more(model: Any, stored: Stored, kept: Mapping[str, str]) -> int:
+    """Bytes by which encoded weights outside experts are larger in memory than in their files."""
+    saved = {}
+    for name in kept:
+        if name in stored.forms.whole:
+            weight = model.get_parameter(name)
+            saved[id(weight)] = weight.nbytes - encoding(kept[name]).nbytes(tuple(weight.shape))
+    return stored.forms.sizes.decoded - stored.forms.sizes.encoded - sum(saved.values())
 
 
 def _slots(

@@ -10,7 +10,7 @@ from torch import nn
 
 from emoe.errors import BudgetError
 from emoe.memory import available_memory, format_bytes
-from emoe.seam import load
+from emoe.seam import linear, load
 from emoe.seam.prefill import ChunkedPrefill
 from emoe.store import ExpertStore
 
@@ -42,7 +42,7 @@ class Attached:
         self._answers = load.guard_model(model, store, implementation)
 
     def read(self, restore: bool | None) -> load.ExpertValues | None:
-        """All experts as ordinary parameters, for `leave`; None where they are given up. The model stays as it is.
+        """All weights that are elsewhere or encoded, for `leave`; None where they are given up. The model stays as it is.
 
         Args:
             restore: None: where they fit into the memory that is free beside everything else.
@@ -51,14 +51,17 @@ class Attached:
             BudgetError: `restore` and they do not fit.
             ReadError: an expert cannot be read.
         """
-        free, needed = available_memory(), load.decoded_bytes(self._model, self._store)
+        free = available_memory()
+        needed = load.decoded_bytes(self._model, self._store) + linear.decoded_bytes(self._model)
         if restore and needed > free:
             raise BudgetError(
                 f"restoring the experts needs {format_bytes(needed)} beside the slots, {format_bytes(free)} are free; "
                 "close(restore=False) gives them up",
                 needed=needed,
             )
-        return load.read_experts(self._model, self._store) if restore or (restore is None and needed <= free) else None
+        if restore or (restore is None and needed <= free):
+            return [*load.read_experts(self._model, self._store), *linear.decoded_weights(self._model, self._frozen)]
+        return None
 
     def before_forward(self, told: Callable[[tuple[Any, ...], dict[str, Any]], object]) -> None:
         """From now on `told` gets the arguments of each forward of the model before it runs."""

@@ -207,7 +207,9 @@ def put_back(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     for name, value in values.items():
         old = module._parameters.get(name)
         trainable = old.trainable if isinstance(old, Placeholder) else old is None or old.requires_grad
-        module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
+        module._parameters[name] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trainable)
+        )
     if isinstance(module, _Experts) and not placeholders(module):
         module.__class__ = type(module).__mro__[2]
         vars(module).pop("_emoe_path", None)

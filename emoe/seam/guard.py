@@ -16,6 +16,7 @@ from torch import nn
 
 from emoe.errors import CheckpointError, ClosedError, ConfigError, EmoeError, ExpertsElsewhereError
 from emoe.seam.elsewhere import CHECK, GIVEN_UP, WAY_OUT, Placeholder, as_placed, placeholders
+from emoe.seam.linear import encoded_weights, held_bytes
 from emoe.store import ExpertStore, read_layer
 
 NO_GRADIENTS = (
@@ -38,7 +39,7 @@ class ModelGuard:
         self._modules = [model.get_submodule(layer.path) for layer in store.layers]
         self._configs = [module.config for module in self._modules]
         self._given_up = False
-        self._compared: dict[tuple[int, str], weakref.ref[Any]] = {}
+        self._compared: dict[tuple[int | str, str], weakref.ref[Any]] = {}
         self._hooks: list[Any] = []
         self._shadowed: list[nn.Module] = []
         self._choose_implementation()
@@ -70,7 +71,9 @@ class ModelGuard:
     def _footprint(self, original: Any, *args: Any, **kwargs: Any) -> int:
         """Bytes of the parameters and buffers that are in the model, as Transformers' own counts them."""
         elsewhere = [each for module in self._modules for each in placeholders(module).values()]
-        return int(original(*args, **kwargs)) - sum(each.numel() * each.dtype.itemsize for each in elsewhere)
+        encoded = {id(each): each for _, each in encoded_weights(self._model).values()}.values()
+        not_here = sum(each.numel() * each.dtype.itemsize for each in (*elsewhere, *encoded))
+        return int(original(*args, **kwargs)) - not_here + held_bytes(self._model)
 
     def _choose_implementation(self) -> None:
         """Only experts modules see the name, in configs of their own: the model's is shared, saved and handed on."""
@@ -120,6 +123,11 @@ class ModelGuard:
                 given = {name: state[f"{below}{name}"] for name in placeholders(self._modules[number])
                          if f"{below}{name}" in state}  # fmt: skip
                 self._check_layer(number, given)
+        for its_path, (_, weight) in encoded_weights(module).items():
+            key = f"{prefix}{its_path}.weight" if its_path else f"{prefix}weight"
+            if key in state and self._compared.get((key, weight.path), _nothing)() is not state[key]:
+                weight.unchanged(state[key])
+                self._compared[key, weight.path] = weakref.ref(state[key])
 
     def _check_layer(self, number: int, given: dict[str, Any]) -> None:
         new = {

@@ -9,10 +9,11 @@ anything but the right values.
 from __future__ import annotations
 
 import logging
+import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,24 +41,24 @@ class EncodedTensor(torch.Tensor):
 
     Attributes:
         held: what it is.
-        name: of the weight, for messages.
+        path: name of the weight in the model.
     """
 
     held: Held
-    name: str
+    path: str
     _product: Product
 
     @staticmethod
-    def make(held: Held, dtype: torch.dtype, name: str, product: Product) -> EncodedTensor:
+    def make(held: Held, dtype: torch.dtype, path: str, product: Product) -> EncodedTensor:
         """One that says that it is of `dtype`, on the CPU."""
         shape = (held.rows, held.cols)
         made = torch.Tensor._make_wrapper_subclass(EncodedTensor, shape, dtype=dtype, device="cpu")
-        made.held, made.name, made._product = held, name, product
+        made.held, made.path, made._product = held, path, product
         return cast(EncodedTensor, made)
 
     def like(self, dtype: torch.dtype) -> EncodedTensor:
         """The same numbers in another dtype; nothing is copied."""
-        return EncodedTensor.make(self.held, dtype, self.name, self._product)
+        return EncodedTensor.make(self.held, dtype, self.path, self._product)
 
     def numbers(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An ordinary tensor, in a dtype of its own where one is given."""
@@ -65,7 +66,7 @@ class EncodedTensor(torch.Tensor):
 
     def error(self, why: str) -> ExpertsElsewhereError:
         """About somebody who wants what it is not."""
-        return ExpertsElsewhereError(f"{self.name} stays encoded in memory ({self.held.how.name}) {why}; {WAY_OUT}")
+        return ExpertsElsewhereError(f"{self.path} stays encoded in memory ({self.held.how.name}) {why}; {WAY_OUT}")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -77,6 +78,11 @@ class EncodedTensor(torch.Tensor):
         name = getattr(func, "__name__", "")
         if name in _OF_STORAGE:
             raise next(_encoded((args, kwargs))).error(f"and has no storage of numbers, which {name} wants")
+        if name == "copy_" and isinstance(args[0], EncodedTensor):
+            return args[0].unchanged(args[1])
+        if _writes(name):  # some do it through views, which the dispatcher would not know
+            for each in _encoded(args[:1]):
+                raise each.error(f"and is not written to ({name})")
         if name in _LEAVING:
             args, kwargs = _decoded((args, kwargs), name)
         with torch._C.DisableTorchFunctionSubclass():
@@ -87,12 +93,10 @@ class EncodedTensor(torch.Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, EncodedTensor):
-            if func in (_aten.detach.default, _aten.alias.default, _aten.clone.default):
+            if func in (_aten.detach.default, _aten.alias.default):
                 return first.like(first.dtype)
             if func is _aten._to_copy.default and _only_dtype(kwargs):
                 return first.like(kwargs.get("dtype") or first.dtype)
-            if func is _aten.copy_.default:
-                return first.unchanged(args[1])
             if func is _aten.equal.default and isinstance(args[1], EncodedTensor) and first.held.same(args[1].held):
                 return first.dtype == args[1].dtype or torch.equal(first.numbers(), args[1].numbers())
         for argument, given in zip(func._schema.arguments, args, strict=False):
@@ -103,8 +107,12 @@ class EncodedTensor(torch.Tensor):
             if argument.is_write and argument.name in kwargs:
                 for each in _encoded(kwargs[argument.name]):
                     raise each.error(f"and is not written to ({func})")
+        first = next(_encoded((args, kwargs)))
         args, kwargs = _decoded((args, kwargs), str(func))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not any(each.alias_info is not None for each in func._schema.returns):
+            return result
+        return tree_map(lambda each: _Part.of(each, first) if isinstance(each, torch.Tensor) else each, result)
 
     def unchanged(self, value: Any) -> EncodedTensor:
         """Itself, where a value that is to be copied into it is the one that it has.
@@ -131,7 +139,48 @@ class EncodedTensor(torch.Tensor):
         return nn.Parameter(self.numbers(), requires_grad=self.requires_grad).__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"<{self.name}: {list(self.shape)} {self.dtype}, encoded as {self.held.how.name}>"
+        return f"<{self.path}: {list(self.shape)} {self.dtype}, encoded as {self.held.how.name}>"
+
+
+class _Part(torch.Tensor):
+    """Numbers that were decoded, seen as a view sees them; writing to them would change nothing, and is refused."""
+
+    whole: EncodedTensor
+
+    @staticmethod
+    def of(numbers: torch.Tensor, whole: EncodedTensor) -> _Part:
+        part = numbers.as_subclass(_Part)
+        part.whole = whole
+        return part
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        for each in _all(_Part, (args[:1] if _writes(name) else (), kwargs.get("out"))):
+            raise each.whole.error(f"and is not written to ({name})")
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            parts = {each.untyped_storage().data_ptr(): each.whole for each in _all(_Part, (args, kwargs))}
+
+            def as_part(value: Any) -> Any:
+                if type(value) is torch.Tensor and value.layout == torch.strided:
+                    whole = parts.get(value.untyped_storage().data_ptr())
+                    return value if whole is None else _Part.of(value, whole)
+                return value
+
+            return tree_map(as_part, result)
+
+
+_IN_PLACE = re.compile(
+    r"(?!__).*[^_]_|__setitem__|__i(add|sub|mul|matmul|truediv|floordiv|div|mod|pow|and|or|xor|lshift|rshift)__"
+)
+_HARMLESS = {"requires_grad_", "detach_"}
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of torch writes to its first argument, by its name."""
+    return name not in _HARMLESS and _IN_PLACE.fullmatch(name) is not None
 
 
 # What goes around torch's dispatcher to the memory of a tensor, of which there is none, and what hands it to others.
@@ -142,12 +191,19 @@ _OF_STORAGE = {
 _LEAVING = {"numpy", "tolist", "__array__", "__complex__"}
 
 
-def _encoded(value: Any) -> Iterator[EncodedTensor]:
-    if isinstance(value, EncodedTensor):
+T = TypeVar("T")
+
+
+def _all(kind: type[T], value: Any) -> Iterator[T]:
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, (list, tuple, dict)):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _encoded(each)
+            yield from _all(kind, each)
+
+
+def _encoded(value: Any) -> Iterator[EncodedTensor]:
+    return _all(EncodedTensor, value)
 
 
 _told: set[tuple[str, str]] = set()
@@ -155,9 +211,9 @@ _told: set[tuple[str, str]] = set()
 
 def _decoded(value: Any, user: str) -> Any:
     for each in _encoded(value):
-        if (each.name, user) not in _told:
-            _told.add((each.name, user))
-            logger.info("emoe: %s is decoded for %s", each.name, user)
+        if (each.path, user) not in _told:
+            _told.add((each.path, user))
+            logger.info("emoe: %s is decoded for %s", each.path, user)
     return tree_map(lambda each: each.numbers() if isinstance(each, EncodedTensor) else each, value)
 
 
@@ -172,7 +228,7 @@ def _only_dtype(kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:  # noqa: A002 - torch's name
+def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
     """F.linear, or None where it is no business of an encoded weight."""
     if not isinstance(weight, EncodedTensor) or isinstance(input, EncodedTensor) or isinstance(bias, EncodedTensor):
         return None
@@ -184,12 +240,12 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:  
         return None
     if x.dtype != dtype or x.shape[-1] != weight.held.cols:
         raise ConfigError(
-            f"{weight.name} is a linear layer of {dtype} for {weight.held.cols} inputs; it was given {x.dtype} "
+            f"{weight.path} is a linear layer of {dtype} for {weight.held.cols} inputs; it was given {x.dtype} "
             f"{list(x.shape)}"
         )
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         raise EmoeError(
-            f"{weight.name} stays encoded in memory and has no gradients, nor have its inputs; emoe runs inference "
+            f"{weight.path} stays encoded in memory and has no gradients, nor have its inputs; emoe runs inference "
             "only: use torch.no_grad()"
         )
     rows = x.reshape(-1, x.shape[-1])
@@ -197,7 +253,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:  
 
 
 def _embedding(
-    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, norm_type: float = 2.0,  # noqa: A002
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, norm_type: float = 2.0,
     scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> torch.Tensor | None:  # fmt: skip
     """F.embedding, or None where it is no business of an encoded weight."""
@@ -280,6 +336,28 @@ def encoded_weights(model: nn.Module) -> dict[str, tuple[nn.Module, EncodedTenso
 def held_bytes(model: nn.Module) -> int:
     """Bytes of them, tied ones once."""
     return sum({id(each.held): each.held.nbytes for _, each in encoded_weights(model).values()}.values())
+
+
+def decoded_bytes(model: nn.Module) -> int:
+    """Bytes of what `decoded_weights` gives."""
+    weights = {id(each): each for _, each in encoded_weights(model).values()}.values()
+    return sum(each.numel() * each.dtype.itemsize for each in weights)
+
+
+def decoded_weights(
+    model: nn.Module, trainable: Iterable[nn.Parameter]
+) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """Ordinary parameters for them, tied ones the same, by the module that they belong to.
+
+    Args:
+        trainable: those whose successors require gradients.
+    """
+    train = {id(each) for each in trainable}
+    made: dict[int, torch.Tensor] = {}
+    for _, each in encoded_weights(model).values():
+        if id(each) not in made:
+            made[id(each)] = nn.Parameter(each.numbers(), requires_grad=id(each) in train)
+    return [(module, {"weight": made[id(each)]}) for module, each in encoded_weights(model).values()]
 
 
 class Decoder:

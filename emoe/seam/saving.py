@@ -17,6 +17,7 @@ from emoe.errors import CheckpointError, ClosedError, SaveError
 from emoe.files import OwnFolder
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import elsewhere
+from emoe.seam.linear import add_state_dict_hooks
 from emoe.store import ExpertStore, read_layer
 from emoe.store.headers import INDEX_NAME, SINGLE_NAME
 
@@ -38,6 +39,7 @@ class SavingGuard:
             model.get_submodule(layer.path).register_state_dict_post_hook(partial(self._add_experts, number))
             for number, layer in enumerate(store.layers)
         ]
+        self._hooks += add_state_dict_hooks(model)
         model.save_pretrained = self._save_pretrained
 
     def remove(self) -> None:

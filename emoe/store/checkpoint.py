@@ -80,10 +80,12 @@ class Forms(NamedTuple):
     Attributes:
         experts: what an expert of each layer is; None where nothing is encoded.
         sizes: in bytes.
+        whole: encodings of the parameters outside experts that are one encoded matrix each, by name in the model.
     """
 
     experts: list[ExpertForm] | None
     sizes: Sizes
+    whole: Mapping[str, str]
 
 
 @dataclass
@@ -141,10 +143,10 @@ def encoded_forms(
     """
     names = grouped(entries)
     if quantization is None and not is_encoded(names):
-        return Forms(None, _sizes(names, {name for name, *_ in model_keys(names, meta_model)}))
+        return Forms(None, _sizes(names, {name for name, *_ in model_keys(names, meta_model)}), {})
     read = read_from_path if Path(folder).is_dir() else None
     found = _find(entries, meta_model, quantization, folder, read)
-    return Forms([layer.form for layer in found.layers], found.sizes)
+    return Forms([layer.form for layer in found.layers], found.sizes, found.whole)
 
 
 def forms_of_one(weights: Mapping[str, Source], meta_model: Any) -> list[ExpertForm]:
@@ -181,6 +183,7 @@ class _Found(NamedTuple):
     names: Mapping[str, TensorEntry | Group]
     weights: Mapping[str, EncodedWeight]
     sizes: Sizes
+    whole: Mapping[str, str]
 
 
 def _index(opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, Any] | None) -> Indexed:
@@ -238,7 +241,16 @@ def _find(
         encoded=sum(plane.nbytes for weight in outside.values() for plane in weight.planes.values()),
         decoded=sum(math.prod(each.shape) * state[used[name]].dtype.itemsize for name, each in outside.items()),
     )
-    return _Found(layers, names, weights, sizes)
+    return _Found(layers, names, weights, sizes, _whole(sources, inside))
+
+
+def _whole(sources: Mapping[str, _Sources], experts: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for key, source in sources.items():
+        each = next(iter(source.by_pattern.values()))[0]
+        if isinstance(each, EncodedWeight) and source.converter is None and len(each.shape) == 2:
+            found[key] = each.encoding
+    return {key: how for key, how in found.items() if not key.startswith(experts)}
 
 
 def _sizes(names: Mapping[str, TensorEntry | Group], used: set[str]) -> Sizes:

@@ -19,6 +19,7 @@ from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.files.gguf import GgufHeader, read_header, require_parts
 from emoe.model.encoding import COMPUTED, ENCODINGS, EncodedMatrix, encoding
 from emoe.model.gguf_tensors import Made, TensorNames, architecture
+from emoe.model.held import Held
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
 from emoe.store import ExpertStore, Piece, StoreLayer
@@ -53,6 +54,7 @@ class GgufCheckpoint:
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self.opened: list[OpenFile] = []
+        self._orders: dict[Any, torch.Tensor | None] = {}  # layers are alike
         try:
             headers = [self._open(str(Path(path).absolute())) for path in paths]
             require_parts(headers)
@@ -221,6 +223,7 @@ class GgufCheckpoint:
         }
         made = [key for key, value in rest.items() if any(id(each) in kept for each in value.entries)]
         parameters = meta_model.state_dict()
+        whole = {key: value.encoding for key, value in rest.items()}
         return Forms(
             forms if any(form.matrices for form in forms) else None,
             Sizes(
@@ -229,10 +232,12 @@ class GgufCheckpoint:
                 encoded=sum(each.nbytes for each in kept.values()),
                 decoded=sum(parameters[key].nbytes for key in made),
             ),
+            {key: how for key, how in whole.items() if how and not encoding(how).plain},
         )
 
     def _unread(self, key: str, made: Made, parameter: torch.Tensor, config: Any) -> _Value:
-        value = _Value([self._entry(name, key) for name in made.sources], self._files, made.undo, config)
+        entries = [self._entry(name, key) for name in made.sources]
+        value = _Value(entries, self._files, made.undo, config, self._orders)
         if value.shape() != tuple(parameter.shape):
             raise value.entries[0].error(f"has not the shape {list(parameter.shape)} that the config gives {key}")
         return value
@@ -247,9 +252,10 @@ class _Value(Unread):
         files: dict[str, OpenFile],
         undo: Callable[..., torch.Tensor] | None,
         config: Any,
+        orders: dict[Any, torch.Tensor | None],
     ) -> None:
         super().__init__(entries[0], files)
-        self.entries, self._undo, self._config = entries, undo, config
+        self.entries, self._undo, self._config, self._orders = entries, undo, config, orders
 
     @property
     def is_float(self) -> bool:
@@ -265,13 +271,40 @@ class _Value(Unread):
             return ()
         return tuple(made.shape)
 
-    def __getitem__(self, _: Any) -> torch.Tensor:
-        """The whole parameter, whatever the index.
+    @property
+    def encoding(self) -> str:
+        names = {entry.dtype for entry in self.entries}
+        name = next(iter(names))
+        known = name in COMPUTED or (name in ENCODINGS and not ENCODINGS[name].plain)
+        matrices = all(len(entry.shape) == 2 for entry in self.entries) and len(self.shape()) == 2
+        return name if known and matrices and len(names) == 1 and self._order() is not None else ""
 
-        Raises:
-            ReadError: its bytes cannot be read, or have changed.
-            CheckpointError: the gguf library does not decode it.
-        """
+    def _order(self) -> torch.Tensor | None:
+        """Which row of its tensors, one below the other, each of its rows is; None where it is more than rows."""
+        shapes = tuple(entry.shape for entry in self.entries)
+        if self._undo is None:
+            return torch.arange(shapes[0][0])
+        if (self._undo, shapes) not in self._orders:
+            self._orders[self._undo, shapes] = _rows_taken(self._undo, self._config, shapes)
+        return self._orders[self._undo, shapes]
+
+    def hold(self) -> Held:
+        order, rows = self._order(), sum(entry.shape[0] for entry in self.entries)
+        held = Held(encoding(self.entries[0].dtype), *self.shape())
+        [plane] = held.how.planes
+        raw = held.raw(plane.name)
+        in_order = order is None or torch.equal(order, torch.arange(rows))
+        below = raw if in_order else torch.empty(sum(entry.nbytes for entry in self.entries), dtype=torch.uint8)
+        at = 0
+        for entry in self.entries:
+            read_into(self._files[entry.file], entry, below[at : at + entry.nbytes].numpy().data, 0)
+            at += entry.nbytes
+        if not in_order:
+            torch.index_select(below.view(rows, -1), 0, order, out=raw.view(held.rows, -1))  # type: ignore[arg-type]
+        return held
+
+    def _numbers(self) -> torch.Tensor:
+        """Raises CheckpointError where the gguf library does not decode it."""
         if self._undo is None:
             return self._decoded_entry(self.entries[0], self.dtype)
         values = self._undo(self._config, *(self._decoded_entry(each, torch.float32) for each in self.entries))
@@ -290,6 +323,23 @@ class _Value(Unread):
             read_into(self._files[entry.file], entry, memoryview(raw), first * size)
             part.copy_(_numbers(entry, raw, len(part)))
         return out
+
+
+def _rows_taken(
+    undo: Callable[..., torch.Tensor], config: Any, shapes: tuple[tuple[int, ...], ...]
+) -> torch.Tensor | None:
+    """As `_Value._order`: every number is told apart, so that nothing but a choice of rows looks like one."""
+    rows, cols = sum(shape[0] for shape in shapes), shapes[0][-1]
+    if any(shape[-1] != cols for shape in shapes) or rows * cols >= 1 << 31:
+        return None
+    numbers = torch.arange(rows * cols, dtype=torch.int32).view(rows, cols)
+    try:
+        made = undo(config, *numbers.split([shape[0] for shape in shapes]))
+    except RuntimeError:
+        return None
+    order = made[:, 0].long() // cols if made.dim() == 2 and made.shape[1] == cols else None
+    same = order is not None and made.dtype == numbers.dtype and torch.equal(made, numbers[order])
+    return order if same else None
 
 
 def _numbers(entry: TensorEntry, raw: bytearray, rows: int) -> torch.Tensor:

@@ -52,7 +52,11 @@ class Unread:
             return source
         return EncodedWeight(source.name, source.dtype, source.shape, {"values": source})
 
-    def _held(self, weight: EncodedWeight) -> Held:
+    def hold(self) -> Held:
+        """That matrix as it lies in its file. Raises ReadError."""
+        weight = self._matrix()
+        if weight is None:
+            raise TypeError("it is no matrix that could be kept")
         held = Held(encoding(weight.encoding), *weight.shape)
         for plane, entry in weight.planes.items():
             start, _ = weight.place(plane, 0)
@@ -65,9 +69,9 @@ class Unread:
         Raises:
             ReadError: its bytes cannot be read, or have changed; names file, tensor and bytes.
         """
-        matrix = self._matrix()
-        if matrix is not None and self.keep is not None:
-            return self.keep(self._held(matrix), self.dtype or torch.float32)
+        return self._numbers() if self.keep is None else self.keep(self.hold(), self.dtype or torch.float32)
+
+    def _numbers(self) -> torch.Tensor:
         if isinstance(self._source, EncodedWeight):
             return self._decoded(self._source)
         entry = self._source
