@@ -223,6 +223,21 @@ def gather_mlp(
     zero beforehand; mode "pairs": [T, K, H] at (t, rank of the id among the token's), "accumulate": added to [T, H].
     """
 
+def linear(
+    weights: Weights,
+    address: int,
+    x_ptr: int,
+    dtype: str,
+    tokens: int,
+    y_ptr: int,
+    bias_ptr: int = 0,
+    bias_dtype: str = "float32",
+) -> None:
+    """y [T, count] = x [T, depth] times the rows of `weights`, whose offsets count from `address`, plus a bias [count].
+
+    x and y are of `dtype`; sums are float32 and rounded once. Up to 8 rows, each has the bits that it has alone.
+    """
+
 def combine(pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str) -> None:
     """Sums pairs [T, K, H] float32 over K in ascending order into [T, H]."""
 

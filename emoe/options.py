@@ -444,7 +444,9 @@ class Options:
                 "max_substituted_mass goes with routing='resident' or 'biased'; 'exact' substitutes nothing"
             )
         if self.dense == "native" and self.device != "cpu":
-            raise ConfigError(f"dense='native' computes on the CPU; device={self.device!r} takes dense='auto' or 'torch'")
+            raise ConfigError(
+                f"dense='native' computes on the CPU; device={self.device!r} takes dense='auto' or 'torch'"
+            )
         if self.bias is not None and self.routing != "biased":
             raise ConfigError(f"bias={self.bias!r} goes with routing='biased', not {self.routing!r}")
         if self.routing == "biased" and self.bias is None and self.max_substituted_mass is None:

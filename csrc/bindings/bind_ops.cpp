@@ -12,12 +12,14 @@
 #include "bindings/gather_op.hpp"
 #include "core/backend.hpp"
 #include "core/gather_mlp.hpp"
+#include "core/linear.hpp"
 #include "core/parallel.hpp"
 #include "core/weights.hpp"
 #include "cpu/cpu_backend.hpp"
 #include "cpu/expand.hpp"
 #include "cpu/gather_mlp.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/linear.hpp"
 
 namespace py = pybind11;
 
@@ -129,6 +131,21 @@ void gather_mlp(const MlpLayout& layout, std::uintptr_t slab_address, std::int64
     host().gather_mlp(op, nullptr);
 }
 
+void linear(const Weights& weights, std::uintptr_t address, std::uintptr_t x_ptr, const std::string& dtype,
+            std::int64_t tokens, std::uintptr_t y_ptr, std::uintptr_t bias_ptr, const std::string& bias_dtype) {
+    Linear op;
+    op.weights = weights;
+    op.base = pointer<const std::byte>(address);
+    op.x = pointer<const void>(x_ptr);
+    op.dtype = parse_dtype(dtype);
+    op.tokens = tokens;
+    op.bias = pointer<const void>(bias_ptr);
+    op.bias_dtype = parse_dtype(bias_dtype);
+    op.y = pointer<void>(y_ptr);
+    const py::gil_scoped_release release;
+    cpu::linear(op);
+}
+
 void combine(std::uintptr_t pairs_ptr, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out,
              std::uintptr_t out_ptr, const std::string& out_dtype) {
     const DType dtype = parse_dtype(out_dtype);
@@ -181,6 +198,8 @@ void bind_ops(py::module_& module) {
     module.def("gather_mlp", &gather_mlp, arg("layout"), arg("slab_address"), arg("slot_bytes"), arg("slot_of"),
                arg("hidden_ptr"), arg("hidden_dtype"), arg("tokens"), arg("index_ptr"), arg("weights_ptr"),
                arg("weights_dtype"), arg("top_k"), arg("out_ptr"), arg("mode"));
+    module.def("linear", &linear, arg("weights"), arg("address"), arg("x_ptr"), arg("dtype"), arg("tokens"),
+               arg("y_ptr"), arg("bias_ptr") = 0, arg("bias_dtype") = "float32");
     module.def("combine", &combine, arg("pairs_ptr"), arg("tokens"), arg("top_k"), arg("hidden_out"), arg("out_ptr"),
                arg("out_dtype"));
     module.def(

@@ -2,15 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <numeric>
 
 #include "core/error.hpp"
 #include "core/parallel.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/scratch.hpp"
 
 namespace emoe::cpu {
 namespace {
@@ -24,30 +23,6 @@ constexpr std::int64_t kRowTask = 32;
 constexpr std::int64_t kColumnTask = 256;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// Freed with the thread; grows to kGroupUnits and, for the largest experts, one smallest chunk.
-class Scratch {
-  public:
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { std::free(data_); }
-    std::uint32_t* take(std::int64_t units) {
-        if (units > units_) {
-            std::free(data_);
-            units_ = 0;
-            data_ =
-                static_cast<std::uint32_t*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(units, 16) * 4)));
-            if (data_ == nullptr) throw std::bad_alloc();
-            units_ = units;
-        }
-        return data_;
-    }
-
-  private:
-    std::uint32_t* data_ = nullptr;
-    std::int64_t units_ = 0;
-};
 
 float weight_at(const void* weights, DType dtype, std::int64_t i) {
     if (dtype == DType::kFloat32) return static_cast<const float*>(weights)[i];

@@ -40,6 +40,13 @@ struct Job {
     bool pairs;  // wide units hold two bf16 (vdpbf16ps) instead of one float
 };
 
+// Where a linear layer's outputs go.
+struct LinearOut {
+    void* y;           // rows of layout->gate.count, in the dtype of `hidden`
+    const void* bias;  // null: none
+    DType bias_dtype;
+};
+
 struct Kernels {
     const char* name;
     int lanes;
@@ -48,6 +55,8 @@ struct Kernels {
                       int64_t k1);  // k0 and k1 (unless the end) divide by kSubBlock
     void (*gate_up)(const Job&, const Chunk&, int64_t i0, int64_t i1);                      // h columns [i0,i1)
     void (*down)(const Job&, const Chunk&, int64_t n0, int64_t n1);                         // out columns [n0,n1)
+    void (*linear)(const Job&, const Chunk&, const LinearOut&, int64_t n0, int64_t n1);     // at most kSubBlock, narrow
+                                                                                            // kNarrowBlock, of `gate`
     void (*combine)(const float* pairs, int64_t top_k, int64_t n, void* out, DType dtype);  // one token
     float (*read)(const void* data, int64_t bytes);  // loads every byte: the memory bandwidth measure
 };

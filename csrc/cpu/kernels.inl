@@ -224,6 +224,7 @@ struct Source {
 
 #include "cpu/encoded_narrow.inl"
 #include "cpu/encoded_wide.inl"
+#include "cpu/linear.inl"
 
 namespace emoe::cpu {
 namespace {
@@ -349,6 +350,6 @@ constexpr bool kHasPairs = false;
 
 }  // namespace
 
-const Kernels EMOE_KERNELS = {EMOE_ISA_NAME, L, kHasPairs, load_rows, gate_up, down, combine, read};
+const Kernels EMOE_KERNELS = {EMOE_ISA_NAME, L, kHasPairs, load_rows, gate_up, down, linear, combine, read};
 
 }  // namespace emoe::cpu

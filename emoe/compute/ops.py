@@ -147,7 +147,7 @@ def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], sha
     raise ConfigError(f"{name} has strides {tensor.stride()}: it must be contiguous")
 
 
-def product(held: Held, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(held: Held, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A linear layer whose weight is encoded.
 
     Args:
@@ -157,6 +157,27 @@ def product(held: Held, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Ten
 
     Returns:
         [T, outputs] in the dtype of `x`.
+
+    Raises:
+        ConfigError: a tensor is not on the CPU, or of another dtype or shape.
     """
-    y = torch.nn.functional.linear(x.float(), held.numbers(torch.float32), None if bias is None else bias.float())
-    return y.to(x.dtype)
+    if held.prepared is None:
+        held.prepared = native.load().Weights(**held.native())
+    T = len(x)
+    if not (x.is_contiguous() and (bias is None or bias.is_contiguous())):  # a call more than a decoded token needs
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    _check("x", x, _FLOATS, (T, held.cols))
+    if bias is not None:
+        _check("bias", bias, _FLOATS, (held.rows,))
+    y = torch.empty((T, held.rows), dtype=x.dtype)
+    native.load().linear(
+        held.prepared,
+        held.buffer.data_ptr(),
+        x.data_ptr(),
+        _NAMES[x.dtype],
+        T,
+        y.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        "float32" if bias is None else _NAMES[bias.dtype],
+    )
+    return y

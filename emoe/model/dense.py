@@ -100,9 +100,7 @@ def _read_by(kind: type[Any]) -> frozenset[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()
-    harmless = {
-        id(each.value) for each in ast.walk(tree) if isinstance(each, ast.Attribute) and each.attr in _HARMLESS
-    }
+    harmless = {id(each.value) for each in ast.walk(tree) if isinstance(each, ast.Attribute) and each.attr in _HARMLESS}
     found = set()
     for each in ast.walk(tree):
         if isinstance(each, ast.Attribute) and each.attr == "weight" and id(each) not in harmless:

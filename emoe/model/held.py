@@ -48,6 +48,21 @@ class Held:
         array = self._arrays[plane]
         return self.raw(plane).view(getattr(torch, array.dtype)).view(array.shape)
 
+    def native(self) -> dict[str, Any]:
+        """The arguments of `_C.Weights`; planes are where `buffer` starts and `offsets` say."""
+        scales = self.how.plane("scales")
+        return {
+            "codes": self.how.codes,
+            "rows": self.rows,
+            "depth": self.cols,
+            "first": 0,
+            "step": 1,
+            "count": self.rows,
+            "planes": self.offsets,
+            "scale": self.how.scale,
+            "scale_block": (0, 0) if scales is None else scales.block,
+        }
+
     def numbers(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, cols] of what it stands for, decoded a few rows at a time."""
         out = torch.empty((self.rows, self.cols), dtype=dtype, device="cpu")

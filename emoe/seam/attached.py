@@ -42,7 +42,7 @@ class Attached:
         self._answers = load.guard_model(model, store, implementation)
 
     def read(self, restore: bool | None) -> load.ExpertValues | None:
-        """All weights that are elsewhere or encoded, for `leave`; None where they are given up. The model stays as it is.
+        """All weights that are elsewhere or encoded, for `leave`; None where they are given up. The model stays whole.
 
         Args:
             restore: None: where they fit into the memory that is free beside everything else.

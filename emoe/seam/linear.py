@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +52,9 @@ class EncodedTensor(torch.Tensor):
     def make(held: Held, dtype: torch.dtype, path: str, product: Product) -> EncodedTensor:
         """One that says that it is of `dtype`, on the CPU."""
         shape = (held.rows, held.cols)
-        made = torch.Tensor._make_wrapper_subclass(EncodedTensor, shape, dtype=dtype, device="cpu")
+        made = torch.Tensor._make_wrapper_subclass(EncodedTensor, shape, dtype=dtype, device=torch.device("cpu"))
         made.held, made.path, made._product = held, path, product
-        return cast(EncodedTensor, made)
+        return made
 
     def like(self, dtype: torch.dtype) -> EncodedTensor:
         """The same numbers in another dtype; nothing is copied."""
@@ -89,7 +89,7 @@ class EncodedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, EncodedTensor):
@@ -185,8 +185,8 @@ def _writes(name: str) -> bool:
 
 # What goes around torch's dispatcher to the memory of a tensor, of which there is none, and what hands it to others.
 _OF_STORAGE = {
-    "data_ptr", "const_data_ptr", "untyped_storage", "storage", "_typed_storage", "storage_type", "share_memory_", "set_",
-    "apply_", "map_", "map2_", "resize_as_", "__dlpack__",
+    "data_ptr", "const_data_ptr", "untyped_storage", "storage", "_typed_storage", "storage_type", "share_memory_",
+    "set_", "apply_", "map_", "map2_", "resize_as_", "__dlpack__",
 }  # fmt: skip
 _LEAVING = {"numpy", "tolist", "__array__", "__complex__"}
 
@@ -364,14 +364,19 @@ class Decoder:
     """Gives ordinary tensors for encoded ones; those that are tied get the same, while anybody has it."""
 
     def __init__(self) -> None:
-        self._given: weakref.WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = weakref.WeakValueDictionary()
+        self._given: dict[tuple[int, torch.dtype], tuple[weakref.ref[Held], weakref.ref[torch.Tensor]]] = {}
 
     def __call__(self, weight: EncodedTensor) -> torch.Tensor:
-        key = id(weight.held), weight.dtype
-        given = self._given.get(key)
-        if given is None:
-            self._given[key] = given = weight.numbers()
-        return given
+        held, given = self._given.get(key := (id(weight.held), weight.dtype), (_nothing, _nothing))
+        numbers = given() if held() is weight.held else None
+        if numbers is None:
+            numbers = weight.numbers()
+            self._given[key] = weakref.ref(weight.held), weakref.ref(numbers)
+        return numbers
+
+
+def _nothing() -> Any:
+    return None
 
 
 def add_state_dict_hooks(model: nn.Module) -> list[Any]:

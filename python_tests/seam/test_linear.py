@@ -205,7 +205,7 @@ def test_another_dtype_is_followed(written):
     assert held_bytes(model) == nbytes
     model.half()
     assert query(torch.ones(1, 128, dtype=torch.half)).dtype == torch.half
-    with pytest.raises(ConfigError, match="torch.float16 for 128 inputs; it was given torch.float32"):
+    with pytest.raises(ConfigError, match=r"torch\.float16 for 128 inputs; it was given torch\.float32"):
         query(torch.ones(1, 128))
     with torch.autocast("cpu", torch.bfloat16):
         assert query(torch.ones(1, 128)).dtype == torch.bfloat16
