@@ -384,7 +384,7 @@ def add_state_dict_hooks(model: nn.Module) -> list[Any]:
     decode = Decoder()
 
     def replace(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        weight = module._parameters.get("weight")
+        weight: Any = module._parameters.get("weight")
         if isinstance(weight, EncodedTensor):
             state[f"{prefix}weight"] = decode(weight)
 
