@@ -55,7 +55,7 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
     options = _prepared(options, plan, device)
     dense = Dense(ops.linear, plain=options.dense == "native") if options.keeps_encoded else None
     model, store = load.load_without_experts(path_or_id, dtype=options.dtype, dense=dense, config=config, **rest)
-    return _start(model, store, plan, options, wrapped=False, device=device)
+    return _start(model, store, plan, options, wrapped=False, device=device, dense=dense)
 
 
 @takes("wrap")
@@ -107,10 +107,13 @@ def _prepared(options: Options, plan: Plan, device: Device, model: Any = None) -
     return opened(options, len(plan.experts_per_layer), max(plan.experts_per_layer), model)
 
 
-def _start(model: Any, store: ExpertStore, plan: Plan, options: Options, *, wrapped: bool, device: Device) -> Any:
+def _start(
+    model: Any, store: ExpertStore, plan: Plan, options: Options, *, wrapped: bool, device: Device,
+    dense: Dense | None = None,
+) -> Any:  # fmt: skip
     """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
     try:
-        model.emoe = Runtime(model, store, plan, options, device=device)
+        model.emoe = Runtime(model, store, plan, options, device=device, dense=dense)
     except BaseException:
         if wrapped:
             load.attach_experts(model, store)

@@ -109,9 +109,11 @@ class Runtime:
             bytes_per_expert, and whether they are read in place), `decoded` (of encoded weights outside experts: bytes
             as stored and in memory, and why; None where there are none), device, slots, resident_share, budget_bytes,
             encodings (of the experts), `sensitivity` (what `probe` found, or None), `routing`
-            (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md). On a GPU also:
-            host_hits and host_misses (records in pinned memory or not), on_cpu (missing experts that the CPU computed),
-            settled (forwards of layers that asked the device for no value; what they used is not in hits).
+            (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md), `dense` (weights
+            outside experts that stay encoded: bytes in memory, how many of each encoding, and what was decoded, with
+            the reason). On a GPU also: host_hits and host_misses (records in pinned memory or not), on_cpu
+            (missing experts that the CPU computed), settled (forwards of layers that asked the device for no value;
+            what they used is not in hits).
 
         Raises:
             ClosedError: the runtime was closed; so does all that follows, but for `close`.

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -283,10 +284,13 @@ class Dense:
     Attributes:
         product: computes linear layers with them.
         plain: those that the checkpoint has in a plain dtype are computed by it too.
+        decoded: encoded weights that did not stay so, by the name of the parameter, or of the tensor where a parameter
+            is made of several: their encoding, and why.
     """
 
     product: Product
     plain: bool = False
+    decoded: dict[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
     def of(self, model: nn.Module) -> Kept:
         """For a model that is on the meta device still."""
@@ -294,31 +298,34 @@ class Dense:
 
 
 class Kept:
-    """What stays encoded of one model.
-
-    Attributes:
-        decoded: encoded weights of linear layers and embeddings that do not, by name: their encoding, and why.
-    """
+    """What stays encoded of one model."""
 
     def __init__(self, dense: Dense, model: nn.Module) -> None:
         self._dense, self._model, self._layers = dense, model, layers(model)
-        self.decoded: dict[str, tuple[str, str]] = {}
 
     def keep(self, name: str, weight: Unread) -> None:
         """Decides on one weight, before it is read."""
         how = weight.encoding
-        if name not in self._layers or not how:
+        if not how or (encoding(how).plain and not self._dense.plain):
             return
-        plain = encoding(how).plain
         module = self._model.get_submodule(name.rpartition(".")[0])
-        if plain and not (self._dense.plain and isinstance(module, nn.Linear)):
+        if why := self._layers.get(name, "it is no weight of a linear layer or an embedding") or holds(module, how):
+            self._decode(name, how, why)
             return
-        if why := self._layers[name] or holds(module, how):
-            if not plain:
-                self.decoded[name] = how, why
+        if encoding(how).plain and not isinstance(module, nn.Linear):
             return
         product = self._dense.product
         weight.keep = lambda held, dtype: EncodedTensor.make(held, dtype, name, product)
+
+    def put_together(self, weight: Unread) -> None:
+        """Takes note of a tensor that a family's conversion puts together with others, or takes apart."""
+        if weight.encoding:
+            self._decode(weight.name, weight.encoding, "a parameter is made of it and others")
+
+    def _decode(self, name: str, how: str, why: str) -> None:
+        if not encoding(how).plain:
+            self._dense.decoded[name] = how, why
+            logger.info("emoe: %s (%s) is decoded: %s", name, how, why)
 
 
 # A model that has such weights.
@@ -336,6 +343,16 @@ def encoded_weights(model: nn.Module) -> dict[str, tuple[nn.Module, EncodedTenso
 def held_bytes(model: nn.Module) -> int:
     """Bytes of them, tied ones once."""
     return sum({id(each.held): each.held.nbytes for _, each in encoded_weights(model).values()}.values())
+
+
+def stats(model: nn.Module, dense: Dense | None) -> dict[str, Any]:
+    """What stays encoded of a model that was loaded with `dense`, and what did not: see `Runtime.stats`."""
+    weights = {id(each.held): each.held for _, each in encoded_weights(model).values()}.values()
+    return {
+        "bytes": held_bytes(model),
+        "encodings": dict(Counter(each.how.name for each in weights)),
+        "decoded": {} if dense is None else {name: f"{how}: {why}" for name, (how, why) in dense.decoded.items()},
+    }
 
 
 def decoded_bytes(model: nn.Module) -> int:

@@ -63,8 +63,11 @@ class _LeaveExpertsOut(HfQuantizer):
         if not isinstance(param, Unread):
             return super().get_new_dtype(converter, param, dtype)
         param.dtype = dtype if param.is_float else None
-        if self._kept is not None and isinstance(converter, WeightRenaming):  # else other tensors are put to it
-            self._kept.keep(converter.target_patterns[0], param)
+        if self._kept is not None:
+            if isinstance(converter, WeightRenaming):
+                self._kept.keep(converter.target_patterns[0], param)
+            else:
+                self._kept.put_together(param)
         return param.dtype
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:

@@ -34,6 +34,11 @@ class Unread:
         self.keep: Callable[[Held, torch.dtype], torch.Tensor] | None = None
 
     @property
+    def name(self) -> str:
+        """Of the tensor, the first where there are several."""
+        return self._source.name
+
+    @property
     def is_float(self) -> bool:
         """Whether it is one of floating-point numbers once it is read."""
         return isinstance(self._source, EncodedWeight) or self._source.is_float

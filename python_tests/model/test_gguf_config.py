@@ -17,7 +17,7 @@ import emoe
 from emoe import errors
 from emoe.model.config import read_config
 from emoe.model.gguf_tensors import ARCHITECTURES
-from emoe.seam import load
+from emoe.seam import linear, load
 
 E, WIDTH, TOP_K = families.EXPERTS, families.INTERMEDIATE, families.TOP_K
 _WIDE, _MLA, _GROUPS = families._WIDE, families._MLA, families._GROUPS
@@ -410,3 +410,39 @@ def test_layers_that_only_predict_further_tokens_are_left_out(tmp_path):
     said = {**gg.base(model.config), **case.said, "block_count": 4, "nextn_predict_layers": 1}
     path = gg.write(tmp_path / "m.gguf", "glm4moe", tensors, said)
     assert difference(logits(whole(path)), logits(model)) < 1e-5
+
+
+# What stays in the tensors of its file although rows change places or tensors are put together.
+REARRANGED = {
+    "mixtral": ["self_attn.q_proj", "self_attn.k_proj"],
+    "granitemoe": ["self_attn.q_proj", "self_attn.k_proj"],
+    "qwen3next": ["linear_attn.in_proj_qkvz"],
+    "qwen35moe": ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_linear_layers_stay_in_the_blocks_of_the_file_with_rows_in_the_models_order(name, tmp_path):
+    model = build(CASES[name].config())
+    shapes = {key: value.shape for key, value in gg.arrays(model, CASES[name].architecture).items()}
+
+    def kinds(tensor: str) -> str:
+        plain = any(word in tensor for word in ("norm", "conv", "gate_inp", "ssm_a", "ssm_d", "exps"))
+        return "F32" if plain or len(shapes[tensor]) != 2 or shapes[tensor][1] % 32 else "Q8_0"
+
+    _, path = write(CASES[name], tmp_path, model, kinds=kinds)
+    decoded, kept = whole(path), whole(path, dense=linear.Dense(linear.decode_and_multiply))
+    found = linear.encoded_weights(kept)
+    assert any("attn" in each or "mixer" in each or "mamba" in each for each in found)
+    for each, (_, weight) in found.items():
+        assert torch.equal(weight.numbers(), decoded.get_parameter(f"{each}.weight")), each
+    assert difference(logits(kept), logits(decoded)) < 1e-5
+    for each in REARRANGED.get(name, ()):
+        assert any(path.endswith(each) for path in found), each
+    in_plan = emoe.plan(path, calibrate=False, dtype="float32").non_expert_bytes
+    elsewhere = [
+        each for part, module in kept.named_modules() if ".experts" in f".{part}" for each in module.parameters()
+    ]
+    left_out = {id(each) for each in (*elsewhere, *(weight for _, weight in found.values()))}
+    plain = [each for each in (*kept.parameters(), *kept.buffers()) if id(each) not in left_out]
+    assert in_plan == linear.held_bytes(kept) + sum(each.numel() * each.dtype.itemsize for each in plain)
