@@ -53,7 +53,7 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
     device = open_device(options.device)
     plan = plan_checkpoint(path_or_id, options, calibrate=False, free=device.free_bytes, config=config, **rest)
     options = _prepared(options, plan, device)
-    dense = Dense(ops.linear, plain=options.dense == "native") if options.keeps_encoded else None
+    dense = Dense(ops.linear, plain=options.dense_plain) if options.keeps_encoded else None
     model, store = load.load_without_experts(path_or_id, dtype=options.dtype, dense=dense, config=config, **rest)
     return _start(model, store, plan, options, wrapped=False, device=device, dense=dense)
 

@@ -23,6 +23,9 @@ from emoe.errors import ConfigError, one_line
 PREDICTORS = ("recent",)  # those that need no file; emoe.predictor.MADE
 LOOK_AHEAD = "look-ahead"
 MISSES = ("load", "cpu", "auto")
+DENSE_ENCODINGS = {
+    **{name: name for name in ("bfloat16", "q8_0", "q4_0", "mxfp4")}, "fp8": "e4m3-128x128-float32",
+}  # fmt: skip
 DEFAULT_TASK = "default"  # key of the bias for tasks that a mapping does not name
 
 Bias = float | Mapping[str, float]
@@ -366,6 +369,12 @@ class Options:
         for encoded ones and torch for the others, and torch for all on a GPU or with kernels stock""",
         ways=("load", "plan"),
     )  # fmt: skip
+    dense_encoding: str = _row(
+        "keep", OneOf(("keep", *DENSE_ENCODINGS)),
+        """what plain linear layers outside experts become when they are loaded, for the native kernels; layers with an
+        output for each expert, such as routers, stay as they are""",
+        ways=("load", "plan"),
+    )  # fmt: skip
     routing: str = _row(
         "exact", OneOf(("exact", "resident", "biased")),
         """what happens to a routed expert that is not in memory: exact reads it first, resident takes the router's next
@@ -447,6 +456,11 @@ class Options:
             raise ConfigError(
                 f"dense='native' computes on the CPU; device={self.device!r} takes dense='auto' or 'torch'"
             )
+        if self.dense_encoding != "keep" and not self.keeps_encoded:
+            raise ConfigError(
+                f"dense_encoding={self.dense_encoding!r} is for the native kernels on the CPU; it goes with "
+                "dense='native', or 'auto' and kernels='native', and device='cpu'"
+            )
         if self.bias is not None and self.routing != "biased":
             raise ConfigError(f"bias={self.bias!r} goes with routing='biased', not {self.routing!r}")
         if self.routing == "biased" and self.bias is None and self.max_substituted_mass is None:
@@ -459,6 +473,11 @@ class Options:
     def keeps_encoded(self) -> bool:
         """Whether weights outside experts that are encoded stay so."""
         return self.dense == "native" or (self.dense == "auto" and self.kernels == "native" and self.device == "cpu")
+
+    @property
+    def dense_plain(self) -> str | None:
+        """The encoding of plain linear layers that the native kernels compute, "" for the one they have; None: none."""
+        return DENSE_ENCODINGS.get(self.dense_encoding, "" if self.dense == "native" else None)
 
     @classmethod
     def split(cls, given: Mapping[str, Any], way: str) -> tuple[Options, dict[str, Any]]:

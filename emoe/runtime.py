@@ -23,6 +23,7 @@ from emoe.options import Options
 from emoe.planning.plan import Plan
 from emoe.requests import LOST, Request, RequestObserver, Requests
 from emoe.routing import Routing, routing_of
+from emoe.seam import linear
 from emoe.seam.attached import Attached
 from emoe.sensitivity.online import SHARE, OnlineSensitivity
 from emoe.sensitivity.serving import RequestProbes
@@ -49,9 +50,12 @@ class Runtime:
         base: the `emoe.slots.base_set.BaseSet` that keeps the experts a predictor names.
     """
 
-    def __init__(self, model: Any, store: ExpertStore, plan: Plan, options: Options, *, device: Device) -> None:
+    def __init__(
+        self, model: Any, store: ExpertStore, plan: Plan, options: Options, *, device: Device,
+        dense: linear.Dense | None = None,
+    ) -> None:  # fmt: skip
         self.plan, self.store = plan, store
-        self._model, self._device = model, device
+        self._model, self._device, self._dense = model, device, dense
         # Told of every request in this order, and of its end in the other: the base set, which has its experts brought,
         # traces that are being recorded, the probe, routing with its statistics.
         self._told: list[RequestObserver] = []
@@ -127,6 +131,7 @@ class Runtime:
                 "encodings": self.plan.encodings,
                 "decoded": self.plan.decoded,
                 "store": self.store.description,
+                "dense": linear.stats(self._model, self._dense),
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),
                 "sensitivity": self._probes.stats() if self._probes is not None else None,

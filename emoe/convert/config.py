@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from emoe.convert.encode import FP8
 from emoe.convert.plan import Conversion
+from emoe.model.encode import FP8
 from emoe.model.structure import experts_modules
 
 _OF_EXPERTS = ("expert_dtype", "moe_quant_algo")  # what a config says of experts apart, which are others now

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from emoe.convert.encode import FP8
 from emoe.convert.names import Matrix, matrices
+from emoe.model.encode import FP8
 from emoe.model.encoding import ITEMSIZE, encoding
 from emoe.store import ExpertStore
 from emoe.store.companions import Group, grouped

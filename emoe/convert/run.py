@@ -25,7 +25,6 @@ import torch
 import emoe
 from emoe.convert import state
 from emoe.convert.config import quantization
-from emoe.convert.encode import WORKSPACE, Encoded, encode
 from emoe.convert.gguf import conversion as gguf_conversion
 from emoe.convert.keep import layers_to_keep
 from emoe.convert.perplexity import perplexity_of
@@ -33,6 +32,7 @@ from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard,
 from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, UnsupportedModelError, WriteError
 from emoe.files import jsontext
 from emoe.memory import format_bytes, process_memory
+from emoe.model.encode import WORKSPACE, Encoded, encode
 from emoe.model.encoding import encoding
 from emoe.model.gguf_files import gguf_files
 from emoe.model.structure import find_experts

@@ -43,18 +43,38 @@ def layers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def kept(model: nn.Module, encodings: Mapping[str, str]) -> dict[str, str]:
-    """Those of some encoded weights that stay so.
+def kept(model: nn.Module, encodings: Mapping[str, str], plain: str | None = None) -> dict[str, str]:
+    """Encodings of the weights that the native kernels compute with, by name in the model.
 
     Args:
-        encodings: by name in the model, of weights that are one encoded matrix each.
+        encodings: by name, of weights that are one encoded matrix each.
+        plain: as `into` takes it.
     """
-    found = layers(model)
-    return {
-        name: how
-        for name, how in encodings.items()
-        if found.get(name) == "" and not holds(model.get_submodule(name.rpartition(".")[0]), how)
-    }
+    found, shared = {}, tied(model)
+    for name, why in layers(model).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        how = encodings.get(name) or ("" if name in shared else into(module, plain))
+        if not why and how and not holds(module, how):
+            found[name] = how
+    return found
+
+
+def tied(model: Any) -> set[str]:
+    """Names of parameters that are another one's, and of those others."""
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    return {*pairs, *pairs.values()}
+
+
+def into(module: nn.Module, plain: str | None) -> str:
+    """The encoding that a layer whose weight is plain gets, "" where it stays as it is.
+
+    Args:
+        plain: an encoding that is wanted, "" for the layer's own dtype, None for none.
+    """
+    if plain is None or not isinstance(module, nn.Linear):
+        return ""
+    name = plain or str(module.weight.dtype).removeprefix("torch.")
+    return name if all(plane.holds(*module.weight.shape) for plane in encoding(name).planes) else ""
 
 
 def saved_bytes(model: nn.Module, found: Mapping[str, str]) -> int:

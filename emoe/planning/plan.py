@@ -204,7 +204,7 @@ def _plan(
     bytes_of = [form.nbytes for form in forms]
     expert_bytes = sum(count * size for count, size in zip(experts, bytes_of, strict=True))
     whole = {} if stored is None else stored.forms.whole
-    kept = dense.kept(model, whole) if options.keeps_encoded else {}
+    kept = dense.kept(model, whole, options.dense_plain) if options.keeps_encoded else {}
     non_expert = rest_bytes(model, kept)
     kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
     prefill = activations.plan_prefill(

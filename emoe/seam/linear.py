@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from emoe.errors import ConfigError, EmoeError, ExpertsElsewhereError
-from emoe.model.dense import holds, layers
+from emoe.model.dense import holds, into, layers, tied
+from emoe.model.encode import encode
 from emoe.model.encoding import encoding
 from emoe.model.held import Held, apart
 from emoe.seam.elsewhere import WAY_OUT
@@ -283,13 +284,14 @@ class Dense:
 
     Attributes:
         product: computes linear layers with them.
-        plain: those that the checkpoint has in a plain dtype are computed by it too.
+        plain: what linear layers become that the checkpoint has in a plain dtype, to be computed by it too: an
+            encoding, "" for the dtype of the model; None leaves them to torch.
         decoded: encoded weights that did not stay so, by the name of the parameter, or of the tensor where a parameter
             is made of several: their encoding, and why.
     """
 
     product: Product
-    plain: bool = False
+    plain: str | None = None
     decoded: dict[str, tuple[str, str]] = field(default_factory=dict, compare=False)
 
     def of(self, model: nn.Module) -> Kept:
@@ -302,20 +304,24 @@ class Kept:
 
     def __init__(self, dense: Dense, model: nn.Module) -> None:
         self._dense, self._model, self._layers = dense, model, layers(model)
+        self._tied = tied(model)
 
     def keep(self, name: str, weight: Unread) -> None:
         """Decides on one weight, before it is read."""
         how = weight.encoding
-        if not how or (encoding(how).plain and not self._dense.plain):
+        plain = bool(how) and encoding(how).plain
+        if not how or (plain and self._dense.plain is None):
             return
         module = self._model.get_submodule(name.rpartition(".")[0])
-        if why := self._layers.get(name, "it is no weight of a linear layer or an embedding") or holds(module, how):
+        becomes = how
+        if plain:  # an embedding stays as it is, and what is tied to it one with it
+            becomes = "" if name in self._tied else into(module, self._dense.plain)
+        why = self._layers.get(name, "it is no weight of a linear layer or an embedding") or holds(module, how)
+        if why or not becomes:
             self._decode(name, how, why)
             return
-        if encoding(how).plain and not isinstance(module, nn.Linear):
-            return
         product = self._dense.product
-        weight.keep = lambda held, dtype: EncodedTensor.make(held, dtype, name, product)
+        weight.keep = lambda held, dtype: EncodedTensor.make(_encoded_into(held, becomes, name), dtype, name, product)
 
     def put_together(self, weight: Unread) -> None:
         """Takes note of a tensor that a family's conversion puts together with others, or takes apart."""
@@ -326,6 +332,19 @@ class Kept:
         if not encoding(how).plain:
             self._dense.decoded[name] = how, why
             logger.info("emoe: %s (%s) is decoded: %s", name, how, why)
+
+
+def _encoded_into(held: Held, name: str, path: str) -> Held:
+    if held.how.name == name:
+        return held
+    try:
+        made = encode(name, held.plane("values"))
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot become {name}: {error}") from error
+    result = Held(encoding(name), held.rows, held.cols)
+    for plane, array in made.planes.items():
+        result.plane(plane).copy_(array)
+    return result
 
 
 # A model that has such weights.

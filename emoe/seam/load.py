@@ -82,7 +82,7 @@ def load_without_experts(
     config, quantization = without_quantization(config)
     try:
         model, info = _load(
-            cls, path_or_id, partial(_plain_store, quantization), auto.part_of(config, cls), dtype, **kwargs
+            cls, path_or_id, partial(_plain_store, quantization, dense), auto.part_of(config, cls), dtype, **kwargs
         )
         _own_memory(model, model._emoe_store.files())
     except _EncodedError as found:
@@ -131,8 +131,8 @@ class _EncodedError(Exception):
         self.cls, self.config, self.store, self.rest = type(model), model.config, store, rest
 
 
-def _plain_store(quantization: dict[str, Any] | None, model: Any, files: list[str]) -> ExpertStore:
-    found = read_checkpoint(files, model, quantization)
+def _plain_store(quantization: dict[str, Any] | None, dense: Dense | None, model: Any, files: list[str]) -> ExpertStore:
+    found = read_checkpoint(files, model, quantization, one_by_one=dense is not None and dense.plain is not None)
     if found.rest is not None:
         raise _EncodedError(model, found.store, found.rest)
     return found.store

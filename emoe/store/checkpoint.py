@@ -102,7 +102,11 @@ def index_checkpoint(files: Iterable[str | Path], meta_model: Any) -> ExpertStor
 
 
 def read_checkpoint(
-    files: Iterable[str | Path], meta_model: Any, quantization: Mapping[str, Any] | None = None
+    files: Iterable[str | Path],
+    meta_model: Any,
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    one_by_one: bool = False,
 ) -> Indexed:
     """Finds every expert of a checkpoint, and how to read the rest.
 
@@ -110,6 +114,7 @@ def read_checkpoint(
         files: its safetensors files.
         meta_model: the model on the meta device, experts' parameters included; its dtypes are the ones to run in.
         quantization: what its config says of encodings.
+        one_by_one: gives `rest` where nothing is encoded, too.
 
     Raises:
         CheckpointError: a file is damaged, or a tensor is missing or of another shape or dtype than the model's; names
@@ -121,7 +126,7 @@ def read_checkpoint(
     try:
         for file in files:
             opened.append(OpenFile(str(Path(file).absolute())))  # the working folder may be another one later
-        return _index(opened, meta_model, quantization)
+        return _index(opened, meta_model, quantization, one_by_one)
     except BaseException:
         for each in opened:
             each.close()
@@ -186,7 +191,9 @@ class _Found(NamedTuple):
     whole: Mapping[str, str]
 
 
-def _index(opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, Any] | None) -> Indexed:
+def _index(
+    opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, Any] | None, one_by_one: bool
+) -> Indexed:
     files = {file.path: file for file in opened}
     folder = str(Path(opened[0].path).parent) if opened else ""
 
@@ -195,7 +202,7 @@ def _index(opened: list[OpenFile], meta_model: Any, quantization: Mapping[str, A
 
     found = _find(read_headers(opened), meta_model, quantization, folder, read)
     rest = None
-    if is_encoded(found.names):
+    if one_by_one or is_encoded(found.names):
         rest = {
             name: Unread(found.weights.get(name, each.first if isinstance(each, Group) else each), files)
             for name, each in found.names.items()

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import emoe
-from emoe.convert.encode import FP8, encode
 from emoe.convert.run import convert
 from emoe.convert.state import RECORD, verify
 from emoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
 from emoe.model.decode import decoded
+from emoe.model.encode import FP8, encode
 from emoe.model.encoding import ENCODINGS, encoding
 from emoe.store.headers import INDEX_NAME, checkpoint_files, read_headers
 

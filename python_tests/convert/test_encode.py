@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from emoe.convert.encode import ENCODERS, FP8, encode
 from emoe.errors import ConfigError, UnsupportedModelError
 from emoe.model.decode import decoded
+from emoe.model.encode import ENCODERS, FP8, encode
 from emoe.model.encoding import encoding
 
 
@@ -84,7 +84,7 @@ def test_planes_have_the_shapes_that_the_table_says(name):
 def test_a_matrix_in_parts_gives_the_same_numbers_as_its_rows_one_by_one(name, monkeypatch):
     matrix = _matrix("outliers", 256, 512)
     whole = encode(name, matrix)
-    monkeypatch.setattr("emoe.convert.encode._CHUNK", 1)
+    monkeypatch.setattr("emoe.model.encode._CHUNK", 1)
     parts = encode(name, matrix)
     assert parts.squared_error == pytest.approx(whole.squared_error, rel=1e-3)
     for plane, array in whole.planes.items():  # sums in another order turn a tie here and there

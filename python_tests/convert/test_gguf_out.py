@@ -12,11 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 import emoe
 from emoe import generate
-from emoe.convert.encode import encode
 from emoe.convert.gguf import _QWEN
 from emoe.convert.run import convert
 from emoe.convert.state import RECORD, unfinished, verify
 from emoe.errors import ConfigError, UnsupportedModelError
+from emoe.model.encode import encode
 
 FAMILIES = {
     "qwen3_moe": {"mlp_only_layers": [], "norm_topk_prob": True},

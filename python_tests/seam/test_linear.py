@@ -378,3 +378,94 @@ def test_a_linear_layer_takes_any_leading_shape_and_no_other_width():
         F.linear(torch.ones(2, 95), weight)
     with pytest.raises(EmoeError, match="gradients"):
         F.linear(torch.ones(2, 96, requires_grad=True), weight)
+
+
+# --- plain checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A checkpoint in bfloat16, routers and norms among its weights."""
+    folder = tmp_path_factory.mktemp("plain")
+    quantized.write(folder, Format(Q8, "q8_0", family="qwen3_moe"), which=lambda name: None, rest=torch.bfloat16)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("encoding", "held_as", "most"),
+    [("bfloat16", "bfloat16", 0), ("q8_0", "q8_0", 0.01), ("q4_0", "q4_0", 0.12), ("mxfp4", "mxfp4", 0.15),
+     ("fp8", "e4m3-128x128-float32", 0.04)],
+)  # fmt: skip
+def test_plain_linear_layers_are_encoded_when_they_are_loaded(encoding, held_as, most, plain):
+    model = _load(plain, dense_encoding=encoding)
+    found = encoded_weights(model)
+    assert set(found) == {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {weight.held.how.name for _, weight in found.values()} == {held_as}
+    truth = _truth(plain)
+    for path, (_, weight) in found.items():
+        own = truth.get_submodule(path).weight
+        assert (weight.numbers() - own).norm() / own.norm() <= most
+    truth.load_state_dict(model.state_dict())
+    _assert_close(_logits(model), _logits(truth))
+    in_memory = held_bytes(model) + sum(
+        each.numel() * each.dtype.itemsize
+        for path, each in (*model.named_parameters(), *model.named_buffers())
+        if ".experts." not in path and not isinstance(each, EncodedTensor)
+    )
+    assert in_memory == model.emoe.plan.non_expert_bytes
+    assert model.emoe.stats()["dense"] == {
+        "bytes": held_bytes(model), "encodings": {held_as: len(found)}, "decoded": {},
+    }  # fmt: skip
+    model.emoe.close(restore=False)
+
+
+def test_native_computes_plain_linear_layers_too_in_the_dtype_of_the_model(plain):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _load(plain, dtype=dtype)
+        found = encoded_weights(model)
+        assert {weight.held.how.name for _, weight in found.values()} == {str(dtype).removeprefix("torch.")}
+        if dtype == torch.float32:
+            _assert_close(_logits(model), _logits(_truth(plain)))
+        model.emoe.close(restore=False)
+    model = _load(plain, dense="auto", kernels="native")
+    assert not encoded_weights(model)
+    model.emoe.close(restore=False)
+
+
+def test_a_layer_that_is_no_whole_number_of_blocks_stays_plain(tmp_path):
+    quantized.write(tmp_path, Format(Q8, "q8_0", family="dots1"), which=lambda name: None)
+    model = _load(tmp_path, dense_encoding="q8_0")
+    found = encoded_weights(model)
+    narrow = [
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module.in_features % 32
+    ]
+    assert narrow
+    assert not set(narrow) & set(found)
+    _assert_close(_logits(model), _logits(_truth(tmp_path)), 0.05)
+    model.emoe.close(restore=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dense_encoding": "q8_0", "dense": "torch"}, "dense_encoding='q8_0' is for the native kernels"),
+        ({"dense_encoding": "q8_0", "dense": "auto", "kernels": "stock"}, "dense_encoding='q8_0' is for the native"),
+        ({"dense_encoding": "q4"}, "dense_encoding='q4' is not one of: keep, bfloat16, q8_0"),
+        ({"dense": "naive"}, "dense='naive' is not one of: auto, native, torch; did you mean 'native'"),
+        ({"dense": "native", "device": "cuda"}, "dense='native' computes on the CPU"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, said, plain):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        _load(plain, **options)
+
+
+def test_what_was_decoded_is_named_with_its_reason(tmp_path):
+    """deepseek_v4 has a grouped layer with a forward of its own."""
+    quantized.write(tmp_path, FORMATS["deepseek-v4"])
+    model = _load(tmp_path)
+    decoded = model.emoe.stats()["dense"]["decoded"]
+    assert decoded["model.layers.0.self_attn.o_a_proj.weight"] == (
+        "e4m3-128x128-e8m0: DeepseekV4GroupedLinear computes in a way of its own"
+    )
+    model.emoe.close(restore=False)
