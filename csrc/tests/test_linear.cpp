@@ -27,7 +27,7 @@ struct Layer {
 
     Layer(const CodesCase& codes, DType dtype, std::int64_t tokens, std::int64_t depth, std::int64_t rows,
           bool interleaved = false)
-        : p({codes, codes, codes, dtype, tokens, 1, 1, depth, rows, 8, true, interleaved}) {
+        : p({codes, codes, kCodesCases[0], dtype, tokens, 1, 1, depth, rows, 8, true, interleaved}) {
         op.weights = p.layout.up;
         op.base = p.slab.data();
         op.x = p.hidden.data();

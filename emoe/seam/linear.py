@@ -74,7 +74,8 @@ class EncodedTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear or func is F.embedding:
-            served = (_linear if func is F.linear else _embedding)(*args, **kwargs)
+            with torch._C.DisableTorchFunctionSubclass():  # else each attribute of the weight comes back to here
+                served = (_linear if func is F.linear else _embedding)(*args, **kwargs)
             if served is not None:
                 return served
         name = getattr(func, "__name__", "")
