@@ -36,6 +36,7 @@ from rich.table import Table
 from emoe import native
 from emoe.compute import ops
 from emoe.model.encoding import encoding
+from emoe.model.held import Held
 from emoe.model.spec import ParamSpec, slot_offsets
 
 LONG = 0.3  # seconds; a side that takes longer runs once a round
@@ -260,6 +261,29 @@ def prefill_cases(quick: bool) -> list[Case]:
     return cases
 
 
+def linear_cases(rows: int) -> list[Case]:
+    """A linear layer of 2048 by 2048 as it lies in memory, moving on over 24 of them; torch has it in bfloat16."""
+    cases = []
+    for name in ("bfloat16", "q8_0", "q4_0", "q4_k", "e4m3-128x128-float32"):
+        layers = [Held(encoding(name), 2048, 2048) for _ in range(24)]
+        for layer in layers:  # any bytes will do, but for numbers that are not finite
+            layer.buffer.zero_()
+        weights = torch.empty((24, 2048, 2048), dtype=torch.bfloat16).normal_(std=0.02)
+        x = torch.randn(rows, 2048, dtype=torch.bfloat16)
+        ours, theirs, first = (itertools.count(8 * side) for side in range(3))
+        sides: dict[str, Callable[[], Any]] = {
+            "emoe": lambda layers=layers, x=x, turn=ours: ops.linear(layers[next(turn) % 24], x, None),
+            "torch": lambda weights=weights, x=x, turn=theirs: F.linear(x, weights[next(turn) % 24]),
+        }
+        if rows == 1:
+            sides["read"] = lambda layers=layers, turn=first: native.load().read_seconds(
+                layers[next(turn) % 24].buffer.data_ptr(), layers[0].nbytes
+            )
+        work = layers[0].nbytes if rows == 1 else 2.0 * rows * 2048 * 2048
+        cases.append(Case(f"linear 2048 x 2048 in {name}", sides, work))
+    return cases
+
+
 def overhead(rounds: int) -> float:
     """Microseconds of one layer's calls from Python with next to nothing to compute: one token, 8 of 64 experts."""
     experts = Experts(64, 64, 32, torch.bfloat16)
@@ -314,8 +338,8 @@ def child(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     result = {"isa": native.load().isa(), "threads": threads, "load_average": os.getloadavg()[0]}
     with torch.no_grad():
-        result["decode"] = measure(decode_cases(args.quick), args.rounds)
-        result["prefill"] = measure(prefill_cases(args.quick), args.rounds)
+        result["decode"] = measure(decode_cases(args.quick) + ([] if args.quick else linear_cases(1)), args.rounds)
+        result["prefill"] = measure(prefill_cases(args.quick) + ([] if args.quick else linear_cases(256)), args.rounds)
         result["overhead_us"] = overhead(args.rounds)
         result["encoded"] = [
             each for name in args.encodings for each in measure(encoded_cases(name, args.quick), args.rounds)

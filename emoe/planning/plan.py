@@ -280,9 +280,13 @@ def _summary(forms: Sequence[ExpertForm], layouts: Sequence[layout.SlotLayout]) 
 def rest_bytes(model: Any, kept: Mapping[str, str] | None = None) -> int:
     """Bytes in memory of what a model holds outside experts; `kept` is what stays encoded, as `dense.kept` gives it."""
     experts = (module for _, module in structure.experts_modules(model))
-    return structure.unique_bytes(model) - dense.saved_bytes(model, kept or {}) - sum(
-        structure.num_experts(module) * sum(param.nbytes for param in structure.param_specs(module))
-        for module in experts
+    return (
+        structure.unique_bytes(model)
+        - dense.saved_bytes(model, kept or {})
+        - sum(
+            structure.num_experts(module) * sum(param.nbytes for param in structure.param_specs(module))
+            for module in experts
+        )
     )
 
 

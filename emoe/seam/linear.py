@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from emoe.errors import ConfigError, EmoeError, ExpertsElsewhereError
+from emoe.errors import ConfigError, EmoeError, ExpertsElsewhereError, SaveError
+from emoe.memory import available_memory, format_bytes
 from emoe.model.dense import holds, into, layers, tied
 from emoe.model.encode import encode
 from emoe.model.encoding import encoding
@@ -216,7 +217,7 @@ def _decoded(value: Any, user: str) -> Any:
     for each in _encoded(value):
         if (each.path, user) not in _told:
             _told.add((each.path, user))
-            logger.info("emoe: %s is decoded for %s", each.path, user)
+            logger.warning("emoe: %s is encoded, and decoded for each %s", each.path, user)
     return tree_map(lambda each: each.numbers() if isinstance(each, EncodedTensor) else each, value)
 
 
@@ -423,6 +424,12 @@ def add_state_dict_hooks(model: nn.Module) -> list[Any]:
     def replace(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         weight: Any = module._parameters.get("weight")
         if isinstance(weight, EncodedTensor):
+            needed, free = weight.numel() * weight.dtype.itemsize, available_memory()
+            if needed > free:
+                raise SaveError(
+                    f"state_dict() needs {format_bytes(needed)} for {weight.path}, which is encoded in memory; "
+                    f"{format_bytes(free)} are free"
+                )
             state[f"{prefix}weight"] = decode(weight)
 
     return [module.register_state_dict_post_hook(replace) for module, _ in encoded_weights(model).values()]

@@ -18,14 +18,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import emoe
-from emoe.errors import ConfigError, EmoeError, ExpertsElsewhereError
+from emoe.errors import ConfigError, EmoeError, ExpertsElsewhereError, SaveError
 from emoe.model.dense import kept, layers
 from emoe.model.encoding import encoding
 from emoe.model.held import Held
 from emoe.seam.linear import EncodedTensor, decode_and_multiply, encoded_weights, held_bytes
 
+# PEFT asks Transformers for a name it will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 Q8 = quantized.blocks("q8_0")
-EVERYWHERE = Format(Q8, "q8_0", linears=Q8)
 
 
 def _ids(rows: int = 2, length: int = 12) -> torch.Tensor:
@@ -34,26 +36,16 @@ def _ids(rows: int = 2, length: int = 12) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """written(name of a format, or a format and a family) -> folder with `quantized` and `plain`."""
+    """written(name of a format) -> folder with `quantized` and `plain`, written on first use."""
     root = tmp_path_factory.mktemp("dense")
 
-    def get(name: str, family: str = "", head: bool = False):
-        folder = root / f"{name}-{family}-{head}".replace("/", "-")
+    def get(name: str):
+        folder = root / name.replace("/", "-")
         if not folder.exists():
-            form = FORMATS[name] if not family else Format(Q8, "q8_0", linears=Q8, family=family)
-            quantized.write(folder, form, which=_everything if head else None)
+            quantized.write(folder, FORMATS[name])
         return folder
 
     return get
-
-
-def _everything(name: str):
-    """Every matrix that is a whole number of blocks, embeddings and the head as well."""
-    return None if any(word in name for word in ("norm", "bias", "gate.weight", "router")) else _if_it_fits
-
-
-def _if_it_fits(weight: torch.Tensor):
-    return Q8(weight)
 
 
 def _load(folder, dtype=torch.float32, **options):
@@ -469,3 +461,21 @@ def test_what_was_decoded_is_named_with_its_reason(tmp_path):
         "e4m3-128x128-e8m0: DeepseekV4GroupedLinear computes in a way of its own"
     )
     model.emoe.close(restore=False)
+
+
+def test_a_state_dict_that_does_not_fit_is_refused(written, monkeypatch):
+    model = _load(written("fp8 blocks"))
+    monkeypatch.setattr("emoe.seam.linear.available_memory", lambda: 1000)
+    with pytest.raises(SaveError, match=r"KiB for lm_head\.weight, which is encoded in memory; 1000 bytes are free"):
+        model.lm_head.state_dict()
+    model.emoe.close(restore=False)
+
+
+def test_whoever_decodes_it_is_told_once(caplog):
+    weight, _ = _weight()
+    weight.path = "told.once"
+    for _ in range(3):
+        weight.sum()
+    assert [record.getMessage() for record in caplog.records] == [
+        "emoe: told.once is encoded, and decoded for each aten.sum.default"
+    ]
