@@ -104,7 +104,7 @@ std::vector<Chunk> cut(const GatherMlp& op, const Routed& routed, bool pairs, co
 // Units of x, then of x and h together.
 std::pair<std::int64_t, std::int64_t> sizes_of(const Chunk& chunk, const MlpLayout& a, bool pairs) {
     if (!chunk.wide && a.encoded) {  // encoded_integers.inl: floats, twice integers of half a unit, scales
-        const auto units = [&](std::int64_t depth) { return chunk.rows * (round_up(depth, kEncodedPad) / 16 * 33); };
+        const auto units = [&](std::int64_t depth) { return chunk.rows * encoded_stride(depth); };
         return {units(a.hidden), units(a.hidden) + units(a.intermediate)};
     }
     if (!chunk.wide) {

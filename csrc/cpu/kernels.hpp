@@ -15,6 +15,11 @@ constexpr int kSubBlock = 64;      // weight rows of one wide tile
 constexpr int kNarrowBlock = 512;  // most weight rows of one narrow task
 constexpr int kRowPad = 16;        // narrow rows are zero-padded to a multiple of this
 constexpr int kEncodedPad = 256;   // the same for rows that meet encoded weights
+// Units of one such row: its floats, 16-bit integers in two orders, a scale and a sum of each 32
+// (encoded_integers.inl). `static`: every unit keeps its own.
+static constexpr int64_t encoded_stride(int64_t depth) {
+    return (depth + kEncodedPad - 1) / kEncodedPad * (2 * kEncodedPad + kEncodedPad / 16);
+}
 
 // Some rows of one expert. `x` and `h` are scratch of 32-bit units:
 // narrow: float [rows][round_up(K, kRowPad)]; wide: panels of up to 2*lanes rows, each [units][panel rows];

@@ -15,11 +15,6 @@ constexpr int kPanel = 2 * L;  // rows of one wide panel: two vectors
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t pad_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-// Units of one narrow row that meets encoded weights (encoded_narrow.inl).
-inline int64_t encoded_stride(int64_t depth) {
-    const int64_t padded = pad_up(depth, kEncodedPad);
-    return 2 * padded + padded / 16;
-}
 
 inline uint32_t bits_of(float a) {
     uint32_t bits;

@@ -36,6 +36,14 @@ const std::int64_t* counted(std::int64_t n) {
     return numbers.data();
 }
 
+// Rows that are longer runs of memory come faster, as long as there are tasks for every thread (gather_mlp.cpp).
+std::int64_t narrow_task(const Weights& weights) {
+    if (codes_row(weights.codes).in == CodesIn::kColumns) return kColumnTask;
+    constexpr std::int64_t kTasksOfThread = 8;
+    const std::int64_t least = (weights.count + kRowTask - 1) / kRowTask;
+    return kRowTask * std::clamp<std::int64_t>(least / (kTasksOfThread * threads()), 1, kColumnTask / kRowTask);
+}
+
 }  // namespace
 
 void linear(const Linear& op) { linear(op, active_kernels()); }
@@ -61,7 +69,7 @@ void linear(const Linear& op, const Kernels& kernels) {
     const std::int64_t step = 2 * kernels.lanes;
     const std::int64_t most =
         wide ? std::clamp<std::int64_t>(kMostUnits / units / step * step, step, kWideRows) : op.tokens;
-    const std::int64_t task = !wide && codes_row(op.weights.codes).in == CodesIn::kColumns ? kColumnTask : kRowTask;
+    const std::int64_t task = wide ? kRowTask : narrow_task(op.weights);
     thread_local Scratch scratch;
     for (std::int64_t at = 0; at < op.tokens; at += most) {
         Chunk chunk{};
@@ -70,7 +78,7 @@ void linear(const Linear& op, const Kernels& kernels) {
         chunk.padded = static_cast<int>(round_up(chunk.rows, kernels.lanes));
         chunk.wide = wide;
         chunk.token = chunk.out_row = counted(op.tokens) + at;
-        chunk.x = scratch.take(wide ? chunk.padded * units : chunk.rows * (round_up(depth, kEncodedPad) / 16 * 25));
+        chunk.x = scratch.take(wide ? chunk.padded * units : chunk.rows * encoded_stride(depth));
         if (chunk.rows * depth <= kSerialElements) {
             kernels.load_rows(job, chunk, 0, depth);
         } else {
