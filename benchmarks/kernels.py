@@ -264,7 +264,7 @@ def prefill_cases(quick: bool) -> list[Case]:
 def linear_cases(rows: int) -> list[Case]:
     """A linear layer of 2048 by 2048 as it lies in memory, moving on over 24 of them; torch has it in bfloat16."""
     cases = []
-    for name in ("bfloat16", "q8_0", "q4_0", "q4_k", "e4m3-128x128-float32"):
+    for name in ("bfloat16", "q8_0", "q4_0", "q4_k", "q6_k", "e4m3-128x128-float32"):
         layers = [Held(encoding(name), 2048, 2048) for _ in range(24)]
         for layer in layers:  # any bytes will do, but for numbers that are not finite
             layer.buffer.zero_()

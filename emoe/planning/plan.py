@@ -20,6 +20,7 @@ from emoe.options import Budget, Options, parse_budget, takes
 from emoe.planning import activations, bandwidth, encoded, kv_cache
 from emoe.planning.encoded import Stored
 from emoe.planning.meta import meta_model
+from emoe.store.checkpoint import Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Plan:
     What is on the disk is as `source` says: "headers" of the files, the "config" where there are none, or "model" where
     the model is in memory (`emoe.wrap`) and there is no checkpoint (None). `checkpoint_bytes` are all its tensors,
     among them `not_loaded_bytes` of parts that the model does not have, and `encoded_bytes` of weights outside experts,
-    which in memory are decoded and take `decoded_bytes`.
+    which in memory are decoded and take `decoded_bytes`; those that stay encoded are in neither. Outside experts
+    `non_expert_bytes` are in memory, and `non_expert_stored_bytes` on the disk.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Plan:
     encodings: tuple[str, ...]
     budget_bytes: int
     non_expert_bytes: int
+    non_expert_stored_bytes: int
     expert_bytes: int
     bytes_per_expert: int
     slot_bytes: int
@@ -86,16 +89,11 @@ class Plan:
         return self.non_expert_stored_bytes + self.expert_bytes
 
     @property
-    def non_expert_stored_bytes(self) -> int:
-        """Weights outside experts, encoded ones as they are stored."""
-        return self.non_expert_bytes - self.decoded_bytes + self.encoded_bytes
-
-    @property
     def decoded(self) -> dict[str, Any] | None:
         """What outside experts is encoded on the disk and not in memory, and why; None where there is nothing."""
         if not self.encoded_bytes:
             return None
-        why = f"linear layers outside experts are computed by torch, in {self.dtype}"
+        why = f"torch computes with these weights outside experts, in {self.dtype}"
         return {"stored_bytes": self.encoded_bytes, "bytes": self.decoded_bytes, "why": why}
 
     @property
@@ -121,7 +119,6 @@ class Plan:
         return {
             **values,
             "model_bytes": self.model_bytes,
-            "non_expert_stored_bytes": self.non_expert_stored_bytes,
             "decoded": self.decoded,
             "slab_bytes": self.slab_bytes,
             "planned_bytes": self.planned_bytes,
@@ -206,6 +203,8 @@ def _plan(
     whole = {} if stored is None else stored.forms.whole
     kept = dense.kept(model, whole, options.dense_plain) if options.keeps_encoded else {}
     non_expert = rest_bytes(model, kept)
+    encoded_bytes, decoded_bytes = _decoded(model, stored, kept) if stored else (0, 0)
+    sizes = stored.forms.sizes if stored else Sizes(0, 0)
     kv, kv_note = kv_cache.measure(model, context=options.context, batch=options.batch)
     prefill = activations.plan_prefill(
         model, options.prefill_chunk, context=options.context, batch=options.batch,
@@ -215,7 +214,7 @@ def _plan(
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     smallest = fixed + len(experts) * slot_bytes
     notes = [note for note in (stored.note if stored else "", kv_note) if note]
-    if stored is not None and (more := _decoded_more(model, stored, kept)) > 0:
+    if (more := decoded_bytes - encoded_bytes) > 0:
         notes.append(
             f"weights outside experts take {format_bytes(more)} more than in their files: "
             f"{'some' if kept else 'they'} are decoded to {specs[0][0].dtype} when they are loaded; experts stay as "
@@ -237,6 +236,7 @@ def _plan(
         encodings=tuple(dict.fromkeys(name for form in forms for name in form.encodings)),
         budget_bytes=planned if budget.kind == "fraction" else (budget.nbytes or planned),
         non_expert_bytes=non_expert,
+        non_expert_stored_bytes=rest_bytes(model) - sizes.decoded + sizes.encoded,
         expert_bytes=expert_bytes,
         bytes_per_expert=max(bytes_of),
         slot_bytes=slot_bytes,
@@ -254,10 +254,10 @@ def _plan(
         notes=tuple(notes + ([rates.note] if rates else [])),
         warnings=tuple(warnings),
         source=stored.source if stored else "model",
-        checkpoint_bytes=stored.forms.sizes.nbytes if stored else None,
-        not_loaded_bytes=stored.forms.sizes.not_loaded if stored else 0,
-        encoded_bytes=stored.forms.sizes.encoded if stored else 0,
-        decoded_bytes=stored.forms.sizes.decoded if stored else 0,
+        checkpoint_bytes=sizes.nbytes if stored else None,
+        not_loaded_bytes=sizes.not_loaded,
+        encoded_bytes=encoded_bytes,
+        decoded_bytes=decoded_bytes,
         experts=_summary(forms, layouts),
         layouts=layouts,
     )
@@ -290,14 +290,15 @@ def rest_bytes(model: Any, kept: Mapping[str, str] | None = None) -> int:
     )
 
 
-def _decoded_more(model: Any, stored: Stored, kept: Mapping[str, str]) -> int:
-    """Bytes by which encoded weights outside experts are larger in memory than in their files."""
-    saved = {}
-    for name in kept:
-        if name in stored.forms.whole:
-            weight = model.get_parameter(name)
-            saved[id(weight)] = weight.nbytes - encoding(kept[name]).nbytes(tuple(weight.shape))
-    return stored.forms.sizes.decoded - stored.forms.sizes.encoded - sum(saved.values())
+def _decoded(model: Any, stored: Stored, kept: Mapping[str, str]) -> tuple[int, int]:
+    """Bytes of the encoded weights outside experts that do not stay so: in their files, and in memory."""
+    stay = {id(weight := model.get_parameter(name)): (how, weight) for name, how in kept.items()
+            if name in stored.forms.whole}  # fmt: skip
+    sizes = stored.forms.sizes
+    return (
+        sizes.encoded - sum(encoding(how).nbytes(tuple(weight.shape)) for how, weight in stay.values()),
+        sizes.decoded - sum(weight.nbytes for _, weight in stay.values()),
+    )
 
 
 def _slots(

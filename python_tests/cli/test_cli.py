@@ -218,7 +218,7 @@ def quantized_folder(model_folder, tmp_path_factory):
 
 
 def test_plan_says_how_experts_are_stored_and_what_is_decoded(quantized_folder, capsys):
-    words = ["plan", "--model", quantized_folder, "--memory-budget", "50%", "--no-forecast"]
+    words = ["plan", "--model", quantized_folder, "--memory-budget", "50%", "--no-forecast", "--dense", "torch"]
     status, plan = run_json(capsys, *words)
     assert status == 0
     assert plan["source"] == "headers"

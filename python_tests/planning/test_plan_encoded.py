@@ -148,11 +148,17 @@ def test_every_family_is_planned_in_fp8_by_its_config_alone(name, checkpoint, tm
     config = json.loads((Path(checkpoint(name)) / "config.json").read_text())
     said = {**BLOCKS, "weight_block_size": [16, 16]}
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
-    plan, plain = _plan(tmp_path), _plan(checkpoint(name))
+    plan, plain = _plan(tmp_path, dense="torch"), _plan(checkpoint(name))
     assert plan.encodings == ("e4m3-16x16-float32",)
     assert 0.25 * plain.expert_bytes < plan.expert_bytes < 0.28 * plain.expert_bytes  # of float32
     assert plan.encoded_bytes == pytest.approx(plan.decoded_bytes * 0.254, rel=0.01)
     assert plan.non_expert_bytes == plain.non_expert_bytes
+    assert plan.non_expert_stored_bytes == plan.non_expert_bytes - plan.decoded_bytes + plan.encoded_bytes
+    kept = _plan(tmp_path)  # what stays encoded takes less memory, and as much of the disk
+    assert kept.non_expert_stored_bytes == plan.non_expert_stored_bytes and kept.model_bytes == plan.model_bytes
+    assert kept.encoded_bytes <= plan.encoded_bytes and kept.non_expert_bytes <= plan.non_expert_bytes
+    in_memory = kept.non_expert_stored_bytes + kept.decoded_bytes - kept.encoded_bytes
+    assert 0 <= kept.non_expert_bytes - in_memory < 0.01 * in_memory  # planes lie at multiples of 64 bytes
 
 
 def test_tensors_of_no_part_of_the_model_are_said_not_to_be_loaded(tmp_path):
@@ -181,7 +187,7 @@ def test_a_quantizer_s_file_beside_the_config_is_believed_where_that_says_nothin
         said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
     quantized.MODELS["qwen3_moe"]().save_pretrained(tmp_path)
     (tmp_path / file).write_text(json.dumps(said))
-    plan = _plan(tmp_path)
+    plan = _plan(tmp_path, dense="torch")
     assert plan.encodings == (("nvfp4",) if "quantization" in said else ("gptq-32-float16",))
     assert plan.dtype == "bfloat16" and any(f"what {file} says" in note for note in plan.notes)
     assert bool(plan.encoded_bytes) == (file == "quantize_config.json")
@@ -291,10 +297,21 @@ def test_layers_that_are_encoded_alike_are_told_together(tmp_path):
 
 
 def test_what_is_outside_experts_is_decoded_and_the_plan_says_from_what_and_why(tmp_path):
-    plan = _plan(quantized.write(tmp_path, FORMATS["fp8 blocks"], rest=torch.bfloat16))
+    folder = quantized.write(tmp_path, FORMATS["fp8 blocks"], rest=torch.bfloat16)
+    plan = _plan(folder, dense="torch")
     assert plan.decoded["stored_bytes"] == plan.encoded_bytes < plan.decoded["bytes"] == plan.decoded_bytes
     assert "torch" in plan.decoded["why"] and plan.to_dict()["decoded"] == plan.decoded
     assert plan.non_expert_stored_bytes == plan.non_expert_bytes - plan.decoded_bytes + plan.encoded_bytes
+    kept = _plan(folder)
+    assert kept.decoded is None and not any("decoded to" in note for note in kept.notes)
+    assert kept.non_expert_stored_bytes == plan.non_expert_stored_bytes
+
+
+def test_weights_that_are_encoded_when_they_are_loaded_are_as_large_on_the_disk_as_before(tmp_path):
+    folder = _alone(tmp_path, tf.Qwen3MoeConfig(num_hidden_layers=1, dtype="bfloat16"))
+    plain, smaller = _plan(folder), _plan(folder, dense_encoding="q8_0")
+    assert smaller.non_expert_bytes < plain.non_expert_bytes == plain.non_expert_stored_bytes
+    assert smaller.non_expert_stored_bytes == plain.non_expert_bytes and smaller.decoded is None
 
 
 def test_the_rest_in_memory_is_what_is_no_expert(tmp_path):
