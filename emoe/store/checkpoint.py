@@ -28,6 +28,7 @@ from emoe.store.companions import (
     grouped,
     is_encoded,
     is_of_activations,
+    require_nothing_beside,
     zeros_said,
 )
 from emoe.store.declared import NOTHING, Declared, declared
@@ -241,6 +242,7 @@ def _find(
         layers.append(_layer(path, params, tensors, count, meta_model))
         _confirm_experts(tensors, said)
     used = {source.name: key for key, its in sources.items() for each in its.by_pattern.values() for source in each}
+    require_nothing_beside(names, weights, used, read)
     inside = tuple(f"{layer.path}." for layer in layers)
     outside = {name: weight for name, weight in weights.items() if not used[name].startswith(inside)}
     state = meta_model.state_dict()

@@ -11,14 +11,15 @@ A config only confirms what shapes say (declared.py). Formats and who writes the
     B.qweight, B.scales, B.qzeros, B.g_idx                              AWQ, GPTQ
     X_q4_k, X_q8_0, ...                                                 blocks of GGUF, by `emoe convert`
 
-Scales of activations (`input_scale`, `k_scale`, ...) have nothing to do with weights.
+Scales of activations (`input_scale`, `k_scale`, ...) have nothing to do with weights. What lies beside an encoded
+weight and is none of these is refused: it may multiply or rotate what goes in or comes out.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,18 +36,23 @@ _CORES = {
     **{f"_{name}": ("uint8",) for name in _BLOCKS},
 }  # fmt: skip
 _SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
+_SMOOTHING = (".pre_quant_scale", "_pre_quant_scale")
 _OTHERS = (
     *_SCALES, "_scale_2", "_global_scale", "_zero_point", "_shape", "_g_idx", "_scales", ".scales", ".qzeros", ".g_idx",
+    *_SMOOTHING,
 )  # fmt: skip
 # Those that are a companion even where what they belong to is missing.
-_ALWAYS = ("_scale_inv", ".qscale_weight", ".qzeros")
+_ALWAYS = ("_scale_inv", ".qscale_weight", ".qzeros", *_SMOOTHING)
 _ENDS = re.compile(rf"(.+?)({'|'.join(map(re.escape, (*_CORES, *_OTHERS)))})", re.DOTALL)
 _CODES = ("float8_e4m3fn", "float8_e5m2", "int8", "uint8", "F4")
 _SCALE_DTYPES = {
     **{name: name for name in ("float32", "bfloat16", "float16")},
     **dict.fromkeys(("float8_e8m0fnu", "uint8"), "e8m0"),
 }
-_ACTIVATIONS = re.compile(r".*[._](input_scale|input_global_scale|activation_scale|output_scale|[qkv]_scale)")
+_ACTIVATIONS = re.compile(
+    r".*[._]((input|output)_(scale|global_scale|zero_point)|input_scale_ub|activation_scale|qscale_act|(q|k|v|kv|prob)_scale"
+    r"|(input|output|weight)_quantizer\._amax)"
+)
 
 Read = Callable[[TensorEntry], bytes]
 
@@ -163,6 +169,38 @@ def grouped(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry | Group
     return result
 
 
+def require_nothing_beside(
+    found: Mapping[str, TensorEntry | Group], weights: Iterable[str], used: Container[str], read: Read | None
+) -> None:
+    """Refuses what lies beside an encoded weight and is neither of it nor of the model.
+
+    Args:
+        found: of `grouped`.
+        weights: names of the encoded weights of the model.
+        used: names of `found` that the model has.
+        read: as for `encoded`; None lets a bias pass, which is refused unless it is zero.
+
+    Raises:
+        UnsupportedEncodingError: there is such a tensor; names its file, it, and its bytes.
+    """
+    owners = {name.removesuffix(".weight"): name.endswith(".weight") for name in weights}
+    for name, each in found.items():
+        if name in used or is_of_activations(name):
+            continue
+        entry = each.first if isinstance(each, Group) else each
+        for mark in re.finditer("[._]", name):
+            base = name[: mark.start()]
+            if base not in owners or (mark[0] == "_" and owners[base]):
+                continue
+            if name in (f"{base}.bias", f"{base}_bias") and (read is None or not any(read(entry))):
+                continue  # GPTQ's packers write one of zeros for each layer
+            raise _unsupported(
+                entry,
+                f"lies beside the encoded weight {base}, and {base.rpartition('.')[2]} has nothing of that kind: left "
+                "out, it might change every result. emoe reads scales, zero points and groups of weights",
+            )
+
+
 def zeros_said(found: Mapping[str, TensorEntry | Group], said: Declared) -> Declared:
     """`said`, and where it does not say whether integers have zero points: all have where one has."""
     if said.symmetric or not any(isinstance(each, Group) and "_zero_point" in each.parts for each in found.values()):
@@ -188,6 +226,13 @@ def encoded(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
         CheckpointError: a scale, or what it scales, is missing or of another shape or dtype; the config says another
             block; the format is none that emoe reads. Names file, tensor and bytes.
     """
+    for end in _SMOOTHING:
+        if end in group.parts:
+            raise _unsupported(
+                group.parts[end],
+                f"multiplies what goes into {group.name} (smoothing, as AWQ has it), which emoe does not; take a "
+                "checkpoint that has it folded into the layer before, or none",
+            )
     cores = [end for end in group.parts if end == "" or end in _CORES]
     if not cores:
         raise group.lacks(f"the weight {group.name} that it scales")

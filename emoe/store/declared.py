@@ -19,6 +19,8 @@ from emoe.files import jsontext
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Rows and columns that share a scale; 0 stands for all there are.
 TENSOR, ROW = (0, 0), (1, 0)
+# Keys under which quantizers speak of rotations of what goes into a layer.
+_TRANSFORMS = re.compile("hadamard|rotation", re.IGNORECASE)
 
 Block = tuple[int, int]
 
@@ -72,17 +74,68 @@ def said_of_encodings(
         folder: of the checkpoint's files.
 
     Raises:
-        CheckpointError: such a file is no JSON.
+        CheckpointError: such a file is no JSON, or says that what goes into layers, or comes out, is transformed.
     """
     if quantization is not None:
+        _require_no_transform(quantization, str(Path(folder or "") / "config.json"))
         return quantization, "config.json"
     for name in QUANTIZER_FILES if folder is not None else ():
         path = Path(folder or "") / name
         if path.is_file():
             found = jsontext.read(path, "config of a quantizer", partial(CheckpointError, file=str(path)))
             if isinstance(found, dict):
+                _require_no_transform(found, str(path))
                 return found, name
     return None
+
+
+def _require_no_transform(said: Mapping[str, Any], file: str) -> None:
+    """Refuses rotations of activations; of those that were multiplied into the weights there is nothing to do."""
+    for key, value in said.items():
+        if not value:
+            continue
+        if key == "transform_config":  # compressed-tensors
+            where = _online(value)
+        elif key == "algo_config":  # Quark
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            where = next((where for each in parts if (where := _rotated(each))), "")
+        elif _TRANSFORMS.search(str(key)):
+            where = f"{value}"
+        else:
+            if isinstance(value, Mapping):
+                _require_no_transform(value, file)
+            continue
+        if where:
+            raise CheckpointError(
+                f"{file} says with {key} that the model computes with transformed values ({where[:80]}), which emoe "
+                "does not; take a checkpoint whose rotations are all folded into its weights",
+                file=file,
+            )
+
+
+def _online(transforms: Any) -> str:
+    """Where a transform has to be applied at run time; "" where the weights hold all of it."""
+    groups = transforms.get("config_groups") if isinstance(transforms, Mapping) else None
+    if not isinstance(groups, Mapping):
+        return str(transforms)
+    for scheme in groups.values():
+        places = scheme.get("apply") if isinstance(scheme, Mapping) else None
+        if not isinstance(places, (list, tuple)):
+            return str(scheme)
+        for place in places:
+            location = place.get("location") if isinstance(place, Mapping) else place
+            if str(getattr(location, "value", location)) not in ("weight_input", "weight_output"):
+                return f"location {getattr(location, 'value', location)}"
+    return ""
+
+
+def _rotated(algorithm: Any) -> str:
+    """What one of Quark's leaves to run time: the fourth rotation, and those that it calls online."""
+    if not isinstance(algorithm, Mapping) or str(algorithm.get("name")).lower() not in ("rotation", "quarot"):
+        return ""
+    if algorithm.get("r4", True):
+        return f"{algorithm['name']} with r4"
+    return next((str(key) for key, value in algorithm.items() if str(key).startswith("online") and value), "")
 
 
 def _declared(said: Mapping[str, Any], where: str) -> Declared:
@@ -101,7 +154,7 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
             groups.add(block[1])
     method = said.get("quant_method") or said.get("quant_algo") or (said.get("quantization") or {}).get("quant_algo")
     zeros = said.get("checkpoint_format") if said.get("checkpoint_format") in ("gptq", "gptq_v2") else ""
-    if not zeros and method == "gptq":
+    if not zeros and method == "gptq" and not said.get("checkpoint_format"):
         zeros = "gptq"  # before there were two
     name = str(getattr(method, "value", method) or "an unknown method")
     return Declared(

@@ -466,6 +466,132 @@ def test_two_weights_of_one_name_are_refused(tmp_path):
     assert "either would be" in str(error)
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "int4", "awq", "gptq", "fp8 blocks", "gpt-oss", "q4_0"])
+def test_smoothing_of_what_goes_into_a_layer_is_refused_by_its_tensor(name, written, tmp_path):
+    path = shutil.copytree(written(name) / "quantized", tmp_path / "model")
+    base = "model.layers.1.mlp.experts.gate_up_proj_" if name == "gpt-oss" else GATE.removesuffix("weight")
+    smoothing = f"{base}pre_quant_scale"
+    _change(path, lambda found: found.update({smoothing: torch.ones(128)}))
+    _reindex(path)
+    error = _fails(path, errors.UnsupportedEncodingError)
+    assert error.tensor == smoothing and Path(error.file).parent == path and error.nbytes == 512
+    with pytest.raises(errors.CheckpointError, match="pre_quant_scale"):
+        emoe.plan(path, calibrate=False)
+
+
+def test_smoothing_is_refused_outside_experts_and_beside_a_plain_weight(tmp_path):
+    smoothing = QUERY.removesuffix("weight") + "pre_quant_scale"
+    for kind in ("_proj", "gate_proj"):
+        path = quantized.write(
+            tmp_path / kind,
+            FORMATS["nvfp4"],
+            which=lambda name, kind=kind: nvfp4(divided=False) if kind in name else None,
+            change=lambda found: found.update({smoothing: torch.ones(128)}),
+        )
+        assert _fails(path, errors.UnsupportedEncodingError).tensor == smoothing
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "u_input.weight", "R4_input.weight", "forward_hadamard_matrix", "input_rotation",
+        "weight_quantizer.svdquant_lora_a", "lora_A.weight", "smooth_factor", "weight_scale2", "act_scale",
+        "out_scale", "input_quantizer._pre_quant_scale",
+    ],
+)  # fmt: skip
+def test_what_lies_beside_an_encoded_weight_and_is_not_known_is_refused_by_its_name(end, tmp_path):
+    for number, name in enumerate((GATE, QUERY)):
+        stray = name.removesuffix("weight") + end
+        path = quantized.write(
+            tmp_path / str(number),
+            FORMATS["nvfp4"],
+            change=lambda found, stray=stray: found.update({stray: torch.ones(2)}),
+        )
+        error = _fails(path, errors.UnsupportedEncodingError)
+        assert error.tensor == stray and Path(error.file).parent == path and error.nbytes == 8
+
+
+def test_what_lies_beside_a_matrix_of_all_experts_is_refused_by_its_name(tmp_path):
+    stray = "model.layers.0.mlp.experts.down_proj_rotation"
+    path = quantized.write(tmp_path, FORMATS["gpt-oss"], change=lambda found: found.update({stray: torch.ones(2)}))
+    assert _fails(path).tensor == stray
+
+
+def test_a_bias_that_the_family_does_not_have_is_refused_unless_it_is_zero(tmp_path):
+    for number, name in enumerate((GATE, QUERY)):
+        bias = name.removesuffix("weight") + "bias"
+        folder = tmp_path / str(number)
+        quantized.write(folder, FORMATS["gptq"], change=lambda found, bias=bias: found.update({bias: torch.zeros(8)}))
+        _assert_runs_as_the_truth(folder)
+        _change(folder / "quantized", lambda found, bias=bias: found[bias].fill_(0.5))
+        assert _fails(folder / "quantized", errors.UnsupportedEncodingError).tensor == bias
+
+
+def test_what_scales_activations_and_caches_is_no_obstacle(tmp_path):
+    def add(found):
+        for end in (
+            "input_scale", "input_zero_point", "input_global_scale", "output_scale", "input_scale_ub", "qscale_act",
+            "input_quantizer._amax", "weight_quantizer._amax",
+        ):  # fmt: skip
+            for name in (GATE, QUERY):
+                found[name.removesuffix("weight") + end] = torch.ones(1)
+        found["model.layers.0.self_attn.kv_scale"] = torch.ones(1)
+        found["model.layers.0.self_attn.q_proj.q_scale"] = torch.ones(1)
+
+    quantized.write(tmp_path, FORMATS["fp8 blocks"], change=add)
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def _transforms(*locations: str) -> dict:
+    places = [{"targets": ["Linear"], "location": each, "inverse": False} for each in locations]
+    return {"transform_config": {"config_groups": {"R1": {"type": "hadamard", "apply": places}}}}
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (_transforms("weight_input", "input"), "location input"),
+        (_transforms("output"), "location output"),
+        (_transforms("q_attn"), "location q_attn"),
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "hadamard"),
+        ({"transform_config": "somewhere"}, "somewhere"),
+        ({"algo_config": [{"name": "awq"}, {"name": "rotation", "r1": True, "r4": True}]}, "rotation with r4"),
+        ({"algo_config": {"name": "quarot", "r4": False, "online_r1_rotation": True}}, "online_r1_rotation"),
+        ({"hadamard_group_size": 128}, "hadamard_group_size"),
+        ({"rotation_config": {"kind": "block"}}, "rotation_config"),
+        ({"extra": {"hadamard_config": {"size": 32}}}, "hadamard_config"),
+    ],
+)  # fmt: skip
+def test_a_config_with_transforms_at_run_time_is_refused_by_file_and_key(more, word, tmp_path):
+    path = quantized.write(tmp_path, FORMATS["int4"], config={**FORMATS["int4"].config, **more})
+    error = _fails(path)
+    assert error.file == str(path / "config.json") and word in str(error)
+    with pytest.raises(errors.CheckpointError, match=word):
+        emoe.plan(path, calibrate=False)
+
+
+def test_transforms_in_a_file_of_the_quantizer_are_refused_by_it(tmp_path):
+    path = quantized.write(tmp_path, FORMATS["nvfp4"], config={}, files={"hf_quant_config.json": {
+        "quantization": {"quant_algo": "NVFP4", "group_size": 16, **_transforms("input")}
+    }})  # fmt: skip
+    assert _fails(path).file == str(path / "hf_quant_config.json")
+
+
+def test_rotations_that_are_folded_into_the_weights_are_no_obstacle(tmp_path):
+    more = {
+        **_transforms("weight_input", "weight_output"),
+        "algo_config": [{"name": "rotation", "r1": True, "r4": False}],
+    }
+    quantized.write(tmp_path, FORMATS["int4"], config={**FORMATS["int4"].config, **more, "rotation": None})
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def test_zeros_of_an_unknown_version_of_gptq_are_refused(tmp_path):
+    said = {**FORMATS["gptq"].config, "checkpoint_format": "marlin"}
+    error = _fails(quantized.write(tmp_path, FORMATS["gptq"], config=said))
+    assert error.tensor.endswith(".qzeros") and "gptq_v2" in str(error)
+
+
 def test_what_the_model_does_not_have_is_not_looked_at(tmp_path):
     def add(found):
         found["mtp.layers.0.mlp.experts.0.gate_proj.weight"] = torch.zeros(4, 4).to(torch.float8_e4m3fn)
