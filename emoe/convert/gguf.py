@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe.convert.names import Matrix
-from emoe.convert.plan import MORE, Conversion, Fallback, Shard, Tensor, chosen
+from emoe.convert.plan import IN_GGUF, MORE, Conversion, Fallback, Shard, Tensor, chosen
 from emoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from emoe.files import jsontext
 from emoe.model.encoding import ITEMSIZE, encoding
@@ -77,7 +77,7 @@ def conversion(
         for matrix in _matrices(path, module, names):
             own = dtypes.get(matrix.param, plain)
             wanted = (MORE[asked] or own) if number in keep else asked
-            kind = chosen(wanted, matrix, own)
+            kind = chosen(wanted, matrix, own, IN_GGUF)
             tensors.append(_experts(number, matrix, kind, num_experts(module)))
             result.expert_bytes += tensors[-1].nbytes
             if kind != wanted:

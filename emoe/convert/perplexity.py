@@ -14,7 +14,7 @@ from emoe.files import content
 
 WINDOW = 256  # tokens that are predicted from one another
 MOST = 64  # windows
-KERNELS = "auto"  # as the models will run
+KERNELS = "native"  # as the models will run
 _LARGEST = 64 << 20  # bytes of a text
 
 

@@ -9,13 +9,13 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from emoe.convert.names import Matrix, matrices
-from emoe.model.encode import FP8
+from emoe.model.encode import FP8, INT4, INT8
 from emoe.model.encoding import ITEMSIZE, encoding
 from emoe.store import ExpertStore
 from emoe.store.companions import Group, grouped
@@ -31,8 +31,19 @@ EXPERTS = {
     "mxfp4": "mxfp4",
     "fp8": FP8,
 }
-# Where the columns are no whole number of blocks, as llama.cpp does; what fits nothing stays as it is.
-_FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+# Where the columns are no whole number of blocks: what takes about as many bits and whose last group may be cut. What
+# fits nothing stays as it is.
+_FALLBACKS = {
+    "q4_k": ("q4_0", INT4),
+    "q4_0": (INT4,),
+    "mxfp4": (INT4,),
+    "q5_k": ("q5_1", INT8),
+    "q6_k": ("q8_0", INT8),
+    "q8_0": (INT8,),
+}
+# In GGUF as llama.cpp does.
+IN_GGUF = {"q4_k": ("q5_0",), "q5_k": ("q5_1",), "q6_k": ("q8_0",)}
+_GROUPS = {INT4: 32, INT8: 32}  # columns that share a scale
 # What has more bits, for layers that tasks need; "" stands for what it was.
 MORE = {
     "q4_k": "q6_k",
@@ -148,18 +159,26 @@ class Conversion:
         return found.hexdigest()
 
 
-def chosen(asked: str, matrix: Matrix, plain: str) -> str:
+def chosen(asked: str, matrix: Matrix, plain: str, fallbacks: Mapping[str, Sequence[str]] = _FALLBACKS) -> str:
     """The encoding of a matrix: what was asked for where its rows are whole blocks, else the next that fits.
 
     Args:
         plain: the dtype it keeps where none does.
+        fallbacks: what comes after each encoding.
     """
     if matrix.vector:
         return plain
-    for name in (asked, _FALLBACKS.get(asked, plain)):
+    for name in (asked, *fallbacks.get(asked, ())):
+        if name in _GROUPS and (matrix.cols % 8 or (name == INT8 and matrix.flipped)):
+            continue  # words of eight codes; and bytes lie as the parameter does, whose rows may be inputs
         if all(plane.holds(matrix.rows, matrix.cols) for plane in encoding(name).planes):
-            return name
+            return _named_by_row(name) if matrix.cols <= _GROUPS.get(name, 0) else name
     return plain
+
+
+def _named_by_row(name: str) -> str:
+    """As whoever reads it tells a group that is the whole row."""
+    return name.replace("-1x32-", "-row-").replace("-32-", "-row-")
 
 
 def conversion(
@@ -255,7 +274,7 @@ def _tensors(layer: int, matrix: Matrix, name: str, experts: int) -> list[Tensor
 def _planes(matrix: Matrix, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What each plane's tensor is called after the matrix, and its shape for one expert.
 
-    FP8 and MXFP4 are called as the field calls them; blocks by their encoding.
+    All are called as the field calls them, but for blocks, which are called by their encoding.
     """
     how = encoding(name)
     shape = (matrix.cols, matrix.rows) if flipped(matrix, name) else (matrix.rows, matrix.cols)
@@ -264,6 +283,10 @@ def _planes(matrix: Matrix, name: str) -> dict[str, tuple[str, tuple[int, ...]]]
         return {"values": ("", shapes["values"][1:] if matrix.vector else shapes["values"])}
     if name == FP8:
         return {"codes": ("", shapes["codes"]), "scales": ("_scale_inv", shapes["scales"])}
+    if how.codes == "int8":
+        return {"codes": ("", shapes["codes"]), "scales": ("_scale", shapes["scales"])}
+    if how.codes == "int4":  # compressed-tensors
+        return {"codes": ("_packed", shapes["codes"]), "scales": ("_scale", shapes["scales"])}
     if name != "mxfp4":
         return {"blocks": (f"_{name}", shapes["blocks"])}
     if matrix.name.endswith(".weight"):  # compressed-tensors

@@ -61,6 +61,35 @@ def build(folder: str | Path | None = None, *, progress: bool = True) -> Path:
     return target
 
 
+def encoded(model: Path, experts: str, *, progress: bool | None = None) -> Path:
+    """Converts the demo model where that is not done yet.
+
+    Args:
+        model: its folder, of `build`.
+        experts: as `emoe.convert.run.convert` takes it.
+        progress: show a bar on stderr; None: where it is a terminal.
+
+    Returns:
+        A folder beside the model's.
+
+    Raises:
+        DemoBuildError: the folder holds something else.
+        WriteError, CheckpointError: as `emoe.convert.run.convert`. What is finished stays, and the next call goes on.
+    """
+    from emoe.convert.run import convert
+    from emoe.convert.state import RECORD
+
+    target = model.with_name(f"{model.name}-{experts}")
+    with _only_one(target):
+        if (target / RECORD).is_file():
+            return target
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise DemoBuildError(f"{target} is there and is no conversion of the demo model; move it away")
+        with _quiet_transformers():
+            convert(model, target, experts, progress=progress)
+    return target
+
+
 def facts() -> dict[str, Any]:
     """Provenance and measured figures of the demo model."""
     loaded: dict[str, Any] = json.loads(FACTS.read_text("utf-8"))

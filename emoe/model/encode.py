@@ -19,6 +19,8 @@ from emoe.model.decode import decoded
 from emoe.model.encoding import encoding
 
 FP8 = "e4m3-128x128-float32"
+# Groups of 32 along the inputs, the last of a row as long as the row is.
+INT4, INT8 = "int4-32-bfloat16", "int8-1x32-bfloat16"
 _CHUNK = 1 << 18  # numbers that are encoded at once: 1 MiB of float32, and about ten times that for what is computed
 WORKSPACE = 40 << 20  # bytes that encoding takes beside the matrix and what becomes of it, for each thread
 _REFINED = 2  # more roundings of the best of a search
@@ -132,6 +134,41 @@ def _gguf_mxfp4(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
     codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)  # [rows, groups, 32]
     halves = codes[..., :16] | codes[..., 16:] << 4
     return {"blocks": torch.cat((planes["scales"][..., None], halves), -1).flatten(1)}
+
+
+def _int4(numbers: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    """Codes from -8 to 7 times a scale of either sign."""
+    x, groups = _cut_groups(numbers, size)
+    scale = _fit_symmetric(x, 8).bfloat16()
+    codes = (x / scale.float()).round().clamp(-8, 7).nan_to_num(0) + 8
+    rows, cols = numbers.shape
+    return {"codes": _words(_joined(codes, rows, cols)), "scales": scale.view(rows, groups)}
+
+
+def _int8(numbers: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    x, groups = _cut_groups(numbers, size)
+    scale = (x.abs().amax(0) / 127).bfloat16()
+    codes = (x / scale.float()).round().clamp(-127, 127).nan_to_num(0)
+    rows, cols = numbers.shape
+    return {"codes": _joined(codes, rows, cols).to(torch.int8), "scales": scale.view(rows, groups)}
+
+
+def _cut_groups(numbers: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
+    """Groups, of the whole row where that is shorter or `size` is 0, and how many a row has; zeros fill the last."""
+    cols = numbers.shape[1]
+    size = min(size or cols, cols)
+    return _grouped(torch.nn.functional.pad(numbers, (0, -cols % size)), size), -(-cols // size)
+
+
+def _joined(codes: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """[rows, cols] of codes in groups."""
+    return codes.T.reshape(rows, -1)[:, :cols].contiguous()
+
+
+def _words(codes: torch.Tensor) -> torch.Tensor:
+    """Eight of a row in an int32, the first in the lowest bits."""
+    shifted = codes.to(torch.int64).view(len(codes), -1, 8) << torch.arange(0, 32, 4)
+    return shifted.sum(-1).to(torch.int32)
 
 
 def _grouped(numbers: torch.Tensor, size: int) -> torch.Tensor:
@@ -268,4 +305,8 @@ ENCODERS: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {
     "mxfp4": _mxfp4,
     "gguf_mxfp4": _gguf_mxfp4,
     FP8: _fp8,
+    INT4: lambda numbers: _int4(numbers, 32),
+    INT8: lambda numbers: _int8(numbers, 32),
+    "int4-row-bfloat16": lambda numbers: _int4(numbers, 0),
+    "int8-row-bfloat16": lambda numbers: _int8(numbers, 0),
 }

@@ -19,7 +19,7 @@ def test_it_writes_a_checkpoint_that_plan_and_run_take_and_reports_what_it_did(m
     for words in ("routed experts", "outside experts", "100.0 %", "relative RMS", "0.5 %", "peak memory"):
         assert words in text
     name = "model.layers.*.mlp.experts.*.down_proj.weight"
-    assert f"24 of {name} are float32: rows of 48 are no whole blocks of q8_0" in " ".join(text.split())
+    assert f"24 of {name} are int8-1x32-bfloat16: rows of 48 are no whole blocks of q8_0" in " ".join(text.split())
     status, plan = run_json(capsys, "plan", "--model", out, "--memory-budget", "50%", "--no-forecast")
     assert status == 0
     _, before = run_json(capsys, "plan", "--model", model_folder, "--memory-budget", "50%", "--no-forecast")
@@ -41,8 +41,7 @@ def test_json_has_bytes_errors_and_fallbacks(model_folder, tmp_path, capsys):
     assert found["bytes_after"]["all"] < found["bytes_before"]["all"]
 
 
-def test_perplexity_before_and_after_is_measured_on_a_text(model_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("emoe.convert.perplexity.KERNELS", "stock")
+def test_perplexity_before_and_after_is_measured_on_a_text(model_folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{3 + n * n % 120}" for n in range(600)))
     status, found = run_json(

@@ -17,7 +17,7 @@ from emoe.convert.run import convert
 from emoe.convert.state import RECORD, verify
 from emoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
 from emoe.model.decode import decoded
-from emoe.model.encode import FP8, encode
+from emoe.model.encode import FP8, INT4, INT8, encode
 from emoe.model.encoding import ENCODINGS, encoding
 from emoe.store.headers import INDEX_NAME, checkpoint_files, read_headers
 
@@ -187,19 +187,57 @@ def test_experts_in_one_tensor_stay_in_one_with_outputs_as_rows(tmp_path):
 def test_rows_of_no_whole_blocks_fall_back_and_the_report_says_so(checkpoint, tmp_path):
     report = convert(checkpoint("olmoe"), tmp_path / "out", "q4_k", progress=False)  # 64 and 48 columns
     assert [(each.matrices, each.count, each.cols, each.got) for each in report.fallbacks] == [
-        ("model.layers.*.mlp.experts.*.down_proj.weight", 24, 48, "float32"),
-        ("model.layers.*.mlp.experts.*.gate_proj.weight", 24, 64, "q5_0"),
-        ("model.layers.*.mlp.experts.*.up_proj.weight", 24, 64, "q5_0"),
+        ("model.layers.*.mlp.experts.*.down_proj.weight", 24, 48, INT4),
+        ("model.layers.*.mlp.experts.*.gate_proj.weight", 24, 64, "q4_0"),
+        ("model.layers.*.mlp.experts.*.up_proj.weight", 24, 64, "q4_0"),
     ]
-    assert report.encodings == {"q5_0": 48, "float32": 24}
-    for asked, instead in (("q5_k", "q5_1"), ("q6_k", "q8_0"), ("q4_0", "q4_0"), ("mxfp4", "mxfp4")):
+    assert report.encodings == {"q4_0": 48, INT4: 24}
+    for asked, instead, cut in (
+        ("q5_k", "q5_1", INT8), ("q6_k", "q8_0", INT8), ("q8_0", "q8_0", INT8), ("q4_0", "q4_0", INT4),
+        ("mxfp4", "mxfp4", INT4),
+    ):  # fmt: skip
         report = convert(checkpoint("olmoe"), tmp_path / asked, asked, progress=False)
-        assert report.encodings == {instead: 48, "float32": 24}, asked
+        assert report.encodings == {instead: 48, cut: 24}, asked
+
+
+@pytest.mark.parametrize("experts", ["q4_k", "q8_0", "mxfp4"])
+@pytest.mark.parametrize("width", [24, 40, 48])
+def test_rows_that_end_within_a_group_are_read_as_they_were_written(experts, width, tmp_path):
+    """The model's own numbers, and tokens that do not depend on the budget or on the kernels."""
+    source = wide(tmp_path / "source", "qwen2_moe", hidden_size=96, moe_intermediate_size=width)
+    report = convert(source, tmp_path / "out", experts, progress=False)
+    assert not any(name in report.encodings for name in ("bfloat16", "float32"))
+    assert all(report.layer(path).relative < 0.13 for path in report.losses)
+    found = {}
+    for kernels in ("stock", "native"):
+        for budget in (1e-9, 1.0):
+            model = emoe.from_pretrained(tmp_path / "out", memory_budget=budget, dtype=torch.float32, kernels=kernels)
+            assert set(model.emoe.plan.encodings) == set(report.encodings)
+            with torch.no_grad():
+                found[kernels, budget] = model(IDS).logits
+            model.emoe.close(restore=False)
+    assert torch.equal(found["stock", 1e-9], found["stock", 1.0])
+    torch.testing.assert_close(found["native", 1.0], found["stock", 1.0], rtol=2e-2, atol=2e-2)
+    before = logits(source)
+    assert (found["stock", 1.0] - before).norm() < 0.25 * before.norm()
+    assert verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", FLIPPED)
+def test_cut_groups_of_weights_kept_inputs_by_outputs_lie_along_the_inputs(family, tmp_path):
+    source = wide(tmp_path / "source", family, hidden_size=96, intermediate_size=48, moe_intermediate_size=48)
+    assert any(name.startswith("int4") for name in convert(source, tmp_path / "a", "mxfp4", progress=False).encodings)
+    model = emoe.from_pretrained(tmp_path / "a", memory_budget=0.5, dtype=torch.float32, kernels="stock")
+    with torch.no_grad():
+        found = model(IDS).logits
+    before = logits(source)
+    assert (found - before).norm() < 0.25 * before.norm()
+    model.emoe.close(restore=False)
 
 
 def test_what_fits_no_encoding_is_refused_when_nothing_is_left_to_encode(tmp_path):
-    source = wide(tmp_path / "source", hidden_size=48, moe_intermediate_size=40)
-    with pytest.raises(ConfigError, match=r"nothing of .* can be q4_k: rows of \[40, 48\]"):
+    source = wide(tmp_path / "source", hidden_size=52, moe_intermediate_size=44)
+    with pytest.raises(ConfigError, match=r"nothing of .* can be q4_k: rows of \[44, 52\]"):
         convert(source, tmp_path / "out", "q4_k", progress=False)
     assert not list(tmp_path.glob("*out*"))
 
