@@ -127,10 +127,11 @@ using EncodedRows = void (*)(const Source&, int64_t first, int64_t count, int ro
 struct Fast {
     EncodedRows rows;
     Expand expand;
+    bool floats;  // nothing of x is rounded by `rows`
 };
 template <class Q>
-constexpr Fast kFast = {tiled_rows<Q>, expand_groups<Q>};
-constexpr Fast kNone = {nullptr, nullptr};
+constexpr Fast kFast = {tiled_rows<Q>, expand_groups<Q>, requires { &Q::values; }};
+constexpr Fast kNone = {nullptr, nullptr, false};
 
 inline Fast fast_of(const Weights& w) {
     const bool whole = w.depth % kGroup == 0 && w.scale_cols % kGroup == 0;
@@ -170,15 +171,19 @@ inline Fast fast_of(const Weights& w) {
         case Codes::kE5M2:
             return whole ? kFast<ByteFloats<false>> : kNone;
         case Codes::kAwq:
-            return whole && columns_of_words(w) ? Fast{awq_rows, expand_columns<true>} : kNone;
+            return whole && columns_of_words(w) ? Fast{awq_rows, expand_columns<true>, false} : kNone;
         case Codes::kGptq:
         case Codes::kGptqV2:
-            return whole && columns_of_words(w) ? Fast{gptq_rows, expand_columns<false>} : kNone;
+            return whole && columns_of_words(w) ? Fast{gptq_rows, expand_columns<false>, false} : kNone;
         default:
             return kNone;
     }
 }
-inline EncodedRows fast_rows(const Weights& w) { return fast_of(w).rows; }
+// Null where rows of x in `dtype` do not meet these weights as whole numbers: what comes in float32 is not rounded.
+inline EncodedRows fast_rows(const Weights& w, DType dtype) {
+    const Fast fast = fast_of(w);
+    return fast.floats || dtype != DType::kFloat32 ? fast.rows : nullptr;
+}
 #endif
 
 // Null where only expand() knows these weights.

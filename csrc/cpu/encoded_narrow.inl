@@ -6,21 +6,41 @@ namespace {
 inline void expanded_rows(const Source& a, int64_t first, int64_t count, int rows, const float* x, int64_t ldx,
                           float* y) {
     constexpr int64_t kPiece = 512;
-    alignas(64) float piece[kPiece];
-    for (int64_t r = 0; r < count; ++r) {
-        V acc[kNarrowRows];
-        for (V& sum : acc) sum = vzero();
+    constexpr int kTogether = 4;
+    static_assert(kRowsAtOnce % kTogether == 0);
+    Expand fast = fast_expand(a.w);
+    if (fast == nullptr) fast = expand_slowly;
+    alignas(64) float piece[kRowsAtOnce][kPiece];
+    alignas(64) float sums[kNarrowRows][kRowsAtOnce][L];
+    for (int64_t r = 0; r < count; r += kRowsAtOnce) {
+        const int64_t some = least(kRowsAtOnce, count - r);
+        for (int m = 0; m < rows; ++m) {
+            for (auto& sum : sums[m]) vstore(sum, vzero());
+        }
         for (int64_t k = 0; k < a.w.depth; k += kPiece) {
             const int64_t n = least(kPiece, a.w.depth - k);
-            expand(a.w, a.slot, first + r, k, k + n, piece);
-            for (int64_t j = n; j % L != 0; ++j) piece[j] = 0.0F;
+            fast(a, first + r, some, k, k + n, piece[0], kPiece);
+            for (int64_t i = 0; i < kRowsAtOnce; ++i) {
+                for (int64_t j = i < some ? n : 0; j < pad_up(n, L); ++j) piece[i][j] = 0.0F;
+            }
             for (int m = 0; m < rows; ++m) {
-                for (int64_t j = 0; j < n; j += L) {
-                    acc[m] = vfma(vload(x + m * ldx + k + j), vload(piece + j), acc[m]);
+                for (int64_t i = 0; i < some; i += kTogether) {
+                    V acc[kTogether];
+#pragma GCC unroll 4
+                    for (int t = 0; t < kTogether; ++t) acc[t] = vload(sums[m][i + t]);
+                    for (int64_t j = 0; j < n; j += L) {
+                        const V with = vload(x + m * ldx + k + j);
+#pragma GCC unroll 4
+                        for (int t = 0; t < kTogether; ++t) acc[t] = vfma(with, vload(piece[i + t] + j), acc[t]);
+                    }
+#pragma GCC unroll 4
+                    for (int t = 0; t < kTogether; ++t) vstore(sums[m][i + t], acc[t]);
                 }
             }
         }
-        for (int m = 0; m < rows; ++m) y[m * kNarrowBlock + r] = vsum(acc[m]);
+        for (int m = 0; m < rows; ++m) {
+            for (int64_t i = 0; i < some; ++i) y[m * kNarrowBlock + r + i] = vsum(vload(sums[m][i]));
+        }
     }
 }
 
@@ -36,8 +56,9 @@ void plain_rows(const Source& a, int64_t first, int64_t count, int rows, const f
     kByRows[rows - 1](from, ld * a.w.step, count, x, ldx, a.w.depth, y, kNarrowBlock);
 }
 
-// y [rows][kNarrowBlock]; x as narrow_load and encoded_narrow_gate_up leave it.
-inline void encoded_product(const Source& a, int64_t first, int64_t count, int rows, const uint32_t* x, float* y) {
+// y [rows][kNarrowBlock]; x as narrow_load and encoded_narrow_gate_up leave it for rows in `dtype`.
+inline void encoded_product(const Source& a, [[maybe_unused]] DType dtype, int64_t first, int64_t count, int rows,
+                            const uint32_t* x, float* y) {
     const auto* floats = reinterpret_cast<const float*>(x);
     const int64_t ldx = encoded_stride(a.w.depth);
     switch (a.w.codes) {
@@ -49,17 +70,21 @@ inline void encoded_product(const Source& a, int64_t first, int64_t count, int r
             return plain_rows<F16>(a, first, count, rows, floats, ldx, y);
         default:
 #if defined(EMOE_INTEGERS)
-            if (const EncodedRows fast = fast_rows(a.w)) return fast(a, first, count, rows, x, y);
+            if (const EncodedRows fast = fast_rows(a.w, dtype)) return fast(a, first, count, rows, x, y);
 #endif
             return expanded_rows(a, first, count, rows, floats, ldx, y);
     }
 }
 
 #if defined(EMOE_INTEGERS)
+inline bool whole_numbers(const Weights& w, const Job& job) {
+    const EncodedRows fast = fast_rows(w, job.hidden_dtype);
+    return fast != nullptr && !fast_of(w).floats;
+}
 // Whole numbers beside the floats of columns [k0, k1), where a matrix meets them.
 inline void encoded_narrow_load(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {
     const MlpLayout& layout = *job.layout;
-    if (fast_rows(layout.gate) == nullptr && (!layout.has_gate || fast_rows(layout.up) == nullptr)) return;
+    if (!whole_numbers(layout.gate, job) && (!layout.has_gate || !whole_numbers(layout.up, job))) return;
     const int64_t end = k1 == layout.hidden ? pad_up(k1, kEncodedPad) : k1;
     for (int m = 0; m < chunk.rows; ++m) {
         quantize(chunk.x + m * encoded_stride(layout.hidden), layout.hidden, k0 / kGroup, end / kGroup);
@@ -73,8 +98,9 @@ void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int6
     alignas(64) float up[kNarrowRows * kNarrowBlock + L];
     float gate_bias[kNarrowBlock];
     float up_bias[kNarrowBlock];
-    encoded_product({layout.gate, chunk.slot}, i0, i1 - i0, chunk.rows, chunk.x, gate);
-    if (layout.has_gate) encoded_product({layout.up, chunk.slot}, i0, i1 - i0, chunk.rows, chunk.x, up);
+    encoded_product({layout.gate, chunk.slot}, job.hidden_dtype, i0, i1 - i0, chunk.rows, chunk.x, gate);
+    if (layout.has_gate)
+        encoded_product({layout.up, chunk.slot}, job.hidden_dtype, i0, i1 - i0, chunk.rows, chunk.x, up);
     for (int64_t i = i0; i < i1; ++i) {
         gate_bias[i - i0] = bias_of(layout.gate, chunk.slot, i);
         if (layout.has_gate) up_bias[i - i0] = bias_of(layout.up, chunk.slot, i);
@@ -82,7 +108,7 @@ void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int6
     narrow_activate(layout, chunk, i0, i1, {gate, up, 1, gate_bias, up_bias}, encoded_stride(layout.intermediate),
                     pad_up(layout.intermediate, kEncodedPad));
 #if defined(EMOE_INTEGERS)
-    if (fast_rows(layout.down) == nullptr) return;
+    if (!whole_numbers(layout.down, job)) return;
     const int64_t end = i1 == layout.intermediate ? pad_up(i1, kEncodedPad) : i1;
     for (int m = 0; m < chunk.rows; ++m) {
         quantize(chunk.h + m * encoded_stride(layout.intermediate), layout.intermediate, i0 / kGroup, end / kGroup);
@@ -93,7 +119,7 @@ void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int6
 void encoded_narrow_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
     const MlpLayout& layout = *job.layout;
     alignas(64) float y[kNarrowRows * kNarrowBlock + L];
-    encoded_product({layout.down, chunk.slot}, n0, n1 - n0, chunk.rows, chunk.h, y);
+    encoded_product({layout.down, chunk.slot}, job.hidden_dtype, n0, n1 - n0, chunk.rows, chunk.h, y);
     narrow_store(job, chunk, n0, n1, y, [&](int64_t n) { return bias_of(layout.down, chunk.slot, n); });
 }
 

@@ -45,7 +45,7 @@ void linear(const Job& job, const Chunk& chunk, const LinearOut& out, int64_t n0
     const Source a{job.layout->gate, chunk.slot};
     if (!chunk.wide) {
         alignas(64) float y[kNarrowRows * kNarrowBlock + L];
-        encoded_product(a, n0, n1 - n0, chunk.rows, chunk.x, y);
+        encoded_product(a, job.hidden_dtype, n0, n1 - n0, chunk.rows, chunk.x, y);
         return linear_store(job, chunk, out, n0, n1, y, kNarrowBlock, 1);
     }
     alignas(64) float c[kSubBlock * kWideRows];
