@@ -242,7 +242,9 @@ def _find(
         layers.append(_layer(path, params, tensors, count, meta_model))
         _confirm_experts(tensors, said)
     used = {source.name: key for key, its in sources.items() for each in its.by_pattern.values() for source in each}
-    require_nothing_beside(names, weights, used, read)
+    if weights:
+        ignored = map(str, type(meta_model)._keys_to_ignore_on_load_unexpected or ())
+        require_nothing_beside(names, used, ignored, read)
     inside = tuple(f"{layer.path}." for layer in layers)
     outside = {name: weight for name, weight in weights.items() if not used[name].startswith(inside)}
     state = meta_model.state_dict()

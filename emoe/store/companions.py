@@ -11,8 +11,9 @@ A config only confirms what shapes say (declared.py). Formats and who writes the
     B.qweight, B.scales, B.qzeros, B.g_idx                              AWQ, GPTQ
     X_q4_k, X_q8_0, ...                                                 blocks of GGUF, by `emoe convert`
 
-Scales of activations (`input_scale`, `k_scale`, ...) have nothing to do with weights. What lies beside an encoded
-weight and is none of these is refused: it may multiply or rotate what goes in or comes out.
+Scales of activations (`input_scale`, `k_scale`, ...) have nothing to do with weights. What lies beside a weight of a
+quantized checkpoint, or elsewhere in a layer, and is none of these is refused: it may multiply or rotate what goes in
+or comes out.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ _SCALE_DTYPES = {
     **dict.fromkeys(("float8_e8m0fnu", "uint8"), "e8m0"),
 }
 _ACTIVATIONS = re.compile(
-    r".*[._]((input|output)_(scale|global_scale|zero_point)|input_scale_ub|activation_scale|qscale_act|(q|k|v|kv|prob)_scale"
-    r"|(input|output|weight)_quantizer\._amax)"
+    r".*[._]((input|output)_(scale|global_scale|zero_point)|input_scale_ub|activation_scale|qscale_act"
+    r"|(q|k|v|kv|prob)_(cache_)?(scale|zero_point)|(input|output|weight|[qkv]_bmm)_quantizer\._amax)"
 )
+_BUFFERS = re.compile(r"\.rotary_emb\.(inv_freq|(cos|sin)_cached)$")  # older releases saved them; the model has its own
 
 Read = Callable[[TensorEntry], bytes]
 
@@ -170,35 +172,45 @@ def grouped(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry | Group
 
 
 def require_nothing_beside(
-    found: Mapping[str, TensorEntry | Group], weights: Iterable[str], used: Container[str], read: Read | None
+    found: Mapping[str, TensorEntry | Group], used: Container[str], ignored: Iterable[str], read: Read | None
 ) -> None:
-    """Refuses what lies beside an encoded weight and is neither of it nor of the model.
+    """Refuses what lies in a quantized checkpoint beside a weight, or in a layer, of the model, and is not of it.
 
     Args:
         found: of `grouped`.
-        weights: names of the encoded weights of the model.
         used: names of `found` that the model has.
+        ignored: patterns of names that the model's class does without.
         read: as for `encoded`; None lets a bias pass, which is refused unless it is zero.
 
     Raises:
         UnsupportedEncodingError: there is such a tensor; names its file, it, and its bytes.
     """
-    owners = {name.removesuffix(".weight"): name.endswith(".weight") for name in weights}
+    own = [name for name in found if name in used]
+    owners = {name.removesuffix(".weight"): name.endswith(".weight") for name in own}
+    layers = {layer for name in own if (layer := _layer_of(name))}
+    harmless = [_BUFFERS, *map(re.compile, ignored)]
     for name, each in found.items():
-        if name in used or is_of_activations(name):
+        if name in used or is_of_activations(name) or any(pattern.search(name) for pattern in harmless):
+            continue
+        bases = (name[: mark.start()] for mark in re.finditer("[._]", name))
+        base = next((each for each in bases if each in owners and not (name[len(each)] == "_" and owners[each])), "")
+        if not base and _layer_of(name) not in layers:
             continue
         entry = each.first if isinstance(each, Group) else each
-        for mark in re.finditer("[._]", name):
-            base = name[: mark.start()]
-            if base not in owners or (mark[0] == "_" and owners[base]):
-                continue
-            if name in (f"{base}.bias", f"{base}_bias") and (read is None or not any(read(entry))):
-                continue  # GPTQ's packers write one of zeros for each layer
-            raise _unsupported(
-                entry,
-                f"lies beside the encoded weight {base}, and {base.rpartition('.')[2]} has nothing of that kind: left "
-                "out, it might change every result. emoe reads scales, zero points and groups of weights",
-            )
+        if base and name in (f"{base}.bias", f"{base}_bias") and (read is None or not any(read(entry))):
+            continue  # GPTQ's packers write one of zeros for each layer
+        place = f"beside the weight {base}" if base else f"in the layer {_layer_of(name)}"
+        raise _unsupported(
+            entry,
+            f"lies {place}, and the model has nothing of that kind: left out, it might change every result. emoe reads "
+            "scales, zero points and groups of weights",
+        )
+
+
+def _layer_of(name: str) -> str:
+    """ "model.layers.0" of "model.layers.0.mlp.gate.weight"; "" of what is in none."""
+    found = re.match(r"[^.\d][^.]*(?:\.[^.\d][^.]*)*\.\d+(?=\.)", name)
+    return found[0] if found else ""
 
 
 def zeros_said(found: Mapping[str, TensorEntry | Group], said: Declared) -> Declared:

@@ -20,7 +20,7 @@ QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config
 # Rows and columns that share a scale; 0 stands for all there are.
 TENSOR, ROW = (0, 0), (1, 0)
 # Keys under which quantizers speak of rotations of what goes into a layer.
-_TRANSFORMS = re.compile("hadamard|rotation", re.IGNORECASE)
+_TRANSFORMS = re.compile("hadamard|rotat|quarot|spinquant", re.IGNORECASE)
 
 Block = tuple[int, int]
 

@@ -517,6 +517,61 @@ def test_what_lies_beside_a_matrix_of_all_experts_is_refused_by_its_name(tmp_pat
     assert _fails(path).tensor == stray
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        QUERY.removesuffix("weight") + "smooth_factor", QUERY.removesuffix("weight") + "scale",
+        QUERY.removesuffix("weight") + "scales", QUERY.removesuffix("weight") + "lora_A.weight", "lm_head.rotation",
+        "model.layers.1.input_layernorm.smooth_scale",
+    ],
+)  # fmt: skip
+def test_what_lies_beside_a_plain_weight_of_a_quantized_checkpoint_is_refused_by_its_name(stray, tmp_path):
+    path = quantized.write(
+        tmp_path,
+        FORMATS["nvfp4"],
+        which=lambda name: nvfp4(divided=False) if "gate_proj" in name else None,
+        change=lambda found: found.update({stray: torch.ones(2)}),
+    )
+    error = _fails(path, errors.UnsupportedEncodingError)
+    assert error.tensor == stray and Path(error.file).parent == path and error.nbytes == 8
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "mlp.experts.3.act.scales", "mlp.experts.3.act_fn.scale", "mlp.experts.R4.weight", "self_attn.hadamard_matrix",
+        "residual_rotation",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["nvfp4", "awq", "gpt-oss"])
+def test_what_a_layer_holds_beside_its_weights_is_refused_by_its_name(name, stray, tmp_path):
+    stray = f"model.layers.1.{stray}"
+    path = quantized.write(tmp_path, FORMATS[name], change=lambda found: found.update({stray: torch.ones(2)}))
+    assert _fails(path, errors.UnsupportedEncodingError).tensor == stray
+    with pytest.raises(errors.UnsupportedEncodingError, match=stray.rpartition(".")[2]):
+        emoe.plan(path, calibrate=False)
+
+
+def test_buffers_of_old_releases_and_layers_that_the_model_lacks_are_no_obstacle(tmp_path):
+    def add(found):
+        found["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        found["model.layers.99.eh_proj.weight"] = torch.ones(4, 4)  # predicts further tokens
+        found["model.visual.blocks.0.rotation"] = torch.ones(4)
+        found["model.layers.0.self_attn.k_bmm_quantizer._amax"] = torch.ones(1)
+        found["model.layers.0.self_attn.v_cache_scale"] = torch.ones(1)
+        found["model.layers.0.self_attn.k_zero_point"] = torch.ones(1)
+
+    quantized.write(tmp_path, FORMATS["fp8 blocks"], change=add)
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def test_strays_of_a_checkpoint_without_encoded_weights_are_what_they_are_to_transformers(tmp_path):
+    quantized.write(tmp_path, FORMATS["nvfp4"])
+    stray = "model.layers.0.self_attn.hadamard_matrix"
+    _change(tmp_path / "plain", lambda found: found.update({stray: torch.ones(2)}))
+    _load(tmp_path / "plain").emoe.close(restore=False)
+
+
 def test_a_bias_that_the_family_does_not_have_is_refused_unless_it_is_zero(tmp_path):
     for number, name in enumerate((GATE, QUERY)):
         bias = name.removesuffix("weight") + "bias"
@@ -559,6 +614,8 @@ def _transforms(*locations: str) -> dict:
         ({"algo_config": {"name": "quarot", "r4": False, "online_r1_rotation": True}}, "online_r1_rotation"),
         ({"hadamard_group_size": 128}, "hadamard_group_size"),
         ({"rotation_config": {"kind": "block"}}, "rotation_config"),
+        ({"online_rotate": True}, "online_rotate"),
+        ({"algorithm": {"spinquant": {"r3": True}}}, "spinquant"),
         ({"extra": {"hadamard_config": {"size": 32}}}, "hadamard_config"),
     ],
 )  # fmt: skip
