@@ -129,7 +129,8 @@ def test_run_refuses_a_predictor_that_is_neither_a_file_nor_a_name(model_folder,
 def test_run_takes_every_option_that_from_pretrained_takes(model_folder, capsys, monkeypatch):
     given = {
         "memory_budget": ("75%", 0.75), "dtype": ("bfloat16", "bfloat16"), "context": ("64", 64), "batch": ("2", 2),
-        "prefill_chunk": ("16", 16), "kernels": ("stock", "stock"), "routing": ("biased", "biased"),
+        "prefill_chunk": ("16", 16), "kernels": ("stock", "stock"), "dense": ("torch", "torch"),
+        "dense_encoding": ("keep", "keep"), "routing": ("biased", "biased"),
         "bias": ("code=0.5,default=inf", {"code": 0.5, "default": float("inf")}), "max_substituted_mass": ("2%", 0.02),
         "policy": ("lfu", "lfu"), "predictor": ("recent", "recent"), "period": ("adaptive", "adaptive"),
         "slack": ("0.25", 0.25), "prefetch": ("look-ahead", "look-ahead"), "sensitivity": (None, None),
