@@ -46,6 +46,11 @@ def plain(tensors: dict[str, torch.Tensor], flip: bool = False) -> dict[str, tor
             found[name] = _each(
                 lambda t, s: decoded(encoding(FP8), *t.shape, {"codes": t, "scales": s}), tensor, scales
             )
+        elif name.endswith("_packed") and tensor.dtype == torch.int32:
+            value = _whole(INT4, tensor, tensors[f"{of}_scale"], 8)
+            found[of] = value.mT if flip else value
+        elif tensor.dtype == torch.int8:
+            found[name] = _whole(INT8, tensor, tensors[f"{name}_scale"], 1)
         elif name.endswith(("_packed", "_blocks")):
             codes = tensor.flatten(-2) if name.endswith("_blocks") else tensor
             scales = tensors[f"{of}_scales" if name.endswith("_blocks") else f"{of}_scale"]
@@ -55,9 +60,18 @@ def plain(tensors: dict[str, torch.Tensor], flip: bool = False) -> dict[str, tor
                 scales,
             )
             found[of] = value.mT if flip else value
-        elif not name.endswith(("_scale_inv", "_scales", "weight_scale")):
+        elif not name.endswith(("_scale_inv", "_scales")) and not (
+            name.endswith("_scale") and ({of, f"{of}_packed"} & tensors.keys())
+        ):
             found[name] = tensor
     return found
+
+
+def _whole(name: str, codes: torch.Tensor, scales: torch.Tensor, each: int) -> torch.Tensor:
+    """Of INT4 or INT8, whose last group may be cut; `each`: columns of one element of codes."""
+    cols = each * codes.shape[-1]
+    how = encoding(name.replace("1x32", "row").replace("-32", "-row") if cols <= 32 else name)
+    return _each(lambda t, s: decoded(how, len(t), cols, {"codes": t, "scales": s}), codes, scales)
 
 
 def _mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
