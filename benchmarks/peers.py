@@ -171,7 +171,8 @@ class EmoeExperts:
             offset += size
         self.layout = ops.make_layout(layout)
         self.slot_of = np.arange(E, dtype=np.int32)
-        self.x = torch.from_numpy(np.random.default_rng(0).standard_normal((T, H), dtype=np.float32))
+        # As a model in bfloat16 has them; llama.cpp's are float32 and are rounded to 8 bits a value.
+        self.x = torch.from_numpy(np.random.default_rng(0).standard_normal((T, H), dtype=np.float32)).bfloat16()
         self.weights = torch.full((T, K), 1 / K)
         self.out = torch.zeros((T, K, H))
 
@@ -487,7 +488,7 @@ def main() -> int:
         child()
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for the models, 4 GB each; kept")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the models, 4 to 7 GB each; kept")
     parser.add_argument("--env", type=Path, help="folder for llama.cpp's environment (default: CACHE/llama-env)")
     parser.add_argument("--part", nargs="+", choices=["kernels", "resident", "capped"])
     parser.add_argument("--formats", nargs="+", default=["q4_0", "q4_k"], choices=list(quantized_models.GGUF_BLOCKS))
