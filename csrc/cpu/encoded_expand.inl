@@ -186,8 +186,8 @@ inline EncodedRows fast_rows(const Weights& w, DType dtype) {
 }
 #endif
 
-// Null where only expand() knows these weights.
-inline Expand fast_expand(const Weights& w) {
+// The slow one where only expand() knows these weights.
+inline Expand expander(const Weights& w) {
     switch (w.codes) {
         case Codes::kFloat32:
             return expand_plain<F32>;
@@ -197,10 +197,9 @@ inline Expand fast_expand(const Weights& w) {
             return expand_plain<F16>;
         default:
 #if defined(EMOE_INTEGERS)
-            return fast_of(w).expand;
-#else
-            return nullptr;
+            if (const Expand fast = fast_of(w).expand) return fast;
 #endif
+            return expand_slowly;
     }
 }
 

@@ -8,8 +8,7 @@ inline void expanded_rows(const Source& a, int64_t first, int64_t count, int row
     constexpr int64_t kPiece = 512;
     constexpr int kTogether = 4;
     static_assert(kRowsAtOnce % kTogether == 0);
-    Expand fast = fast_expand(a.w);
-    if (fast == nullptr) fast = expand_slowly;
+    const Expand fast = expander(a.w);
     alignas(64) float piece[kRowsAtOnce][kPiece];
     alignas(64) float sums[kNarrowRows][kRowsAtOnce][L];
     for (int64_t r = 0; r < count; r += kRowsAtOnce) {

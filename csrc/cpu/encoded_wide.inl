@@ -14,8 +14,7 @@ inline void pairs_of(const float* from, int64_t n, Bits* to) {
 // Rows [first, first + count) of units [u0, u0 + n) into tile rows from `at`.
 inline void expand_tile(const Source& a, int64_t first, int64_t count, int64_t u0, int64_t n, bool pairs, float* tile,
                         int64_t at) {
-    Expand fast = fast_expand(a.w);
-    if (fast == nullptr) fast = expand_slowly;
+    const Expand fast = expander(a.w);
     for (int64_t r = 0; r < count; r += kRowsAtOnce) {
         const int64_t some = least(kRowsAtOnce, count - r);
         float* to = tile + (at + r) * kTileStride;

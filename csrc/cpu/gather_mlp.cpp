@@ -10,19 +10,13 @@
 #include "core/parallel.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/scratch.hpp"
+#include "cpu/tasks.hpp"
 
 namespace emoe::cpu {
 namespace {
 
-// A group of chunks shares the scratch between two barriers. One expert's chunk shrinks to keep inside it.
-constexpr std::int64_t kGroupUnits = (12 << 20) / 4;
-constexpr std::int64_t kSerialLoadElements = 1 << 16;  // below this a parallel loop costs more than it saves
-// Columns of one narrow task. Row-major: enough rows to amortize a task, few enough to share one expert among
-// threads. Transposed: wide enough that each weight row is a run of several cache lines.
+// Columns of one narrow task of rows: enough to amortize a task, few enough to share one expert among threads.
 constexpr std::int64_t kRowTask = 32;
-constexpr std::int64_t kColumnTask = 256;
-
-std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 float weight_at(const void* weights, DType dtype, std::int64_t i) {
     if (dtype == DType::kFloat32) return static_cast<const float*>(weights)[i];
@@ -103,7 +97,7 @@ std::vector<Chunk> cut(const GatherMlp& op, const Routed& routed, bool pairs, co
 
 // Units of x, then of x and h together.
 std::pair<std::int64_t, std::int64_t> sizes_of(const Chunk& chunk, const MlpLayout& a, bool pairs) {
-    if (!chunk.wide && a.encoded) {  // encoded_integers.inl: floats, twice integers of half a unit, scales
+    if (!chunk.wide && a.encoded) {
         const auto units = [&](std::int64_t depth) { return chunk.rows * encoded_stride(depth); };
         return {units(a.hidden), units(a.hidden) + units(a.intermediate)};
     }
@@ -132,23 +126,21 @@ bool by_columns(const MlpLayout& a) {
     return columns(a.gate) || (a.has_gate && columns(a.up)) || columns(a.down);
 }
 
-// Columns of one task. Encoded rows are short: a task has as many as leave some tasks for every thread, since the first
-// rows of each are not there yet when they are asked for (14 % between 32 and 256 rows of q4_0 at a depth of 2048).
+// Columns of one task.
 std::int64_t task_of(const MlpLayout& a, std::span<const Chunk> chunks) {
     const bool any_narrow = std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return !c.wide; });
     if (!any_narrow) return kRowTask;
     if (by_columns(a)) return kColumnTask;
     if (!a.encoded) return kRowTask;
-    constexpr std::int64_t kTasksOfThread = 8;
-    const std::int64_t least = (a.intermediate + kRowTask - 1) / kRowTask * static_cast<std::int64_t>(chunks.size());
-    return kRowTask * std::clamp<std::int64_t>(least / (kTasksOfThread * threads()), 1, kColumnTask / kRowTask);
+    const std::int64_t blocks = (a.intermediate + kRowTask - 1) / kRowTask;
+    return encoded_task(kRowTask, blocks * static_cast<std::int64_t>(chunks.size()));
 }
 
 void run_group(const Job& job, std::span<const Chunk> chunks, const Kernels& kernels) {
     const MlpLayout& a = *job.layout;
     const std::int64_t rows = std::accumulate(chunks.begin(), chunks.end(), std::int64_t{0},
                                               [](std::int64_t sum, const Chunk& c) { return sum + c.rows; });
-    if (rows * a.hidden <= kSerialLoadElements) {
+    if (rows * a.hidden <= kSerialElements) {
         for (const Chunk& chunk : chunks) kernels.load_rows(job, chunk, 0, a.hidden);
     } else {
         for_blocks(chunks, a.hidden, 4 * kSubBlock, [&](const Chunk& chunk, std::int64_t k0, std::int64_t k1) {
@@ -243,7 +235,7 @@ void combine(const float* pairs, std::int64_t tokens, std::int64_t top_k, std::i
         kernels.combine(pairs + t * top_k * hidden_out, top_k, hidden_out, bytes + t * hidden_out * itemsize(out_dtype),
                         out_dtype);
     };
-    if (tokens * top_k * hidden_out <= kSerialLoadElements) {
+    if (tokens * top_k * hidden_out <= kSerialElements) {
         for (std::int64_t t = 0; t < tokens; ++t) one(t);
     } else {
         parallel_for(tokens, one);

@@ -8,16 +8,12 @@
 #include "cpu/gather_mlp.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/scratch.hpp"
+#include "cpu/tasks.hpp"
 
 namespace emoe::cpu {
 namespace {
 
-constexpr std::int64_t kMostUnits = (12 << 20) / 4;  // of the rows of a chunk
-constexpr std::int64_t kSerialElements = 1 << 16;    // below this a parallel loop costs more than it saves
-constexpr std::int64_t kRowTask = 64;                // outputs of one task
-constexpr std::int64_t kColumnTask = 256;            // the same where those of one input lie side by side
-
-std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr std::int64_t kRowTask = 64;  // outputs of one task
 
 // fn(first, end) over blocks of columns.
 template <typename Fn>
@@ -36,12 +32,9 @@ const std::int64_t* counted(std::int64_t n) {
     return numbers.data();
 }
 
-// Rows that are longer runs of memory come faster, as long as there are tasks for every thread (gather_mlp.cpp).
 std::int64_t narrow_task(const Weights& weights) {
     if (codes_row(weights.codes).in == CodesIn::kColumns) return kColumnTask;
-    constexpr std::int64_t kTasksOfThread = 8;
-    const std::int64_t least = (weights.count + kRowTask - 1) / kRowTask;
-    return kRowTask * std::clamp<std::int64_t>(least / (kTasksOfThread * threads()), 1, kColumnTask / kRowTask);
+    return encoded_task(kRowTask, (weights.count + kRowTask - 1) / kRowTask);
 }
 
 }  // namespace
@@ -68,7 +61,7 @@ void linear(const Linear& op, const Kernels& kernels) {
     const std::int64_t units = job.pairs ? (depth + 1) / 2 : depth;
     const std::int64_t step = 2 * kernels.lanes;
     const std::int64_t most =
-        wide ? std::clamp<std::int64_t>(kMostUnits / units / step * step, step, kWideRows) : op.tokens;
+        wide ? std::clamp<std::int64_t>(kGroupUnits / units / step * step, step, kWideRows) : op.tokens;
     const std::int64_t task = wide ? kRowTask : narrow_task(op.weights);
     thread_local Scratch scratch;
     for (std::int64_t at = 0; at < op.tokens; at += most) {
