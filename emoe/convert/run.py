@@ -45,6 +45,7 @@ from emoe.store.headers import INDEX_NAME, TensorEntry, checkpoint_files, read_h
 
 REST = ("keep",)
 _COPY = 8 << 20  # bytes of what is copied at once
+_MEMORY = 2 << 30  # bytes, where none is named
 _SPARE = 64 << 20  # bytes of memory for what is not counted, and of the disk for what is beside the shards
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _NOT_COPIED = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", state.RECORD)
@@ -155,7 +156,7 @@ def convert(
     experts: str,
     *,
     rest: str = "keep",
-    memory: int = 2 << 30,
+    memory: int | None = None,
     text: str | Path | None = None,
     keep_tasks: str | Path | None = None,
     gguf: bool = False,
@@ -169,7 +170,7 @@ def convert(
         out: a folder that is not there yet, or empty; it appears when all is written.
         experts: what they become: one of `EXPERTS`.
         rest: what becomes of the weights outside experts: "keep".
-        memory: bytes that this process may take, Python and torch included.
+        memory: bytes that this process may take, Python and torch included; None: 2 GiB more than it holds now.
         text: a file on which perplexity is measured before and after, by models that run in `memory`.
         keep_tasks: a file of labelled prompts; the layers that their tasks need most keep more bits (keep.py).
         gguf: write GGUF files in the place of safetensors, for families that llama.cpp knows.
@@ -187,6 +188,8 @@ def convert(
         raise ConfigError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
     if rest not in REST:
         raise ConfigError(f"rest={rest!r} is not one of {', '.join(REST)}")
+    if memory is None:
+        memory = process_memory()["resident"] + _MEMORY
     out = Path(out).expanduser().absolute()
     state.require_free(out)
     folder = _folder(model)
@@ -326,11 +329,13 @@ def _report(model: str, out: Path, experts: str, source: _Source, plan: Conversi
 def _threads(store: ExpertStore, memory: int) -> int:
     """That encode at once within `memory`: an expert is there as float32, as in its file, and as it is written."""
     largest = max(sum(param.nbytes for param in layer.params) for layer in store.layers)
-    taken = process_memory()["resident"] + 3 * largest + _SPARE
+    resident = process_memory()["resident"]
+    taken = resident + 3 * largest + _SPARE
     if taken + WORKSPACE > memory:
         raise BudgetError(
             f"converting takes up to {format_bytes(taken + WORKSPACE)} of memory, of which one expert "
-            f"{format_bytes(3 * largest)}; {format_bytes(memory)} were given",
+            f"{format_bytes(3 * largest)} and what this process holds already {format_bytes(resident)}; "
+            f"{format_bytes(memory)} were given",
             needed=taken + WORKSPACE,
             budget=memory,
         )

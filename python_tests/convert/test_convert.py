@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import emoe
+from emoe.convert import run
 from emoe.convert.run import convert
 from emoe.convert.state import RECORD, verify
 from emoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
@@ -382,3 +383,12 @@ def test_experts_of_another_dtype_than_the_config_are_read_without_rounding(tmp_
     name = "model.layers.1.mlp.experts.0.down_proj.weight"
     expected = encode("q8_0", load_file(source / "model.safetensors")[name]).planes["blocks"]
     assert torch.equal(tensors_of(tmp_path / "out")[f"{name}_q8_0"], expected)
+
+
+def test_what_the_process_holds_already_does_not_count_against_memory_that_nobody_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "process_memory", lambda: {"resident": 3 << 30, "peak": 3 << 30})
+    source = wide(tmp_path / "model", "mixtral")
+    convert(source, tmp_path / "out", "q8_0", progress=False)
+    with pytest.raises(BudgetError, match=r"this process holds already 3\.0 GiB; 2\.0 GiB were given"):
+        convert(source, tmp_path / "refused", "q8_0", memory=2 << 30, progress=False)
+    assert not (tmp_path / "refused").exists()
