@@ -39,7 +39,8 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
     """Rates for a checkpoint folder; a day-old measurement of the same device is reused.
 
     Args:
-        folder: where the safetensors files lie; None or a folder without files takes a cautious 1 GB/s for the disk.
+        folder: where the safetensors or GGUF files lie; None or a folder without files takes a cautious 1 GB/s for the
+            disk, which is not kept.
         refresh: measure again in any case.
     """
     path = _cache_file()
@@ -54,7 +55,7 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
         f"{disk / 1e9:.2f} GB/s disk" if disk else "disk not measured: 1 GB/s assumed"
     )
     known[device] = {"memory": memory, "disk": disk or 1e9, "note": note, "time": time.time()}
-    if path:
+    if path and (disk or folder is None):
         try:
             with files.whole(path) as file:
                 file.write(json.dumps(known).encode())
@@ -101,7 +102,8 @@ def _memory_rate() -> float:
 
 def _disk_rate(folder: Path) -> float:
     """O_DIRECT reads spread over the largest file; 0 where the file system refuses them or there is no file."""
-    found = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, reverse=True)
+    weights = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf") and file.is_file())
+    found = sorted(weights, key=lambda f: f.stat().st_size, reverse=True)
     if not found or found[0].stat().st_size < 2 * _BLOCK:
         return 0.0
     size = found[0].stat().st_size

@@ -84,6 +84,17 @@ def test_rates_are_kept_and_measured_again_when_asked(tmp_path, monkeypatch):
     assert bandwidth.measure(None, refresh=True).memory == 2e9
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.gguf"])
+def test_a_rate_that_was_assumed_is_not_kept_for_a_folder_with_weights(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config").mkdir()
+    assert bandwidth.measure(tmp_path / "config").note.endswith("disk not measured: 1 GB/s assumed")
+    monkeypatch.setattr(bandwidth, "_seconds", lambda action: (action(), 0.5)[1])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(bytes(4 * bandwidth._BLOCK))
+    assert bandwidth.measure(tmp_path / "model").disk == 4 * bandwidth._BLOCK / 0.5
+
+
 def test_a_damaged_cache_of_rates_is_measured_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
     (tmp_path / "bandwidth.json").write_text("{half")
