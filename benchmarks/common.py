@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -122,6 +126,30 @@ def forget_pages(folder: Path) -> None:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
+
+
+def direct_read_rate(path: Path, block: int, seconds: float = 3.0, threads: int = 4) -> float:
+    """Bytes per second of direct reads of `block` bytes at random places of a file, or of the files of a folder."""
+    files = [file for file in path.iterdir() if file.stat().st_size > block] if path.is_dir() else [path]
+    ends = time.perf_counter() + seconds
+
+    def read(seed: int) -> int:
+        random, buffer, total = Random(seed), mmap.mmap(-1, block), 0
+        handles = [os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files]
+        try:
+            while time.perf_counter() < ends:
+                handle = random.choice(handles)
+                places = (os.fstat(handle).st_size - block) // mmap.PAGESIZE
+                total += os.preadv(handle, [buffer], random.randrange(places) * mmap.PAGESIZE)
+        finally:
+            for handle in handles:
+                os.close(handle)
+        return total
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, range(threads)))
+    return total / (time.perf_counter() - started)
 
 
 @contextlib.contextmanager

@@ -235,12 +235,19 @@ class Side:
         self.model.forget()
         return {"seconds": self.model.forward(tokens)}
 
-    def decode(self, prompt: list[int], tokens: list[int]) -> dict[str, Any]:
-        """Seconds of each token."""
+    def decode(
+        self, prompt: list[int], tokens: list[int], limit: float = float("inf"), fewest: int = 0
+    ) -> dict[str, Any]:
+        """Seconds of each token; no further token after `limit` seconds."""
         assert self.model is not None
         self.model.forget()
         self.model.forward(prompt)
-        return {"seconds": [self.model.forward([token]) for token in tokens]}
+        seconds: list[float] = []
+        for token in tokens:
+            if sum(seconds) > limit and len(seconds) >= fewest:
+                break
+            seconds.append(self.model.forward([token]))
+        return {"seconds": seconds}
 
     def logits(self, tokens: list[int]) -> dict[str, Any]:
         assert self.model is not None

@@ -17,8 +17,13 @@ kernels: the experts of a layer alone (hidden 2048, intermediate 1024), the same
 resident: OLMoE-1B-7B's geometry with random weights as one GGUF file in DIR that both read, everything in memory:
     prefill of 64 and 512 tokens and decode of random tokens (a model of random weights left alone repeats one). As
     llama-bench does: default repacking, logits of the last token only.
+    MXFP4 and FP8 are safetensors, which only emoe reads, with the part outside experts in bfloat16; llama.cpp has a
+    GGUF file of the same bytes beside it (experts in MXFP4, and in Q8_0 for FP8).
 capped: the same file in memory cgroups of a half and a third of its size, page cache included and cold at the start.
-    llama.cpp maps the file and does not repack (--repack 0; a repacked copy would not fit).
+    llama.cpp maps the file and does not repack (--repack 0; a repacked copy would not fit). `bound` is what emoe could
+    do: the tokens that it computes with everything in memory, or those whose missed bytes the disk gives, if fewer (the
+    disk by direct reads of 1 MiB in four threads, in the same run). The same model in bfloat16 is in the same cgroups
+    beside it.
 --check: exit 1 where a target is missed.
 """
 
@@ -58,11 +63,19 @@ AMX_HEADER = """#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64
 #define _tile_loadconfig(config) __asm__ volatile("ldtilecfg\\t%X0" ::"m"(*(const char(*)[64])(config)))
 #endif
 """
+SIDES = ("llama.cpp", "emoe")
 HIDDEN, INTERMEDIATE = 2048, 1024
 CONTEXT = 1024
 PREFILLS = (64, 512)
 PROMPT = 8
-KERNEL_TARGET, DECODE_TARGET, PREFILL_TARGET, CAPPED_TARGET = 1.0, 0.7, 0.7, 5.0
+KERNEL_TARGET, DECODE_TARGET, PREFILL_TARGET, CAPPED_TARGET, BOUND_TARGET = 1.0, 0.7, 0.7, 5.0, 0.8
+CAPPED_CONTEXT = 256
+MATRIX_BYTES = 1 << 20  # of a direct read: about a matrix of an expert in 4 bits
+FEWEST = 4  # tokens that a side decodes in a cgroup, however long they take
+RIVALS = {
+    "mxfp4": ("mxfp4", "bf16"),
+    "fp8": ("q8_0", "bf16"),
+}  # safetensors: the format of experts and of the rest in GGUF
 
 
 def environment(folder: Path, isa: str) -> Path:
@@ -235,17 +248,22 @@ class EmoeSide:
         self.model(ids, use_cache=True, logits_to_keep=1)
         return {"seconds": time.perf_counter() - started}
 
-    def decode(self, prompt: list[int], tokens: list[int]) -> dict[str, Any]:
-        """Seconds of each token."""
+    def decode(
+        self, prompt: list[int], tokens: list[int], limit: float = float("inf"), fewest: int = 0
+    ) -> dict[str, Any]:
+        """Seconds of each token, and bytes that were read for all; no further token after `limit` seconds."""
         import torch
 
         out = self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-        seconds = []
+        read = self.model.emoe.stats()["bytes_read"]
+        seconds: list[float] = []
         for token in tokens:
+            if sum(seconds) > limit and len(seconds) >= fewest:
+                break
             started = time.perf_counter()
             out = self.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
             seconds.append(time.perf_counter() - started)
-        return {"seconds": seconds}
+        return {"seconds": seconds, "bytes_read": self.model.emoe.stats()["bytes_read"] - read}
 
     def logits(self, tokens: list[int]) -> dict[str, Any]:
         import torch
@@ -363,10 +381,10 @@ def show_kernels(console: Console, title: str, results: list[dict[str, Any]]) ->
 
 
 def resident(isa: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    file = model_file(kind, args)
+    files = model_files(kind, args)
     sides = {name: start(name, isa, args) for name in args.sides}
     loaded = {
-        name: side.ask("load", file=str(file), threads=args.threads, context=CONTEXT, repack=True)
+        name: side.ask("load", file=str(files[name]), threads=args.threads, context=CONTEXT, repack=True)
         for name, side in sides.items()
     }
     described = {name: side.ask("describe") for name, side in sides.items()}
@@ -383,16 +401,17 @@ def resident(isa: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
             for count in PREFILLS:
                 took = side.ask("prefill", tokens=random_tokens(count, round_))["seconds"]
                 times.setdefault(f"prefill {count}", []).append(took / count)
-    result: dict[str, Any] = {"format": kind, "bytes": file.stat().st_size, "loaded": loaded, "sides": described}
+    result: dict[str, Any] = {"format": kind, "bytes": size(files["emoe"]), "loaded": loaded, "sides": described}
     result["tokens_per_second"] = {
         name: {what: {"best": 1 / min(each), "median": 1 / statistics.median(each)} for what, each in times.items()}
         for name, times in seconds.items()
     }
-    if len(sides) == 2:
+    if set(sides) == set(SIDES):
         ours, theirs = seconds["emoe"], seconds["llama.cpp"]
         result["ratios"] = {
             what: statistics.median(b / a for a, b in zip(ours[what], theirs[what], strict=True)) for what in ours
         }
+    if set(sides) == set(SIDES) and kind not in RIVALS:
         logits = [np.array(side.ask("logits", tokens=random_tokens(64, 7))["logits"]) for side in sides.values()]
         first, second = (each[: min(map(len, logits))] for each in logits)
         result["logits_difference"] = float(np.linalg.norm(first - second) / np.linalg.norm(second))
@@ -401,8 +420,21 @@ def resident(isa: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def model_file(kind: str, args: argparse.Namespace) -> Path:
-    return quantized_models.write_gguf(quantized_models.olmoe_1b_7b(), kind, args.cache / f"olmoe-{kind}.gguf")
+def model_files(kind: str, args: argparse.Namespace) -> dict[str, Path]:
+    """What each side reads: the same file where both can."""
+    config = quantized_models.olmoe_1b_7b()
+    if kind not in RIVALS:
+        return dict.fromkeys(SIDES, quantized_models.write_gguf(config, kind, args.cache / f"olmoe-{kind}.gguf"))
+    experts, rest = RIVALS[kind]
+    theirs = args.cache / f"olmoe-{experts}-{rest}.gguf"
+    return {
+        "llama.cpp": quantized_models.write_gguf(config, experts, theirs, rest=rest),
+        "emoe": quantized_models.write_safetensors(config, kind, args.cache / f"olmoe-{kind}"),
+    }
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def show_resident(console: Console, title: str, result: dict[str, Any]) -> list[str]:
@@ -432,48 +464,89 @@ def show_resident(console: Console, title: str, result: dict[str, Any]) -> list[
 # ---- a whole model in less memory than it needs
 
 
-def capped(kind: str, share: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Cold, each side in a cgroup of its own."""
-    file = model_file(kind, args)
-    limit = int(file.stat().st_size * share)
-    result: dict[str, Any] = {"format": kind, "share": share, "limit_bytes": limit, "sides": {}}
-    for name in args.sides:
-        common.forget_pages(args.cache)
-        with common.memory_cgroup(limit) as group:
-            side = start(name, "native", args, group)
-            try:
-                loaded = side.ask("load", file=str(file), threads=args.threads, context=256, repack=False)
-                began = time.perf_counter()
-                tokens = random_tokens(args.capped_tokens, 1)
-                steps = side.ask("decode", prompt=random_tokens(PROMPT, 0), tokens=tokens)["seconds"]
-                row = {"tokens_per_second": len(steps) / sum(steps), "median": 1 / statistics.median(steps)}
-                row |= {"load_seconds": loaded["seconds"], "seconds": time.perf_counter() - began}
-            except common.ChildFailedError as error:
-                row = {"tokens_per_second": 0.0, "error": str(error)}
-            finally:
-                side.close()
-        result["sides"][name] = row
-    return result
+def capped(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Cold, each side in a cgroup of its own, in a half and a third of the bytes of `kind`, and `beside`."""
+    rows = []
+    limits = {share: int(size(model_files(kind, args)["emoe"]) * share) for share in (1 / 2, 1 / 3)}
+    for each in dict.fromkeys((kind, *args.beside)):
+        files = model_files(each, args)
+        computed = decode_in_memory(files["emoe"], args) if each == kind and "emoe" in args.sides else None
+        for share, limit in limits.items():
+            row: dict[str, Any] = {"format": each, "share": share, "limit_bytes": limit, "of": kind, "sides": {}}
+            for name in args.sides:
+                row["sides"][name] = side = _in_cgroup(name, files[name], limit, args)
+                if "bytes_read" in side and "error" not in side:
+                    read = side["bytes_read"] / side["tokens"]
+                    row["disk_rate"] = common.direct_read_rate(files[name], MATRIX_BYTES)
+                    row["bound"] = min(row["disk_rate"] / read if read else float("inf"), computed or float("inf"))
+                    row["bytes_read_per_token"] = read
+            rows.append(row)
+    return rows
+
+
+def decode_in_memory(file: Path, args: argparse.Namespace) -> float:
+    """Tokens per second of emoe without a limit."""
+    side = start("emoe", "native", args)
+    side.ask("load", file=str(file), threads=args.threads, context=CAPPED_CONTEXT, repack=False)
+    steps = side.ask("decode", prompt=random_tokens(PROMPT, 0), tokens=random_tokens(args.capped_tokens, 1))["seconds"]
+    side.close()
+    return 1 / statistics.median(steps)
+
+
+def _in_cgroup(name: str, file: Path, limit: int, args: argparse.Namespace) -> dict[str, Any]:
+    common.forget_pages(args.cache)
+    budget = {"budget": "auto"} if name == "emoe" else {}
+    with common.memory_cgroup(limit) as group:
+        side = start(name, "native", args, group)
+        try:
+            loaded = side.ask(
+                "load", file=str(file), threads=args.threads, context=CAPPED_CONTEXT, repack=False, **budget
+            )
+            answer = side.ask(
+                "decode", prompt=random_tokens(PROMPT, 0), tokens=random_tokens(args.capped_tokens, 1),
+                limit=args.capped_seconds, fewest=FEWEST,
+            )  # fmt: skip
+            steps = answer.pop("seconds")
+            row = {"tokens_per_second": len(steps) / sum(steps), "tokens": len(steps), "steps": steps, **answer}
+            return row | {"load_seconds": loaded["seconds"], **side.ask("describe")}
+        except (common.ChildFailedError, RuntimeError) as error:
+            return {"tokens_per_second": 0.0, "error": str(error)}
+        finally:
+            side.close()
 
 
 def show_capped(console: Console, title: str, results: list[dict[str, Any]]) -> list[str]:
     from emoe.memory import format_bytes
 
     table = Table(title=f"decode inside a memory cgroup, page cache cold, tok/s: {title}")
-    for column in ("format", "cgroup", "llama.cpp", "emoe", "x llama.cpp"):
-        table.add_column(column, justify="left" if column == "format" else "right")
+    table.add_column("format")
+    for column in ("cgroup", "llama.cpp", "emoe", "x llama.cpp", "missed a token", "disk", "bound", "of the bound"):
+        table.add_column(column, justify="right")
     missed = []
     for row in results:
         speeds = {name: each["tokens_per_second"] for name, each in row["sides"].items()}
-        ratio = None
-        if len(speeds) == 2:
+        where = f"{format_bytes(row['limit_bytes'])} ({row['share']:.0%} of {row['of']})"
+        cells = [f"{speeds[side]:.2f}" if side in speeds else "-" for side in SIDES]
+        ratio = reached = None
+        if len(speeds) == len(SIDES):
             ratio = speeds["emoe"] / speeds["llama.cpp"] if speeds["llama.cpp"] else float("inf")
-        where = f"{format_bytes(row['limit_bytes'])} ({row['share']:.0%})"
-        cells = [f"{speeds[side]:.2f}" if side in speeds else "-" for side in ("llama.cpp", "emoe")]
-        table.add_row(row["format"], where, *cells, "-" if ratio is None else f"{ratio:.1f}")
+        cells.append("-" if ratio is None else f"{ratio:.1f}")
+        if "bound" in row:
+            reached = speeds["emoe"] / row["bound"]
+            cells += [format_bytes(row["bytes_read_per_token"]), f"{row['disk_rate'] / 1e9:.2f} GB/s"]
+            cells += [f"{row['bound']:.2f}", f"{reached:.0%}"]
+        table.add_row(row["format"], where, *cells)
+        if row["format"] != row["of"]:
+            continue
         if ratio is not None and ratio < CAPPED_TARGET:
             missed.append(f"{row['format']} in {where}: {ratio:.1f}, target {CAPPED_TARGET}")
+        if reached is not None and reached < BOUND_TARGET:
+            missed.append(f"{row['format']} in {where}: {reached:.0%} of the bound, target {BOUND_TARGET:.0%}")
     console.print(table)
+    for row in results:
+        for name, each in row["sides"].items():
+            if "error" in each:
+                console.print(f"{name}, {row['format']}, {row['share']:.0%}: {each['error']}", markup=False)
     return missed
 
 
@@ -491,14 +564,20 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, required=True, help="folder for the models, 4 to 7 GB each; kept")
     parser.add_argument("--env", type=Path, help="folder for llama.cpp's environment (default: CACHE/llama-env)")
     parser.add_argument("--part", nargs="+", choices=["kernels", "resident", "capped"])
-    parser.add_argument("--formats", nargs="+", default=["q4_0", "q4_k"], choices=list(quantized_models.GGUF_BLOCKS))
+    parser.add_argument(
+        "--formats", nargs="+", default=["q4_0", "q4_k"], choices=[*quantized_models.GGUF_BLOCKS, "fp8"]
+    )
     parser.add_argument("--kernel-formats", nargs="+", default=["q4_0", "q8_0", "q4_k"])
     parser.add_argument("--isa", choices=["native", "avx2", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="decode steps of a round (default: 32)")
-    parser.add_argument("--capped-tokens", type=int, default=24, help="decode steps in a cgroup (default: 24)")
+    parser.add_argument("--capped-tokens", type=int, default=32, help="decode steps in a cgroup (default: 32)")
+    parser.add_argument(
+        "--capped-seconds", type=float, default=60, help="no further step after that long (default: 60)"
+    )
+    parser.add_argument("--beside", nargs="*", default=["bf16"], help="formats in the same cgroups (default: bf16)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
-    parser.add_argument("--sides", nargs="+", choices=["llama.cpp", "emoe"], default=["llama.cpp", "emoe"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--json", type=Path, default=common.RESULTS / "peers.json")
     args = parser.parse_args()
@@ -521,7 +600,7 @@ def main() -> int:
                 result = results[f"resident {kind} {isa}"] = resident(isa, kind, args)
                 missed += show_resident(console, title, result)
     if "capped" in parts:
-        results["capped"] = [capped(kind, share, args) for kind in args.formats for share in (1 / 2, 1 / 3)]
+        results["capped"] = [row for kind in args.formats for row in capped(kind, args)]
         missed += show_capped(console, cpu_name(), results["capped"])
     common.write_result(args.json, results)
     for sentence in missed:

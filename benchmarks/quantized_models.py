@@ -22,7 +22,10 @@ from tqdm import tqdm
 
 STD = 0.02
 # Values of a block, bytes of a block, root mean square of the codes that `_blocks` draws, times their inner scales.
-GGUF_BLOCKS = {"q4_0": (32, 18, 4.61), "q8_0": (32, 34, 73.9), "q4_k": (256, 144, 240.0), "q6_k": (256, 210, 218.0)}
+GGUF_BLOCKS = {
+    "q4_0": (32, 18, 4.61), "q8_0": (32, 34, 73.9), "q4_k": (256, 144, 240.0), "q6_k": (256, 210, 218.0),
+    "mxfp4": (32, 17, 2.9),
+}  # fmt: skip
 SAFETENSORS_FORMATS = ("mxfp4", "fp8")
 
 Bytes = npt.NDArray[np.uint8]
@@ -47,6 +50,9 @@ class Random:
         values, nbytes, rms = GGUF_BLOCKS[kind]
         count = rows * cols // values
         blocks = self.bytes(count * nbytes).reshape(count, nbytes)
+        if kind == "mxfp4":
+            blocks[:, 0] = 119 + blocks[:, 0] % 2
+            return blocks.reshape(rows, -1)
         # Signs of the scales, since codes of one sign prevail in some formats; sizes within a factor of 1.5.
         scale = STD / rms * self.generator.uniform(0.8, 1.2, count) * self.generator.choice([-1.0, 1.0], count)
         at = nbytes - 2 if kind == "q6_k" else 0
@@ -62,32 +68,33 @@ class Random:
         return np.float32(STD) * self.generator.standard_normal((rows, cols), dtype=np.float32)
 
 
-def _gguf_tensors(config: Any, kind: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _gguf_tensors(config: Any, kind: str, rest: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Name, shape and format of every tensor. As llama.cpp quantizes: the output in Q6_K where the rest has 4 bits."""
     H, I, E, V = config.hidden_size, config.intermediate_size, config.num_experts, config.vocab_size
-    yield "token_embd.weight", (V, H), kind
+    yield "token_embd.weight", (V, H), rest
     for layer in range(config.num_hidden_layers):
         block = f"blk.{layer}."
         for name in ("attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm"):
             yield f"{block}{name}.weight", (H,), "norm"
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            yield f"{block}{name}.weight", (H, H), kind
+            yield f"{block}{name}.weight", (H, H), rest
         yield f"{block}ffn_gate_inp.weight", (E, H), "f32"
         yield f"{block}ffn_gate_exps.weight", (E, I, H), kind
         yield f"{block}ffn_up_exps.weight", (E, I, H), kind
         yield f"{block}ffn_down_exps.weight", (E, H, I), kind
     yield "output_norm.weight", (H,), "norm"
-    yield "output.weight", (V, H), "q8_0" if kind == "q8_0" else "q6_k"
+    yield "output.weight", (V, H), "q6_k" if rest in ("q4_0", "q4_k") else rest
 
 
-def write_gguf(config: Any, kind: str, file: Path, seed: int = 0) -> Path:
+def write_gguf(config: Any, kind: str, file: Path, seed: int = 0, rest: str = "") -> Path:
     """A single GGUF file of architecture olmoe; one that is complete is kept.
 
     Args:
         config: of an OLMoE model.
-        kind: the format of the weights, one of `GGUF_BLOCKS`. Norms and routers are float32.
+        kind: the format of the weights, one of `GGUF_BLOCKS` or "bf16". Norms and routers are float32.
         file: to write; its folder is made.
         seed: of the weights.
+        rest: of what is outside experts, if another.
     """
     if file.exists():
         return file
@@ -95,7 +102,7 @@ def write_gguf(config: Any, kind: str, file: Path, seed: int = 0) -> Path:
     temporary = file.with_suffix(".tmp")
     writer = gguf.GGUFWriter(temporary, "olmoe")
     _metadata(writer, config, kind)
-    tensors = list(_gguf_tensors(config, kind))
+    tensors = list(_gguf_tensors(config, kind, rest or kind))
     total = 0
     for name, shape, form in tensors:
         total += _add_info(writer, name, shape, form)
@@ -109,6 +116,9 @@ def write_gguf(config: Any, kind: str, file: Path, seed: int = 0) -> Path:
             data: npt.NDArray[Any]
             if form == "norm":
                 data = np.ones(shape, dtype=np.float32)
+            elif form == "bf16":  # 0.02 large on average: signs, 2^-7 or 2^-6, and a fraction
+                drawn = random.bytes(2 * rows * cols).view(np.uint16)
+                data = ((drawn & 0x80FF) | 0x3C00).view(np.uint8).reshape(rows, -1)
             else:
                 data = random.floats(rows, cols) if form == "f32" else random.blocks(form, rows, cols)
             writer.write_tensor_data(data)
@@ -122,7 +132,7 @@ def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], form: 
         nbytes = 4 * math.prod(shape)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes)
         return nbytes
-    values, block_bytes, _ = GGUF_BLOCKS[form]
+    values, block_bytes, _ = GGUF_BLOCKS.get(form, (1, 2, 1.0))
     as_bytes = (*shape[:-1], shape[-1] // values * block_bytes)
     dtype = gguf.GGMLQuantizationType[form.upper()]
     writer.add_tensor_info(name, as_bytes, np.dtype(np.uint8), math.prod(as_bytes), raw_dtype=dtype)
@@ -132,7 +142,10 @@ def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], form: 
 def _metadata(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
     writer.add_name(f"OLMoE-1B-7B geometry, random, {kind}")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    labels = {"q4_0": "MOSTLY_Q4_0", "q8_0": "MOSTLY_Q8_0", "q4_k": "MOSTLY_Q4_K_S", "q6_k": "MOSTLY_Q6_K"}
+    labels = {
+        "q4_0": "MOSTLY_Q4_0", "q8_0": "MOSTLY_Q8_0", "q4_k": "MOSTLY_Q4_K_S", "q6_k": "MOSTLY_Q6_K",
+        "mxfp4": "MOSTLY_MXFP4_MOE", "bf16": "MOSTLY_BF16",
+    }  # fmt: skip
     writer.add_file_type(gguf.LlamaFileType[labels[kind]])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
