@@ -40,22 +40,23 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
 
     Args:
         folder: where the safetensors or GGUF files lie; None or a folder without files takes a cautious 1 GB/s for the
-            disk, which is not kept.
+            disk.
         refresh: measure again in any case.
     """
     path = _cache_file()
-    device = str(folder.stat().st_dev) if folder else "none"
+    weights = _largest(folder) if folder else None
+    device = str(weights.stat().st_dev) if weights else "none"
     known = _read(path) if path else {}
     entry = known.get(device)
     if entry and not refresh and 0 <= time.time() - entry["time"] < _DAY:
         return Rates(entry["memory"], entry["disk"], entry["note"])
     memory = _memory_rate()
-    disk = _disk_rate(folder) if folder else 0.0
+    disk = _disk_rate(weights) if weights else 0.0
     note = f"measured {memory / 1e9:.1f} GB/s memory, " + (
         f"{disk / 1e9:.2f} GB/s disk" if disk else "disk not measured: 1 GB/s assumed"
     )
     known[device] = {"memory": memory, "disk": disk or 1e9, "note": note, "time": time.time()}
-    if path and (disk or folder is None):
+    if path:
         try:
             with files.whole(path) as file:
                 file.write(json.dumps(known).encode())
@@ -100,17 +101,20 @@ def _memory_rate() -> float:
     return _MEMORY_BYTES / best
 
 
-def _disk_rate(folder: Path) -> float:
-    """O_DIRECT reads spread over the largest file; 0 where the file system refuses them or there is no file."""
+def _largest(folder: Path) -> Path | None:
+    """The largest file of weights in a folder, if it is large enough for a measurement."""
     weights = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf") and file.is_file())
-    found = sorted(weights, key=lambda f: f.stat().st_size, reverse=True)
-    if not found or found[0].stat().st_size < 2 * _BLOCK:
-        return 0.0
-    size = found[0].stat().st_size
+    found = max(weights, key=lambda file: file.stat().st_size, default=None)
+    return found if found and found.stat().st_size >= 2 * _BLOCK else None
+
+
+def _disk_rate(file: Path) -> float:
+    """O_DIRECT reads spread over a file; 0 where the file system refuses them."""
+    size = file.stat().st_size
     blocks = min(_DISK_BYTES, size) // _BLOCK
     step = (size - _BLOCK) // max(1, blocks - 1) // _BLOCK * _BLOCK if blocks > 1 else 0
     try:
-        fd = os.open(found[0], os.O_RDONLY | os.O_DIRECT)
+        fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
     except OSError:
         return 0.0
     try:
