@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decode steps that are timed (default: 24)")
     parser.add_argument("--limit", default="1GiB", help="of the memory cgroup (default: 1GiB)")
-    parser.add_argument("--budget", default="600MiB", help="memory_budget of emoe inside it (default: 600MiB)")
+    parser.add_argument("--budget", default="728MiB", help="memory_budget of emoe inside it (default: 728MiB)")
     parser.add_argument("--checkpoint", type=Path, help="folder that the checkpoint is written to and kept in")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--json", type=Path, default=common.RESULTS / "decode.json")

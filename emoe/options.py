@@ -336,8 +336,8 @@ class Options:
         "auto", _budget,
         """everything the model takes (other weights, expert slots, staging, and for `context` tokens times `batch` the
         KV cache and a prompt's activations): bytes ("8GiB", "8G" for the same, "500MB", a whole number), a share of the
-        routed experts (0.25 or 25%), or "auto" for what is free now less a reserve, which is logged. Python, torch and
-        Transformers themselves come on top""",
+        routed experts (0.25 or 25%), or "auto" for what is free now less a reserve, which is logged. From 256 MiB on it
+        covers all that a process takes over `import torch, transformers`, with 128 MiB for libraries""",
         "BYTES", read=_text_number, ways=("load", "wrap", "plan"),
     )  # fmt: skip
     dtype: Any = _row(

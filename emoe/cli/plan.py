@@ -24,6 +24,8 @@ forecast is a range: routing at random, to routing that recurs as in public trac
 that is too small ends with status 2 and the smallest that works (in --json: error, needed, budget; in bytes).
 """
 
+_LIBRARIES = "what torch and Transformers take for any model; none in budgets up to 128 MiB"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
@@ -76,7 +78,7 @@ def _table(plan: Plan) -> Table:
     table.add_column(justify="right", overflow="fold")
     table.add_column(style="dim", overflow="fold")
     tokens = f"{plan.context} tokens x {plan.batch}" if plan.batch > 1 else f"{plan.context} tokens"
-    layers = len(plan.slots_per_layer)
+    layers, taken = len(plan.slots_per_layer), plan.planned_bytes + plan.library_bytes
     rows = [
         *_on_disk(plan),
         ("routed experts", format_bytes(plan.expert_bytes), _experts(plan)),
@@ -87,7 +89,8 @@ def _table(plan: Plan) -> Table:
         ("staging", format_bytes(plan.staging_bytes), "for reads and kernels"),
         ("KV cache", format_bytes(plan.kv_bytes), tokens),
         ("activations", format_bytes(plan.activation_bytes), _chunk(plan)),
-        ("taken", format_bytes(plan.planned_bytes), f"of a budget of {format_bytes(plan.budget_bytes)}"),
+        ("libraries", format_bytes(plan.library_bytes), _LIBRARIES),
+        ("taken", format_bytes(taken), f"of a budget of {format_bytes(plan.budget_bytes)}"),
         None,
         ("experts resident", common.percent(plan.resident_share), ""),
         ("smallest budget", format_bytes(plan.smallest_budget), "one slot in each layer"),

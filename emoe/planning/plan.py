@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 PAGE = 4096
 # Bounce buffers of the transfer workers plus scratch of the kernels (docs/transfer.md, docs/kernels.md).
 STAGING_BYTES = 24 << 20
+# What Transformers imports and touches of libraries when it runs any model, over a bare `import torch, transformers`
+# (benchmarks/budget.py prints it: 121 MiB, of which 85 are Python modules, torch.distributed and sympy among them;
+# docs/architecture.md). Budgets up to LIBRARIES_FROM are the model's alone; what exceeds that goes to libraries first.
+LIBRARIES_BYTES = 128 << 20
+LIBRARIES_FROM = 128 << 20
 # memory_budget="auto" leaves this much of what is free to everybody else, on every device.
 AUTO_RESERVE_BYTES = 1 << 30
 AUTO_RESERVE_SHARE = 0.1
@@ -43,8 +48,10 @@ class Plan:
     `dtype` is the one that the model runs in, `encodings` are those that its experts are stored in; `experts` says of
     layers that are alike: their numbers, the encoding of gate, up and down, bytes_per_expert, and the kernels that
     compute them on a CPU ("native", or "stock" and the reason). `activation_bytes` is what a prompt's chunk of
-    `prefill_chunk` tokens a sequence takes at the end of a full context; None: prompts are computed whole. `layouts`
-    says of each layer where an expert's parameters lie in a slot; it is not in `to_dict`.
+    `prefill_chunk` tokens a sequence takes at the end of a full context; None: prompts are computed whole.
+    `library_bytes` of the budget are left to what torch and Transformers take when they run any model: 128 MiB, less in
+    budgets under 256 MiB, and none up to 128 MiB or on a GPU. `layouts` says of each layer where an expert's parameters
+    lie in a slot; it is not in `to_dict`.
 
     What is on the disk is as `source` says: "headers" of the files, the "config" where there are none, or "model" where
     the model is in memory (`emoe.wrap`) and there is no checkpoint (None). `checkpoint_bytes` are all its tensors,
@@ -69,6 +76,7 @@ class Plan:
     staging_bytes: int
     activation_bytes: int
     prefill_chunk: int | None
+    library_bytes: int
     context: int
     batch: int
     smallest_budget: int
@@ -103,7 +111,7 @@ class Plan:
 
     @property
     def planned_bytes(self) -> int:
-        """What the model will take: weights outside experts, slots, staging, KV cache, activations."""
+        """What the model will take: weights outside experts, slots, staging, KV cache, activations; no libraries."""
         fixed = self.non_expert_bytes + self.staging_bytes + self.kv_bytes + self.activation_bytes
         return fixed + self.slab_bytes
 
@@ -212,7 +220,8 @@ def _plan(
         native=options.kernels == "native" and all(each.native is not None for each in layouts),
     )  # fmt: skip
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
-    smallest = fixed + len(experts) * slot_bytes
+    libraries = _Libraries(options.device)
+    smallest = libraries.beside(fixed + len(experts) * slot_bytes)
     notes = [note for note in (stored.note if stored else "", kv_note) if note]
     if (more := decoded_bytes - encoded_bytes) > 0:
         notes.append(
@@ -221,20 +230,20 @@ def _plan(
             "they are"
         )
     notes += prefill.notes
-    slots = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare)
+    slots, nbytes = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare, libraries)
     top_k = structure.top_k(model)
     warnings = []
     if min(slots) < top_k:
+        enough = libraries.beside(fixed + slot_bytes * len(experts) * top_k)
         warnings.append(
             f"{min(slots)} slots in a layer are fewer than the {top_k} experts of one token: every token reloads "
-            f"experts; {format_bytes(fixed + slot_bytes * len(experts) * top_k)} would hold one token's"
+            f"experts; {format_bytes(enough)} would hold one token's"
         )
-    planned = fixed + sum(slots) * slot_bytes
     return Plan(
         model=name,
         dtype=specs[0][0].dtype,
         encodings=tuple(dict.fromkeys(name for form in forms for name in form.encodings)),
-        budget_bytes=planned if budget.kind == "fraction" else (budget.nbytes or planned),
+        budget_bytes=nbytes,
         non_expert_bytes=non_expert,
         non_expert_stored_bytes=rest_bytes(model) - sizes.decoded + sizes.encoded,
         expert_bytes=expert_bytes,
@@ -247,6 +256,7 @@ def _plan(
         staging_bytes=STAGING_BYTES,
         activation_bytes=prefill.nbytes,
         prefill_chunk=prefill.chunk,
+        library_bytes=libraries.of(nbytes),
         context=options.context,
         batch=options.batch,
         smallest_budget=smallest,
@@ -301,6 +311,21 @@ def _decoded(model: Any, stored: Stored, kept: Mapping[str, str]) -> tuple[int, 
     )
 
 
+class _Libraries:
+    """How much of a budget on a device is left to the libraries; on a GPU nothing, as they are not there."""
+
+    def __init__(self, device: str) -> None:
+        self._most = LIBRARIES_BYTES if device == "cpu" else 0
+
+    def of(self, budget: int) -> int:
+        """Of a budget of so many bytes."""
+        return min(max(0, budget - LIBRARIES_FROM), self._most)
+
+    def beside(self, taken: int) -> int:
+        """The smallest budget that leaves a model `taken` bytes."""
+        return taken + (self._most if taken > LIBRARIES_FROM else 0)
+
+
 def _slots(
     budget: Budget,
     fixed: int,
@@ -311,9 +336,12 @@ def _slots(
     notes: list[str],
     free: Callable[[], int],
     spare: int,
-) -> tuple[int, ...]:
+    libraries: _Libraries,
+) -> tuple[tuple[int, ...], int]:
+    """Slots of each layer, and the budget in bytes."""
     if budget.kind == "fraction":
-        return tuple(max(1, math.floor(budget.share * count)) for count in experts)
+        slots = tuple(max(1, math.floor(budget.share * count)) for count in experts)
+        return slots, libraries.beside(fixed + sum(slots) * slot_bytes)
     if budget.kind == "auto":
         there = free()
         reserve = max(AUTO_RESERVE_BYTES, int(AUTO_RESERVE_SHARE * there))
@@ -324,7 +352,7 @@ def _slots(
         logger.info("emoe: memory_budget=%s", notes[-1])
     else:
         nbytes = budget.nbytes
-    total = (nbytes - fixed) // slot_bytes
+    total = (nbytes - libraries.of(nbytes) - fixed) // slot_bytes
     if total < len(experts):
         how = f"; {notes[-1]}, and memory_budget={smallest} takes of the reserve" if budget.kind == "auto" else ""
         if spare > 0:
@@ -333,11 +361,16 @@ def _slots(
             f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is "
             f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, "
             f"staging, KV cache and activations, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} "
-            f"layers{how}",
+            f"layers{_beside(libraries.of(smallest))}{how}",
             needed=smallest,
             budget=nbytes,
         )
-    return divide_slots(total, experts)
+    slots = divide_slots(total, experts)
+    return slots, budget.nbytes or libraries.beside(fixed + sum(slots) * slot_bytes)
+
+
+def _beside(nbytes: int) -> str:
+    return f", beside {format_bytes(nbytes)} for torch and Transformers" if nbytes else ""
 
 
 def divide_slots(total: int, experts: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import emoe
 from emoe import errors
+from emoe.errors import BudgetError
 from emoe.planning import bandwidth, kv_cache
 from emoe.planning import plan as planning
+
+MIB = 1 << 20
 
 
 @given(
@@ -128,3 +131,58 @@ def test_auto_with_nothing_left_says_what_was_free_and_reserved_and_what_to_ask_
         emoe.plan(checkpoint("olmoe"), free=lambda: 512 << 20)
     assert f"memory_budget={caught.value.needed} takes of the reserve" in str(caught.value)
     assert emoe.plan(checkpoint("olmoe"), caught.value.needed, calibrate=False).budget_bytes == caught.value.needed
+
+
+def large(tmp_path, **values):
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=64, num_experts_per_tok=2, dtype="bfloat16", **values,
+    )  # fmt: skip
+    config.architectures = ["OlmoeForCausalLM"]
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("budget", "libraries"), [(100, 0), (128, 0), (129, 1), (200, 72), (256, 128), (257, 128), (2048, 128)]
+)
+def test_what_exceeds_128_mib_of_a_budget_goes_to_libraries_first(budget, libraries, tmp_path):
+    plan = emoe.plan(large(tmp_path), f"{budget}MiB", calibrate=False)
+    assert plan.library_bytes == libraries * MIB == plan.to_dict()["library_bytes"]
+    assert plan.planned_bytes + plan.library_bytes <= plan.budget_bytes == budget * MIB
+    assert plan.resident_share == 1 or plan.budget_bytes - plan.planned_bytes - plan.library_bytes < plan.slot_bytes
+
+
+def test_more_budget_never_makes_fewer_slots(tmp_path):
+    folder = large(tmp_path)
+    shares = [emoe.plan(folder, f"{each}MiB", calibrate=False).resident_share for each in range(100, 500, 25)]
+    assert shares == sorted(shares) and shares[-1] > shares[0]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 1.0])
+def test_a_share_names_the_budget_that_gives_the_same_slots(share, tmp_path):
+    folder = large(tmp_path)
+    plan = emoe.plan(folder, share, calibrate=False)
+    assert plan.budget_bytes == plan.planned_bytes + plan.library_bytes
+    assert plan.library_bytes == (128 * MIB if plan.planned_bytes > 128 * MIB else 0)
+    assert emoe.plan(folder, plan.budget_bytes, calibrate=False).slots_per_layer == plan.slots_per_layer
+
+
+def test_the_smallest_budget_leaves_libraries_theirs(tmp_path):
+    folder = large(tmp_path)
+    with pytest.raises(BudgetError, match=r"beside 128\.0 MiB for torch and Transformers") as caught:
+        emoe.plan(folder, "200MiB", context=16384, calibrate=False)
+    plan = emoe.plan(folder, caught.value.needed, context=16384, calibrate=False)
+    assert plan.library_bytes == 128 * MIB and set(plan.slots_per_layer) == {1}
+    with pytest.raises(BudgetError):
+        emoe.plan(folder, caught.value.needed - 1, context=16384, calibrate=False)
+
+
+def test_auto_takes_no_more_than_is_free_with_libraries(tmp_path):
+    plan = emoe.plan(large(tmp_path), "auto", calibrate=False, free=lambda: (1 << 30) + 300 * MIB)
+    assert 256 * MIB < plan.planned_bytes + plan.library_bytes == plan.budget_bytes <= 300 * MIB
+
+
+def test_libraries_are_not_in_the_memory_of_a_gpu(tmp_path):
+    plan = emoe.plan(large(tmp_path), "1GiB", device="cuda", calibrate=False)
+    assert plan.library_bytes == 0
