@@ -9,7 +9,11 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from threading import get_ident
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +34,24 @@ _LARGE = 512  # rows from which freed memory is given back at once: 7 to 10 % of
 _PER_LAYER = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
+@dataclass(eq=False, slots=True)
+class _Forward:
+    """One that runs. A hook of a user may run others within it.
+
+    Attributes:
+        frames: that call its hooks, id and code: while one of them is on the thread's stack, it runs.
+        text: its input that `_after` sees; rows: logits of its earlier chunks.
+        chunk: input of the chunk of it that is about to begin.
+        large: it has so many rows that freed memory is given back at once.
+    """
+
+    frames: frozenset[tuple[int, int]]
+    text: torch.Tensor | None = None
+    rows: list[torch.Tensor] = field(default_factory=list)
+    chunk: torch.Tensor | None = None
+    large: bool = False
+
+
 class ChunkedPrefill:
     """Cuts forwards of one model into chunks until `remove`.
 
@@ -47,11 +69,9 @@ class ChunkedPrefill:
         self._tokens = tokens
         self._room = room
         self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-        # By thread: the input of the chunk it runs; the input of its forward that `_after` ends, and the logits of that
-        # forward's earlier chunks. An interrupt may leave both: they are known by their input, so no later forward is
-        # taken for theirs.
-        self._chunk: dict[int, torch.Tensor | None] = {}
-        self._open: dict[int, tuple[torch.Tensor | None, list[torch.Tensor]]] = {}
+        # By thread, the innermost last: those that are cut or large, and what runs within them. An interrupt may leave
+        # some, which are told by the stack.
+        self._open: dict[int, list[_Forward]] = {}
         self._said: set[str] = set()
         # A hook that looks for the begin of a request has to see the first chunk, and so runs after this one.
         self._begins: RemovableHandle | None = model.register_forward_pre_hook(
@@ -68,25 +88,50 @@ class ChunkedPrefill:
             self._begins.remove()
             self._begins = None
         self._end_left()
+        self._remove_last()
+
+    def _remove_last(self) -> None:
         alive = sys._current_frames()
         if not any(thread in alive for thread in list(self._open)):
             self._ends.remove()
 
-    def _end_left(self) -> None:
-        """Drops what an interrupt left of a forward in this thread."""
-        self._chunk.pop(get_ident(), None)
-        self._open.pop(get_ident(), None)
-        LargeBlocks.release()
+    def _end_left(self, own: frozenset[tuple[int, int]] = frozenset()) -> list[_Forward]:
+        """Forwards that run in this thread; drops what an interrupt left of others.
+
+        Args:
+            own: frames of one that begins. Those of one that was cut off are often at the same place.
+        """
+        running = self._open.get(get_ident(), [])
+        if running:
+            stack = {_known(frame) for frame in _stack(sys._getframe(1))} - own
+            running = [each for each in running if not stack.isdisjoint(each.frames)]
+        return self._are(running)
+
+    def _are(self, running: list[_Forward]) -> list[_Forward]:
+        if running:
+            self._open[get_ident()] = running
+        else:
+            self._open.pop(get_ident(), None)
+        if any(each.large for each in running):
+            LargeBlocks.hold()
+        else:
+            LargeBlocks.release()
+        return running
 
     def _before(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling():  # what is compiled runs whole
             return None
-        thread = get_ident()
-        if _has(kwargs, self._chunk.get(thread)):
-            return None
-        self._end_left()
+        # What calls this calls `_after` too; where the forward raises, what called that does.
+        own = _Forward(frozenset(map(_known, islice(_stack(sys._getframe(1)), 2))))
+        running = self._end_left(own.frames)
+        if running:
+            outer = running[-1]
+            running = self._are([*running, own])
+            if outer.chunk is not None and _has(kwargs, outer.chunk):
+                outer.chunk = None
+                return None
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         give_room(given.get("past_key_values"), self._room)
@@ -94,9 +139,10 @@ class ChunkedPrefill:
         if text is None:
             return None
         batch, length = text.shape[:2]
-        if batch * length >= _LARGE:
-            self._open[thread] = text, []
-            LargeBlocks.hold()
+        own.text, own.large = text, batch * length >= _LARGE
+        running = running or [own]
+        if own.large:
+            self._are(running)
         size = self._tokens
         if size is None or length <= size:
             return None
@@ -106,15 +152,17 @@ class ChunkedPrefill:
                 self._said.add(reason)
                 logger.warning("emoe: a forward of %d tokens runs whole, not in chunks of %d: %s", length, size, reason)
             return None
+        self._are(running)
+        own.text = None
         try:
-            return (), self._all_but_last(model, given, length, size)
-        except BaseException:
-            self._end_left()
+            return (), self._all_but_last(model, own, given, length, size)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # else `_after` is called
+                self._are(running[:-1])
             raise
 
-    def _all_but_last(self, model: Any, given: dict[str, Any], length: int, size: int) -> dict[str, Any]:
+    def _all_but_last(self, model: Any, own: _Forward, given: dict[str, Any], length: int, size: int) -> dict[str, Any]:
         """Runs all chunks but the last; returns the arguments of that."""
-        thread = get_ident()
         keep = given.get("logits_to_keep", 0) or length
         given.setdefault("use_cache", True)
         rows: list[torch.Tensor] = []
@@ -126,29 +174,30 @@ class ChunkedPrefill:
                 chunk["logits_to_keep"] = max(1, wanted)
             if end == length:
                 break
-            self._chunk[thread] = _text(chunk)
+            own.chunk = _text(chunk)
             output = model(**chunk)
             given["past_key_values"] = output.past_key_values
             give_room(output.past_key_values, self._room)
             if wanted > 0:
                 rows.append(output.logits)
             del output
-        self._chunk.pop(thread, None)
-        self._open[thread] = _text(chunk), rows
+        own.text, own.rows = _text(chunk), rows
         return chunk
 
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        thread = get_ident()
-        if torch.compiler.is_compiling() or _has(kwargs, self._chunk.get(thread)):
+        running = self._open.get(get_ident(), [])
+        if torch.compiler.is_compiling() or not running:
             return
-        text, rows = self._open.pop(thread, (None, []))
-        if self._begins is None:  # `_before` did not drop what is another forward's
-            rows = rows if _has(kwargs, text) else []
-            if not self._open:
-                self._ends.remove()
+        which = _innermost(running, sys._getframe(1))
+        # Without `_before` what runs within another forward is not among those that run.
+        if which is None or (self._begins is None and not _has(kwargs, running[which].text, *args)):
+            return
+        rows = running[which].rows
         if rows and output is not None:  # None: the forward raised
             output.logits = torch.cat([*rows, output.logits], dim=1)
-        LargeBlocks.release()
+        self._are(running[:which])
+        if self._begins is None:
+            self._remove_last()
 
     def _whole(self, model: nn.Module, given: dict[str, Any], length: int) -> str:
         """Why this forward cannot be cut, "" where it can."""
@@ -195,8 +244,27 @@ def _text(given: dict[str, Any]) -> torch.Tensor | None:
     return None
 
 
-def _has(kwargs: dict[str, Any], tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and any(value is tensor for value in kwargs.values())
+def _has(kwargs: dict[str, Any], tensor: torch.Tensor | None, *args: Any) -> bool:
+    return tensor is not None and any(value is tensor for value in (*kwargs.values(), *args))
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _known(frame: FrameType) -> tuple[int, int]:
+    return id(frame), id(frame.f_code)
+
+
+def _innermost(running: list[_Forward], frame: FrameType) -> int | None:
+    """Which of the forwards that run in this thread is the one whose hook `frame` calls."""
+    for each in _stack(frame):
+        for number in reversed(range(len(running))):
+            if _known(each) in running[number].frames:
+                return number
+    return None
 
 
 def _cut(given: dict[str, Any], start: int, end: int, length: int) -> dict[str, Any]:

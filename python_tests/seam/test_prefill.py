@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -150,7 +151,6 @@ def test_a_chunk_that_fails_leaves_the_next_forward_right_and_the_allocator_as_i
     olmoe.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         olmoe(prompt())
-    assert not chunked._chunk
     assert not chunked._open
     assert not memory.LargeBlocks._threads
     torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
@@ -184,13 +184,15 @@ def test_every_way_to_generate_gives_the_same_tokens(how, name):
 
 
 def _clean(chunked):
-    return not (chunked._chunk or chunked._open or memory.LargeBlocks._threads or memory.LargeBlocks._large)
+    return not (chunked._open or memory.LargeBlocks._threads or memory.LargeBlocks._large)
 
 
 @pytest.mark.parametrize("opcodes", [False, True])
 @torch.no_grad()
 def test_an_interrupt_at_any_moment_leaves_the_next_forward_right(opcodes, olmoe, monkeypatch):
     monkeypatch.setattr(prefill, "_LARGE", 64)
+    # At the bytecodes before a `with` lets it go Python takes no signal; one that comes there all the same keeps it.
+    monkeypatch.setattr(memory.LargeBlocks, "_lock", threading.RLock())
     chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
     expected = olmoe(prompt()).logits
     rooms = ("seam/prefill.py", "seam/kv_room.py", "memory.py")
@@ -265,6 +267,105 @@ def test_hooks_that_are_removed_while_another_thread_runs_a_forward_let_it_end(o
     assert _clean(chunked)
     assert not olmoe._forward_hooks
     assert not olmoe._forward_pre_hooks
+
+
+def within(model, run, *, calls, layer=1):
+    """`run` is called from a hook of a layer, in those of its calls; what it gives is in the list."""
+    got, count = [], [0]
+
+    def hook(*_):
+        count[0] += 1
+        if count[0] in calls and len(got) < len(calls):
+            number = len(got)
+            got.append(None)
+            got[number] = run()
+
+    model.model.layers[layer].register_forward_pre_hook(hook)
+    return got
+
+
+LAST = -(-LENGTH // CHUNK)  # calls of a layer, one a chunk
+INNER = {
+    "a token": lambda model: model(prompt(length=1, seed=7)),
+    "a prompt in chunks": lambda model: model(prompt(seed=7)),
+    "generate": lambda model: types.SimpleNamespace(logits=model.generate(prompt(seed=7), **GENERATE)),
+    "positional and without a cache": lambda model: model(prompt(seed=7), use_cache=False),
+}
+
+
+@pytest.mark.parametrize("large", [1, 64, 512])
+@pytest.mark.parametrize("call", [1, 2, LAST], ids=["first chunk", "second", "last"])
+@pytest.mark.parametrize("inner", INNER)
+@torch.no_grad()
+def test_a_forward_within_a_chunk_of_another_leaves_each_its_rows(inner, call, large, olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", large)
+    expected, expected_inner = olmoe(prompt()).logits, INNER[inner](olmoe).logits
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    got = within(olmoe, lambda: INNER[inner](olmoe), calls=[call])
+    torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[0].logits, expected_inner, atol=1e-4, rtol=1e-4)
+    assert _clean(chunked)
+
+
+@torch.no_grad()
+def test_a_forward_within_one_within_one_of_the_same_input_leaves_each_its_rows(olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", 64)
+    ids = prompt()
+    expected = olmoe(ids).logits
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    got = within(olmoe, lambda: olmoe(ids).logits, calls=[LAST, LAST + 1, LAST + 3])
+    for each in (olmoe(input_ids=ids).logits, *got):
+        torch.testing.assert_close(each, expected, atol=1e-4, rtol=1e-4)
+    assert len(got) == 3 and _clean(chunked)
+
+
+@pytest.mark.parametrize("call", [2, LAST])
+@torch.no_grad()
+def test_a_forward_with_the_very_input_of_a_chunk_is_not_taken_for_it(call, olmoe):
+    expected = olmoe(prompt()).logits
+    ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    seen = []
+    olmoe.model.register_forward_pre_hook(lambda _, args, given: seen.append(given["input_ids"]), with_kwargs=True)
+    got = within(olmoe, lambda: olmoe(input_ids=seen[-1]).logits, calls=[call])
+    torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
+    assert got[0].shape[1] == (CHUNK if call < LAST else LENGTH % CHUNK)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("inner_length", [1, LENGTH])
+@torch.no_grad()
+def test_a_forward_that_ends_early_within_another_leaves_that_its_rows(inner_length, error, olmoe, monkeypatch):
+    monkeypatch.setattr(prefill, "_LARGE", 64)
+    expected = olmoe(prompt()).logits
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    fails = []
+
+    def fail(*_):
+        if fails:
+            raise error
+
+    olmoe.model.layers[0].register_forward_pre_hook(fail)
+
+    def run():
+        fails.append(1)
+        with pytest.raises(error):
+            olmoe(prompt(length=inner_length, seed=7))
+        fails.clear()
+
+    within(olmoe, run, calls=[LAST])
+    torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(olmoe(prompt(length=1)).logits, olmoe(prompt(length=1)).logits) and _clean(chunked)
+
+
+@pytest.mark.parametrize("call", [2, LAST])
+@torch.no_grad()
+def test_hooks_that_are_removed_within_a_forward_let_it_end(call, olmoe):
+    expected = olmoe(prompt()).logits
+    chunked = ChunkedPrefill(olmoe, CHUNK, LENGTH)
+    within(olmoe, chunked.remove, calls=[call])
+    torch.testing.assert_close(olmoe(prompt()).logits, expected, atol=1e-4, rtol=1e-4)
+    assert _clean(chunked)
+    assert not olmoe._forward_hooks and not olmoe._forward_pre_hooks
 
 
 def test_decode_after_chunks_is_bit_identical_between_budgets(checkpoint):
