@@ -114,6 +114,7 @@ class Request:
 
 Span = tuple[Request, slice]
 T = TypeVar("T")
+Entry = TypeVar("Entry", bound="OfBlock")
 
 
 class RequestObserver(Protocol):
@@ -127,7 +128,24 @@ class RequestObserver(Protocol):
 
 
 @dataclass(eq=False, slots=True)
-class _Open:
+class OfBlock:
+    """What holds while a block runs.
+
+    Attributes:
+        running: the block.
+    """
+
+    # A copy has the same: what it says in a copy is over with the block.
+    running: weakref.ref[Any] | None = field(default=None, init=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether the block is over, with an end or without."""
+        return self.running is None or self.running() is None
+
+
+@dataclass(eq=False, slots=True)
+class _Open(OfBlock):
     """What a block says of forwards while it runs.
 
     Attributes:
@@ -135,7 +153,6 @@ class _Open:
         rows: of each request in a batch; None: all are the one request's.
         kind: what they are good for.
         thread: that of the block.
-        running: the block.
         untold: observers that are to be told of its end, the next one last; None: it has not ended.
     """
 
@@ -143,13 +160,7 @@ class _Open:
     rows: tuple[int, ...] | None = None
     kind: Kind = Kind.ASKED
     thread: int = 0
-    running: weakref.ref[Any] | None = None  # a copy has the same: what it says in a copy is over with the block
     untold: list[RequestObserver] | None = None
-
-    @property
-    def over(self) -> bool:
-        """Whether the block is over, with an end or without."""
-        return self.running is None or self.running() is None
 
     @property
     def open(self) -> bool:
@@ -163,21 +174,21 @@ class _Open:
 
 
 class _Found(property):
-    """`__enter__` and `__exit__` of `_Block`, which a `with` statement finds without a frame of Python."""
+    """`__enter__` and `__exit__` of `Block`, which a `with` statement finds without a frame of Python."""
 
     def __call__(self, block: Any, *raised: Any) -> Any:
         return self.__get__(block)(*raised)  # ExitStack asks the class for them
 
 
-class _Block(AbstractContextManager[T]):
-    """The context manager of one `with` statement.
+class Block(AbstractContextManager[T]):
+    """The context manager of one `with` statement: calls enter(entry), then leave(entry, *raised).
 
     An interrupt may come when `__exit__` has begun and has done nothing. So that the block is over all the same,
     `leave` is held by nobody but the statement that runs it, also one in a generator: the frames that a traceback
     keeps (`sys.last_traceback`) have no reference to it, nor to this object. Those of an ExitStack do.
     """
 
-    def __init__(self, entry: _Open, enter: Callable[[_Open], T], leave: Callable[..., None]) -> None:
+    def __init__(self, entry: Entry, enter: Callable[[Entry], T], leave: Callable[..., None]) -> None:
         self.enter, self.leave = partial(enter, entry), partial(leave, entry)
         entry.running = weakref.ref(self.leave)
 
@@ -297,16 +308,16 @@ class Requests:
         Raises:
             ClosedError: the runtime was closed.
         """
-        return _Block(_Open((request,)), self._begin, self._leave)
+        return Block(_Open((request,)), self._begin, self._leave)
 
     def rows(self, requests: Sequence[tuple[Request, int]]) -> AbstractContextManager[None]:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
         entry = _Open(tuple(each for each, _ in requests), tuple(count for _, count in requests))
-        return _Block(entry, self._announce, self._forget)
+        return Block(entry, self._announce, self._forget)
 
     def of_kind(self, kind: Kind) -> AbstractContextManager[None]:
         """In the block, forwards of this thread are of this kind."""
-        return _Block(_Open(kind=kind), self._turn, self._forget)
+        return Block(_Open(kind=kind), self._turn, self._forget)
 
     def forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A forward of the model is about to run; outside blocks of `request` it may begin one.

@@ -6,8 +6,8 @@ It wires the parts together and takes them down again; decisions are in slots/, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +218,7 @@ class Runtime:
         self._require_open()
         return self._bank.settling(self.routing.options.mode, self.routing.options.bound is not None)
 
-    @contextmanager
-    def record(self, path: str | Path) -> Iterator[TraceRecorder]:
+    def record(self, path: str | Path) -> AbstractContextManager[TraceRecorder]:
         """Records routing decisions while the block runs and writes them to `path` (.npz; see docs/traces.md).
 
         `recorder.mark(task=..., prompt=...)` names what follows in its thread. Recorders may be open at the same time,
@@ -232,9 +231,8 @@ class Runtime:
             WriteError: the folder is not there or cannot be written, or the disk is full: before the block runs.
         """
         self._require_open()
-        recorder = self._bank.recorder(path, type(self._model).__name__, self.plan.top_k)
-        with recorder.saving(), self._bank.recorded(recorder, self._told, self._require_open):
-            yield recorder
+        model = type(self._model).__name__
+        return self._bank.recorded(path, model, self.plan.top_k, self._told, self._require_open)
 
     def close(self, *, restore: bool | None = None) -> None:
         """Stops transfers, frees the slots and gives the model back; calling it again does nothing.

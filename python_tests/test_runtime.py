@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import families
 import numpy as np
 import pytest
 import torch
+from interrupts import interrupted
 from transformers import AutoModelForCausalLM
 
 import emoe
 from emoe import errors
+from emoe.compute.bank import Bank
 from emoe.compute.experts import Recording
 
 
@@ -292,3 +297,69 @@ def test_a_text_generation_pipeline_runs_on_the_model(checkpoint):
     answer = generate("w5 w6", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert answer.startswith("w5 w6")
     assert answer.count("w") == 6
+
+
+def _recorder_of(tmp_path):
+    """A bank's recorders without a model, and what tells them of requests."""
+    bank = Bank.__new__(Bank)
+    layer = types.SimpleNamespace(layout=types.SimpleNamespace(nbytes=8), num_experts=4)
+    bank.layers, bank.observers, bank._lock = [layer], [], threading.RLock()
+    told = [object(), object()]
+    return bank, told, lambda name: bank.recorded(tmp_path / name, "model", 2, told, lambda: None)
+
+
+def _record_blocks(record, bank):
+    with record("one.npz"):
+        _one_token(bank)
+        with record("two.npz"):
+            _one_token(bank)
+
+
+def _stacked_record_blocks(record, bank):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(record("two.npz"))
+        _one_token(bank)
+
+
+def _one_token(bank):
+    for each in bank.observers:
+        each.before(0, None, torch.tensor([[1, 2]]), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
+@pytest.mark.parametrize(
+    ("blocks", "keeps"), [(_record_blocks, True), (_record_blocks, False), (_stacked_record_blocks, False)]
+)
+def test_an_interrupt_at_any_moment_leaves_no_recorder_open(blocks, keeps, opcodes, tmp_path):
+    at, rooms = 0, ["compute/bank.py", "compute/experts.py", "requests.py", "trace/trace.py"]
+    while True:
+        kept = []
+        bank, told, record = _recorder_of(tmp_path)
+
+        def run(record=record, bank=bank, kept=kept):
+            try:
+                blocks(record, bank)
+            except KeyboardInterrupt as interrupt:
+                if keeps:
+                    kept.append(interrupt)  # as sys.last_traceback does, with all frames
+                raise
+
+        where = interrupted(run, at, rooms, opcodes=opcodes)
+        if blocks is _stacked_record_blocks:
+            gc.collect(1)  # its frames are in a circle with the interrupt
+        assert all(each.over for each in bank._recordings()), where
+        _one_token(bank)
+        assert all(each.recorder.trace().tokens <= 2 for each in bank._recordings())
+        with record("one.npz") as recorder:
+            assert [each.recorder for each in bank._recordings()] == [recorder]
+            assert len(told) == 3
+            _one_token(bank)
+        assert emoe.load_trace(tmp_path / "one.npz").tokens == 1
+        assert not bank.observers and len(told) == 2
+        kept.clear()
+        gc.collect(1)
+        assert not list(tmp_path.glob(".*.emoe-*")), where
+        if not where:
+            break
+        at += 5 if opcodes else 1
+    assert at > (500 if opcodes else 80)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -20,7 +22,7 @@ from emoe.errors import ConfigError
 from emoe.memory import format_bytes
 from emoe.model import summary
 from emoe.model.layout import SlotLayout
-from emoe.requests import RequestObserver
+from emoe.requests import Block, RequestObserver
 from emoe.slots.cache import CacheManager
 from emoe.slots.loader import Loader
 from emoe.slots.resident import CacheResidency
@@ -115,41 +117,56 @@ class Bank:
                     "emoe: %d of %d layers run Transformers' own kernels: %s", count, len(self.layers), reason
                 )
 
-    def recorder(self, path: str | Path, model: str, top_k: int) -> TraceRecorder:
-        """A trace of these layers."""
-        nbytes = [layer.layout.nbytes for layer in self.layers]
-        experts = self.layers[0].num_experts
-        return TraceRecorder(len(self.layers), top_k, experts, path=path, model=model, expert_bytes=nbytes)
-
-    @contextmanager
     def recorded(
-        self, recorder: TraceRecorder, told: list[RequestObserver], check: Callable[[], None]
-    ) -> Iterator[None]:
-        """In the block, layers and requests tell the recorder what they do.
+        self, path: str | Path, model: str, top_k: int, told: list[RequestObserver], check: Callable[[], None]
+    ) -> AbstractContextManager[TraceRecorder]:
+        """In the block, layers and requests tell a recorder what they do; where it ends well, the trace is written.
 
         Args:
+            path, model, top_k: of the trace.
             told: of requests; the recorder is second in it.
             check: raises where none of it runs any more.
 
         Raises:
+            WriteError: the trace cannot be written there.
             ConfigError: another recorder is open that writes to its path.
         """
-        recording = Recording(recorder)
-        with self._lock:
-            check()
-            others = [each.recorder for each in self.observers if isinstance(each, Recording)]
-            if any(each.path.absolute() == recorder.path.absolute() for each in others):
-                raise ConfigError(
-                    f"another recorder that is open writes to {recorder.path}; give each a file of its own"
-                )
-            self.observers.insert(0, recording)
-            told.insert(1, recording)
+        nbytes = [layer.layout.nbytes for layer in self.layers]
+        experts = self.layers[0].num_experts
+        recorder = TraceRecorder(len(self.layers), top_k, experts, path=path, model=model, expert_bytes=nbytes)
+        return Block(Recording(recorder), partial(self._record, told, check), partial(self._recorded, told))
+
+    def _record(self, told: list[RequestObserver], check: Callable[[], None], recording: Recording) -> TraceRecorder:
+        recorder = recording.recorder
         try:
-            yield
-        finally:
+            recording.file = recorder.saving()
+            recording.file.__enter__()
             with self._lock:
-                self.observers.remove(recording)
-                told.remove(recording)
+                check()
+                for each in self._recordings():
+                    if each.over:  # an interrupt came before its end
+                        self._recorded(told, each, KeyboardInterrupt, KeyboardInterrupt(), None)
+                    elif each.recorder.path.absolute() == recorder.path.absolute():
+                        raise ConfigError(
+                            f"another recorder that is open writes to {recorder.path}; give each a file of its own"
+                        )
+                self.observers.insert(0, recording)
+                told.insert(1, recording)
+        except BaseException:
+            self._recorded(told, recording, *sys.exc_info())
+            raise
+        return recorder
+
+    def _recordings(self) -> list[Recording]:
+        return [each for each in self.observers if isinstance(each, Recording)]
+
+    def _recorded(self, told: list[RequestObserver], recording: Recording, *raised: Any) -> None:
+        with self._lock:
+            told[:] = [each for each in told if each is not recording]
+            # Last, as `_recordings` looks here for what was cut off.
+            self.observers[:] = [each for each in self.observers if each is not recording]
+        if recording.file is not None:
+            recording.file.__exit__(*raised)
 
     def settling(self, mode: str, contract: bool) -> SlotTables:
         """The slot tables.

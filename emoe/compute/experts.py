@@ -8,6 +8,8 @@ its `compute`: `cpu.Native`, `stock.Stock` or `gpu_experts.OnDevice`, chosen onc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -17,7 +19,7 @@ from torch import nn
 from emoe.errors import ClosedError, ConfigError, EmoeError, UnsupportedModelError
 from emoe.model.layout import SlotLayout
 from emoe.model.spec import ExpertForm
-from emoe.requests import Kind, Request
+from emoe.requests import Kind, OfBlock, Request
 from emoe.slots.loader import Loader
 
 if TYPE_CHECKING:
@@ -77,20 +79,26 @@ class Observer(Protocol):
         """It has computed, and holds no slot any more."""
 
 
-class Recording:
-    """Hands what layers compute to a trace, under the task of the request that begins."""
+@dataclass(eq=False, slots=True)
+class Recording(OfBlock):
+    """Hands what layers compute to a trace while its block runs, under the task of the request that begins.
 
-    def __init__(self, recorder: TraceRecorder) -> None:
-        self.recorder = recorder
+    Attributes:
+        file: writes the trace where the block ends well.
+    """
+
+    recorder: TraceRecorder
+    file: AbstractContextManager[Any] | None = None
 
     def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        self.recorder.record(layer, index.cpu().numpy(), weights.float().cpu().numpy())
+        if not self.over:
+            self.recorder.record(layer, index.cpu().numpy(), weights.float().cpu().numpy())
 
     def after(self, layer: int) -> None:
         """A trace holds what was routed."""
 
     def begin(self, request: Request, first: bool) -> None:
-        if request.kind is Kind.ASKED and request.task is not None:
+        if request.kind is Kind.ASKED and request.task is not None and not self.over:
             self.recorder.mark(task=request.task)
 
     def end(self, request: Request, last: bool) -> None:
