@@ -96,12 +96,17 @@ def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dic
 
 
 def without_quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:
-    """A copy of a config as it would be were the weights plain, and what it says of their encodings, wherever in it."""
+    """A copy of a config as it would be were the weights plain, and what it says of their encodings, wherever in it.
+
+    Where several of its parts speak of them and differ, the first is taken, with the others under their names.
+    """
     config, found = copy.deepcopy(config), None
-    for each in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+    for name, each in {"": config, **parts}.items():
         said = getattr(each, "__dict__", {}).pop("quantization_config", None)
         if said is not None:
-            found = found or (dict(said) if isinstance(said, Mapping) else said.to_dict())
+            said = dict(said) if isinstance(said, Mapping) else said.to_dict()
+            found = said if found in (None, said) else {**found, name: said}
             each.__dict__.pop("expert_dtype", None)  # DeepSeek-V4's
     return config, found
 

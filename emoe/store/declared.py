@@ -74,19 +74,21 @@ def said_of_encodings(
         folder: of the checkpoint's files.
 
     Raises:
-        CheckpointError: such a file is no JSON, or says that what goes into layers, or comes out, is transformed.
+        CheckpointError: such a file is no JSON, or any of them says that what goes into layers, or comes out, is
+            transformed, be it beside a config that speaks of encodings.
     """
+    found: list[tuple[Mapping[str, Any], str]] = []
     if quantization is not None:
         _require_no_transform(quantization, str(Path(folder or "") / "config.json"))
-        return quantization, "config.json"
+        found.append((quantization, "config.json"))
     for name in QUANTIZER_FILES if folder is not None else ():
         path = Path(folder or "") / name
         if path.is_file():
-            found = jsontext.read(path, "config of a quantizer", partial(CheckpointError, file=str(path)))
-            if isinstance(found, dict):
-                _require_no_transform(found, str(path))
-                return found, name
-    return None
+            beside = jsontext.read(path, "config of a quantizer", partial(CheckpointError, file=str(path)))
+            if isinstance(beside, dict):
+                _require_no_transform(beside, str(path))
+                found.append((beside, name))
+    return next(iter(found), None)
 
 
 def _require_no_transform(said: Mapping[str, Any], file: str) -> None:
@@ -102,8 +104,9 @@ def _require_no_transform(said: Mapping[str, Any], file: str) -> None:
         elif _TRANSFORMS.search(str(key)):
             where = f"{value}"
         else:
-            if isinstance(value, Mapping):
-                _require_no_transform(value, file)
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(each, Mapping):
+                    _require_no_transform(each, file)
             continue
         if where:
             raise CheckpointError(

@@ -221,6 +221,18 @@ def test_a_config_in_the_text_config_is_found_and_taken_out():
     )
 
 
+def test_parts_of_a_config_that_say_different_things_are_all_heard(tmp_path):
+    config = Qwen3_5MoeConfig()
+    config.quantization_config = {"quant_method": "fp8"}
+    config.text_config.quantization_config = {"quant_method": "fp8", "online_rotate": True}
+    _, said = without_quantization(config)
+    assert said == {"quant_method": "fp8", "text_config": {"quant_method": "fp8", "online_rotate": True}}
+    with pytest.raises(errors.CheckpointError, match="online_rotate"):
+        declared(said)
+    config.text_config.quantization_config = {"quant_method": "fp8"}
+    assert without_quantization(config)[1] == {"quant_method": "fp8"}
+
+
 @pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
 def test_a_config_of_the_quantizer_beside_confirms_or_is_refused_with_both_blocks(file, tmp_path):
     said = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}}
@@ -617,6 +629,7 @@ def _transforms(*locations: str) -> dict:
         ({"online_rotate": True}, "online_rotate"),
         ({"algorithm": {"spinquant": {"r3": True}}}, "spinquant"),
         ({"extra": {"hadamard_config": {"size": 32}}}, "hadamard_config"),
+        ({"stages": [{"bits": 4}, {"rotate_inputs": True}]}, "rotate_inputs"),
     ],
 )  # fmt: skip
 def test_a_config_with_transforms_at_run_time_is_refused_by_file_and_key(more, word, tmp_path):
@@ -632,6 +645,20 @@ def test_transforms_in_a_file_of_the_quantizer_are_refused_by_it(tmp_path):
         "quantization": {"quant_algo": "NVFP4", "group_size": 16, **_transforms("input")}
     }})  # fmt: skip
     assert _fails(path).file == str(path / "hf_quant_config.json")
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_transforms_in_a_file_beside_a_config_that_speaks_of_encodings_are_refused_too(file, tmp_path):
+    said = {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    path = quantized.write(tmp_path, FORMATS["nvfp4"], files={file: {**said, "rotation_config": {"kind": "block"}}})
+    error = _fails(path)
+    assert error.file == str(path / file) and "rotation_config" in str(error)
+    with pytest.raises(errors.CheckpointError, match="rotation_config"):
+        emoe.plan(path, calibrate=False)
+    (path / file).write_text(json.dumps({**said, **_transforms("weight_input")}))
+    _assert_runs_as_the_truth(tmp_path)
+    (path / file).write_text("{")
+    assert _fails(path).file == str(path / file)
 
 
 def test_rotations_that_are_folded_into_the_weights_are_no_obstacle(tmp_path):
