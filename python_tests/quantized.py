@@ -433,6 +433,7 @@ MODELS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "qwen3_moe": _qwen3_moe,
     "qwen3_moe_256": lambda: _qwen3_moe(256, 256),
     "qwen3_moe_wide": lambda: _qwen3_moe(1024, 768, vocabulary=16384),
+    "qwen3_moe_72": lambda: _qwen3_moe(intermediate=72),  # no whole number of blocks
     "fused": _qwen3_moe,  # saved as the model holds it
     "deepseek_v3": lambda: _deepseek_v3(128),
     "deepseek_v3_ragged": lambda: _deepseek_v3(288),

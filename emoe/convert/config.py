@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,24 +10,27 @@ from torch import nn
 from emoe.convert.plan import Conversion
 from emoe.model.encode import FP8
 from emoe.model.structure import experts_modules
+from emoe.store.declared import OWN_METHOD, OWN_REST
 
 _OF_EXPERTS = ("expert_dtype", "moe_quant_algo")  # what a config says of experts apart, which are others now
 
 
-def quantization(plan: Conversion, meta_model: Any, experts: str, rest: dict[str, Any] | None = None) -> dict[str, Any]:
+def quantization(
+    plan: Conversion, meta_model: Any, experts: str, rest: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What readers are told; emoe goes by the tensors themselves.
 
     Args:
         meta_model: the model on the meta device.
         experts: what was asked for.
-        rest: what the config of before says, where weights outside experts stay encoded.
+        rest: what was said of encodings before, where weights outside experts stay encoded.
     """
     made = [each for shard in plan.shards for each in shard.tensors if each.matrix is not None]
     encoded = [each for each in made if each.plane != "values"]
     names = {each.as_ for each in encoded}
     if rest is not None:
         rest = {name: value for name, value in rest.items() if name not in _OF_EXPERTS}
-        return {**rest, "quant_method": "emoe", "experts": experts, "encodings": sorted(names)}
+        return {"quant_method": OWN_METHOD, "experts": experts, "encodings": sorted(names), OWN_REST: rest}
     outside = _outside_experts(meta_model)
     if names == {FP8} and not any(each.matrix.flipped for each in encoded if each.matrix):
         return {
@@ -42,7 +46,7 @@ def quantization(plan: Conversion, meta_model: Any, experts: str, rest: dict[str
     whole = all(each.matrix.vector for each in made if each.matrix and each.plane == "values")
     if names == {"mxfp4"} and whole and meta_model.config.model_type == "gpt_oss":
         return {"quant_method": "mxfp4", "modules_to_not_convert": outside}
-    return {"quant_method": "emoe", "experts": experts, "encodings": sorted(names)}
+    return {"quant_method": OWN_METHOD, "experts": experts, "encodings": sorted(names)}
 
 
 def _compressed_tensors(ignore: list[str]) -> dict[str, Any]:

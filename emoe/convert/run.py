@@ -32,6 +32,7 @@ from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard,
 from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, UnsupportedModelError, WriteError
 from emoe.files import jsontext
 from emoe.memory import format_bytes, process_memory
+from emoe.model.config import take_quantization
 from emoe.model.encode import WORKSPACE, Encoded, encode
 from emoe.model.encoding import encoding
 from emoe.model.gguf_files import gguf_files
@@ -39,7 +40,8 @@ from emoe.model.structure import find_experts
 from emoe.planning.meta import meta_model
 from emoe.store import ExpertStore, read_expert
 from emoe.store.checkpoint import read_checkpoint
-from emoe.store.companions import Group, grouped
+from emoe.store.companions import grouped, is_encoded
+from emoe.store.declared import QUANTIZER_FILES, said_of_encodings
 from emoe.store.gguf import GgufCheckpoint
 from emoe.store.headers import INDEX_NAME, TensorEntry, checkpoint_files, read_headers
 
@@ -48,7 +50,7 @@ _COPY = 8 << 20  # bytes of what is copied at once
 _MEMORY = 2 << 30  # bytes, where none is named
 _SPARE = 64 << 20  # bytes of memory for what is not counted, and of the disk for what is beside the shards
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_NOT_COPIED = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", state.RECORD)
+_NOT_COPIED = ("config.json", *QUANTIZER_FILES, state.RECORD)
 _MOST_THREADS = 16
 _LARGEST_EXTRA = 64 << 20  # bytes of a file beside the weights; a tokenizer has up to 30 MB
 
@@ -260,8 +262,10 @@ class _Source:
 
     def quantization(self, plan: Conversion, experts: str) -> dict[str, Any]:
         """Of the config that is written."""
-        rest = self.encoded if any(isinstance(each, Group) for each in grouped(plan.copied).values()) else None
-        return quantization(plan, self.meta, experts, rest)
+        if not is_encoded(grouped(plan.copied)):
+            return quantization(plan, self.meta, experts)
+        said = said_of_encodings(self.encoded, self.folder)  # a quantizer's own file is not copied
+        return quantization(plan, self.meta, experts, {} if said is None else said[0])
 
     def __enter__(self) -> _Source:
         return self
@@ -290,8 +294,9 @@ def _open(folder: Path) -> _Source:
     files = checkpoint_files(folder)
     config = jsontext.read(folder / "config.json", "config", partial(CheckpointError, file=str(folder)))
     find_experts(meta)
-    encoded = next((each.pop("quantization_config") for each in _parts(config) if "quantization_config" in each), None)
-    for each in _parts(config):
+    parts = {"": config, **{name: each for name, each in config.items() if isinstance(each, dict)}}
+    encoded = take_quantization({name: each for name, each in parts.items() if name != "quantization_config"})
+    for each in parts.values():
         each.pop("expert_dtype", None)  # what DeepSeek-V4 says of experts, which will be others
     store = read_checkpoint(files, meta, encoded).store
     try:
@@ -300,11 +305,6 @@ def _open(folder: Path) -> _Source:
     except BaseException:
         store.close()
         raise
-
-
-def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """A config, and those in it of the models that it is made of."""
-    return [config, *(each for each in config.values() if isinstance(each, dict))]
 
 
 def _report(model: str, out: Path, experts: str, source: _Source, plan: Conversion) -> Report:

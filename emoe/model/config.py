@@ -100,15 +100,27 @@ def without_quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:
 
     Where several of its parts speak of them and differ, the first is taken, with the others under their names.
     """
-    config, found = copy.deepcopy(config), None
+    config = copy.deepcopy(config)
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
-    for name, each in {"": config, **parts}.items():
-        said = getattr(each, "__dict__", {}).pop("quantization_config", None)
+    return config, take_quantization(
+        {"": config.__dict__, **{name: vars(each) for name, each in parts.items() if each}}
+    )
+
+
+def take_quantization(parts: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Takes what a config says of encodings out of it; gives it as `without_quantization` does.
+
+    Args:
+        parts: values of the config, under "", and of those in it, by name.
+    """
+    found: dict[str, Any] | None = None
+    for name, values in parts.items():
+        said = values.pop("quantization_config", None)
         if said is not None:
             said = dict(said) if isinstance(said, Mapping) else said.to_dict()
             found = said if found in (None, said) else {**found, name: said}
-            each.__dict__.pop("expert_dtype", None)  # DeepSeek-V4's
-    return config, found
+            values.pop("expert_dtype", None)  # DeepSeek-V4's
+    return found
 
 
 def _read(path: str | Path, places: dict[str, Any], values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

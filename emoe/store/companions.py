@@ -56,6 +56,8 @@ _ACTIVATIONS = re.compile(
 )
 _BUFFERS = re.compile(r"\.rotary_emb\.(inv_freq|(cos|sin)_cached)$")  # older releases saved them; the model has its own
 
+_LARGEST_SQUARE = 128  # rows and columns of a block that a checkpoint has without saying so
+
 Read = Callable[[TensorEntry], bytes]
 
 
@@ -379,7 +381,10 @@ def _block(group: Group, scale: TensorEntry, shape: Block, grid: Block, said: De
             f"{' or '.join(map(shown, sorted(said.bytes)))}"
         )
     if found is None:
-        raise scale.error(f"is {list(grid)} scales for {group.name} {list(shape)}: no block of a power of two fits")
+        raise scale.error(
+            f"is {list(grid)} scales for {group.name} {list(shape)}: no block of a power of two fits for certain; a "
+            "config that says weight_block_size would tell"
+        )
     return found
 
 
@@ -395,8 +400,13 @@ def _blocks_of(shape: Block, grid: Block) -> Block | None:
         if step is None:
             return None
         sides.append(step)
-    if 1 in grid:  # one block along a side may be any that is larger: as large as along the other
-        sides = [max(sides) if count == 1 else step for step, count in zip(sides, grid, strict=True)]
+    if 1 in grid:
+        # Nothing but the power of two tells the one side: square blocks that makers take, or it is none. Two scales of
+        # gate and up, or three of query, key and value, are cut where these meet.
+        step = max(side for side, count in zip(sides, grid, strict=True) if count > 1)
+        if step > _LARGEST_SQUARE or any(size > step for size, count in zip(shape, grid, strict=True) if count == 1):
+            return None
+        sides = [step, step]
     return sides[0], sides[1]
 
 
@@ -450,16 +460,18 @@ def _confirm_group(group: Group, scale: TensorEntry, name: str, found: int, said
         )
 
 
-def _group_size(scale: TensorEntry, cols: int, groups: int, said: Declared) -> int:
-    """Columns that share a scale; 0: all of a row."""
+def _group_size(scale: TensorEntry, cols: int, groups: int, said: Declared, *, cut: bool) -> int:
+    """Columns that share a scale; 0: all of a row. `cut`: the last group may be smaller."""
     if groups == 1:
         return cols if cols in said.bits else 0
-    for size in (*sorted(said.bits - {0}), *(1 << k for k in range(cols.bit_length()))):
-        if -(-cols // size) == groups:
-            return size
-    if cols % groups:
-        raise scale.error(f"is {groups} groups of {cols} columns, which no size of groups gives")
-    return cols // groups
+    sizes = [size for size in sorted(said.bits - {0}) if -(-cols // size) == groups and (cut or cols % size == 0)]
+    if not sizes:
+        powers = [1 << k for k in range(cols.bit_length()) if cut and -(-cols // (1 << k)) == groups]
+        sizes = [*powers, *([cols // groups] if groups and cols % groups == 0 and cols // groups not in powers else [])]
+    if len(sizes) != 1:
+        fit = f"groups of {' or '.join(map(str, sizes))}, and no config says which" if sizes else "no size of groups"
+        raise scale.error(f"is {groups} scales for {cols} columns, which are {fit}")
+    return sizes[0]
 
 
 def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
@@ -481,7 +493,7 @@ def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWei
     _confirm_width(entry, 4, said)
     if scale.shape[:-1] != (*lead, rows):
         raise scale.error(f"is the scales of {entry.name}, whose rows are {[*lead, rows]}")
-    size = _group_size(scale, cols, scale.shape[-1], said)
+    size = _group_size(scale, cols, scale.shape[-1], said, cut=True)
     _confirm_group(group, scale, "int4", size, said)
     kind = _scale_kind(scale)
     planes = {"codes": entry, "scales": scale}
@@ -545,9 +557,7 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
         raise entry.error(f"does not fit {scale.name} {list(scale.shape)}, with 4 bits a weight by AWQ or by GPTQ")
     if zeros.shape != (*lead, groups, rows // 8) or rows % 8:
         raise zeros.error(f"is not {[*lead, groups, rows / 8]}, 4 bits for each of {scale.name} {list(scale.shape)}")
-    if groups == 0 or cols % groups:
-        raise scale.error(f"is {groups} groups of {cols} inputs")
-    size = _group_size(scale, cols, groups, said)
+    size = _group_size(scale, cols, groups, said, cut=False)
     _confirm_group(group, scale, "AWQ or GPTQ", size, said)
     name = "awq" if entry.shape[-1] != rows else _zeros_of_gptq(zeros, said, read)
     if not said.in_order and ".g_idx" not in group.parts:

@@ -6,17 +6,20 @@ No method is told by its name: some checkpoints have none, or one that names ano
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emoe.errors import CheckpointError
 from emoe.files import jsontext
+from emoe.model.encoding import encoding
 
 # Beside config.json: of modelopt, AutoGPTQ and AutoAWQ.
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# What `emoe convert` calls itself, and the key under which it keeps what was said of weights outside experts.
+OWN_METHOD, OWN_REST = "emoe", "rest"
 # Rows and columns that share a scale; 0 stands for all there are.
 TENSOR, ROW = (0, 0), (1, 0)
 # Keys under which quantizers speak of rotations of what goes into a layer.
@@ -142,6 +145,8 @@ def _rotated(algorithm: Any) -> str:
 
 
 def _declared(said: Mapping[str, Any], where: str) -> Declared:
+    if said.get("quant_method") == OWN_METHOD:
+        return _by_emoe(said, where)
     blocks: set[Block] = set()
     groups: set[int] = set()
     widths: set[int] = set()
@@ -170,6 +175,29 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
         str(zeros),
         not said.get("desc_act"),
         {"fp4": 4, "fp8": 8}.get(str(said.get("expert_dtype")), 0),
+    )
+
+
+def _by_emoe(said: Mapping[str, Any], where: str) -> Declared:
+    """Experts are in the encodings that are listed; the rest is as it was, where any of it is encoded."""
+    found = _declared(said.get(OWN_REST) or {}, where)
+    names = [encoding(str(name)) for name in said.get("encodings") or ()]
+    with_scales = [(how, scales.block) for how in names if (scales := how.plane("scales"))]  # else blocks hold them
+    bytes_each = {block for how, block in with_scales if how.planes[0].block == (1, 1)}
+    bits_each = {block[1] for how, block in with_scales if how.planes[0].block != (1, 1)}
+
+    def together(rest: frozenset[Any], own: Iterable[Any]) -> frozenset[Any]:
+        return rest and rest | set(own) if OWN_REST in said else frozenset(own)
+
+    return replace(
+        found,
+        method=OWN_METHOD,
+        bytes=together(found.bytes, bytes_each),
+        bits=together(found.bits, bits_each),
+        widths=together(found.widths, [8] * bool(bytes_each) + [4] * bool(bits_each)),
+        symmetric=frozenset([True, OWN_REST not in said])
+        if any(how.codes == "int4" for how in names)
+        else found.symmetric,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import quantized
 import torch
 from test_convert import IDS
 
 import emoe
+from emoe import errors
 from emoe.convert.run import convert
 
 
@@ -27,3 +31,54 @@ def test_every_format_that_is_read_can_be_the_source(name, tmp_path):
     assert "q8_0" in report.encodings
     before, after = _logits(source), _logits(tmp_path / "out")
     assert (after - before).abs().median() < 0.03 * (before.abs().median() + 1)
+
+
+@pytest.mark.parametrize("experts", ["fp8", "mxfp4", "q4_0"])
+@pytest.mark.parametrize("name", ["awq", "gptq", "int4 zeros said", "nvfp4 compressed", "fp8 channel", "modelopt fp8"])
+def test_experts_take_other_bits_and_blocks_than_the_config_says_of_the_rest(name, experts, tmp_path):
+    source = quantized.write(tmp_path / "source", quantized.FORMATS[name])
+    convert(source, tmp_path / "out", experts, progress=False)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "emoe" and said["rest"] == (quantized.FORMATS[name].config or {})
+    before, after = _logits(source), _logits(tmp_path / "out")
+    assert (after - before).abs().median() < 0.4 * before.abs().median()
+
+
+def test_experts_without_zero_points_lie_beside_a_rest_that_has_them(tmp_path):
+    form = replace(quantized.FORMATS["int4 zeros said"], encode=quantized.byte("_scale", 1, 0), family="qwen3_moe_72")
+    groups = form.config["config_groups"]
+    of_experts = {"group_1": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}}
+    said = {**form.config, "config_groups": {**groups, **of_experts}}
+    source = quantized.write(tmp_path / "source", form, config=said)
+    report = convert(source, tmp_path / "out", "q4_0", progress=False)
+    assert set(report.encodings) == {"q4_0", "int4-32-bfloat16"}
+    before, after = _logits(source), _logits(tmp_path / "out")
+    assert (after - before).abs().median() < 0.4 * before.abs().median()
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_what_a_file_of_the_quantizer_says_of_the_rest_is_kept(version, tmp_path):
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": version}
+    form = quantized.FORMATS["gptq" if version == "gptq" else "gptq v2"]
+    source = quantized.write(tmp_path / "source", form, config={}, files={"quantize_config.json": said})
+    convert(source, tmp_path / "out", "q8_0", progress=False)
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    before, after = _logits(source), _logits(tmp_path / "out")
+    assert (after - before).abs().median() < 0.03 * (before.abs().median() + 1)
+
+
+def test_groups_are_still_confirmed_where_emoe_wrote_the_config(tmp_path):
+    source = quantized.write(
+        tmp_path / "source", replace(quantized.FORMATS["int8"], linears=None, family="qwen3_moe_72")
+    )
+    convert(source, tmp_path / "out", "q4_0", progress=False)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["quantization_config"]["encodings"] == ["int4-32-bfloat16", "q4_0"]
+    assert "rest" not in config["quantization_config"]
+    before, after = _logits(source), _logits(tmp_path / "out")
+    assert (after - before).abs().median() < 0.4 * before.abs().median()
+    config["quantization_config"]["encodings"] = ["int4-16-bfloat16", "q4_0"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(errors.CheckpointError, match="3 scales for 72 columns"):
+        emoe.plan(tmp_path / "out", memory_budget=1.0, calibrate=False)

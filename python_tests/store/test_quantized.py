@@ -270,6 +270,59 @@ def test_a_config_that_says_another_block_is_refused_with_both(name, said, words
     assert all(word in str(error) for word in (*words, "config.json")), error
 
 
+def _of_parts(encode: quantized.Encoder, rows: int) -> quantized.Encoder:
+    """Each `rows` rows of a matrix have a scale of their own, as those of gate and up that were put together."""
+
+    def make(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        made = [encode(part) for part in weight.split(rows)]
+        codes = torch.cat([parts[""].view(torch.uint8) for parts, _ in made]).view(quantized.E4M3)
+        scales = torch.cat([parts["_scale"].view(-1) for parts, _ in made])
+        return {"": codes, "_scale": scales}, torch.cat([truth for _, truth in made])
+
+    return make
+
+
+@pytest.mark.parametrize("rows", [160, 80])
+def test_scales_of_weights_that_were_put_together_are_no_blocks_of_a_power_of_two(rows, tmp_path):
+    """Two scales of [320, 128] may be those of gate and up, 160 rows each, and not of 256 rows and 64."""
+    path = quantized.write(tmp_path, Format(fused(_of_parts(byte("_scale", 0, 0), rows)), "", family="fused"))
+    error = _fails(path)
+    assert error.tensor.endswith("_scale") and error.nbytes and "weight_block_size" in str(error)
+
+
+def test_blocks_that_the_config_names_need_be_no_power_of_two(tmp_path):
+    """80 rows of 320 and of 160 share a scale, and all columns do."""
+    encode = _of_parts(byte("_scale", 0, 0), 80)
+    said = {"quant_method": "fp8", "weight_block_size": [80, 160]}
+    path = quantized.write(
+        tmp_path, Format(encode, ""), config=said, which=lambda name: encode if "gate_proj" in name else None
+    )
+    model = _load(path)
+    assert "e4m3-80x160-float32" in model.emoe.plan.encodings
+    model.emoe.close(restore=False)
+    _assert_runs_as_the_truth(tmp_path)
+
+
+@pytest.mark.parametrize(("group", "fails"), [(24, True), (18, False)])
+def test_groups_of_integers_that_may_be_cut_are_refused_where_two_sizes_fit(group, fails, tmp_path):
+    """Three groups of 72 columns are of 24, or of 32 and the last of 8; four are of 18 alone."""
+    down = "down_proj"
+    path = quantized.write(
+        tmp_path, Format(int4(group), "", family="qwen3_moe_72"),
+        which=lambda name: int4(group) if down in name and ".experts." in name else None,
+    )  # fmt: skip
+    if fails:
+        error = _fails(path)
+        assert error.tensor.endswith("_scale") and "groups of 32 or 24" in str(error)
+        said = {"quant_method": "x", "group_size": group, "bits": 4}
+        shutil.rmtree(path)
+        quantized.write(
+            tmp_path, Format(int4(group), "", family="qwen3_moe_72"), config=said,
+            which=lambda name: int4(group) if down in name and ".experts." in name else None,
+        )  # fmt: skip
+    _assert_runs_as_the_truth(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4 compressed", "int4", "awq", "gpt-oss", "deepseek-v4"])
 def test_no_config_at_all_is_no_obstacle(name, tmp_path):
     quantized.write(tmp_path, FORMATS[name], config={})
