@@ -443,7 +443,7 @@ def _two_a_byte(group: Group, core: str, ends: Sequence[str], said: Declared) ->
     scales = (*lead, rows, -(-cols // wanted))
     if scale.shape != scales or cols % wanted:
         raise scale.error(f"is the scales of {entry.name}, {list(shape)} in {name}, which are {list(scales)}")
-    _confirm_group(group, scale, name, wanted, said)
+    _confirm_group(group, scale, name, wanted, cols, said)
     return _made(group, name, shape, planes, by_rows=True)
 
 
@@ -452,8 +452,9 @@ def _confirm_width(entry: TensorEntry, bits: int, said: Declared) -> None:
         raise _unsupported(entry, f"would be {bits} bits a weight, but {said.where} says {sorted(said.widths)}")
 
 
-def _confirm_group(group: Group, scale: TensorEntry, name: str, found: int, said: Declared) -> None:
-    if said.bits and found not in said.bits:
+def _confirm_group(group: Group, scale: TensorEntry, name: str, found: int, cols: int, said: Declared) -> None:
+    longer = found == 0 and any(size >= cols for size in said.bits)  # a group that the row's end cuts off
+    if said.bits and found not in said.bits and not longer:
         raise scale.error(
             f"gives {group.name} in {name} groups of {found or 'a whole row'}, but {said.where} says "
             f"{' or '.join(str(each or 'a whole row') for each in sorted(said.bits))}"
@@ -494,7 +495,7 @@ def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWei
     if scale.shape[:-1] != (*lead, rows):
         raise scale.error(f"is the scales of {entry.name}, whose rows are {[*lead, rows]}")
     size = _group_size(scale, cols, scale.shape[-1], said, cut=True)
-    _confirm_group(group, scale, "int4", size, said)
+    _confirm_group(group, scale, "int4", size, cols, said)
     kind = _scale_kind(scale)
     planes = {"codes": entry, "scales": scale}
     if said.symmetric == {False} and "_zero_point" not in group.parts:
@@ -558,7 +559,7 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     if zeros.shape != (*lead, groups, rows // 8) or rows % 8:
         raise zeros.error(f"is not {[*lead, groups, rows / 8]}, 4 bits for each of {scale.name} {list(scale.shape)}")
     size = _group_size(scale, cols, groups, said, cut=False)
-    _confirm_group(group, scale, "AWQ or GPTQ", size, said)
+    _confirm_group(group, scale, "AWQ or GPTQ", size, cols, said)
     name = "awq" if entry.shape[-1] != rows else _zeros_of_gptq(zeros, said, read)
     if not said.in_order and ".g_idx" not in group.parts:
         raise group.lacks(f"the groups of its inputs, {_named(group, '.g_idx')}, which {said.where} speaks of")

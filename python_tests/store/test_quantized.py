@@ -323,6 +323,16 @@ def test_groups_of_integers_that_may_be_cut_are_refused_where_two_sizes_fit(grou
     _assert_runs_as_the_truth(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["int4", "int4 zeros said", "gptq"])
+def test_groups_longer_than_a_row_are_the_row(name, tmp_path):
+    """Where a config says groups of 128, weights of 72 columns beside others of 128 have one scale a row."""
+    encode = {"int4": int4(128), "int4 zeros said": int4(128, zeros=True), "gptq": quantized.along_inputs("gptq", 128)}
+    form = Format(encode[name], "", FORMATS[name].config, family="qwen3_moe_72")
+    config = json.loads(json.dumps(form.config).replace('"group_size": 32', '"group_size": 128'))
+    quantized.write(tmp_path, form, config=config)
+    _assert_runs_as_the_truth(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4 compressed", "int4", "awq", "gpt-oss", "deepseek-v4"])
 def test_no_config_at_all_is_no_obstacle(name, tmp_path):
     quantized.write(tmp_path, FORMATS[name], config={})
