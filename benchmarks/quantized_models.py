@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from emoe.convert.gguf import describe_model
+
 STD = 0.02
 # Values of a block, bytes of a block, root mean square of the codes that `_blocks` draws, times their inner scales.
 GGUF_BLOCKS = {
@@ -147,17 +149,7 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
         "mxfp4": "MOSTLY_MXFP4_MOE", "bf16": "MOSTLY_BF16",
     }  # fmt: skip
     writer.add_file_type(gguf.LlamaFileType[labels[kind]])
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_vocab_size(config.vocab_size)
+    describe_model(config, writer)
     # A byte-level vocabulary of the right length: three special tokens, the bytes, one merge, and words for the rest.
     units = _byte_units()
     tokens = ["<pad>", "<s>", "</s>", *units, "ab"]

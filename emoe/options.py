@@ -23,9 +23,11 @@ from emoe.errors import ConfigError, one_line
 PREDICTORS = ("recent",)  # those that need no file; emoe.predictor.MADE
 LOOK_AHEAD = "look-ahead"
 MISSES = ("load", "cpu", "auto")
-DENSE_ENCODINGS = {
-    **{name: name for name in ("bfloat16", "q8_0", "q4_0", "mxfp4")}, "fp8": "e4m3-128x128-float32",
-}  # fmt: skip
+# What encodings are called that emoe writes: of experts by `emoe convert`, of linear layers as a model is loaded.
+FP8 = "e4m3-128x128-float32"
+CONVERTED = {**{name: name for name in ("q4_k", "q8_0", "q4_0", "q5_k", "q6_k", "mxfp4")}, "fp8": FP8}
+DENSE_ENCODINGS = {name: CONVERTED.get(name, name) for name in ("bfloat16", "q8_0", "q4_0", "mxfp4", "fp8")}
+CONVERTED_REST = ("keep", "q8_0")  # what becomes of linear layers outside experts
 DEFAULT_TASK = "default"  # key of the bias for tasks that a mapping does not name
 
 Bias = float | Mapping[str, float]

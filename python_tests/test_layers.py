@@ -51,7 +51,8 @@ ALLOWED_IMPORTS = {
     },
     "demo": {"__init__", "generate", "files", "memory"},
     "convert": {
-        "__init__", "generate", "demo", "planning", "store", "model", "memory", "files", "sensitivity", "tasks",
+        "__init__", "generate", "demo", "planning", "store", "model", "options", "memory", "files", "sensitivity",
+        "tasks",
     },
     "cli": {
         "__init__", "convert", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity", "predictor",

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from emoe.cli import common
 from emoe.errors import ConfigError, one_line
-from emoe.options import parse_budget
+from emoe.options import CONVERTED, CONVERTED_REST, parse_budget
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from emoe.convert.run import Report
-
-ENCODINGS = ("q4_k", "q8_0", "q4_0", "q5_k", "q6_k", "mxfp4", "fp8")
 
 _EPILOG = """\
 examples:
@@ -24,8 +22,8 @@ examples:
   emoe convert --verify ./Qwen3-30B-A3B-q4_k
   emoe run --model ./Qwen3-30B-A3B-q4_k --memory-budget 8GiB --prompt "Why is the sky blue?"
 
-Only routed experts change; everything else is copied byte by byte. Bits a weight, and the share of the numbers' size
-that is lost where they are spread like a bell (relative RMS):
+Only routed experts change, and with --rest q8_0 linear layers; everything else is copied byte by byte. Bits a weight,
+and the share of the numbers' size that is lost where they are spread like a bell (relative RMS):
   q8_0 8.5, 0.5 %    q6_k 6.6, 1.8 %    q5_k 5.5, 3.6 %    q4_k 4.5, 7.1 %    q4_0 4.5, 8.6 %    mxfp4 4.25, 11 %
   fp8  8 with a scale for each 128 x 128, 2.6 %; a tile's outliers cost it nothing
 q4_k, q5_k and q6_k take rows of a multiple of 256; others become q4_0, q5_1 and q8_0 (in GGUF q5_0, as in llama.cpp).
@@ -50,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", nargs="?", metavar="OUT", type=Path, help="folder to write; not there yet, or empty")
     parser.add_argument(
-        "--experts", choices=ENCODINGS, metavar="ENCODING", help="what experts become: " + ", ".join(ENCODINGS)
+        "--experts", choices=CONVERTED, metavar="ENCODING", help="what experts become: " + ", ".join(CONVERTED)
     )
     parser.add_argument(
         "--rest",
-        choices=("keep",),
+        choices=CONVERTED_REST,
         default="keep",
-        help="what becomes of the weights outside experts: keep (default)",
+        help="what becomes of the linear layers outside experts: keep (default), or q8_0",
     )
     parser.add_argument(
         "--memory",

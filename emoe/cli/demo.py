@@ -14,7 +14,6 @@ from emoe.cli import common
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXPERTS = ("q4_k", "q8_0", "q4_0", "mxfp4", "fp8")
 # What a model of 135 million parameters can answer.
 PROMPTS = {
     "math": "What is 11 + 6?",
@@ -51,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per answer at most (default: 48)",
     )
     parser.add_argument(
-        "--experts", choices=EXPERTS, metavar="ENCODING", help="encode the experts first: " + ", ".join(EXPERTS)
+        "--experts",
+        choices=options.CONVERTED,
+        metavar="ENCODING",
+        help="encode the experts first: " + ", ".join(options.CONVERTED),
     )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this in place of the six prompts of different tasks")
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from emoe.convert.plan import Conversion
-from emoe.model.encode import FP8
 from emoe.model.structure import experts_modules
+from emoe.options import FP8
 from emoe.store.declared import OWN_METHOD, OWN_REST
 
 _OF_EXPERTS = ("expert_dtype", "moe_quant_algo")  # what a config says of experts apart, which are others now
@@ -31,6 +31,9 @@ def quantization(
     if rest is not None:
         rest = {name: value for name, value in rest.items() if name not in _OF_EXPERTS}
         return {"quant_method": OWN_METHOD, "experts": experts, "encodings": sorted(names), OWN_REST: rest}
+    if plan.rest_encoded:
+        linears = {each.as_ for shard in plan.shards for each in shard.tensors if each.entry is not None and each.as_}
+        return {"quant_method": OWN_METHOD, "experts": experts, "encodings": sorted(names | linears)}
     outside = _outside_experts(meta_model)
     if names == {FP8} and not any(each.matrix.flipped for each in encoded if each.matrix):
         return {

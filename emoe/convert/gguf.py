@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from emoe.convert.names import Matrix
-from emoe.convert.plan import IN_GGUF, MORE, Conversion, Fallback, Shard, Tensor, chosen
+from emoe.convert.plan import IN_GGUF, MORE, Conversion, Fallback, Shard, Tensor, chosen, in_blocks
+from emoe.convert.rest import linear_keys
 from emoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from emoe.files import jsontext
 from emoe.model.encoding import ITEMSIZE, encoding
@@ -43,6 +44,7 @@ def conversion(
     plain: str,
     folder: Path,
     *,
+    rest: str | None = None,
     keep: Collection[int] = (),
     shard_bytes: int,
 ) -> Conversion:
@@ -69,7 +71,9 @@ def conversion(
     _require_same_model(config)
     names = TensorNames(architecture, config.num_hidden_layers, ())
     result = Conversion()
-    tensors = _outside(entries, meta_model, names)
+    tensors = _outside(entries, meta_model, names, rest)
+    result.rest_before = sum({each.entry.name: each.entry.nbytes for each in tensors if each.entry}.values())
+    result.rest_encoded = sum(each.plane != "" for each in tensors)
     result.rest_bytes = sum(each.nbytes for each in tensors)
     fallbacks: Counter[tuple[str, int, str, str]] = Counter()
     for number, ((path, module), layer) in enumerate(zip(experts_modules(meta_model), store.layers, strict=True)):
@@ -111,8 +115,9 @@ def _require_same_model(config: Any) -> None:
             )
 
 
-def _outside(entries: dict[str, TensorEntry], meta_model: Any, names: TensorNames) -> list[Tensor]:
-    """All that is not an expert's; vectors and routers as float32, which llama.cpp wants."""
+def _outside(entries: dict[str, TensorEntry], meta_model: Any, names: TensorNames, rest: str | None) -> list[Tensor]:
+    """All that is not an expert's; vectors and routers as float32, which llama.cpp wants, linear layers as `rest`."""
+    anew = set() if rest is None else linear_keys(meta_model, rest)
     ours = {f"{path}.{param.name}" for path, module in experts_modules(meta_model) for param in param_specs(module)}
     tied = dict(meta_model.all_tied_weights_keys)
     whole = meta_model.config.model_type in _UNTIED
@@ -129,6 +134,9 @@ def _outside(entries: dict[str, TensorEntry], meta_model: Any, names: TensorName
                 "float16 or bfloat16"
             )
         (name,) = made.sources
+        if rest is not None and key in anew:
+            found.append(in_blocks(entry, rest, name, rest.upper()))
+            continue
         shape = entry.shape if made.undo is None else (math.prod(entry.shape),)  # a gate of one row
         dtype = "float32" if len(shape) == 1 or ".ffn_gate_inp." in name else entry.dtype
         nbytes = math.prod(shape) * ITEMSIZE[dtype]
@@ -191,7 +199,12 @@ def _files(
 
 
 def _describe(config: Any, folder: Path, writer: Any) -> None:
-    """Metadata of the model, after llama.cpp's converter, and of its tokenizer."""
+    describe_model(config, writer)
+    _tokenizer(writer, folder, config.vocab_size)
+
+
+def describe_model(config: Any, writer: Any) -> None:
+    """Metadata of a model of `ARCHITECTURES`, after llama.cpp's converter."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -212,7 +225,6 @@ def _describe(config: Any, folder: Path, writer: Any) -> None:
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if getattr(config, "clip_qkv", None) is not None:
         writer.add_clamp_kqv(config.clip_qkv)
-    _tokenizer(writer, folder, config.vocab_size)
 
 
 def _tokenizer(writer: Any, folder: Path, size: int) -> None:

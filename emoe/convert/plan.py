@@ -15,22 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from emoe.convert.names import Matrix, matrices
-from emoe.model.encode import FP8, INT4, INT8
+from emoe.convert.rest import linear_tensors
+from emoe.model.encode import INT4, INT8
 from emoe.model.encoding import ITEMSIZE, encoding
+from emoe.options import FP8
 from emoe.store import ExpertStore
 from emoe.store.companions import Group, grouped
 from emoe.store.headers import DTYPES, TensorEntry
 
-# What `--experts` takes -> the encoding.
-EXPERTS = {
-    "q4_k": "q4_k",
-    "q8_0": "q8_0",
-    "q4_0": "q4_0",
-    "q5_k": "q5_k",
-    "q6_k": "q6_k",
-    "mxfp4": "mxfp4",
-    "fp8": FP8,
-}
 # Where the columns are no whole number of blocks: what takes about as many bits and whose last group may be cut. What
 # fits nothing stays as it is.
 _FALLBACKS = {
@@ -67,7 +59,8 @@ class Tensor:
     Attributes:
         name, shape: of it.
         code: of its dtype, in safetensors.
-        entry: what is copied byte by byte, or as numbers of dtype `as_`; None: it is made of `matrix`.
+        entry: what is copied byte by byte, or as numbers of `as_`, a dtype or an encoding of blocks; None: it is made
+            of `matrix`.
         layer, matrix: whose numbers it holds, and in which encoding (`as_`) and plane of that.
     """
 
@@ -138,13 +131,17 @@ class Conversion:
     """The files, and what there is to say about them.
 
     Attributes:
-        copied: tensors of the checkpoint that stay as they are.
+        copied: tensors of the checkpoint that are nothing of a routed expert.
+        rest_before: bytes of what outside experts takes `rest_bytes` now.
+        rest_encoded: how many of its tensors are encoded anew.
     """
 
     shards: list[Shard] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     expert_bytes: int = 0
     rest_bytes: int = 0
+    rest_before: int = 0
+    rest_encoded: int = 0
     copied: dict[str, TensorEntry] = field(default_factory=dict)
 
     @property
@@ -188,6 +185,7 @@ def conversion(
     asked: str,
     plain: str,
     *,
+    rest: str | None = None,
     keep: Collection[int] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> Conversion:
@@ -199,12 +197,19 @@ def conversion(
         meta_model: the model on the meta device.
         asked: an encoding, by name.
         plain: dtype of what fits no encoding, where the checkpoint has that encoded; else it keeps its own.
+        rest: an encoding of blocks for the linear layers outside experts; None: they stay as they are.
         keep: layers whose experts have more bits.
         shard_bytes: most bytes of a file, where no single tensor or expert has more.
     """
     result = Conversion()
     result.copied = _outside(entries, store)
-    units = [[_copied(entry)] for _, entry in sorted(result.copied.items())]
+    anew = set() if rest is None else linear_tensors(entries, meta_model, rest) & set(result.copied)
+    units = [
+        [in_blocks(entry, rest, f"{name}_{rest}", "U8") if rest and name in anew else _copied(entry)]
+        for name, entry in sorted(result.copied.items())
+    ]
+    result.rest_encoded = len(anew)
+    result.rest_before = sum(entry.nbytes for entry in result.copied.values())
     result.rest_bytes = sum(unit[0].nbytes for unit in units)
     fallbacks: Counter[tuple[str, int, str, str]] = Counter()
     for number, (layer, (_, found)) in enumerate(zip(store.layers, matrices(meta_model), strict=True)):
@@ -240,6 +245,13 @@ def _outside(entries: dict[str, TensorEntry], store: ExpertStore) -> dict[str, T
 
 def _copied(entry: TensorEntry) -> Tensor:
     return Tensor(entry.name, _CODES.get(entry.dtype, entry.dtype), entry.shape, entry.nbytes, entry)
+
+
+def in_blocks(entry: TensorEntry, how: str, name: str, code: str) -> Tensor:
+    """A plain matrix of the checkpoint in an encoding of blocks."""
+    (plane,) = encoding(how).planes
+    shape = plane.shape(*entry.shape)
+    return Tensor(name, code, shape, math.prod(shape), entry, as_=how, plane=plane.name)
 
 
 def _without_numbers(name: str) -> str:

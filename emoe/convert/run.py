@@ -28,7 +28,7 @@ from emoe.convert.config import quantization
 from emoe.convert.gguf import conversion as gguf_conversion
 from emoe.convert.keep import layers_to_keep
 from emoe.convert.perplexity import perplexity_of
-from emoe.convert.plan import EXPERTS, SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, flipped
+from emoe.convert.plan import SHARD_BYTES, Conversion, Fallback, Shard, Tensor, conversion, flipped
 from emoe.errors import BudgetError, CheckpointError, ConfigError, EmoeError, UnsupportedModelError, WriteError
 from emoe.files import jsontext
 from emoe.memory import format_bytes, process_memory
@@ -37,6 +37,7 @@ from emoe.model.encode import WORKSPACE, Encoded, encode
 from emoe.model.encoding import encoding
 from emoe.model.gguf_files import gguf_files
 from emoe.model.structure import find_experts
+from emoe.options import CONVERTED, CONVERTED_REST
 from emoe.planning.meta import meta_model
 from emoe.store import ExpertStore, read_expert
 from emoe.store.checkpoint import read_checkpoint
@@ -45,7 +46,6 @@ from emoe.store.declared import QUANTIZER_FILES, said_of_encodings
 from emoe.store.gguf import GgufCheckpoint
 from emoe.store.headers import INDEX_NAME, TensorEntry, checkpoint_files, read_headers
 
-REST = ("keep",)
 _COPY = 8 << 20  # bytes of what is copied at once
 _MEMORY = 2 << 30  # bytes, where none is named
 _SPARE = 64 << 20  # bytes of memory for what is not counted, and of the disk for what is beside the shards
@@ -95,6 +95,7 @@ class Report:
 
     Attributes:
         experts: what was asked for; `encodings`: what the matrices became, with their number.
+        rest: what was asked for outside experts, and `rest_encoded` how many matrices became it.
         bytes_before, bytes_after: of experts, the rest, and all files of weights.
         kept: layers that have more bits for tasks, as `keep.layers_to_keep` found them.
         losses: layer by path -> matrix -> what encoding lost of it, over all experts.
@@ -112,6 +113,8 @@ class Report:
     peak_memory: int = 0
     perplexity: dict[str, float] | None = None
     kept: dict[str, Any] | None = None
+    rest: str = "keep"
+    rest_encoded: int = 0
 
     def layer(self, path: str) -> Loss:
         """Of all matrices of a layer."""
@@ -126,6 +129,8 @@ class Report:
             "model": self.model,
             "out": self.out,
             "experts": self.experts,
+            "rest": self.rest,
+            "rest_encoded": self.rest_encoded,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "encodings": self.encodings,
@@ -170,8 +175,8 @@ def convert(
     Args:
         model: a checkpoint folder, or a hub id, which is fetched whole.
         out: a folder that is not there yet, or empty; it appears when all is written.
-        experts: what they become: one of `EXPERTS`.
-        rest: what becomes of the weights outside experts: "keep".
+        experts: what they become: one of `emoe.options.CONVERTED`.
+        rest: what becomes of the linear layers outside experts that are plain: "keep" copies them, "q8_0" encodes them.
         memory: bytes that this process may take, Python and torch included; None: 2 GiB more than it holds now.
         text: a file on which perplexity is measured before and after, by models that run in `memory`.
         keep_tasks: a file of labelled prompts; the layers that their tasks need most keep more bits (keep.py).
@@ -186,10 +191,10 @@ def convert(
         BudgetError: an expert does not fit into `memory`; names the smallest that works.
         WriteError: the folder cannot be written, or the disk is full; what is finished stays, the same call goes on.
     """
-    if experts not in EXPERTS:
-        raise ConfigError(f"experts={experts!r} is not one of {', '.join(EXPERTS)}")
-    if rest not in REST:
-        raise ConfigError(f"rest={rest!r} is not one of {', '.join(REST)}")
+    if experts not in CONVERTED:
+        raise ConfigError(f"experts={experts!r} is not one of {', '.join(CONVERTED)}")
+    if rest not in CONVERTED_REST:
+        raise ConfigError(f"rest={rest!r} is not one of {', '.join(CONVERTED_REST)}")
     if memory is None:
         memory = process_memory()["resident"] + _MEMORY
     out = Path(out).expanduser().absolute()
@@ -200,12 +205,14 @@ def convert(
     keep = kept["layers"] if kept else ()
     with ExitStack() as stack:
         source = stack.enter_context(_open(folder))
-        what = (source.entries, source.store, source.meta, EXPERTS[experts], source.dtype)
+        what = (source.entries, source.store, source.meta, CONVERTED[experts], source.dtype)
+        anew = None if rest == "keep" else rest
         if gguf:
-            plan = gguf_conversion(*what, folder, keep=keep, shard_bytes=shard_bytes)
+            plan = gguf_conversion(*what, folder, rest=anew, keep=keep, shard_bytes=shard_bytes)
         else:
-            plan = conversion(*what, keep=keep, shard_bytes=shard_bytes)
+            plan = conversion(*what, rest=anew, keep=keep, shard_bytes=shard_bytes)
         report = _report(str(model), out, experts, source, plan)
+        report.rest, report.rest_encoded = rest, plan.rest_encoded
         report.kept = kept
         if all(encoding(name).plain for name in report.encodings):
             widths = sorted({each.cols for each in plan.fallbacks})
@@ -318,7 +325,7 @@ def _report(model: str, out: Path, experts: str, source: _Source, plan: Conversi
         model,
         str(out),
         experts,
-        {"experts": total - plan.rest_bytes, "rest": plan.rest_bytes, "all": total},
+        {"experts": total - plan.rest_before, "rest": plan.rest_before, "all": total},
         {"experts": plan.expert_bytes, "rest": plan.rest_bytes, "all": plan.expert_bytes + plan.rest_bytes},
         encodings,
         plan.fallbacks,
@@ -484,17 +491,24 @@ def _copy(handle: int, at: int, source: _Source, tensor: Tensor, on_bytes: Calla
         if file.read(part, entry.offset + done) < len(part) or file.change():
             raise entry.error(file.change() or "cannot be read to its end")
         done += len(part)
-        written = _converted(part, entry.dtype, tensor.as_ or entry.dtype)
+        written = _converted(part, entry, tensor.as_ or entry.dtype)
         _put(handle, written, at)
         at += len(written)
         on_bytes(len(written))
 
 
-def _converted(data: memoryview, before: str, after: str) -> memoryview:
-    if before == after:
+def _converted(data: memoryview, entry: TensorEntry, after: str) -> memoryview:
+    """Part of a tensor, of whole blocks where it is encoded."""
+    if entry.dtype == after:
         return data
-    numbers = torch.frombuffer(data, dtype=getattr(torch, before)).to(getattr(torch, after))
-    return numbers.view(torch.uint8).numpy().data
+    numbers = torch.frombuffer(data, dtype=getattr(torch, entry.dtype))
+    how = encoding(after)
+    if how.plain:
+        return numbers.to(getattr(torch, after)).view(torch.uint8).numpy().data
+    try:
+        return encode(after, numbers.view(-1, how.planes[0].block[1])).planes["blocks"].numpy().data.cast("B")
+    except ConfigError as error:
+        raise entry.error(f"cannot be encoded: {error}") from error
 
 
 def _encode(

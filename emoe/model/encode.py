@@ -17,8 +17,8 @@ import torch
 from emoe.errors import ConfigError
 from emoe.model.decode import decoded
 from emoe.model.encoding import encoding
+from emoe.options import FP8
 
-FP8 = "e4m3-128x128-float32"
 # Groups of 32 along the inputs, the last of a row as long as the row is.
 INT4, INT8 = "int4-32-bfloat16", "int8-1x32-bfloat16"
 _CHUNK = 1 << 18  # numbers that are encoded at once: 1 MiB of float32, and about ten times that for what is computed

@@ -9,7 +9,7 @@ from commands import run, run_json
 from test_convert import wide
 
 from emoe import cli
-from emoe.convert.run import EXPERTS
+from emoe.options import CONVERTED
 
 
 def test_it_writes_a_checkpoint_that_plan_and_run_take_and_reports_what_it_did(model_folder, tmp_path, capsys):
@@ -39,6 +39,17 @@ def test_json_has_bytes_errors_and_fallbacks(model_folder, tmp_path, capsys):
     assert [each["path"] for each in found["layers"]] == [f"model.layers.{n}.mlp.experts" for n in range(3)]
     assert all(0.02 < each["relative_rms_error"] < 0.03 for each in found["layers"])
     assert found["bytes_after"]["all"] < found["bytes_before"]["all"]
+
+
+def test_linear_layers_outside_experts_become_q8_0_where_that_is_asked_for(model_folder, tmp_path, capsys):
+    words = ("convert", model_folder, tmp_path / "out", "--experts", "q8_0", "--rest", "q8_0")
+    status, found = run_json(capsys, *words)
+    assert status == 0 and found["rest"] == "q8_0" and found["rest_encoded"] > 0
+    assert found["bytes_after"]["rest"] < found["bytes_before"]["rest"]
+    assert sum(found["bytes_before"][name] for name in ("experts", "rest")) == found["bytes_before"]["all"]
+    status, plan = run_json(capsys, "plan", "--model", tmp_path / "out", "--memory-budget", "50%", "--no-forecast")
+    assert status == 0 and plan["decoded"] is None  # they stay so in memory
+    assert plan["non_expert_bytes"] < found["bytes_before"]["rest"]
 
 
 def test_perplexity_before_and_after_is_measured_on_a_text(model_folder, tmp_path, capsys):
@@ -79,6 +90,7 @@ def test_verify_says_whether_files_are_as_they_were_written(model_folder, tmp_pa
         ((), "MODEL and OUT and --experts must be given"),
         (("{model}", "{out}"), "--experts must be given"),
         (("{model}", "{out}", "--experts", "q3_k"), "q4_k"),
+        (("{model}", "{out}", "--experts", "q4_k", "--rest", "q4_0"), "keep"),
         (("{model}", "{out}", "--experts", "q4_k", "--memory", "25%"), "no number of bytes"),
         (("{model}", "{out}", "--experts", "q4_k", "--memory", "much"), "--memory='much' is not one of"),
         (("{model}", "{out}", "--experts", "q8_0", "--memory", "1M"), "1.0 MiB were given"),
@@ -109,7 +121,7 @@ def test_help_names_every_encoding(capsys):
     with pytest.raises(SystemExit):
         cli.main(["convert", "--help"])
     out = capsys.readouterr().out
-    assert all(name in out for name in EXPERTS)
+    assert all(name in out for name in CONVERTED)
 
 
 def test_whole_blocks_of_256_are_q4_k(tmp_path, capsys):

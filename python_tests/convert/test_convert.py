@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import families
@@ -392,3 +393,34 @@ def test_what_the_process_holds_already_does_not_count_against_memory_that_nobod
     with pytest.raises(BudgetError, match=r"this process holds already 3\.0 GiB; 2\.0 GiB were given"):
         convert(source, tmp_path / "refused", "q8_0", memory=2 << 30, progress=False)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_a_rest_of_q8_0_is_what_its_encoder_gives_in_every_family(family, checkpoint, tmp_path):
+    source = checkpoint(family)
+    convert(source, tmp_path / "keep", "q8_0", progress=False)
+    report = convert(source, tmp_path / "out", "q8_0", rest="q8_0", progress=False)
+    kept, made = tensors_of(tmp_path / "keep"), tensors_of(tmp_path / "out")
+    anew = [name for name in kept if f"{name}_q8_0" in made]
+    assert len(anew) == report.rest_encoded and set(made) ^ set(kept) == {*anew, *(f"{name}_q8_0" for name in anew)}
+    for name in anew:
+        assert torch.equal(made[f"{name}_q8_0"], encode("q8_0", kept[name]).planes["blocks"])
+    before = {name: value for name, value in kept.items() if name not in anew}
+    assert all(torch.equal(made[name].view(torch.uint8), value.view(torch.uint8)) for name, value in before.items())
+    for options in ({"dense": "torch"}, {"dense": "native"}):
+        model = emoe.from_pretrained(tmp_path / "out", memory_budget=1.0, kernels="stock", **options)
+        with torch.no_grad():
+            got, expected = model(IDS).logits, logits(source)
+        assert (got - expected).abs().median() < 0.05 * (expected.abs().median() + 1)
+        model.emoe.close(restore=False)
+
+
+def test_a_weight_outside_experts_that_is_not_finite_is_named(checkpoint, tmp_path):
+    tensors = load_file(checkpoint("qwen3_moe") / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name][3, 5] = float("nan")
+    source = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "source")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        convert(source, tmp_path / "out", "q8_0", rest="q8_0", progress=False)
+    assert caught.value.tensor == name and caught.value.nbytes

@@ -198,3 +198,18 @@ def test_a_gguf_file_is_no_source(tmp_path):
         with pytest.raises(UnsupportedModelError, match="GGUF already"):
             convert(given, tmp_path / "again", "q4_0")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rest_of_q8_0_is_that_of_the_safetensors(family, tmp_path):
+    source = model_of(tmp_path, family)
+    report = convert(source, tmp_path / "gguf", "q4_k", rest="q8_0", gguf=True, progress=False)
+    same = convert(source, tmp_path / "safetensors", "q4_k", rest="q8_0", progress=False)
+    assert report.rest_encoded == same.rest_encoded > 0
+    expected = logits(tmp_path / "safetensors")
+    assert (logits(tmp_path / "gguf") - expected).norm() < 1e-5 * expected.norm()
+    kinds = {
+        each.name: each.tensor_type.name for each in gguf.GGUFReader(next((tmp_path / "gguf").glob("*.gguf"))).tensors
+    }
+    assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert kinds["token_embd.weight"] == "BF16" and kinds["blk.0.attn_norm.weight"] == "F32"

@@ -13,6 +13,7 @@ from test_convert import IDS
 import emoe
 from emoe import errors
 from emoe.convert.run import convert
+from emoe.store.headers import checkpoint_files, read_headers
 
 
 def _logits(folder) -> torch.Tensor:
@@ -82,3 +83,19 @@ def test_groups_are_still_confirmed_where_emoe_wrote_the_config(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(errors.CheckpointError, match="3 scales for 72 columns"):
         emoe.plan(tmp_path / "out", memory_budget=1.0, calibrate=False)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "int4", "q4_0", "fp8 blocks", "awq"])
+def test_a_rest_of_q8_0_leaves_what_is_encoded_already_as_it_is(name, tmp_path):
+    source = quantized.write(tmp_path / "source", quantized.FORMATS[name])
+    convert(source, tmp_path / "keep", "q8_0", progress=False)
+    report = convert(source, tmp_path / "out", "q8_0", rest="q8_0", progress=False)
+    kept, made = (read_headers(checkpoint_files(tmp_path / folder)) for folder in ("keep", "out"))
+    anew = {each.removesuffix("_q8_0") for each in set(made) - set(kept)}
+    assert anew == set(kept) - set(made) and len(anew) == report.rest_encoded
+    assert all(kept[each].dtype == "float32" and len(kept[each].shape) == 2 for each in anew)
+    plain = name in ("gpt-oss", "int4")
+    assert anew >= {"lm_head.weight"} and ("model.layers.0.self_attn.q_proj.weight" in anew) == plain
+    assert not any("embed" in each or "norm" in each or "router" in each or ".gate." in each for each in anew)
+    before, after = _logits(tmp_path / "keep"), _logits(tmp_path / "out")
+    assert (after - before).abs().median() < 0.03 * (before.abs().median() + 1)
