@@ -32,9 +32,11 @@ STAGING_BYTES = 24 << 20
 # docs/architecture.md). Budgets up to LIBRARIES_FROM are the model's alone; what exceeds that goes to libraries first.
 LIBRARIES_BYTES = 128 << 20
 LIBRARIES_FROM = 128 << 20
-# memory_budget="auto" leaves this much of what is free to everybody else, on every device.
+# memory_budget="auto" leaves this much of what is free to everybody else, on every device: a tenth, or 1 GiB where that
+# is more; where little is free, as in a small container, an eighth of it, and this much at least.
 AUTO_RESERVE_BYTES = 1 << 30
 AUTO_RESERVE_SHARE = 0.1
+AUTO_RESERVE_LEAST = 128 << 20
 
 # Hit rate of a per-layer LRU at a resident share, middle of the range over four domains of public Qwen3-30B traces
 # (docs/slots.md; `emoe replay` prints such figures for any trace). Used for the optimistic end of the forecast.
@@ -344,7 +346,7 @@ def _slots(
         return slots, libraries.beside(fixed + sum(slots) * slot_bytes)
     if budget.kind == "auto":
         there = free()
-        reserve = max(AUTO_RESERVE_BYTES, int(AUTO_RESERVE_SHARE * there))
+        reserve = max(AUTO_RESERVE_LEAST, min(AUTO_RESERVE_BYTES, there // 8), int(AUTO_RESERVE_SHARE * there))
         nbytes = max(0, there - reserve)
         notes.append(
             f"auto took {format_bytes(nbytes)}: {format_bytes(there)} are free, {format_bytes(reserve)} stay reserved"

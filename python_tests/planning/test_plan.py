@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 import emoe
 from emoe import errors
 from emoe.errors import BudgetError
+from emoe.options import parse_budget
 from emoe.planning import bandwidth, kv_cache
 from emoe.planning import plan as planning
 
@@ -127,10 +128,20 @@ def test_rates_are_measured_and_not_cached_where_the_cache_folder_cannot_be_writ
 
 
 def test_auto_with_nothing_left_says_what_was_free_and_reserved_and_what_to_ask_for(checkpoint):
-    with pytest.raises(errors.BudgetError, match=r"512\.0 MiB are free, 1\.0 GiB stay reserved") as caught:
-        emoe.plan(checkpoint("olmoe"), free=lambda: 512 << 20)
+    with pytest.raises(errors.BudgetError, match=r"130\.0 MiB are free, 128\.0 MiB stay reserved") as caught:
+        emoe.plan(checkpoint("olmoe"), free=lambda: 130 << 20)
     assert f"memory_budget={caught.value.needed} takes of the reserve" in str(caught.value)
     assert emoe.plan(checkpoint("olmoe"), caught.value.needed, calibrate=False).budget_bytes == caught.value.needed
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved"),
+    [("512.0 MiB", "128.0 MiB"), ("4.0 GiB", "512.0 MiB"), ("9.0 GiB", "1.0 GiB"), ("20.0 GiB", "2.0 GiB")],
+)
+def test_auto_reserves_a_tenth_of_what_is_free_or_1_gib_and_an_eighth_where_little_is(checkpoint, free, reserved):
+    nbytes = parse_budget(free.replace(" ", "").replace(".0", ""), "free").nbytes
+    plan = emoe.plan(checkpoint("olmoe"), calibrate=False, free=lambda: nbytes)
+    assert any(note.endswith(f"{free} are free, {reserved} stay reserved") for note in plan.notes)
 
 
 def large(tmp_path, **values):
@@ -179,7 +190,7 @@ def test_the_smallest_budget_leaves_libraries_theirs(tmp_path):
 
 
 def test_auto_takes_no_more_than_is_free_with_libraries(tmp_path):
-    plan = emoe.plan(large(tmp_path), "auto", calibrate=False, free=lambda: (1 << 30) + 300 * MIB)
+    plan = emoe.plan(large(tmp_path), "auto", calibrate=False, free=lambda: 428 * MIB)
     assert 256 * MIB < plan.planned_bytes + plan.library_bytes == plan.budget_bytes <= 300 * MIB
 
 
