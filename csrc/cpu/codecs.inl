@@ -17,6 +17,12 @@ struct RowAt {
     float factor;
 };
 
+// Orders of the 16-bit integers of x: as they are; in each group those of even place first; and, for four groups at a
+// time, in four parts as the bytes of their codes lie in a register of 16-bit numbers: where a group's bytes hold its
+// first 16 in their low nibbles (kHalfOrder), where they hold neighbours (kNibbleOrder), where they hold groups 0 and
+// 2, 1 and 3 (kPairOrder: even and odd of 0 and 2, then of 1 and 3).
+enum Order { kPlain, kApartOrder, kHalfOrder, kNibbleOrder, kPairOrder };
+
 template <int kScales>
 struct Scales {
     __m256 scale[kScales];
@@ -32,10 +38,20 @@ inline __m256i load_bytes32(const unsigned char* p) { return _mm256_loadu_si256(
 template <int kBytes>
 inline __m256 strided_f16(const unsigned char* p, int64_t n) {
     alignas(16) uint16_t halves[kGroups] = {};
+#if defined(EMOE_QUADS)
+    if constexpr (kBytes == 18) {  // within 128 bytes
+        if (n >= kGroups) {
+            const __m512i at = _mm512_castsi128_si512(_mm_setr_epi16(0, 9, 18, 27, 36, 45, 54, 63));
+            const __m512i found = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64));
+            return floats_of_f16(_mm512_castsi512_si128(found));
+        }
+    }
+#endif
     if (n >= kGroups) {  // put together in general registers: vector inserts all want the port that widens codes
         const auto four = [&](int i) {
             uint64_t bits = 0;
             for (int j = 3; j >= 0; --j) bits = bits << 16 | half_at(p + (i + j) * kBytes);
+            __asm__("" : "+r"(bits));  // else the compiler makes vectors of it
             return (long long)bits;
         };
         return floats_of_f16(_mm_set_epi64x(four(4), four(0)));
@@ -135,6 +151,16 @@ inline int64_t groups_of(const Weights& w) {
     return w.scale_cols == 0 ? 1 : (w.depth + w.scale_cols - 1) / w.scale_cols;
 }
 
+#if defined(EMOE_QUADS)
+// Sixteen bytes of each of four groups.
+inline __m512i four_blocks(const unsigned char* p, int64_t apart) {
+    __m512i bytes = _mm512_castsi128_si512(load_bytes16(p));
+    bytes = _mm512_inserti32x4(bytes, load_bytes16(p + apart), 1);
+    bytes = _mm512_inserti32x4(bytes, load_bytes16(p + 2 * apart), 2);
+    return _mm512_inserti32x4(bytes, load_bytes16(p + 3 * apart), 3);
+}
+#endif
+
 // Formats of 32 values: an f16 scale first.
 template <int kBytes>
 struct Small {
@@ -180,24 +206,58 @@ struct Q4_0 : Offset<18, 8> {
     static Codes32 codes(const RowAt& row, int64_t g) {
         return load_halves(row.codes + g * 18 + 2);
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kHalfOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        quad_of_nibbles(four_blocks(row.codes + g * 18 + 2, 18), parts);
+    }
+#endif
 };
 struct Q4_1 : Affine<20> {
     template <int>
     static Codes32 codes(const RowAt& row, int64_t g) {
         return load_halves(row.codes + g * 20 + 4);
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kHalfOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        quad_of_nibbles(four_blocks(row.codes + g * 20 + 4, 20), parts);
+    }
+#endif
 };
 struct Q5_0 : Offset<22, 16> {
     template <int>
     static Codes32 codes(const RowAt& row, int64_t g) {
         return load_halves_and_bits(row.codes + g * 22 + 6, row.codes + g * 22 + 2);
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kHalfOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        const unsigned char* p = row.codes + g * 22 + 2;
+        quad_of_nibbles_and_bits(four_blocks(p + 4, 22), p, 22, parts);
+    }
+#endif
 };
 struct Q5_1 : Affine<24> {
     template <int>
     static Codes32 codes(const RowAt& row, int64_t g) {
         return load_halves_and_bits(row.codes + g * 24 + 8, row.codes + g * 24 + 4);
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kHalfOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        const unsigned char* p = row.codes + g * 24 + 4;
+        quad_of_nibbles_and_bits(four_blocks(p + 4, 24), p, 24, parts);
+    }
+#endif
 };
 
 // Tables of 16 values that nibbles are looked up in.
@@ -210,6 +270,14 @@ struct Iq4Nl : Small<18> {
     static Codes32 codes(const RowAt& row, int64_t g) {
         return look_up_halves(row.codes + g * 18 + 2, iq4_values());
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kHalfOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        quad_of_table<false>(four_blocks(row.codes + g * 18 + 2, 18), iq4_values(), parts);
+    }
+#endif
 };
 struct Mxfp4Blocks : Small<17> {
     template <int>
@@ -226,6 +294,14 @@ struct Mxfp4Blocks : Small<17> {
         const __m256i is_tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), wide);
         return {{_mm256_castsi256_ps(_mm256_blendv_epi8(usual, tiny, is_tiny))}, _mm256_setzero_ps()};
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kHalfOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(0x1p-8F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        quad_of_table<true>(four_blocks(row.codes + g * 17 + 1, 17), e2m1_doubled(), parts);
+    }
+#endif
 };
 
 // Blocks of 256 values.
@@ -244,18 +320,19 @@ template <int kBytes>
 struct WithMinima : Large<kBytes, 1> {
     static constexpr bool kMinimum = true;
     static Scales<1> scales(const Source&, const RowAt& row, int64_t g0, int64_t) {
-        const unsigned char* p = Large<kBytes, 1>::block(row, g0);
-        uint32_t u[3];
-        __builtin_memcpy(u, p + 4, 12);
-        const uint64_t scale =
-            (u[0] & 0x3F3F3F3FU) | (uint64_t)((u[2] & 0x0F0F0F0FU) | ((u[0] >> 6) & 0x03030303U) << 4) << 32;
-        const uint64_t minimum =
-            (u[1] & 0x3F3F3F3FU) | (uint64_t)(((u[2] >> 4) & 0x0F0F0F0FU) | ((u[1] >> 6) & 0x03030303U) << 4) << 32;
-        const auto floats = [](uint64_t bytes) {
-            return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
-        };
-        return {{_mm256_mul_ps(floats(scale), _mm256_set1_ps(one_of_f16(p)))},
-                _mm256_mul_ps(floats(minimum), _mm256_set1_ps(-one_of_f16(p + 2)))};
+        const __m128i head = load_bytes16(Large<kBytes, 1>::block(row, g0));
+        // Four scales, four more with their low bits elsewhere, and the same of minima.
+        const __m128i low = _mm_srlv_epi32(
+            _mm_shuffle_epi8(head, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15)),
+            _mm_setr_epi32(0, 0, 0, 4));
+        const __m128i high =
+            _mm_shuffle_epi8(head, _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+        const __m128i six = _mm_or_si128(_mm_and_si128(low, _mm_set1_epi64x(0x0F0F0F0F3F3F3F3F)),
+                                         _mm_and_si128(_mm_srli_epi16(high, 2), _mm_set1_epi8(0x30)));
+        const auto floats = [](__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); };
+        const __m128 both = _mm_xor_ps(_mm_cvtph_ps(head), _mm_setr_ps(0.0F, -0.0F, 0.0F, 0.0F));
+        return {{_mm256_mul_ps(floats(six), _mm256_broadcastss_ps(both))},
+                _mm256_mul_ps(floats(_mm_srli_si128(six, 8)), _mm256_broadcastss_ps(_mm_movehdup_ps(both)))};
     }
 };
 struct Q4_K : WithMinima<144> {
@@ -263,6 +340,19 @@ struct Q4_K : WithMinima<144> {
     static Codes32 codes(const RowAt& row, int64_t g) {
         return nibbles_of<j % 2 * 4>(load_unsigned(block(row, g) + 16 + j / 2 * 32));
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kPairOrder;
+    static __m256 quad_factor() { return _mm256_setr_ps(1, 0x1p-4F, 1, 0x1p-4F, 1, 0x1p-4F, 1, 0x1p-4F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        const __m512i bytes = _mm512_loadu_si512(block(row, g) + 16 + q * 64);
+        const __m512i odd = _mm512_srli_epi16(bytes, 8);
+        parts[0] = _mm512_and_si512(bytes, _mm512_set1_epi16(15));
+        parts[1] = _mm512_and_si512(odd, _mm512_set1_epi16(15));
+        parts[2] = _mm512_and_si512(bytes, _mm512_set1_epi16(0xF0));  // 16 times as large
+        parts[3] = _mm512_and_si512(odd, _mm512_set1_epi16(0xF0));
+    }
+#endif
 };
 // kTo - kFrom to the left; what other bits of a 16-bit lane move in is masked off by the caller.
 template <int kBy>
@@ -280,6 +370,26 @@ struct Q5_K : WithMinima<176> {
         const __m256i high = _mm256_and_si256(shift<4 - j>(load_bytes32(p + 16)), _mm256_set1_epi8(16));
         return widen_unsigned(_mm256_or_si256(low, high));
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kPairOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        const unsigned char* p = block(row, g);
+        const __m512i bytes = _mm512_loadu_si512(p + 48 + q * 64);
+        const __m512i bits = _mm512_broadcast_i64x4(load_bytes32(p + 16));
+        const auto of = [&](int shift) {  // bits `shift` for one group and two further for the other
+            const __m256i one = _mm256_set1_epi8((char)(1 << shift));
+            const __m256i other = _mm256_set1_epi8((char)(4 << shift));
+            return _mm512_test_epi8_mask(bits, _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1));
+        };
+        const __m512i low = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+        const __m512i more = _mm512_set1_epi8(16);
+        split_unsigned(_mm512_mask_add_epi8(low, of(4 * q), low, more), parts[0], parts[1]);
+        split_unsigned(_mm512_mask_add_epi8(high, of(4 * q + 1), high, more), parts[2], parts[3]);
+    }
+#endif
 };
 struct Q6_K : Large<210, 2> {
     template <int j>
@@ -299,6 +409,25 @@ struct Q6_K : Large<210, 2> {
                  _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))), d)},
                 _mm256_setzero_ps()};
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kPairOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(0x1p-8F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        const unsigned char* p = block(row, g);
+        const __m512i bits = _mm512_broadcast_i64x4(load_bytes32(p + 128 + q * 32));
+        const auto pair = [&](int i, __m512i turn, __m512i& even, __m512i& odd) {
+            const __m512i twice = _mm512_broadcast_i64x4(load_bytes32(p + q * 64 + i * 32));
+            const __m512i moved = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
+            const __m512i low = _mm512_and_si512(moved, _mm512_set1_epi8(15));
+            const __m512i six =
+                _mm512_ternarylogic_epi64(_mm512_rolv_epi64(bits, turn), _mm512_set1_epi8(48), low, 0xEA);
+            split_large(_mm512_sub_epi8(six, _mm512_set1_epi8(32)), even, odd);
+        };
+        pair(0, _mm512_setr_epi64(4, 4, 4, 4, 0, 0, 0, 0), parts[0], parts[1]);
+        pair(1, _mm512_setr_epi64(2, 2, 2, 2, 62, 62, 62, 62), parts[2], parts[3]);
+    }
+#endif
 };
 struct Iq4Xs : Large<136, 1> {
     template <int j>
@@ -318,6 +447,14 @@ struct Iq4Xs : Large<136, 1> {
         const __m256 scale = _mm256_cvtepi32_ps(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
         return {{_mm256_mul_ps(scale, _mm256_set1_ps(one_of_f16(p)))}, _mm256_setzero_ps()};
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kHalfOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        quad_of_table<false>(_mm512_loadu_si512(block(row, g) + 8 + q * 64), iq4_values(), parts);
+    }
+#endif
 };
 
 // Codes with scales in a plane of their own.
@@ -386,6 +523,14 @@ struct E2M1 : Planes<16> {
     static Codes32 codes(const RowAt& row, int64_t g) {
         return look_up_halves(row.codes + g * 16, e2m1_doubled());
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kNibbleOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(0x1p-8F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        quad_of_table<true>(_mm512_loadu_si512(row.codes + g * 16), e2m1_doubled(), parts);
+    }
+#endif
 };
 // A scale for 16 values.
 struct E2M1By16 : E2M1 {
@@ -432,6 +577,14 @@ struct Int4 : Planes<16> {
                                                   : each_group(per, g0, n, zero);
         return {{scale}, _mm256_mul_ps(scale, zeros)};
     }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kNibbleOrder;
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        quad_of_nibbles(_mm512_loadu_si512(row.codes + g * 16), parts);
+    }
+#endif
 };
 
 }  // namespace

@@ -3,33 +3,72 @@
 namespace emoe::cpu {
 namespace {
 
-// Where the parts of a narrow row lie: floats, 16-bit integers, the same with those of even place first in each group,
-// and a scale and a sum for each group.
+// Where the parts of a narrow row lie: floats, 16-bit integers in each order, and a scale and a sum for each group.
 inline int64_t padded_depth(int64_t depth) { return pad_up(depth, kEncodedPad); }
-inline const int16_t* whole_of(const uint32_t* x, int64_t depth) {
-    return reinterpret_cast<const int16_t*>(x + padded_depth(depth));
+inline const int16_t* whole_of(const uint32_t* x, int64_t depth, Order order = kPlain) {
+    return reinterpret_cast<const int16_t*>(x + padded_depth(depth)) + order * padded_depth(depth);
 }
 inline const float* scale_of(const uint32_t* x, int64_t depth) {
-    return reinterpret_cast<const float*>(x + 2 * padded_depth(depth));
+    return reinterpret_cast<const float*>(x + padded_depth(depth) + kOrders * padded_depth(depth) / 2);
 }
 inline const float* sum_of(const uint32_t* x, int64_t depth) {
     return scale_of(x, depth) + padded_depth(depth) / kGroup;
 }
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-inline float sum8(__m256 a) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+// The sums of R rows to y[0..least(R, count)). A row's is added in the same order whatever R is.
+template <int R>
+inline void store_sums(const __m256 (&rows)[R], int64_t count, float* y) {
+    static_assert(R == 2 || R == 4);
+    __m256 pairs = _mm256_hadd_ps(rows[0], rows[1]);
+    pairs = _mm256_hadd_ps(pairs, R == 4 ? _mm256_hadd_ps(rows[R - 2], rows[R - 1]) : pairs);
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+    float each[4];
+    _mm_storeu_ps(each, sums);
+    for (int r = 0; r < least(R, count); ++r) y[r] = each[r];
 }
 
 // Below this a group counts as zero, since its inverse would be infinite.
 constexpr float kLeast = 0x1p-100F;
 
+// What is of even place into the first, of odd place into the second.
+inline void take_apart(__m256i (&both)[2]) {
+    __m256i made[2];
+    for (int i = 0; i < 2; ++i) {  // in 32 bits no value saturates
+        const auto half = [&](__m256i pairs) {
+            return i == 1 ? _mm256_srai_epi32(pairs, 16) : _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16);
+        };
+        made[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(half(both[0]), half(both[1])), 0xD8);
+    }
+    both[0] = made[0];
+    both[1] = made[1];
+}
+
+#if defined(EMOE_QUADS)
+// Group g, given what is of even place and of odd place in it, in the orders that meet four groups at once.
+inline void store_quads(uint32_t* x, int64_t depth, int64_t g, const __m256i (&apart)[2]) {
+    const auto part_of = [&](Order order, int64_t part) {
+        return const_cast<int16_t*>(whole_of(x, depth, order)) + (g / 4 * 4 + part) * kGroup;
+    };
+    const auto store_eight = [&](Order order, int64_t part, __m128i eight) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(part_of(order, part) + g % 4 * 8), eight);
+    };
+    __m256i again[2] = {apart[0], apart[1]};
+    take_apart(again);
+    for (int i = 0; i < 2; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(part_of(kPairOrder, g % 2 * 2 + i) + g % 4 / 2 * 16), apart[i]);
+        store_eight(kHalfOrder, i, _mm256_castsi256_si128(apart[i]));
+        store_eight(kHalfOrder, 2 + i, _mm256_extracti128_si256(apart[i], 1));
+        store_eight(kNibbleOrder, i, _mm256_castsi256_si128(again[i]));
+        store_eight(kNibbleOrder, 2 + i, _mm256_extracti128_si256(again[i], 1));
+    }
+}
+#endif
+
 // Groups [g0, g1) of a narrow row whose floats are there.
 inline void quantize(uint32_t* x, int64_t depth, int64_t g0, int64_t g1) {
     auto* whole = const_cast<int16_t*>(whole_of(x, depth));
-    int16_t* apart = whole + padded_depth(depth);
+    auto* apart = const_cast<int16_t*>(whole_of(x, depth, kApartOrder));
     auto* scale = const_cast<float*>(scale_of(x, depth));
     auto* sum = const_cast<float*>(sum_of(x, depth));
     const __m256i size = _mm256_set1_epi32(0x7FFFFFFF);
@@ -63,19 +102,78 @@ inline void quantize(uint32_t* x, int64_t depth, int64_t g0, int64_t g1) {
             both[i] = packed;
             total = _mm256_add_epi32(total, _mm256_madd_epi16(packed, _mm256_set1_epi16(1)));
         }
-        for (int i = 0; i < 2; ++i) {  // in 32 bits no value saturates
-            const auto half = [&](__m256i pairs) {
-                return i == 1 ? _mm256_srai_epi32(pairs, 16) : _mm256_srai_epi32(_mm256_slli_epi32(pairs, 16), 16);
-            };
-            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(half(both[0]), half(both[1])), 0xD8);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(apart + g * kGroup + 16 * i), packed);
+        take_apart(both);
+        for (int i = 0; i < 2; ++i) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(apart + g * kGroup + 16 * i), both[i]);
         }
+#if defined(EMOE_QUADS)
+        store_quads(x, depth, g, both);
+#endif
         __m128i two = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
         two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0x4E));
         two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1));
         sum[g] = scale[g] * (float)_mm_cvtsi128_si32(two);
     }
 }
+
+#if defined(EMOE_QUADS)
+// Narrow rows in one order, their parts `stride` units apart.
+struct Narrow {
+    const int16_t* whole;
+    const float* scale;
+    const float* sum;
+    int64_t stride;
+};
+
+// acc[m][r] += a step of eight groups, four of them at a time.
+template <class Q, int M, int R>
+inline __attribute__((always_inline)) void quad_step(const Source& a, const RowAt (&row)[R], int64_t g0,
+                                                     const Narrow& x, int64_t ahead_by, V (&acc)[M][R],
+                                                     __m256 (&low)[M][R]) {
+    constexpr int S = Q::kScales;
+    const int64_t stride = x.stride;
+    const int16_t* whole = x.whole + g0 * kGroup;
+    const float* x_scale = x.scale + g0;
+    const float* x_sum = x.sum + g0;
+    __m512 its_scale[M];  // eight, or each twice
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+        const __m256 eight = _mm256_mul_ps(load8(x_scale + m * stride), Q::quad_factor());
+        its_scale[m] = _mm512_castps256_ps512(eight);
+        if constexpr (S == 2) {
+            const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+            its_scale[m] = _mm512_permutexvar_ps(twice, its_scale[m]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        const unsigned char* ahead = row[r].codes + g0 / kGroups * Q::kLine + ahead_by;
+        for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
+        const Scales<S> scales = Q::scales(a, row[r], g0, kGroups);
+        __m512 t[M];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+            __m512 both = _mm512_castps256_ps512(scales.scale[0]);
+            if constexpr (S == 2) both = _mm512_insertf32x8(both, scales.scale[1], 1);
+            t[m] = _mm512_mul_ps(both, its_scale[m]);
+            if constexpr (Q::kMinimum) {
+                low[m][r] = _mm256_fmadd_ps(scales.minimum, load8(x_sum + m * stride), low[m][r]);
+            }
+        }
+        const auto quad = [&]<int q>() __attribute__((always_inline)) {
+            __m512i parts[4];
+            Q::template quad<q>(row[r], g0 + 4 * q, parts);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                const int16_t* with = whole + m * 2 * stride + 4 * q * kGroup;
+                acc[m][r] = add_quad<S, Q::kOrder == kPairOrder, q>(acc[m][r], parts, with, t[m]);
+            }
+        };
+        quad.template operator()<0>();
+        quad.template operator()<1>();
+    }
+}
+#endif
 
 // y[m][r] of R rows of weights and M rows of x; where fewer are left the last stands for those after it.
 template <class Q, int M, int R>
@@ -84,10 +182,17 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
     const int64_t depth = a.w.depth;
     const int64_t stride = encoded_stride(depth);
     const int64_t groups = depth / kGroup;
-    const int16_t* whole = whole_of(x, depth) + (Q::kApart ? padded_depth(depth) : 0);
+    const int16_t* whole = whole_of(x, depth, Q::kApart ? kApartOrder : kPlain);
     const float* x_scale = scale_of(x, depth);
     const float* x_sum = sum_of(x, depth);
     const int64_t line = depth / kGroup * (Q::kLine / kGroups) * a.w.step;
+#if defined(EMOE_QUADS)
+    constexpr Order kOrder = [] {
+        if constexpr (requires { Q::kOrder; }) return Q::kOrder;
+        return kPlain;
+    }();
+    const Narrow quads{whole_of(x, depth, kOrder), x_scale, x_sum, stride};
+#endif
     RowAt row[R];
     V acc[M][R];
     __m256 low[M][R];
@@ -102,6 +207,14 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
     }
     for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
         const int64_t n = least(kGroups, groups - g0);
+#if defined(EMOE_QUADS)
+        if constexpr (requires { Q::kOrder; }) {
+            if (Q::kStep || n == kGroups) {
+                quad_step<Q, M, R>(a, row, g0, quads, R * line, acc, low);
+                continue;
+            }
+        }
+#endif
         alignas(64) float t[R][M][kGroups * S];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -152,11 +265,15 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
             for (int64_t j = 0; j < n; ++j) group.template operator()<0>(j);
         }
     }
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-        for (int r = 0; r < least(R, count); ++r) {
-            const float sum = vsum(acc[m][r]);
-            y[m * kNarrowBlock + r] = Q::kMinimum ? sum + sum8(low[m][r]) : sum;
+        __m256 sums[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            sums[r] = halved(acc[m][r]);
+            if constexpr (Q::kMinimum) sums[r] = _mm256_add_ps(sums[r], low[m][r]);
         }
+        store_sums<R>(sums, count, y + m * kNarrowBlock);
     }
 }
 

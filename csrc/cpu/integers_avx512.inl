@@ -1,5 +1,6 @@
 // Whole numbers for the AVX-512 units: 32 codes as 16-bit integers in one vector.
 #define EMOE_INTEGERS
+#define EMOE_QUADS
 
 namespace emoe::cpu {
 namespace {
@@ -69,6 +70,87 @@ inline V add_dot(V acc, Codes32 codes, const int16_t* x, const float* t) {
     if constexpr (kScales == 1) return vfma(products, vset(t[0]), acc);
     constexpr __mmask16 kSecond = kApart ? 0xF0F0 : 0xFF00;
     return vfma(products, {_mm512_mask_broadcastss_ps(vset(t[0]).v, kSecond, _mm_load_ss(t + 1))}, acc);
+}
+
+// Four groups at a time: their codes as 16-bit numbers in four parts, in the order of x that the codec names.
+
+// Unsigned bytes: those of even place, those of odd place.
+inline void split_unsigned(__m512i bytes, __m512i& even, __m512i& odd) {
+    even = _mm512_and_si512(bytes, _mm512_set1_epi16(0xFF));
+    odd = _mm512_srli_epi16(bytes, 8);
+}
+inline void split_signed(__m512i bytes, __m512i& even, __m512i& odd) {
+    even = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8);
+    odd = _mm512_srai_epi16(bytes, 8);
+}
+// 2^8 times as large; at most 32, so that four products of x fit into 32 bits.
+inline void split_large(__m512i bytes, __m512i& even, __m512i& odd) {
+    even = _mm512_slli_epi16(bytes, 8);
+    odd = _mm512_and_si512(bytes, _mm512_set1_epi16((short)0xFF00));
+}
+inline void quad_of_nibbles(__m512i bytes, __m512i (&parts)[4]) {
+    const __m512i low = _mm512_set1_epi16(15);
+    parts[0] = _mm512_and_si512(bytes, low);
+    parts[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 8), low);
+    parts[2] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+    parts[3] = _mm512_srli_epi16(bytes, 12);
+}
+// kLarge: as split_large, values at most 12.
+template <bool kLarge>
+inline void quad_of_table(__m512i bytes, __m128i table, __m512i (&parts)[4]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i all = _mm512_broadcast_i32x4(table);
+    const __m512i first = _mm512_shuffle_epi8(all, _mm512_and_si512(bytes, low));
+    const __m512i second = _mm512_shuffle_epi8(all, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+    (kLarge ? split_large : split_signed)(first, parts[0], parts[1]);
+    (kLarge ? split_large : split_signed)(second, parts[2], parts[3]);
+}
+// Sixteen more where the bit is set: 32 bits for each group, `apart` bytes from each other.
+inline void quad_of_nibbles_and_bits(__m512i bytes, const unsigned char* bits, int64_t apart, __m512i (&parts)[4]) {
+    uint64_t first = 0;
+    uint64_t second = 0;
+    for (int i = 3; i >= 0; --i) {
+        uint16_t halves[2];
+        __builtin_memcpy(halves, bits + i * apart, 4);
+        first = first << 16 | halves[0];
+        second = second << 16 | halves[1];
+    }
+    const __m512i low = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+    split_unsigned(_mm512_mask_add_epi8(low, first, low, _mm512_set1_epi8(16)), parts[0], parts[1]);
+    split_unsigned(_mm512_mask_add_epi8(high, second, high, _mm512_set1_epi8(16)), parts[2], parts[3]);
+}
+
+inline __m512i add_products(__m512i sum, __m512i codes, const int16_t* x) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, codes, _mm512_loadu_si512(x));
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(codes, _mm512_loadu_si512(x)));
+#endif
+}
+// acc + t * (codes . x) for groups 4 q to 4 q + 3 of a step; t has its eight scales, or sixteen.
+template <int kScales, bool kPairs, int q>
+inline V add_quad(V acc, const __m512i (&parts)[4], const int16_t* x, __m512 t) {
+    const __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // Which scale is that of a lane.
+    const auto scale_of_lane = [&](int p) {
+        __m512i group = kPairs ? _mm512_slli_epi32(_mm512_srli_epi32(place, 3), 1) : _mm512_srli_epi32(place, 2);
+        group = _mm512_add_epi32(group, _mm512_set1_epi32(4 * q + p));
+        if constexpr (kScales == 1) return group;
+        const __m512i half = _mm512_and_si512(_mm512_srli_epi32(place, kPairs ? 2 : 1), _mm512_set1_epi32(1));
+        return _mm512_add_epi32(_mm512_add_epi32(group, group), half);
+    };
+    const auto scaled = [&](__m512i sum, int p) {
+        acc = vfma({_mm512_cvtepi32_ps(sum)}, {_mm512_permutexvar_ps(scale_of_lane(p), t)}, acc);
+    };
+    __m512i sum = add_products(add_products(_mm512_setzero_si512(), parts[0], x), parts[1], x + 32);
+    if constexpr (kPairs) {
+        scaled(sum, 0);
+        sum = _mm512_setzero_si512();
+    }
+    sum = add_products(add_products(sum, parts[2], x + 64), parts[3], x + 96);
+    scaled(sum, kPairs ? 1 : 0);
+    return acc;
 }
 
 // to[0..32): scale * code + minimum, with a scale for either half where there are two.

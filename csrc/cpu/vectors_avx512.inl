@@ -37,6 +37,8 @@ inline V vmin(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either
 inline V vmax(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V vround(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline V vscale2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Eight sums of its lanes.
+inline __m256 halved(V a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
 inline float vsum(V a) {
     const __m256 high = _mm512_extractf32x8_ps(a.v, 1);
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), high);
