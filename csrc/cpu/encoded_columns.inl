@@ -6,10 +6,12 @@ namespace {
 // Eight outputs are neighbours in every plane.
 inline bool columns_of_words(const Weights& w) { return w.step == 1 && w.first % 8 == 0 && w.count % 8 == 0; }
 
+constexpr int64_t kWordsAhead = kGroup;  // inputs
+
 // part[m][...] of the inputs that share scales.
 struct ColumnSums {
-    alignas(64) float part[kNarrowRows][kNarrowBlock];
-    float sum[kNarrowRows];  // of x
+    alignas(64) float part[kMostEncoded][kNarrowBlock];
+    float sum[kMostEncoded];  // of x
 };
 
 // Where outputs 0 to 7 of a word lie in it.
@@ -42,7 +44,7 @@ inline void gptq_group(const Source& a, int64_t at, int64_t count, int64_t g, in
     const unsigned char* words = a.slot + a.w.data + g * 4 * line + at * 4;
     const int16_t* whole = whole_of(x, a.w.depth) + g * kGroup;
     const float* scale = scale_of(x, a.w.depth) + g;
-    alignas(16) int pairs[kNarrowRows][16];  // inputs i and i + 4 of a word
+    alignas(16) int pairs[kMostEncoded][16];  // inputs i and i + 4 of a word
     for (int m = 0; m < rows; ++m) {
         for (int w = 0; w < 4; ++w) {
             const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(whole + m * 2 * stride + w * 8));
@@ -50,34 +52,38 @@ inline void gptq_group(const Source& a, int64_t at, int64_t count, int64_t g, in
             _mm_store_si128(reinterpret_cast<__m128i*>(pairs[m] + 4 * w), made);
         }
     }
-    const __m256i nibbles = _mm256_set1_epi32(0x000F000F);
-    for (int64_t c = 0; c < count; c += 8) {
+    const Words once = word_set(0x000F000F);
+    const Words large = word_set(0x00F000F0);
+    for (int64_t c = 0; c < count; c += L) {
         const unsigned char* p = words + c * 4;
         if (c % 16 == 0) {
-            for (int w = 0; w < 4; ++w) __builtin_prefetch(p + (4 + w) * line, 0, 3);
+            for (int w = 0; w < 4; ++w) __builtin_prefetch(p + (kWordsAhead / 8 + w) * line, 0, 2);
         }
-        __m256i word[4];
+        Words word[4];
 #pragma GCC unroll 4
-        for (int w = 0; w < 4; ++w) word[w] = load_bytes32(p + w * line);
+        for (int w = 0; w < 4; ++w) word[w] = word_load(p + w * line, count - c);
         for (int m = 0; m < rows; ++m) {
-            __m256i acc = _mm256_setzero_si256();
+            Words sum = word_set(0);
+            Words larger = word_set(0);  // 16 times too large
 #pragma GCC unroll 4
             for (int w = 0; w < 4; ++w) {
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(word[w], 4 * i), nibbles);
-                    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(code, _mm256_set1_epi32(pairs[m][4 * w + i])));
-                }
+                const int* with = pairs[m] + 4 * w;
+                const Words rest = word_right<8>(word[w]);
+                sum = word_dot(sum, word_and(word[w], once), with[0]);
+                larger = word_dot(larger, word_and(word[w], large), with[1]);
+                sum = word_dot(sum, word_and(rest, once), with[2]);
+                larger = word_dot(larger, word_and(rest, large), with[3]);
             }
             float* part = sums.part[m] + c;
-            const __m256 value =
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(scale[m * stride]), load8(part));
-            _mm256_store_ps(part, value);
+            const V value = word_floats(word_add(sum, word_right_signed<4>(larger)));
+            vstore(part, vfma(value, vset(scale[m * stride]), vload(part)));
         }
     }
 }
 
-// As gptq_group; part[m][64 b + 8 p + j] is output 64 b + 8 j + kOutput[p] there.
+constexpr int64_t kAwqBlock = 8 * L;  // outputs that L words of AWQ hold
+
+// As gptq_group; part[m][b + L p + j], b a multiple of kAwqBlock, is output b + 8 j + kOutput[p] there.
 inline void awq_group(const Source& a, int64_t at, int64_t count, int64_t g, int rows, const uint32_t* x,
                       ColumnSums& sums) {
     const int64_t stride = encoded_stride(a.w.depth);
@@ -85,42 +91,37 @@ inline void awq_group(const Source& a, int64_t at, int64_t count, int64_t g, int
     const unsigned char* words = a.slot + a.w.data + g * kGroup * line + at / 8 * 4;
     const int16_t* whole = whole_of(x, a.w.depth) + g * kGroup;
     const float* scale = scale_of(x, a.w.depth) + g;
-    const __m256i nibbles = _mm256_set1_epi32(0x000F000F);
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    constexpr int64_t kAhead = 2 * kGroup;
-    for (int64_t c = 0; c < count; c += 64) {
+    const Words once = word_set(0x000F000F);
+    const Words large = word_set(0x00F000F0);
+    for (int64_t c = 0; c < count; c += kAwqBlock) {
         const unsigned char* p = words + c / 8 * 4;
-        const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)((count - c) / 8)), lanes);
-        const auto load = [&](int64_t k) {
-            return _mm256_maskload_epi32(reinterpret_cast<const int*>(p + k * line), valid);
-        };
+        const bool new_line = c % 128 == 0;  // what an input has here is too short a run to be foreseen
         for (int m = 0; m < rows; ++m) {
-            __m256i acc[8];
-            for (__m256i& each : acc) each = _mm256_setzero_si256();
+            Words acc[8];
+            for (Words& each : acc) each = word_set(0);
             for (int64_t k = 0; k < kGroup; k += 2) {
-                if (c == 0 && m == 0) {  // a few at a time: what an input has here is too short a run to be foreseen
-                    for (int64_t b = 0; b < count / 2; b += 64) {
-                        __builtin_prefetch(p + (kAhead + k) * line + b, 0, 2);
-                        __builtin_prefetch(p + (kAhead + k + 1) * line + b, 0, 2);
-                    }
+                if (new_line && m == 0) {
+                    __builtin_prefetch(p + (kWordsAhead + k) * line, 0, 2);
+                    __builtin_prefetch(p + (kWordsAhead + k + 1) * line, 0, 2);
                 }
-                const __m256i first = load(k);
-                const __m256i second = load(k + 1);
-                const __m256i low = _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xAA);
-                const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xAA);
+                const Words first = word_load(p + k * line, (count - c) / 8);
+                const Words second = word_load(p + (k + 1) * line, (count - c) / 8);
+                const Words half[2] = {word_mix(first, word_left<16>(second)), word_mix(word_right<16>(first), second)};
                 int pair;
                 __builtin_memcpy(&pair, whole + m * 2 * stride + k, 4);
-                const __m256i with = _mm256_set1_epi32(pair);
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i) {
-                    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(i < 4 ? low : high, i % 4 * 4), nibbles);
-                    acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(code, with));
+#pragma GCC unroll 2
+                for (int h = 0; h < 2; ++h) {
+                    const Words rest = word_right<8>(half[h]);
+                    acc[4 * h] = word_dot(acc[4 * h], word_and(half[h], once), pair);
+                    acc[4 * h + 1] = word_dot(acc[4 * h + 1], word_and(half[h], large), pair);
+                    acc[4 * h + 2] = word_dot(acc[4 * h + 2], word_and(rest, once), pair);
+                    acc[4 * h + 3] = word_dot(acc[4 * h + 3], word_and(rest, large), pair);
                 }
             }
             float* part = sums.part[m] + c;
-            const __m256 by = _mm256_set1_ps(scale[m * stride]);
             for (int i = 0; i < 8; ++i) {
-                _mm256_store_ps(part + 8 * i, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i]), by, load8(part + 8 * i)));
+                const V by = vset(scale[m * stride] * (i % 2 == 0 ? 1.0F : 0x1p-4F));
+                vstore(part + L * i, vfma(word_floats(acc[i]), by, vload(part + L * i)));
             }
         }
     }
@@ -140,7 +141,8 @@ void column_rows(const Source& a, int64_t first, int64_t count, int rows, const 
     for (int64_t g0 = 0; g0 < groups; g0 += per) {
         for (int m = 0; m < rows; ++m) {
             sums.sum[m] = 0.0F;
-            for (int64_t c = 0; c < pad_up(count, 64); c += 8) _mm256_store_ps(sums.part[m] + c, _mm256_setzero_ps());
+            for (int64_t c = 0; c < pad_up(count, kAwqBlock); c += 8)
+                _mm256_store_ps(sums.part[m] + c, _mm256_setzero_ps());
         }
         for (int64_t g = g0; g < g0 + per; ++g) {
             (kAwq ? awq_group : gptq_group)(a, at, count, g, rows, x, sums);
@@ -150,8 +152,8 @@ void column_rows(const Source& a, int64_t first, int64_t count, int rows, const 
             for (int64_t c = 0; c < count; c += 8) {
                 __m256 part = load8(sums.part[m] + c);
                 if constexpr (kAwq) {
-                    const float* from = sums.part[m] + c / 64 * 64 + c / 8 % 8;
-                    const auto of = [&](int i) { return from[8 * kPlace[i]]; };
+                    const float* from = sums.part[m] + c / kAwqBlock * kAwqBlock + c / 8 % L;
+                    const auto of = [&](int i) { return from[L * kPlace[i]]; };
                     part = _mm256_setr_ps(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7));
                 }
                 add_scaled(a, g0 / per, at + c, part, sums.sum[m], y + m * kNarrowBlock + c);

@@ -19,9 +19,9 @@ inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 // The sums of R rows to y[0..least(R, count)). A row's is added in the same order whatever R is.
 template <int R>
 inline void store_sums(const __m256 (&rows)[R], int64_t count, float* y) {
-    static_assert(R == 2 || R == 4);
-    __m256 pairs = _mm256_hadd_ps(rows[0], rows[1]);
-    pairs = _mm256_hadd_ps(pairs, R == 4 ? _mm256_hadd_ps(rows[R - 2], rows[R - 1]) : pairs);
+    static_assert(R == 1 || R == 2 || R == 4);
+    __m256 pairs = _mm256_hadd_ps(rows[0], rows[R == 1 ? 0 : 1]);
+    pairs = _mm256_hadd_ps(pairs, R == 4 ? _mm256_hadd_ps(rows[R == 4 ? 2 : 0], rows[R - 1]) : pairs);
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
     float each[4];
     _mm_storeu_ps(each, sums);
@@ -136,7 +136,7 @@ inline __attribute__((always_inline)) void quad_step(const Source& a, const RowA
     const float* x_scale = x.scale + g0;
     const float* x_sum = x.sum + g0;
     __m512 its_scale[M];  // eight, or each twice
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         const __m256 eight = _mm256_mul_ps(load8(x_scale + m * stride), Q::quad_factor());
         its_scale[m] = _mm512_castps256_ps512(eight);
@@ -151,7 +151,7 @@ inline __attribute__((always_inline)) void quad_step(const Source& a, const RowA
         for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
         const Scales<S> scales = Q::scales(a, row[r], g0, kGroups);
         __m512 t[M];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             __m512 both = _mm512_castps256_ps512(scales.scale[0]);
             if constexpr (S == 2) both = _mm512_insertf32x8(both, scales.scale[1], 1);
@@ -163,7 +163,7 @@ inline __attribute__((always_inline)) void quad_step(const Source& a, const RowA
         const auto quad = [&]<int q>() __attribute__((always_inline)) {
             __m512i parts[4];
             Q::template quad<q>(row[r], g0 + 4 * q, parts);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 const int16_t* with = whole + m * 2 * stride + 4 * q * kGroup;
                 acc[m][r] = add_quad<S, Q::kOrder == kPairOrder, q>(acc[m][r], parts, with, t[m]);
@@ -199,7 +199,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         row[r] = Q::row(a, first + least(r, count - 1));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             acc[m][r] = vzero();
             low[m][r] = _mm256_setzero_ps();
@@ -221,7 +221,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
             const unsigned char* ahead = row[r].codes + g0 / kGroups * Q::kLine + R * line;
             for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
             const Scales<S> scales = Q::scales(a, row[r], g0, n);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 const __m256 its_scale = load8(x_scale + m * stride + g0);
                 if constexpr (S == 2) {
@@ -245,7 +245,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const Codes32 codes = Q::template codes<j>(row[r], g0 + at);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) {
                     acc[m][r] = add_dot<S, Q::kApart>(acc[m][r], codes, whole + m * 2 * stride + (g0 + at) * kGroup,
                                                       t[r][m] + at * S);
@@ -265,7 +265,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
             for (int64_t j = 0; j < n; ++j) group.template operator()<0>(j);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         __m256 sums[R];
 #pragma GCC unroll 4
@@ -289,7 +289,7 @@ inline void float_tile(const Source& a, int64_t first, int64_t count, const uint
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         row[r] = Q::row(a, first + least(r, count - 1));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) acc[m][r] = vzero();
     }
     for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
@@ -307,7 +307,7 @@ inline void float_tile(const Source& a, int64_t first, int64_t count, const uint
                 V values[kParts];
                 Q::values(row[r], g0 + j, values);
                 const V scale = vset(t[r][j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) {
                     const float* with = floats + m * stride + (g0 + j) * kGroup;
                     V sum = vmul(values[0], vload(with));
@@ -339,6 +339,13 @@ void tiled_rows(const Source& a, int64_t first, int64_t count, int rows, const u
     const int64_t stride = encoded_stride(a.w.depth);
     for (int64_t r = 0; r < count; r += kTogether) {
         int m = 0;
+        if constexpr (kManyRegisters) {
+            for (; m + 8 <= rows; m += 8) {
+                for (int64_t i = r; i < least(count, r + kTogether); ++i) {
+                    row_tile<Q, 8, 1>(a, first + i, count - i, x + m * stride, y + m * kNarrowBlock + i);
+                }
+            }
+        }
         for (; m + 4 <= rows; m += 4) {
             for (int64_t i = r; i < least(count, r + kTogether); i += 2) {
                 row_tile<Q, 4, 2>(a, first + i, count - i, x + m * stride, y + m * kNarrowBlock + i);

@@ -10,7 +10,7 @@ inline void expanded_rows(const Source& a, int64_t first, int64_t count, int row
     static_assert(kRowsAtOnce % kTogether == 0);
     const Expand fast = expander(a.w);
     alignas(64) float piece[kRowsAtOnce][kPiece];
-    alignas(64) float sums[kNarrowRows][kRowsAtOnce][L];
+    alignas(64) float sums[kMostEncoded][kRowsAtOnce][L];
     for (int64_t r = 0; r < count; r += kRowsAtOnce) {
         const int64_t some = least(kRowsAtOnce, count - r);
         for (int m = 0; m < rows; ++m) {
@@ -52,7 +52,10 @@ void plain_rows(const Source& a, int64_t first, int64_t count, int rows, const f
     };
     const int64_t ld = a.w.depth * W::kSize;
     const unsigned char* from = a.slot + a.w.data + (a.w.first + first * a.w.step) * ld;
-    kByRows[rows - 1](from, ld * a.w.step, count, x, ldx, a.w.depth, y, kNarrowBlock);
+    for (int m = 0; m < rows; m += kNarrowRows) {
+        kByRows[least(kNarrowRows, rows - m) - 1](from, ld * a.w.step, count, x + m * ldx, ldx, a.w.depth,
+                                                  y + m * kNarrowBlock, kNarrowBlock);
+    }
 }
 
 // y [rows][kNarrowBlock]; x as narrow_load and encoded_narrow_gate_up leave it for rows in `dtype`.
@@ -93,8 +96,8 @@ inline void encoded_narrow_load(const Job& job, const Chunk& chunk, int64_t k0, 
 
 void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
     const MlpLayout& layout = *job.layout;
-    alignas(64) float gate[kNarrowRows * kNarrowBlock + L];
-    alignas(64) float up[kNarrowRows * kNarrowBlock + L];
+    alignas(64) float gate[kMostEncoded * kNarrowBlock + L];
+    alignas(64) float up[kMostEncoded * kNarrowBlock + L];
     float gate_bias[kNarrowBlock];
     float up_bias[kNarrowBlock];
     encoded_product({layout.gate, chunk.slot}, job.hidden_dtype, i0, i1 - i0, chunk.rows, chunk.x, gate);
@@ -117,7 +120,7 @@ void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int6
 
 void encoded_narrow_down(const Job& job, const Chunk& chunk, int64_t n0, int64_t n1) {
     const MlpLayout& layout = *job.layout;
-    alignas(64) float y[kNarrowRows * kNarrowBlock + L];
+    alignas(64) float y[kMostEncoded * kNarrowBlock + L];
     encoded_product({layout.down, chunk.slot}, job.hidden_dtype, n0, n1 - n0, chunk.rows, chunk.h, y);
     narrow_store(job, chunk, n0, n1, y, [&](int64_t n) { return bias_of(layout.down, chunk.slot, n); });
 }

@@ -74,11 +74,12 @@ std::int64_t wide_rows(const MlpLayout& a, bool pairs, std::int64_t lanes) {
 
 std::vector<Chunk> cut(const GatherMlp& op, const Routed& routed, bool pairs, const Kernels& kernels) {
     const std::int64_t most = wide_rows(op.layout, pairs, kernels.lanes);
+    const int narrow = narrow_rows(op, kernels);
     std::vector<Chunk> chunks;
     for (std::size_t e = 0; e < op.slot_of.size(); ++e) {
         const std::int64_t begin = routed.begin[e];
         const std::int64_t rows = routed.begin[e + 1] - begin;
-        const bool wide = rows > kNarrowRows;  // of the whole expert: a short last chunk stays on the same path
+        const bool wide = rows > narrow;  // of the whole expert: a short last chunk stays on the same path
         for (std::int64_t at = 0; at < rows; at += most) {
             const std::int64_t count = std::min(most, rows - at);
             Chunk chunk{};
@@ -130,10 +131,10 @@ bool by_columns(const MlpLayout& a) {
 std::int64_t task_of(const MlpLayout& a, std::span<const Chunk> chunks) {
     const bool any_narrow = std::any_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return !c.wide; });
     if (!any_narrow) return kRowTask;
-    if (by_columns(a)) return kColumnTask;
+    const auto count = static_cast<std::int64_t>(chunks.size());
+    if (by_columns(a)) return a.encoded ? column_task(a.intermediate, count) : kLeastColumns;
     if (!a.encoded) return kRowTask;
-    const std::int64_t blocks = (a.intermediate + kRowTask - 1) / kRowTask;
-    return encoded_task(kRowTask, blocks * static_cast<std::int64_t>(chunks.size()));
+    return encoded_task(kRowTask, (a.intermediate + kRowTask - 1) / kRowTask * count);
 }
 
 void run_group(const Job& job, std::span<const Chunk> chunks, const Kernels& kernels) {
@@ -173,6 +174,17 @@ bool supports(const MlpLayout& layout) noexcept {
     }
     return layout.encoded || layout.dtype == DType::kFloat32 || layout.dtype == DType::kBFloat16 ||
            layout.dtype == DType::kFloat16;
+}
+
+int narrow_rows(const GatherMlp& op, const Kernels& kernels) {
+    const MlpLayout& a = op.layout;
+    if (!a.encoded) return kNarrowRows;
+    const auto whole = [](const Weights& w) {
+        const CodesIn in = codes_row(w.codes).in;
+        return in == CodesIn::kBlocks || in == CodesIn::kNibbles || in == CodesIn::kWords || w.codes == Codes::kInt8;
+    };
+    const bool all = whole(a.gate) && (!a.has_gate || whole(a.up)) && whole(a.down);
+    return all && op.hidden_dtype != DType::kFloat32 ? kernels.encoded_rows : kEncodedRows;
 }
 
 void gather_mlp(const GatherMlp& op) { gather_mlp(op, active_kernels()); }

@@ -23,6 +23,9 @@ const Kernels& kernels_named(std::string_view name);
 // True where gather_mlp takes the layout; never throws.
 bool supports(const MlpLayout& layout) noexcept;
 
+// Most rows of an expert that take the narrow path (docs/kernels.md).
+int narrow_rows(const GatherMlp& op, const Kernels& kernels);
+
 // `kernels` is the active unit unless given.
 void gather_mlp(const GatherMlp& op);
 void gather_mlp(const GatherMlp& op, const Kernels& kernels);

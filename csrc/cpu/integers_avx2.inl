@@ -100,6 +100,36 @@ inline V add_dot(V acc, Codes32 codes, const int16_t* x, const float* t) {
     return vfma(products, vset(t[0]), acc);
 }
 
+// Words of AWQ and GPTQ, as many as a vector of floats has lanes.
+using Words = __m256i;
+inline Words word_set(int bits) { return _mm256_set1_epi32(bits); }
+inline Words word_and(Words a, Words b) { return _mm256_and_si256(a, b); }
+inline Words word_add(Words a, Words b) { return _mm256_add_epi32(a, b); }
+template <int kBy>
+inline Words word_left(Words a) {
+    return _mm256_slli_epi32(a, kBy);
+}
+template <int kBy>
+inline Words word_right(Words a) {
+    return _mm256_srli_epi32(a, kBy);
+}
+template <int kBy>
+inline Words word_right_signed(Words a) {
+    return _mm256_srai_epi32(a, kBy);
+}
+// The low half of each of a, the high half of each of b.
+inline Words word_mix(Words a, Words b) { return _mm256_blend_epi16(a, b, 0xAA); }
+inline Words word_load(const unsigned char* p, int64_t n) {  // zero from n on
+    if (n >= 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lanes));
+}
+// sum + the products of both halves with those of `pair`.
+inline Words word_dot(Words sum, Words codes, int pair) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, _mm256_set1_epi32(pair)));
+}
+inline V word_floats(Words a) { return {_mm256_cvtepi32_ps(a)}; }
+
 // to[0..32): scale * code + minimum, with a scale for either half where there are two.
 template <int kScales>
 inline void store_values(float* to, Codes32 codes, const float* scales, float minimum) {

@@ -153,6 +153,38 @@ inline V add_quad(V acc, const __m512i (&parts)[4], const int16_t* x, __m512 t) 
     return acc;
 }
 
+// Words of AWQ and GPTQ, as many as a vector of floats has lanes.
+using Words = __m512i;
+inline Words word_set(int bits) { return _mm512_set1_epi32(bits); }
+inline Words word_and(Words a, Words b) { return _mm512_and_si512(a, b); }
+inline Words word_add(Words a, Words b) { return _mm512_add_epi32(a, b); }
+template <int kBy>
+inline Words word_left(Words a) {
+    return _mm512_slli_epi32(a, kBy);
+}
+template <int kBy>
+inline Words word_right(Words a) {
+    return _mm512_srli_epi32(a, kBy);
+}
+template <int kBy>
+inline Words word_right_signed(Words a) {
+    return _mm512_srai_epi32(a, kBy);
+}
+// The low half of each of a, the high half of each of b.
+inline Words word_mix(Words a, Words b) { return _mm512_mask_blend_epi16(0xAAAAAAAAU, a, b); }
+inline Words word_load(const unsigned char* p, int64_t n) {  // zero from n on
+    return _mm512_maskz_loadu_epi32(n >= 16 ? (__mmask16)0xFFFF : (__mmask16)((1U << n) - 1U), p);
+}
+// sum + the products of both halves with those of `pair`.
+inline Words word_dot(Words sum, Words codes, int pair) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, codes, _mm512_set1_epi32(pair));
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(codes, _mm512_set1_epi32(pair)));
+#endif
+}
+inline V word_floats(Words a) { return {_mm512_cvtepi32_ps(a)}; }
+
 // to[0..32): scale * code + minimum, with a scale for either half where there are two.
 template <int kScales>
 inline void store_values(float* to, Codes32 codes, const float* scales, float minimum) {

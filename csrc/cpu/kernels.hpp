@@ -10,6 +10,8 @@
 namespace emoe::cpu {
 
 constexpr int kNarrowRows = 8;     // up to this many rows of an expert: streamed as dot products (docs/kernels.md)
+constexpr int kEncodedRows = 16;   // the same for experts whose weights are encoded
+constexpr int kMostEncoded = 32;   // the most that Kernels::encoded_rows may be
 constexpr int kWideRows = 256;     // rows of one wide chunk: what phase one keeps in L2
 constexpr int kSubBlock = 64;      // weight rows of one wide tile
 constexpr int kNarrowBlock = 512;  // most weight rows of one narrow task
@@ -56,7 +58,8 @@ struct LinearOut {
 struct Kernels {
     const char* name;
     int lanes;
-    bool bf16_pairs;  // has the pair form of the wide path
+    int encoded_rows;  // kEncodedRows where whole numbers multiply all matrices: up to here no slower than tiles are
+    bool bf16_pairs;   // has the pair form of the wide path
     void (*load_rows)(const Job&, const Chunk&, int64_t k0,
                       int64_t k1);  // k0 and k1 (unless the end) divide by kSubBlock
     void (*gate_up)(const Job&, const Chunk&, int64_t i0, int64_t i1);                      // h columns [i0,i1)

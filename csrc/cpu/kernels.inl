@@ -258,7 +258,7 @@ void gate_up_as(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
     }
 }
 void encoded_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int64_t i1) {
-    const int64_t most = (chunk.wide ? kSubBlock : kNarrowBlock) / 2;
+    const int64_t most = chunk.wide ? kSubBlock / 2 : kNarrowBlock;
     for (int64_t i = i0; i < i1; i += most) {
         (chunk.wide ? encoded_wide_gate_up : encoded_narrow_gate_up)(job, chunk, i, least(i + most, i1));
     }
@@ -345,6 +345,8 @@ constexpr bool kHasPairs = false;
 
 }  // namespace
 
-const Kernels EMOE_KERNELS = {EMOE_ISA_NAME, L, kHasPairs, load_rows, gate_up, down, linear, combine, read};
+const Kernels EMOE_KERNELS = {
+    EMOE_ISA_NAME, L,   kManyRegisters ? kMostEncoded : kEncodedRows, kHasPairs, load_rows, gate_up, down, linear,
+    combine,       read};
 
 }  // namespace emoe::cpu

@@ -33,7 +33,7 @@ const std::int64_t* counted(std::int64_t n) {
 }
 
 std::int64_t narrow_task(const Weights& weights) {
-    if (codes_row(weights.codes).in == CodesIn::kColumns) return kColumnTask;
+    if (codes_row(weights.codes).in == CodesIn::kColumns) return column_task(weights.count, 1);
     return encoded_task(kRowTask, (weights.count + kRowTask - 1) / kRowTask);
 }
 

@@ -84,8 +84,8 @@ std::vector<CodesCase> cases() {
 TEST("every unit agrees with the fp64 reference on all codes, with few rows and many") {
     for (const CodesCase& codes : cases()) {
         for (const DType hidden : {F32, BF16, F16}) {
-            for (const std::int64_t T : {1, 6, 30}) {
-                if (hidden != F32 && T == 6) continue;
+            for (const std::int64_t T : {1, 6, 30, 60}) {  // an expert has two thirds of them
+                if (hidden == F32 ? T == 60 : T == 6) continue;
                 const EncodedProblem p(all(codes, hidden, T, 512));
                 check_every_isa(p, described(codes) + ", tokens " + std::to_string(T));
             }
@@ -176,21 +176,23 @@ TEST("gate, up and down may each have other codes") {
     }
 }
 
-TEST("the bits of a row depend on nothing else in the call, up to 8 rows of an expert and again from 9") {
+TEST("the bits of a row depend on nothing else in the call, up to as many rows as are narrow and again from there on") {
     const int before = threads();
     for (const CodesCase& codes : cases()) {
         for_each_isa([&](const cpu::Kernels& kernels) {
-            for (const std::int64_t T : {8, 40}) {
-                EncodedCase c = all(codes, F32, T, 512, 256, 72);
+            for (const auto& [hidden, T] : {std::pair{F32, 16}, {F32, 40}, {BF16, 32}, {BF16, 56}}) {
+                EncodedCase c = all(codes, hidden, T, 512, 256, 72);
                 c.K = 1;
                 c.E = 1;
                 EncodedProblem p(c);
+                const int narrow = cpu::narrow_rows(p.op(nullptr, OutMode::kPairs), kernels);
+                CHECK(hidden == F32 ? narrow == cpu::kEncodedRows : narrow >= cpu::kEncodedRows);
                 set_threads(1);
                 const std::vector<float> want = run(p, kernels);
                 set_threads(3);
                 CHECK(same_bits(run(p, kernels), want));
-                for (const std::int64_t few : {1, 2, 3, 5, 7, 9, 17}) {
-                    if (few >= T || (T > 8 && few <= 8)) continue;
+                for (const std::int64_t few : {1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 32, 33}) {
+                    if (few >= T || (few <= narrow) != (T <= narrow)) continue;
                     p.c.T = few;
                     const std::vector<float> some = run(p, kernels);
                     CHECK(std::memcmp(some.data(), want.data(), some.size() * sizeof(float)) == 0);
