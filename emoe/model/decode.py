@@ -18,8 +18,6 @@ from emoe.model.spec import ExpertForm
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 # Which of eight neighbouring outputs the nibbles of an AWQ word hold, lowest first.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-# Names of the library that are not the capitals of ours.
-_GGUF_TYPES = {"gguf_mxfp4": "MXFP4"}
 
 
 def decode(matrix: EncodedMatrix, planes: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -107,7 +105,7 @@ def _rows(plane: Plane, array: torch.Tensor, row: int, count: int) -> torch.Tens
 def _gguf(how: Encoding, blocks: torch.Tensor) -> torch.Tensor:
     import gguf
 
-    kind = gguf.GGMLQuantizationType[_GGUF_TYPES.get(how.name, how.name.upper())]
+    kind = gguf.GGMLQuantizationType[how.name.removeprefix("gguf_").upper()]
     return torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), kind))
 
 

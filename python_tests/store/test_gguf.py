@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import gguf
 import gguf_models as gg
 import numpy as np
 import pytest
@@ -303,6 +304,32 @@ def test_experts_in_types_without_an_encoding_are_refused_by_name(tmp_path):
             call(path)
         assert e.value.tensor == name
         assert e.value.nbytes == E * WIDTH * 66
+
+
+def _of_kind(kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    if kind.startswith("I"):
+        return np.ones(shape, f"int{kind[1:]}")
+    values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return np.zeros((*shape[:-1], shape[-1] // values * nbytes), np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["NVFP4", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K", "Q1_0"])
+@pytest.mark.parametrize("name", ["blk.1.ffn_up_exps.weight", "blk.0.attn_q.weight", "token_embd.weight"])
+def test_types_that_are_no_numbers_or_lack_their_scale_are_refused_before_they_are_read(name, kind, tmp_path):
+    """Our own NVFP4 lies in other bytes than ggml's type of that name, whose scale is a tensor of its own."""
+    model, _ = write(tmp_path / "m.gguf", qwen3moe(), _PLAIN)
+    tensors = gg.arrays(model, "qwen3moe")
+    raw = {name: _of_kind(kind, tuple(tensors[name].shape))}
+    path = gg.write(
+        tmp_path / "m.gguf", "qwen3moe", tensors, said(model.config), raw=raw,
+        kinds=lambda each: kind if each == name else "F32",
+    )  # fmt: skip
+    called = {"NVFP4": "gguf_nvfp4", **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}}.get(kind, kind.lower())
+    for call in (emoe.plan, emoe.from_pretrained):
+        with pytest.raises(errors.CheckpointError, match=rf"{name} \({called}\[") as caught:
+            call(path)
+        assert caught.value.tensor == name and caught.value.file == str(path)
+        assert caught.value.nbytes == raw[name].nbytes
 
 
 @pytest.mark.parametrize(
