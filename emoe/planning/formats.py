@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from emoe.errors import UnsupportedModelError
+from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.store.declared import ROW, TENSOR, block_of
 
 _LINEAR = "Linear"  # as a target: every linear layer, experts among them
@@ -122,7 +122,19 @@ def formats_said(said: Mapping[str, Any], where: str) -> Formats:
 
     Raises:
         UnsupportedModelError: it leaves open how weights lie, or says that they lie in a way that emoe does not read.
+        CheckpointError: a value is of a kind that no quantizer writes.
     """
+    try:
+        formats = _formats(said, where)
+        for target in (*formats.plain, *(each for rule in formats.rules for each in rule.targets)):
+            if target.startswith("re:"):
+                re.compile(target[3:])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"{where} says of encodings what emoe cannot read: {error!r}", file=where) from error
+    return formats
+
+
+def _formats(said: Mapping[str, Any], where: str) -> Formats:
     said = {**said, **said["quantization"]} if isinstance(said.get("quantization"), Mapping) else said
     method = said.get("quant_method") or ""
     method = str(getattr(method, "value", method))
@@ -144,7 +156,8 @@ def _open(where: str, what: str) -> UnsupportedModelError:
 
 
 def _texts(said: Mapping[str, Any], *names: str) -> tuple[str, ...]:
-    found = [each for name in names for each in (said.get(name) or ())]
+    given = [said.get(name) or () for name in names]
+    found = [each for values in given for each in ((values,) if isinstance(values, str) else values)]
     return tuple(dict.fromkeys(str(each) for each in found))
 
 
@@ -208,7 +221,7 @@ def _groups(said: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _targets(group: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(each) for each in group.get("targets") or ())
+    return _texts(group, "targets")
 
 
 def _of_group(weights: Any, format: str, made: Formats) -> str | None:

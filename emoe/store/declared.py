@@ -160,7 +160,9 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
             blocks.add(block)
         elif block is not None and block[0] <= 1 and width in (4, 0):
             groups.add(block[1])
-    method = said.get("quant_method") or said.get("quant_algo") or (said.get("quantization") or {}).get("quant_algo")
+    inner = said.get("quantization")
+    method = said.get("quant_method") or said.get("quant_algo")
+    method = method or (inner.get("quant_algo") if isinstance(inner, Mapping) else None)
     zeros = said.get("checkpoint_format") if said.get("checkpoint_format") in ("gptq", "gptq_v2") else ""
     if not zeros and method == "gptq" and not said.get("checkpoint_format"):
         zeros = "gptq"  # before there were two
@@ -180,8 +182,9 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
 
 def _by_emoe(said: Mapping[str, Any], where: str) -> Declared:
     """Experts are in the encodings that are listed; the rest is as it was, where any of it is encoded."""
-    found = _declared(said.get(OWN_REST) or {}, where)
-    names = [encoding(str(name)) for name in said.get("encodings") or ()]
+    rest, listed = said.get(OWN_REST), said.get("encodings")
+    found = _declared(rest if isinstance(rest, Mapping) else {}, where)
+    names = [encoding(str(name)) for name in (listed if isinstance(listed, (list, tuple)) else ())]
     with_scales = [(how, scales.block) for how in names if (scales := how.plane("scales"))]  # else blocks hold them
     bytes_each = {block for how, block in with_scales if how.planes[0].block == (1, 1)}
     bits_each = {block[1] for how, block in with_scales if how.planes[0].block != (1, 1)}

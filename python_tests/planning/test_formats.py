@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emoe.errors import UnsupportedModelError
+from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.planning.formats import formats_said
 
 EXPERT = "model.layers.3.mlp.experts.0.gate_proj"
@@ -178,3 +178,22 @@ def test_what_leaves_open_how_weights_lie_is_refused_by_name(config, named):
         said(config)
     assert named in str(caught.value) and "config.json says" in str(caught.value)
     assert "safetensors files beside it" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**FP8, "modules_to_not_convert": -1}, {**FP8, "ignored_layers": ["re:("]}, {**GPTQ, "dynamic": {"a": 1}},
+        {**GPTQ, "dynamic": {"-:(": {}}}, {**compressed("pack-quantized", **INT4), "sparsity_config": "dense"},
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": 1.5, "weights": INT4}}},
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": 1}},
+    ],
+)  # fmt: skip
+def test_values_of_a_kind_that_no_quantizer_writes_are_an_error_that_names_the_file(config):
+    with pytest.raises(CheckpointError, match=r"config\.json says of encodings what emoe cannot read") as caught:
+        said(config)
+    assert caught.value.file == "config.json"
+
+
+def test_one_name_is_as_good_as_a_list_of_it():
+    assert said({**FP8, "modules_to_not_convert": "lm_head"}).plain == ("lm_head",)

@@ -733,6 +733,18 @@ def test_rotations_that_are_folded_into_the_weights_are_no_obstacle(tmp_path):
     _assert_runs_as_the_truth(tmp_path)
 
 
+@pytest.mark.parametrize("junk", [None, 0, "x", [], [1], {"a": 1}, {"weights": None}])
+@pytest.mark.parametrize("key", ["config_groups", "quantization", "quantized_layers", "dynamic", "rest", "encodings"])
+def test_parts_of_a_config_that_are_of_no_known_kind_confirm_nothing(key, junk):
+    for method in ("emoe", "gptq", "compressed-tensors"):
+        try:
+            said = declared({"quant_method": method, key: junk})
+        except errors.UnsupportedModelError as error:  # an encoding that there is not
+            assert key == "encodings" and "1" in str(error)
+        else:
+            assert not said.bytes and not said.bits and said.method == method
+
+
 def test_zeros_of_an_unknown_version_of_gptq_are_refused(tmp_path):
     said = {**FORMATS["gptq"].config, "checkpoint_format": "marlin"}
     error = _fails(quantized.write(tmp_path, FORMATS["gptq"], config=said))
