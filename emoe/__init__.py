@@ -13,6 +13,7 @@ from emoe import errors
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from emoe.engine.scheduler import Scheduler
     from emoe.entry import from_pretrained, wrap
     from emoe.planning.plan import Plan, plan
     from emoe.predictor import ExpertPredictor
@@ -28,6 +29,7 @@ _LAZY = {
     "OnlineSensitivity": "emoe.sensitivity",
     "Plan": "emoe.planning.plan",
     "Runtime": "emoe.runtime",
+    "Scheduler": "emoe.engine.scheduler",
     "SensitivityProfile": "emoe.sensitivity",
     "TaskClassifier": "emoe.tasks",
     "TraceRecorder": "emoe.trace.trace",
@@ -43,6 +45,7 @@ __all__ = [
     "OnlineSensitivity",
     "Plan",
     "Runtime",
+    "Scheduler",
     "SensitivityProfile",
     "TaskClassifier",
     "TraceRecorder",

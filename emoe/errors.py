@@ -107,6 +107,18 @@ class BackendUnavailable(EmoeError):
     """A compute backend was asked for that this build or machine does not have."""
 
 
+class OverloadedError(EmoeError):
+    """More is asked for than can be served in time, so the request is refused; nothing of it was begun.
+
+    Attributes:
+        retry_after: seconds after which to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class DemoBuildError(EmoeError):
     """The demo model could not be built; nothing half-built is left behind."""
 

@@ -44,7 +44,8 @@ ALLOWED_IMPORTS = {
     "entry": {
         "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",
     },
-    "__init__": {"entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
+    "engine": set(),
+    "__init__": {"engine", "entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
     "generate": {"model", "files"},
     "analysis": {
         "__init__", "runtime", "routing", "slots", "replay", "sensitivity", "predictor", "tasks", "trace", "memory",
@@ -66,6 +67,8 @@ WITHOUT = {
     "slots/cache.py": {"torch", "numpy"},
     "slots/loader.py": {"torch", "numpy"},
     "compute/misses.py": {"torch", "numpy"},
+    "engine/scheduler.py": {"torch", "numpy"},
+    "engine/costs.py": {"torch", "numpy"},
     "trace/trace.py": {"torch"},
     "cli/__init__.py": {"torch", "transformers"},
     "__init__.py": {"torch", "numpy", "transformers"},

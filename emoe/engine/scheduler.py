@@ -1,0 +1,328 @@
+"""Who runs, and how many rows: requests in, steps out. Ids, bytes and seconds only; no tensors, no clock of its own.
+
+docs/scheduler.md has the rules. Not thread-safe: callers share one lock. Time is what callers pass as `now`, in seconds
+of any clock that never goes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from emoe.engine.costs import Costs, Step
+from emoe.errors import BudgetError, ConfigError, OverloadedError
+
+POLICIES = ("fcfs",)
+MOST_PASSES = 64  # requests that arrived later and may be admitted before one that waits
+
+Expert = tuple[int, int]  # (layer, expert)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What the scheduler knows of a request.
+
+    Attributes:
+        id: its name; nobody else that waits or runs has it.
+        prompt: tokens of the prompt, at least 1.
+        most_new: tokens that it may give, at least 1.
+        kv_bytes: what its state takes at most, from admission to its end.
+        task: None where unknown.
+        experts: (layer, expert) pairs that it is predicted to use; empty where nothing is known.
+        ttft: target for the first token, seconds from arrival; None for none.
+        tpot: target for each further token, seconds of their mean.
+        ttlt: target for the last token, seconds from arrival.
+        whole: the prompt runs in one step, however long it is.
+    """
+
+    id: Hashable
+    prompt: int
+    most_new: int
+    kv_bytes: int = 0
+    task: str | None = None
+    experts: frozenset[Expert] = frozenset()
+    ttft: float | None = None
+    tpot: float | None = None
+    ttlt: float | None = None
+    whole: bool = False
+
+
+class Live:
+    """A ticket that waits or runs, and how far it is.
+
+    Attributes:
+        ticket, number, arrived: what came when; numbers count arrivals.
+        admitted: when it began to run; None while it waits.
+        done: tokens whose state is computed; of prompt and output together.
+        out: tokens it gave.
+        first, last: when its first and its latest token came.
+        passes: requests that arrived later and were admitted before it.
+    """
+
+    __slots__ = ("admitted", "arrived", "done", "first", "last", "number", "out", "passes", "ticket")
+
+    def __init__(self, ticket: Ticket, number: int, arrived: float) -> None:
+        self.ticket, self.number, self.arrived = ticket, number, arrived
+        self.admitted: float | None = None
+        self.first: float | None = None
+        self.last: float | None = None
+        self.done = self.out = self.passes = 0
+
+    @property
+    def left(self) -> int:
+        """Rows until its next token."""
+        return self.ticket.prompt + self.out - self.done
+
+    @property
+    def decoding(self) -> bool:
+        """The next row gives a token, and another was given before."""
+        return self.out > 0 and self.left == 1
+
+
+class Scheduler:
+    """Decides which requests run, and how many rows each gets in the next step.
+
+    Args:
+        policy: one of POLICIES.
+        costs: what steps cost on this machine.
+        kv_bytes: for the state of all running requests; None for no limit.
+        chunk_rows: rows of a step at most, unless a `whole` prompt is longer. Decode rows come first.
+        most_running: requests that run at once; None for `chunk_rows`.
+        queue_limit: requests that wait at most.
+        resident: gives the (layer, expert) pairs in memory now; None where all are.
+        most_passes: how many requests that arrived later may be admitted before one that waits.
+
+    Raises:
+        ConfigError: an unknown policy, or a number that is too small.
+    """
+
+    def __init__(
+        self,
+        policy: str = "fcfs",
+        *,
+        costs: Costs | None = None,
+        kv_bytes: int | None = None,
+        chunk_rows: int = 64,
+        most_running: int | None = None,
+        queue_limit: int = 1024,
+        resident: Callable[[], Container[Expert]] | None = None,
+        most_passes: int = MOST_PASSES,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ConfigError(f"policy={policy!r} is not one of: {', '.join(POLICIES)}")
+        for name, value, least in (
+            ("kv_bytes", kv_bytes, 0),
+            ("chunk_rows", chunk_rows, 1),
+            ("most_running", most_running, 1),
+            ("queue_limit", queue_limit, 0),
+            ("most_passes", most_passes, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name}={value} is less than {least}")
+        self.policy = policy
+        self.costs = costs or Costs()
+        self.chunk_rows = chunk_rows
+        # Each decoding request needs its row, and a prompt at least one beside them.
+        self.most_running = min(most_running or chunk_rows, chunk_rows)
+        self.queue_limit = queue_limit
+        self.most_passes = most_passes
+        self._kv_bytes = kv_bytes
+        self._kv_used = 0
+        self._resident = resident
+        self._waiting: dict[Hashable, Live] = {}  # in order of arrival
+        self._running: dict[Hashable, Live] = {}  # in order of admission
+        self._arrivals = 0
+        self._counts = dict.fromkeys(("submitted", "refused", "admitted", "finished", "cancelled", "steps"), 0)
+
+    # Requests
+
+    def submit(self, ticket: Ticket, now: float) -> None:
+        """A request arrives and waits.
+
+        Raises:
+            ConfigError: the id is in use, or a number of the ticket makes no sense.
+            BudgetError: its state is larger than `kv_bytes`, so it could never run.
+            OverloadedError: too much waits already; `retry_after` says when to come again.
+        """
+        _check(ticket)
+        if ticket.id in self._waiting or ticket.id in self._running:
+            raise ConfigError(f"id={ticket.id!r} is in use by a request that waits or runs; choose another")
+        if self._kv_bytes is not None and ticket.kv_bytes > self._kv_bytes:
+            self._counts["refused"] += 1
+            raise BudgetError(
+                f"request {ticket.id!r} needs {ticket.kv_bytes} bytes for its state, of {self._kv_bytes} for all; "
+                "ask for fewer new tokens or a shorter prompt",
+                needed=ticket.kv_bytes,
+                budget=self._kv_bytes,
+            )
+        if len(self._waiting) >= self.queue_limit:
+            self._counts["refused"] += 1
+            raise OverloadedError(
+                f"{len(self._waiting)} requests wait, the most that may; come again later", retry_after=1.0
+            )
+        self._waiting[ticket.id] = Live(ticket, self._arrivals, now)
+        self._arrivals += 1
+        self._counts["submitted"] += 1
+
+    def cancel(self, id: Hashable, now: float) -> None:
+        """It is not wanted any more. One that is not here is ignored: it may have ended meanwhile."""
+        self._counts["cancelled"] += self._drop(id) is not None
+
+    def finished(self, id: Hashable, now: float) -> None:
+        """It gave its last token, or failed: it is forgotten, and its bytes are free."""
+        self._counts["finished"] += self._drop(id) is not None
+
+    def restart(self, id: Hashable) -> None:
+        """The state of a running request is lost: its prompt and what it gave so far run again. Others are ignored."""
+        live = self._running.get(id)
+        if live is not None:
+            live.done = 0
+
+    def computed(self, id: Hashable, rows: int) -> None:
+        """A running request's first rows need not run: their state was copied from another's.
+
+        Raises:
+            ConfigError: it does not run, or not one row would be left.
+        """
+        live = self._running.get(id)
+        if live is None or not live.done <= rows < live.ticket.prompt + live.out:
+            raise ConfigError(f"computed rows={rows} of request {id!r}: it does not run, or its last row has to")
+        live.done = rows
+
+    def _drop(self, id: Hashable) -> Live | None:
+        live = self._waiting.pop(id, None)
+        if live is None:
+            live = self._running.pop(id, None)
+            if live is not None:
+                self._kv_used -= live.ticket.kv_bytes
+        return live
+
+    # Steps
+
+    def next(self, now: float) -> list[tuple[Hashable, int]]:
+        """Admits who may run, and gives (id, rows) of the next step; empty where there is nothing to do.
+
+        An id that was never in a step before is admitted with it, and its `kv_bytes` are taken.
+        """
+        self._admit(now)
+        batch: list[tuple[Hashable, int]] = []
+        prompts: list[Live] = []
+        room = self.chunk_rows
+        for live in self._running.values():
+            if live.out >= live.ticket.most_new:
+                continue  # the engine has yet to say that it is finished
+            if live.decoding:
+                batch.append((live.ticket.id, 1))
+                room -= 1
+            else:
+                prompts.append(live)
+        for live in prompts:
+            rows = min(live.left, max(room, 0))
+            if live.ticket.whole and rows < live.left:
+                rows = live.left if live is prompts[0] else 0
+            if rows:
+                batch.append((live.ticket.id, rows))
+                room -= rows
+        return batch
+
+    def ran(self, step: Step, now: float) -> None:
+        """A step is over. Requests that ended meanwhile are ignored."""
+        self._counts["steps"] += 1
+        for id, rows in step.rows.items():
+            live = self._running.get(id)
+            if live is None:
+                continue
+            live.done += rows
+            tokens = step.tokens.get(id, 0)
+            if tokens:
+                live.out += tokens
+                live.first = now if live.first is None else live.first
+                live.last = now
+
+    def _admit(self, now: float) -> None:
+        while len(self._running) < self.most_running:
+            live = self._choose(now)
+            if live is None:
+                return
+            del self._waiting[live.ticket.id]
+            for other in self._waiting.values():
+                other.passes += other.number < live.number
+            live.admitted = now
+            self._running[live.ticket.id] = live
+            self._kv_used += live.ticket.kv_bytes
+            self._counts["admitted"] += 1
+
+    def _choose(self, now: float) -> Live | None:
+        """Who is admitted next; nobody passes one that was passed `most_passes` times."""
+        for live in self._waiting.values():
+            if self._fits(live):
+                return live
+            if live.passes >= self.most_passes:
+                return None
+        return None
+
+    def _fits(self, live: Live) -> bool:
+        return self._kv_bytes is None or self._kv_used + live.ticket.kv_bytes <= self._kv_bytes
+
+    # What may be seen
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes for the state of all running requests. May be set at any time.
+
+        Raises:
+            ConfigError: set to less than `least_kv_bytes`.
+        """
+        return self._kv_bytes
+
+    @kv_bytes.setter
+    def kv_bytes(self, value: int | None) -> None:
+        if value is not None and value < self.least_kv_bytes:
+            raise ConfigError(
+                f"kv_bytes={value} is less than {self.least_kv_bytes}, "
+                "which running requests hold or one that waits needs"
+            )
+        self._kv_bytes = value
+
+    @property
+    def kv_used(self) -> int:
+        """Bytes of running requests."""
+        return self._kv_used
+
+    @property
+    def least_kv_bytes(self) -> int:
+        """What `kv_bytes` may fall to: what running requests hold, and room for each that waits, alone."""
+        return max([self._kv_used, *(live.ticket.kv_bytes for live in self._waiting.values())])
+
+    @property
+    def waiting(self) -> list[Hashable]:
+        """Ids that wait, in order of arrival."""
+        return list(self._waiting)
+
+    @property
+    def running(self) -> list[Hashable]:
+        """Ids that run, in order of admission."""
+        return list(self._running)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON and metrics."""
+        return {
+            "policy": self.policy,
+            "waiting": len(self._waiting),
+            "running": len(self._running),
+            "kv_bytes": self._kv_bytes,
+            "kv_used": self._kv_used,
+            **self._counts,
+        }
+
+
+def _check(ticket: Ticket) -> None:
+    for name, least in (("prompt", 1), ("most_new", 1), ("kv_bytes", 0)):
+        value = getattr(ticket, name)
+        if value < least:
+            raise ConfigError(f"request {ticket.id!r}: {name}={value} is less than {least}")
+    for name in ("ttft", "tpot", "ttlt"):
+        value = getattr(ticket, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"request {ticket.id!r}: target {name}={value} is not over 0 seconds")
