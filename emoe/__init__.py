@@ -13,6 +13,7 @@ from emoe import errors
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from emoe.engine.engine import Engine
     from emoe.engine.scheduler import Scheduler
     from emoe.entry import from_pretrained, wrap
     from emoe.planning.plan import Plan, plan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "CacheManager": "emoe.slots.cache",
+    "Engine": "emoe.engine.engine",
     "ExpertPredictor": "emoe.predictor",
     "OnlineSensitivity": "emoe.sensitivity",
     "Plan": "emoe.planning.plan",
@@ -41,6 +43,7 @@ _LAZY = {
 
 __all__ = [
     "CacheManager",
+    "Engine",
     "ExpertPredictor",
     "OnlineSensitivity",
     "Plan",

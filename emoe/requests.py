@@ -96,6 +96,7 @@ class Request:
         others: task and tokens of requests that run beside it or follow before the next choice of a base set.
         kind: whose it is.
         within: the request of its thread that it is a part of.
+        joined: it runs among others, by `Requests.begin`: its forwards are those of `rows` blocks that name it.
         failed: its block raised.
     """
 
@@ -106,6 +107,7 @@ class Request:
     others: Sequence[tuple[str | None, float]] = field(default=(), repr=False)
     kind: Kind = field(default=Kind.ASKED, repr=False)
     within: Request | None = field(default=None, repr=False, compare=False)
+    joined: bool = field(default=False, repr=False)
     failed: bool = field(default=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,6 +222,7 @@ class Requests:
         self._everybodys = everybodys
         self._nobodys = Request()
         self._open: tuple[_Open, ...] = ()  # in the order of opening; replaced, never changed, as forwards look at it
+        self._joined: tuple[Request, ...] = ()  # that `begin` began and nobody ended
         self._kinds: tuple[_Open, ...] = ()  # of threads whose forwards are not users'
         self._implied: Request | None = None
         self._starts = RequestStart()
@@ -290,7 +293,7 @@ class Requests:
 
     @property
     def _asked(self) -> bool:
-        return any(entry.asked for entry in self._open)
+        return bool(self._joined) or any(entry.asked for entry in self._open)
 
     def _entry(self) -> _Open | None:
         entries = self._open
@@ -314,6 +317,45 @@ class Requests:
         """In the block, rows of each forward belong to several requests: (request, number of rows), in row order."""
         entry = _Open(tuple(each for each, _ in requests), tuple(count for _, count in requests))
         return Block(entry, self._announce, self._forget)
+
+    def begin(self, request: Request) -> None:
+        """A request begins that runs among others, in no block: its forwards are those of `rows` blocks with it.
+
+        Raises:
+            ClosedError: the runtime was closed.
+        """
+        request.joined = True
+        with self.lock:
+            if self._closed:
+                raise ClosedError(self._closed)
+            self._end_left()
+            first = not self._asked
+            if first:
+                self._end_implied()
+            told: list[RequestObserver] = []
+            self._joined = (*self._joined, request)
+            try:
+                for observer in self._observers:
+                    observer.begin(request, first)
+                    told.append(observer)
+            except BaseException:
+                request.failed = True
+                self._end_joined(request, told)
+                raise
+
+    def end(self, request: Request, *, failed: bool = False) -> None:
+        """A request that `begin` began is over; ending it again does nothing."""
+        with self.lock:
+            if any(each is request for each in self._joined):
+                request.failed |= failed
+                self._end_joined(request, self._observers)
+
+    def _end_joined(self, request: Request, told: Sequence[RequestObserver]) -> None:
+        self._joined = tuple(each for each in self._joined if each is not request)
+        last = not self._asked
+        with ExitStack() as stack:  # each is told, whatever another raises
+            for observer in told:
+                stack.callback(observer.end, request, last)
 
     def of_kind(self, kind: Kind) -> AbstractContextManager[None]:
         """In the block, forwards of this thread are of this kind."""

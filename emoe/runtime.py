@@ -21,7 +21,7 @@ from emoe.compute.slot_tables import SlotTables
 from emoe.errors import ClosedError, ConfigError, SaveError
 from emoe.options import Options
 from emoe.planning.plan import Plan
-from emoe.requests import LOST, Request, RequestObserver, Requests
+from emoe.requests import LOST, Kind, Request, RequestObserver, Requests
 from emoe.routing import Routing, routing_of
 from emoe.seam import linear
 from emoe.seam.attached import Attached
@@ -188,6 +188,20 @@ class Runtime:
             if count is not None and not count >= 1:
                 raise ConfigError(f"tokens={count} of a request is not a number of at least 1")
         return self.requests.request(Request(task, name, tokens=tokens, others=others))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """In the block forwards of this thread try the model out: neither slots nor counts nor observers know of them.
+
+        Experts give numbers that depend on their input, their ids and weights row by row, and are no model's.
+        """
+        with self._lock, self.requests.of_kind(Kind.EXACT), self._bank.aside():
+            yield
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of experts read so far, on demand and ahead."""
+        return self._bank.loaded_bytes
 
     def settle(self) -> None:
         """Fills free slots and writes the slot tables: until experts in memory change, steps do not need the host.

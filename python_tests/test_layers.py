@@ -44,7 +44,7 @@ ALLOWED_IMPORTS = {
     "entry": {
         "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",
     },
-    "engine": set(),
+    "engine": {"runtime", "planning", "seam", "tasks", "requests", "options", "memory"},
     "__init__": {"engine", "entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
     "generate": {"model", "files"},
     "analysis": {

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from emoe.compute.device import Device
-from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part, Recording
+from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part, Recording, StandIn
 from emoe.compute.records import register_records
 from emoe.compute.slot_tables import SlotTables
 from emoe.errors import ConfigError
@@ -167,6 +167,26 @@ class Bank:
             self.observers[:] = [each for each in self.observers if each is not recording]
         if recording.file is not None:
             recording.file.__exit__(*raised)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """In the block layers compute stand-ins, which take no slot, and nobody is told."""
+        computes, observers = [layer.compute for layer in self.layers], list(self.observers)
+        try:
+            self.observers.clear()
+            for layer in self.layers:
+                layer.compute = StandIn(layer.layout)
+            yield
+        finally:
+            self.observers.extend(observers)
+            for layer, compute in zip(self.layers, computes, strict=True):
+                layer.compute = compute
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that transfers have asked for."""
+        transfer = self._queue.stats()
+        return int(transfer["demand_bytes"] + transfer["prefetch_bytes"])
 
     def settling(self, mode: str, contract: bool) -> SlotTables:
         """The slot tables.

@@ -212,6 +212,21 @@ def _width(part: Part) -> int | None:
     return None
 
 
+class StandIn:
+    """In the place of what computes, while the model is tried out: each row depends on its input and picks alone."""
+
+    name = "stand-in"
+
+    def __init__(self, layout: SlotLayout) -> None:
+        self._width = (layout.native or {}).get("hidden_out")
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        scale = (weights * torch.cos(index.to(weights.dtype))).sum(-1, keepdim=True)  # [T, 1]
+        result = torch.tanh(hidden) * scale.to(hidden.dtype)
+        width = hidden.shape[1] if self._width is None else self._width
+        return result.repeat(1, -(-width // hidden.shape[1]))[:, :width]
+
+
 class Closed:
     """In the place of what computed, when the runtime was closed."""
 

@@ -74,10 +74,11 @@ def _cache_bytes(model: Any, batch: int, length: int) -> int:
         clone.set_experts_implementation(dict.fromkeys(clone.get_experts_implementation(), SHAPE_ONLY))
         ids = torch.zeros((batch, length), dtype=torch.long)
         cache = clone(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(cache))
 
 
-def _tensors(cache: Any) -> list[torch.Tensor]:
+def tensors_of(cache: Any) -> list[torch.Tensor]:
+    """Every tensor that a cache of Transformers, or a layer of one, holds."""
     found: dict[int, torch.Tensor] = {}
     stack = [cache]
     seen: set[int] = set()

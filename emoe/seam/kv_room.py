@@ -47,7 +47,7 @@ class RoomyLayer(DynamicLayer):
         total = have + new.shape[-2]
         buffer, written = self._buffers.get(name, (None, 0))
         if buffer is None or have != written or not _appendable(buffer, old, new, total):
-            room = max(self._tokens, total + total // 4)
+            room = self._tokens if total <= self._tokens else total + total // 4
             buffer = new.new_empty((*new.shape[:-2], room, new.shape[-1]))
             if have:
                 buffer[..., :have, :] = old

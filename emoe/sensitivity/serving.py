@@ -74,8 +74,8 @@ class RequestProbes:
             self.online.observe(request.task or "", seen.substituted_mass, seen.logit_change)
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._requests.kind is not Kind.ASKED:
-            return
+        if self._requests.kind is not Kind.ASKED or self._requests.batched:
+            return  # rows of several requests are no text of one
         request = self._requests.current
         while request.within is not None:
             request = request.within

@@ -47,7 +47,7 @@ def test_the_kv_cache_of_a_plan_is_what_generation_keeps(name, checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32).eval()
     with torch.no_grad():
         cache = model(torch.zeros((2, 100), dtype=torch.long), use_cache=True).past_key_values
-    assert plan.kv_bytes == sum(t.numel() * t.element_size() for t in kv_cache._tensors(cache))
+    assert plan.kv_bytes == sum(t.numel() * t.element_size() for t in kv_cache.tensors_of(cache))
 
 
 def test_a_plan_never_exceeds_its_budget_and_uses_it_up(checkpoint):

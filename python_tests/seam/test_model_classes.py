@@ -193,7 +193,7 @@ def test_the_cache_of_the_text_model_is_in_the_plan(name, saved):
     model = MODELS[name][0].from_pretrained(saved(name)).eval()
     with torch.no_grad():
         cache = model(input_ids=IDS, use_cache=True).past_key_values
-    measured = sum(tensor.numel() * tensor.element_size() for tensor in kv_cache._tensors(cache))
+    measured = sum(tensor.numel() * tensor.element_size() for tensor in kv_cache.tensors_of(cache))
     batch, context = IDS.shape
     assert kv_cache.measure(model, context=context, batch=batch) == (measured, "")
     plan = emoe.plan(saved(name), 0.5, calibrate=False, context=context, batch=batch)

@@ -1,0 +1,495 @@
+"""Many requests on one model: schedule, one forward over the rows of all, sample, commit. docs/engine.md.
+
+Who runs is the scheduler's affair (scheduler.py), how rows meet the model the runner's (runner.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock, get_ident
+from typing import Any
+
+import torch
+
+from emoe.engine import prefixes, prompts, trial
+from emoe.engine.attention import STOCK
+from emoe.engine.costs import Step
+from emoe.engine.generation import Event, FinishReason, Generation
+from emoe.engine.kv_budget import KvBudget
+from emoe.engine.runner import Runner, Way
+from emoe.engine.sampling import Sampler, Sampling
+from emoe.engine.scheduler import Scheduler, Ticket
+from emoe.engine.state import held_bytes, keeps_all, new_state, rows_of
+from emoe.engine.text import Text
+from emoe.errors import ClosedError, ConfigError, EmoeError, UnsupportedModelError, one_line
+from emoe.requests import Request
+from emoe.runtime import Runtime
+from emoe.tasks import TaskClassifier
+
+logger = logging.getLogger(__name__)
+
+_engines: weakref.WeakKeyDictionary[Any, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+
+Batch = list[tuple[Generation, int]]  # and how many of its rows run
+
+
+class Engine:
+    """Runs many requests at once on one model. One thread at a time uses it; `model.generate` works between steps.
+
+    Args:
+        model: of `emoe.from_pretrained` or `emoe.wrap`, or a plain Transformers model that generates.
+        tokenizer: for text, chats, stop strings and the text of events; without one requests are token ids.
+        scheduler: who runs; an `emoe.Scheduler`, or the name of a policy.
+        way: "packed", "forked" or "alone"; None: the fastest that a trial finds right (docs/engine.md).
+        context: tokens of a request at most, prompt and output; None: those of the model's plan or config.
+        kv_budget: bytes for the state of all requests. "auto": what the plan reserved for the KV cache, and from there
+            bytes move between it and expert slots as requests need them; without a plan, half of what memory is free.
+        chunk_rows: rows of a step at most.
+        most_running: requests that run at once.
+        classifier: tells the task of requests that do not say theirs.
+        clock: seconds.
+
+    Raises:
+        UnsupportedModelError: no way of running it gives a request its own results, or it is no decoder.
+        ConfigError: an option is not one of its choices, or another engine runs this model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        scheduler: Scheduler | str | None = None,
+        way: Way | None = None,
+        context: int | None = None,
+        kv_budget: int | str = "auto",
+        chunk_rows: int | None = None,
+        most_running: int | None = None,
+        classifier: TaskClassifier | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.tokenizer, self.classifier, self._clock = model, tokenizer, classifier, clock
+        runtime = getattr(model, "emoe", None)
+        self._runtime = runtime if isinstance(runtime, Runtime) else None
+        self._config = model.config.get_text_config(decoder=True)
+        self._lock, self._stepping = RLock(), 0
+        self._take_model()
+        try:
+            self.choice = self._tried(way)
+            self._runner = Runner(model, self.choice.way)
+            self.context = self._longest(context)
+            rows = chunk_rows or 64
+            if self._runtime is not None and self._runtime.plan.prefill_chunk is not None:
+                rows = min(rows, self._runtime.plan.prefill_chunk)  # what activations were planned for
+            self._kv = KvBudget(self._runtime, kv_budget)
+            if isinstance(scheduler, Scheduler):
+                self.scheduler = scheduler
+                self.scheduler.kv_bytes = self._kv.nbytes
+            else:
+                self.scheduler = Scheduler(
+                    scheduler or "fcfs", kv_bytes=self._kv.nbytes, chunk_rows=rows, most_running=most_running
+                )
+            refuse = weakref.WeakMethod(self._refuse_others)  # a model keeps no engine that its user has dropped
+            self._guard = model.register_forward_pre_hook(lambda *_: method() if (method := refuse()) else None)
+        except BaseException:
+            self._let_model_go()
+            raise
+        self._live: dict[Hashable, Generation] = {}  # that wait or run
+        self._kept: list[Generation] = []  # that ended, for their prefixes; the oldest first
+        self._ended: list[Hashable] = []  # that the scheduler is to hear of
+        self._events: list[Event] = []
+        self._shares = keeps_all(new_state(model, 1)) and (
+            self._runtime is None or self._runtime.routing.options.mode == "exact"
+        )  # in other modes a token's keys depend on what was resident when it ran, and on whose contract paid for it
+        self._ids = itertools.count()
+        self._counts = dict.fromkeys(("steps", "prompt_tokens", "output_tokens", "shared_tokens", "restarts"), 0)
+        self._closed = False
+
+    # Requests
+
+    def submit(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        task: str | None = None,
+        id: Hashable | None = None,
+        ttft_slo_ms: float | None = None,
+        tpot_slo_ms: float | None = None,
+        ttlt_slo_ms: float | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> Hashable:
+        """A request arrives; `step` gives its events.
+
+        Args:
+            prompt: text, messages of a chat, token ids, or a processor's output with images (`emoe.engine.prompts`).
+            max_new_tokens: None: as the model's generation config says, or as many as the context has room for.
+            sampling: None: as the model's generation config says.
+            task: None: as the classifier says; without one it is unknown.
+            id: its name, unless one is to be made up.
+            ttft_slo_ms, tpot_slo_ms, ttlt_slo_ms: targets for the first token, for each further one, for the last.
+            template: further arguments of the chat template (tools, ...).
+
+        Returns:
+            The id.
+
+        Raises:
+            ConfigError: something about it cannot be served; says what.
+            BudgetError: its state can never fit.
+            OverloadedError: too much waits; `retry_after` seconds later there may be room.
+            ClosedError: the engine was closed.
+        """
+        with self._lock:
+            self._require_open()
+            given = prompts.read(prompt, self.tokenizer, self._config.vocab_size, template)
+            config = self.model.generation_config
+            sampling = Sampling.of(config) if sampling is None else sampling
+            if sampling.stop and self.tokenizer is None:
+                raise ConfigError(f"stop={list(sampling.stop)!r} needs Engine(tokenizer=...)")
+            limit = self._limit(len(given.tokens), max_new_tokens)
+            id = f"request-{next(self._ids)}" if id is None else id
+            if task is None and self.classifier is not None and given.text:
+                task = self.classifier.classify(given.text).task
+            whole = self.choice.whole or bool(given.inputs)
+            length = len(given.tokens) + limit
+            nbytes = self.choice.footprint.nbytes(length, length if whole else self.scheduler.chunk_rows)
+            self._kv.require(nbytes, id, length)
+            request = Request(task, str(id), tokens=length)
+            generation = Generation(
+                id, given.tokens, limit, Sampler(sampling),
+                Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None,
+                frozenset(_ends(config) if sampling.eos is None else sampling.eos), request, nbytes,
+                given.inputs, whole, logged=None if sampling.logprobs is None else [],
+            )  # fmt: skip
+            ticket = Ticket(
+                id, len(given.tokens), limit, nbytes, task, whole=whole,
+                ttft=_seconds(ttft_slo_ms), tpot=_seconds(tpot_slo_ms), ttlt=_seconds(ttlt_slo_ms),
+            )  # fmt: skip
+            self.scheduler.submit(ticket, self._clock())
+            self._live[id] = generation
+            return id
+
+    def cancel(self, id: Hashable) -> None:
+        """The request ends with what it has; its last event comes with the next step. Ids that ended are ignored."""
+        with self._lock:
+            generation = self._live.get(id)
+            if generation is not None:
+                self._finish(generation, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would have something to do or to tell."""
+        return bool(self._live or self._events)
+
+    # Steps
+
+    def step(self) -> list[Event]:
+        """Runs one step of the requests that the scheduler names; what happened since the last, by request.
+
+        Raises:
+            ClosedError: the engine was closed.
+            EmoeError: a signal handler calls it in the middle of a step.
+        """
+        with self._turn():
+            started = self._clock()
+            batch = self._again() or self._next(started)
+            with self._reported(batch, started) as (rows, tokens):
+                for group in self._groups(batch):
+                    try:
+                        with self._accounted(group):
+                            logits = self._runner.run([generation.piece(count) for generation, count in group])
+                    except BaseException as error:
+                        self._failed(group, error)
+                        continue
+                    for (generation, count), row in zip(group, logits, strict=True):
+                        rows[generation.id] = self._ran(generation, count)
+                        tokens[generation.id] = self._commit(generation, row)
+            events, self._events = self._events, []
+            return events
+
+    def run(self) -> Iterator[Event]:
+        """Steps until no request is left."""
+        while self.busy:
+            yield from self.step()
+
+    def _next(self, now: float) -> Batch:
+        """What the scheduler chose; requests that it admitted get their state."""
+        batch = []
+        for id, rows in self.scheduler.next(now):
+            generation = self._live[id]
+            if generation.state is None and not self._admit(generation):
+                continue
+            batch.append((generation, min(rows, len(generation.tokens) - generation.done)))
+        return batch
+
+    def _admit(self, generation: Generation) -> bool:
+        """Gives a request its state; False where it ended at that."""
+        try:
+            generation.state = new_state(self.model, len(generation.prompt) + generation.limit)
+            self._kept = prefixes.trimmed(self._kept, self._kv.nbytes - self.scheduler.kv_used)
+            if self._shares and not generation.inputs:
+                generation.done = generation.shared = prefixes.share(generation, [*self._live.values(), *self._kept])
+            if generation.shared:
+                self.scheduler.computed(generation.id, generation.shared)
+                self._counts["shared_tokens"] += generation.shared
+            if self._runtime is not None:
+                waiting = (self._live[id] for id in self.scheduler.waiting)
+                generation.account.others = [(each.account.task, each.account.tokens or 1.0) for each in waiting]
+                self._runtime.requests.begin(generation.account)
+                generation.begun = True
+        except Exception as error:
+            self._finish(generation, "error", error)
+            return False
+        return True
+
+    def _again(self) -> Batch:
+        """A request of a step that failed: it runs alone until it is where it would have been."""
+        for generation in self._live.values():
+            left = generation.again - generation.done
+            if left > 0:
+                if generation.inputs and generation.done == 0:
+                    left = len(generation.prompt)
+                elif not generation.whole:
+                    left = min(left, self.scheduler.chunk_rows)
+                return [(generation, left)]
+        return []
+
+    def _groups(self, batch: Batch) -> Iterator[Batch]:
+        """Requests of one forward; of those whose forward failed before, what is left of the step is not run."""
+        pieces = [generation.piece(count) for generation, count in batch]
+        for group in self._runner.together(pieces):
+            yield [batch[number] for number in group]
+
+    def _ran(self, generation: Generation, count: int) -> int:
+        """Rows that the scheduler is to hear of."""
+        before, generation.done = generation.done, generation.done + count
+        self._counts["prompt_tokens"] += max(0, min(generation.done, len(generation.prompt)) - before)
+        if generation.done < generation.again:
+            return 0
+        if generation.again:
+            count, generation.again, generation.owed = generation.owed, 0, 0
+        return count
+
+    def _commit(self, generation: Generation, logits: torch.Tensor) -> int:
+        """Takes the next token where all tokens so far have run; returns how many it took."""
+        if generation.done < len(generation.tokens):
+            return 0
+        try:
+            token, logged = generation.sampler(generation.tokens, logits)
+            generation.output.append(token)
+            if generation.logged is not None:
+                generation.logged.append(logged or {})
+            self._counts["output_tokens"] += 1
+            if token in generation.ends or (generation.text is not None and generation.text.add(token)):
+                self._finish(generation, "stop")
+            elif len(generation.output) >= generation.limit:
+                self._finish(generation, "length")
+            else:
+                self._events.append(generation.event())
+        except Exception as error:
+            self._finish(generation, "error", error)
+        return 1
+
+    # Ends
+
+    def _finish(self, generation: Generation, reason: FinishReason, error: BaseException | None = None) -> None:
+        """The request's last event; the scheduler hears of it when the step is over."""
+        del self._live[generation.id]
+        if generation.text is not None and error is None:
+            generation.text.finish()
+        self._events.append(generation.event(reason, error))
+        if reason == "cancelled":
+            self.scheduler.cancel(generation.id, self._clock())
+        else:
+            self._ended.append(generation.id)
+        if generation.begun and self._runtime is not None:
+            self._runtime.requests.end(generation.account, failed=reason == "error")
+        if reason != "error" and self._shares and generation.done and not generation.inputs:
+            self._kept.append(generation)
+
+    def _failed(self, batch: Batch, error: BaseException) -> None:
+        """A forward failed, and states may be half written. A request that was alone in it ends; of several, each runs
+        alone from its first token to where it would be, and ends if that fails."""
+        if len(batch) == 1 and isinstance(error, Exception):
+            self._finish(batch[0][0], "error", error)
+            return
+        logger.warning("emoe: a step of %d requests failed, they run again one by one: %s", len(batch), one_line(error))
+        for generation, count in batch:
+            if not generation.again:
+                generation.again, generation.owed = generation.done + count, count
+            generation.state = new_state(self.model, len(generation.prompt) + generation.limit)
+            generation.done = 0
+            self._counts["restarts"] += 1
+        if not isinstance(error, Exception):
+            raise error
+
+    @contextmanager
+    def _reported(self, batch: Batch, started: float) -> Iterator[tuple[dict[Hashable, int], dict[Hashable, int]]]:
+        """The scheduler hears of what ran in the block, rows and tokens by request, however the block ends."""
+        loaded, rows, tokens = self._loaded_bytes(), dict[Hashable, int](), dict[Hashable, int]()
+        try:
+            yield rows, tokens
+        finally:
+            now = self._clock()
+            if batch:
+                self.scheduler.ran(Step(now - started, rows, tokens, self._loaded_bytes() - loaded), now)
+                self._counts["steps"] += 1
+            while self._ended:
+                self.scheduler.finished(self._ended.pop(), now)
+
+    def close(self) -> None:
+        """Ends all requests and gives the model back as it was; their last events are lost. May be called again."""
+        with self._lock:
+            for generation in list(self._live.values()):
+                self._finish(generation, "cancelled")
+            self._closed = True
+            self._kept.clear()
+            self._events.clear()
+            self._runner.close()
+            self._guard.remove()
+            self._let_model_go()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # What may be seen
+
+    def stats(self) -> dict[str, Any]:
+        """way, whole_prompts, reasons (why faster ways were not taken), steps, prompt_tokens (computed),
+        shared_tokens (copied), output_tokens, restarts, kv (bytes: now, least, most, used by running requests, kept for
+        prefixes), scheduler (`Scheduler.to_dict`)."""
+        with self._lock:
+            return {
+                "way": self.choice.way,
+                "whole_prompts": self.choice.whole,
+                "reasons": dict(self.choice.reasons),
+                **self._counts,
+                "kv": {
+                    **self._kv.to_dict(),
+                    "used": self.scheduler.kv_used,
+                    "kept": sum(each.kv_bytes for each in self._kept),
+                },
+                "scheduler": self.scheduler.to_dict(),
+            }
+
+    def check_integrity(self) -> None:
+        """Raises EmoeError unless states hold what requests ran, within the bytes that were given to them, and slots
+        are whole (`Runtime.check_integrity`)."""
+        with self._lock:
+            used = 0
+            for generation in [*self._live.values(), *self._kept]:
+                if generation.state is None:
+                    continue
+                rows, held = rows_of(generation.state), held_bytes(generation.state)
+                if rows is not None and rows != generation.done:
+                    raise EmoeError(f"the state of {generation.id!r} has {rows} tokens; it ran {generation.done}")
+                if held > generation.kv_bytes:
+                    raise EmoeError(f"the state of {generation.id!r} holds {held} of {generation.kv_bytes} bytes")
+                used += generation.kv_bytes
+            if used > self._kv.nbytes:
+                raise EmoeError(f"states take {used} of {self._kv.nbytes} bytes")
+            if self._runtime is not None:
+                self._runtime.check_integrity()
+
+    # The model
+
+    def _tried(self, way: Way | None) -> trial.Choice:
+        if self._config.is_encoder_decoder:
+            raise UnsupportedModelError(f"{type(self.model).__name__} has an encoder; engines run decoders")
+        if hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None) is not None:
+            raise UnsupportedModelError(f"{type(self.model).__name__} is compiled; give the model before torch.compile")
+        if (name := self._config._attn_implementation) not in STOCK:
+            raise UnsupportedModelError(
+                f"attn_implementation={name!r} is not one of those that engines run: {', '.join(STOCK)}; "
+                "model.set_attn_implementation('sdpa') changes it"
+            )
+        with self._runtime.aside() if self._runtime is not None else nullcontext():
+            return trial.choose(self.model, way)
+
+    def _longest(self, context: int | None) -> int:
+        """Tokens of a request, of what was asked for, planned and possible."""
+        planned = self._runtime.plan.context if self._runtime is not None else None
+        if context is not None and context < 2:
+            raise ConfigError(f"context={context} is not a number of tokens of at least 2")
+        if context is not None and planned is not None and context > planned:
+            raise ConfigError(
+                f"context={context} is over the {planned} tokens that the model was planned for; "
+                f"load it with context={context}"
+            )
+        limits = (context, planned, getattr(self._config, "max_position_embeddings", None), self.choice.longest)
+        return min(limit for limit in limits if limit is not None)
+
+    def _limit(self, length: int, asked: int | None) -> int:
+        """Tokens that a request may give."""
+        room = self.context - length
+        if asked is None:
+            asked = self.model.generation_config.max_new_tokens or max(1, room)
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+            raise ConfigError(f"max_new_tokens={asked!r} is not a whole number of at least 1")
+        if asked > room:
+            why = ""
+            if self.context == self.choice.longest:
+                why = ": beyond them rotary positions of this model depend on the other requests of a batch"
+            raise ConfigError(
+                f"{length} tokens and {asked} new ones are over the {self.context} that a request may have{why}"
+            )
+        return asked
+
+    def _take_model(self) -> None:
+        other = _engines.get(self.model)
+        if other is not None and other() is not None:
+            raise ConfigError("another engine runs this model; close() it first")
+        _engines[self.model] = weakref.ref(self)
+
+    def _let_model_go(self) -> None:
+        if (mine := _engines.get(self.model)) is not None and mine() is self:
+            del _engines[self.model]
+
+    def _refuse_others(self) -> None:
+        if self._stepping not in (0, get_ident()):
+            raise EmoeError(
+                "an engine runs a step of this model in another thread; use the model between steps, in that thread"
+            )
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._lock:
+            self._require_open()
+            if self._stepping:
+                raise EmoeError("this runs in the middle of a step of the same engine (a signal handler, or a hook)")
+            self._stepping = get_ident()
+            try:
+                yield
+            finally:
+                self._stepping = 0
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed")
+
+    def _accounted(self, batch: Batch) -> AbstractContextManager[None]:
+        """In the block emoe knows whose rows come."""
+        if self._runtime is None:
+            return nullcontext()
+        return self._runtime.routing.rows([(generation.account, count) for generation, count in batch])
+
+    def _loaded_bytes(self) -> int:
+        return self._runtime.loaded_bytes if self._runtime is not None else 0
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _ends(config: Any) -> Sequence[int]:
+    ends = config.eos_token_id
+    return () if ends is None else ends if isinstance(ends, (list, tuple)) else (int(ends),)

@@ -1,0 +1,118 @@
+"""One request as the engine sees it, and what its caller gets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from emoe.engine.runner import Piece
+from emoe.engine.sampling import Sampler
+from emoe.engine.state import State
+from emoe.engine.text import Text
+from emoe.requests import Request
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a request in a step; its last has a `finish_reason`.
+
+    Attributes:
+        id: of the request.
+        tokens: ids that it gave since its last event.
+        text: what can be sent since then; "" without a tokenizer. It may lag behind the tokens: a character may be half
+            there, or a stop string may be on its way.
+        logprobs: of each of the tokens, {id: natural log-probability} of it and its alternatives; None: not asked for.
+        finish_reason: "stop" (an end token or a stop string), "length", "cancelled" or "error"; None: it goes on.
+        error: what failed, with "error" alone.
+        prompt_tokens: of its prompt.
+        shared_tokens: of these, not computed but copied from another request's.
+        output_tokens: all that it gave so far.
+        task: that it said or was taken for; None: unknown.
+    """
+
+    id: Hashable
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[dict[int, float], ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    output_tokens: int = 0
+    task: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """A request from `submit` to its last event.
+
+    Attributes:
+        id: its name.
+        prompt: token ids.
+        limit: tokens that it may give.
+        sampler, text, ends: how tokens are chosen, its text where there is a tokenizer, the ids that end it.
+        account: what emoe counts for it.
+        kv_bytes: of its state at most.
+        inputs: further arguments of the model for its prompt (images); such a prompt is whole.
+        whole: so is this one, because chunks would give something else.
+        offset: what images add to the positions after them.
+        state: of its first `done` tokens; None before it runs.
+        shared: tokens of these that were copied from another's.
+        output, logged: what it gave, and the log-probabilities where asked for.
+        again: tokens that it runs alone before all else, since a step that it was in failed.
+        owed: rows of that step, which the scheduler gave and which are still to run.
+        begun: emoe was told that it runs.
+        told: tokens of the output that events have.
+    """
+
+    id: Hashable
+    prompt: list[int]
+    limit: int
+    sampler: Sampler
+    text: Text | None
+    ends: frozenset[int]
+    account: Request
+    kv_bytes: int
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
+    offset: int = 0
+    state: State | None = None
+    done: int = 0
+    shared: int = 0
+    output: list[int] = field(default_factory=list)
+    logged: list[dict[int, float]] | None = None
+    again: int = 0
+    owed: int = 0
+    begun: bool = False
+    told: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.output
+
+    def piece(self, rows: int) -> Piece:
+        """Its next tokens."""
+        assert self.state is not None
+        tokens = self.tokens[self.done : self.done + rows]
+        if self.done < len(self.prompt):
+            return Piece(self.state, tokens, self.done, inputs=self.inputs)
+        return Piece(self.state, tokens, self.done, self.offset)
+
+    def event(self, reason: FinishReason | None = None, error: BaseException | None = None) -> Event:
+        """What happened since the last."""
+        since, self.told = self.told, len(self.output)
+        return Event(
+            self.id,
+            tuple(self.output[since:]),
+            self.text.take() if self.text is not None else "",
+            None if self.logged is None else tuple(self.logged[since:]),
+            reason,
+            error,
+            len(self.prompt),
+            self.shared,
+            len(self.output),
+            self.account.task,
+        )

@@ -1,0 +1,169 @@
+"""The state of one request: a standard Transformers cache whose key/value layers append in place. Knows no batch.
+
+Every way of running a step works on it, so a request may change between them at any step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from emoe.planning.kv_cache import tensors_of
+from emoe.seam.kv_room import RoomyLayer
+
+ROOM = 64  # rows that a window may take before it moves
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A sliding window or a chunk, written in place: keeps window - 1 rows, and gives them with the new ones.
+
+    Args:
+        window: rows that a row sees, itself among them.
+        tokens: of the whole request; the buffers are never larger.
+    """
+
+    _layer_type = None  # not the class of a layer type in Transformers' own table
+    keys: Any
+    values: Any
+
+    def __init__(self, window: int, tokens: int) -> None:
+        super().__init__(window)
+        self._tokens = tokens
+        self._start = self._stop = 0  # rows of the buffers that are in use
+        self._buffers: list[torch.Tensor] = []
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As `DynamicSlidingWindowLayer.update`: [1, heads, T, D] are appended; what they may see is returned."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count, window = key_states.shape[-2], self.sliding_window
+        self.cumulative_length += count
+        self._start = max(self._start, self._stop - window + 1)
+        used = self._stop - self._start
+        capacity = self._buffers[0].shape[-2] if self._buffers else 0
+        if self._stop + count > capacity:
+            capacity = max(capacity, window_rows(window, max(self._tokens, used + count), count))
+            self._buffers = [
+                self._moved(number, states, capacity) for number, states in enumerate((key_states, value_states))
+            ]
+            self._start, self._stop = 0, used
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., self._stop : self._stop + count, :] = states
+        self._stop += count
+        self.keys, self.values = (buffer[..., self._start : self._stop, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _moved(self, number: int, states: torch.Tensor, capacity: int) -> torch.Tensor:
+        room = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
+        if self._buffers:
+            room[..., : self._stop - self._start, :] = self._buffers[number][..., self._start : self._stop, :]
+        return room
+
+
+def window_rows(window: int, tokens: int, chunk: int) -> int:
+    """Rows of a `WindowLayer`'s buffer, for a request of so many tokens that come at most `chunk` at a time."""
+    return min(tokens, window - 1 + max(chunk, ROOM))
+
+
+class OwnCache:
+    """For the few families whose model makes a cache of a class of its own in the first forward."""
+
+    value: Any = None
+
+
+State = Any  # a DynamicCache or an OwnCache
+
+
+def new_state(model: Any, tokens: int) -> State:
+    """An empty state with room for `tokens`; layers other than plain keys and values stay Transformers' own."""
+    if not model._supports_default_dynamic_cache():
+        return OwnCache()
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[number] = RoomyLayer(layer, tokens)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[number] = WindowLayer(layer.sliding_window, tokens)
+    return cache
+
+
+def is_plain(state: State) -> bool:
+    """Whether every layer keeps keys and values and nothing else."""
+    return isinstance(state, DynamicCache) and all(type(each) in (RoomyLayer, WindowLayer) for each in state.layers)
+
+
+def keeps_all(state: State) -> bool:
+    """Whether every layer keeps every row, so that a prefix can be copied."""
+    return isinstance(state, DynamicCache) and all(type(layer) is RoomyLayer for layer in state.layers)
+
+
+def rows_of(state: State) -> int | None:
+    """How many tokens its layers hold; None where none counts them."""
+    layers = state.layers if isinstance(state, DynamicCache) else []
+    counts = {int(layer.get_seq_length()) for layer in layers if type(layer) in (RoomyLayer, WindowLayer)}
+    assert len(counts) <= 1, f"layers of one state hold {sorted(counts)} tokens"
+    return next(iter(counts), None)
+
+
+def copy_prefix(source: DynamicCache, target: DynamicCache, rows: int) -> None:
+    """Gives an empty state the first rows of another; both keep all."""
+    for ours, theirs in zip(target.layers, source.layers, strict=True):
+        ours.update(theirs.keys[..., :rows, :], theirs.values[..., :rows, :])
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a request's state.
+
+    Attributes:
+        row: of a token, in layers that keep each.
+        fixed: of states that do not grow.
+        windows: (window, bytes of a row) of layers that keep the last rows.
+    """
+
+    row: int = 0
+    fixed: int = 0
+    windows: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, short: tuple[State, int], long: tuple[State, int]) -> Footprint:
+        """From the states of two requests and how many tokens each has run."""
+        (small, few), (large, many) = short, long
+        row, windows, others = 0, [], []
+        for state in (small, large):
+            layers = state.layers if isinstance(state, DynamicCache) else [state.value]
+            others.append(sum(_nbytes(each) for each in layers if type(each) not in (RoomyLayer, WindowLayer)))
+        for layer in large.layers if isinstance(large, DynamicCache) else ():
+            if type(layer) in (RoomyLayer, WindowLayer) and layer.keys is not None and layer.keys.shape[-2]:
+                each = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
+                if type(layer) is WindowLayer:
+                    windows.append((layer.sliding_window, each))
+                else:
+                    row += each
+        growth = max(0, -(-(others[1] - others[0]) // (many - few)))
+        return cls(row + growth, max(0, others[1] - growth * many), tuple(windows))
+
+    def nbytes(self, tokens: int, chunk: int) -> int:
+        """Of a request of so many tokens that come at most `chunk` at a time."""
+        windows = sum(window_rows(window, tokens, chunk) * each for window, each in self.windows)
+        return self.row * tokens + self.fixed + windows
+
+
+def _nbytes(layer: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors_of(layer))
+
+
+def held_bytes(state: State) -> int:
+    """Bytes of the buffers that a state has now."""
+    found = {}
+    for layer in state.layers if isinstance(state, DynamicCache) else [state.value]:
+        plain = type(layer) in (RoomyLayer, WindowLayer)
+        for tensor in (layer.keys, layer.values) if plain else tensors_of(layer):
+            if tensor is not None:
+                storage = tensor.untyped_storage()  # of the whole buffer that keys are a view of
+                found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
