@@ -7,78 +7,19 @@ of any clock that never goes back.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable
-from dataclasses import dataclass
 from typing import Any
 
+from emoe.engine import policies
 from emoe.engine.costs import Costs, Step
+from emoe.engine.expert_sets import Expert
+from emoe.engine.outlook import Outlook
+from emoe.engine.policies import POLICIES
+from emoe.engine.tickets import Live, Ticket
 from emoe.errors import BudgetError, ConfigError, OverloadedError
 
-POLICIES = ("fcfs",)
+__all__ = ["POLICIES", "Expert", "Scheduler", "Step", "Ticket"]
+
 MOST_PASSES = 64  # requests that arrived later and may be admitted before one that waits
-
-Expert = tuple[int, int]  # (layer, expert)
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """What the scheduler knows of a request.
-
-    Attributes:
-        id: its name; nobody else that waits or runs has it.
-        prompt: tokens of the prompt, at least 1.
-        most_new: tokens that it may give, at least 1.
-        kv_bytes: what its state takes at most, from admission to its end.
-        task: None where unknown.
-        experts: (layer, expert) pairs that it is predicted to use; empty where nothing is known.
-        ttft: target for the first token, seconds from arrival; None for none.
-        tpot: target for each further token, seconds of their mean.
-        ttlt: target for the last token, seconds from arrival.
-        whole: the prompt runs in one step, however long it is.
-    """
-
-    id: Hashable
-    prompt: int
-    most_new: int
-    kv_bytes: int = 0
-    task: str | None = None
-    experts: frozenset[Expert] = frozenset()
-    ttft: float | None = None
-    tpot: float | None = None
-    ttlt: float | None = None
-    whole: bool = False
-
-
-class Live:
-    """A ticket that waits or runs, and how far it is.
-
-    Attributes:
-        ticket, number, arrived: what came when; numbers count arrivals.
-        admitted: when it began to run; None while it waits.
-        done: tokens whose state is computed; of prompt and output together.
-        out: tokens it gave.
-        first, last: when its first and its latest token came.
-        passes: requests that arrived later and were admitted before it.
-    """
-
-    __slots__ = ("admitted", "arrived", "done", "first", "last", "number", "out", "passes", "ticket")
-
-    def __init__(self, ticket: Ticket, number: int, arrived: float) -> None:
-        self.ticket, self.number, self.arrived = ticket, number, arrived
-        self.admitted: float | None = None
-        self.first: float | None = None
-        self.last: float | None = None
-        self.done = self.out = self.passes = 0
-
-    @property
-    def left(self) -> int:
-        """Rows until its next token."""
-        return self.ticket.prompt + self.out - self.done
-
-    @property
-    def decoding(self) -> bool:
-        """The next row gives a token, and another was given before."""
-        return self.out > 0 and self.left == 1
-
 
 class Scheduler:
     """Decides which requests run, and how many rows each gets in the next step.
@@ -91,6 +32,7 @@ class Scheduler:
         most_running: requests that run at once; None for `chunk_rows`.
         queue_limit: requests that wait at most.
         resident: gives the (layer, expert) pairs in memory now; None where all are.
+        expert_bytes: of one expert (their mean, where they differ).
         most_passes: how many requests that arrived later may be admitted before one that waits.
 
     Raises:
@@ -99,7 +41,7 @@ class Scheduler:
 
     def __init__(
         self,
-        policy: str = "fcfs",
+        policy: str = "slo+affinity",
         *,
         costs: Costs | None = None,
         kv_bytes: int | None = None,
@@ -107,15 +49,15 @@ class Scheduler:
         most_running: int | None = None,
         queue_limit: int = 1024,
         resident: Callable[[], Container[Expert]] | None = None,
+        expert_bytes: int = 0,
         most_passes: int = MOST_PASSES,
     ) -> None:
-        if policy not in POLICIES:
-            raise ConfigError(f"policy={policy!r} is not one of: {', '.join(POLICIES)}")
         for name, value, least in (
             ("kv_bytes", kv_bytes, 0),
             ("chunk_rows", chunk_rows, 1),
             ("most_running", most_running, 1),
             ("queue_limit", queue_limit, 0),
+            ("expert_bytes", expert_bytes, 0),
             ("most_passes", most_passes, 0),
         ):
             if value is not None and value < least:
@@ -129,7 +71,8 @@ class Scheduler:
         self.most_passes = most_passes
         self._kv_bytes = kv_bytes
         self._kv_used = 0
-        self._resident = resident
+        self._outlook = Outlook(lambda: self.costs, chunk_rows, expert_bytes, resident)
+        self._policy = policies.make(policy, self._outlook)
         self._waiting: dict[Hashable, Live] = {}  # in order of arrival
         self._running: dict[Hashable, Live] = {}  # in order of admission
         self._arrivals = 0
@@ -145,7 +88,7 @@ class Scheduler:
             BudgetError: its state is larger than `kv_bytes`, so it could never run.
             OverloadedError: too much waits already; `retry_after` says when to come again.
         """
-        _check(ticket)
+        ticket.check()
         if ticket.id in self._waiting or ticket.id in self._running:
             raise ConfigError(f"id={ticket.id!r} is in use by a request that waits or runs; choose another")
         if self._kv_bytes is not None and ticket.kv_bytes > self._kv_bytes:
@@ -161,7 +104,9 @@ class Scheduler:
             raise OverloadedError(
                 f"{len(self._waiting)} requests wait, the most that may; come again later", retry_after=1.0
             )
-        self._waiting[ticket.id] = Live(ticket, self._arrivals, now)
+        self._waiting[ticket.id] = Live(
+            ticket, self._arrivals, now, self._outlook.sets.number(ticket.experts)
+        )
         self._arrivals += 1
         self._counts["submitted"] += 1
 
@@ -171,7 +116,11 @@ class Scheduler:
 
     def finished(self, id: Hashable, now: float) -> None:
         """It gave its last token, or failed: it is forgotten, and its bytes are free."""
-        self._counts["finished"] += self._drop(id) is not None
+        live = self._drop(id)
+        if live is not None:
+            self._counts["finished"] += 1
+            if live.out:
+                self._outlook.lengths.ended(live.ticket.task, live.out)
 
     def restart(self, id: Hashable) -> None:
         """The state of a running request is lost: its prompt and what it gave so far run again. Others are ignored."""
@@ -229,6 +178,8 @@ class Scheduler:
     def ran(self, step: Step, now: float) -> None:
         """A step is over. Requests that ended meanwhile are ignored."""
         self._counts["steps"] += 1
+        rows_each = ((self._running.get(id), rows) for id, rows in step.rows.items())
+        self._outlook.saw(step, all(live is not None and live.decoding and rows == 1 for live, rows in rows_each))
         for id, rows in step.rows.items():
             live = self._running.get(id)
             if live is None:
@@ -255,12 +206,14 @@ class Scheduler:
 
     def _choose(self, now: float) -> Live | None:
         """Who is admitted next; nobody passes one that was passed `most_passes` times."""
-        for live in self._waiting.values():
-            if self._fits(live):
-                return live
-            if live.passes >= self.most_passes:
-                return None
-        return None
+        if not self._waiting:
+            return None
+        # Whoever passes a request passes all that came before it too: the first was passed most often.
+        oldest = next(iter(self._waiting.values()))
+        if oldest.passes >= self.most_passes:
+            return oldest if self._fits(oldest) else None
+        candidates = self._policy.candidates(self._waiting.values(), self._running.values(), now)
+        return next((live for live in candidates if self._fits(live)), None)
 
     def _fits(self, live: Live) -> bool:
         return self._kv_bytes is None or self._kv_used + live.ticket.kv_bytes <= self._kv_bytes
@@ -315,14 +268,3 @@ class Scheduler:
             "kv_used": self._kv_used,
             **self._counts,
         }
-
-
-def _check(ticket: Ticket) -> None:
-    for name, least in (("prompt", 1), ("most_new", 1), ("kv_bytes", 0)):
-        value = getattr(ticket, name)
-        if value < least:
-            raise ConfigError(f"request {ticket.id!r}: {name}={value} is less than {least}")
-    for name in ("ttft", "tpot", "ttlt"):
-        value = getattr(ticket, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"request {ticket.id!r}: target {name}={value} is not over 0 seconds")

@@ -27,7 +27,7 @@ def test_it_is_a_name_of_the_package():
 
 
 def test_a_prompt_runs_in_chunks_and_decode_rows_come_first():
-    scheduler = Scheduler(chunk_rows=4)
+    scheduler = Scheduler("fcfs", chunk_rows=4)
     scheduler.submit(Ticket("a", prompt=2, most_new=3), 0.0)
     assert run_step(scheduler, 0.0) == [("a", 2)]
     scheduler.submit(Ticket("b", prompt=5, most_new=2), 1.0)
@@ -39,7 +39,7 @@ def test_a_prompt_runs_in_chunks_and_decode_rows_come_first():
 
 
 def test_fcfs_admits_in_order_of_arrival_as_far_as_bytes_and_places_go():
-    scheduler = Scheduler(kv_bytes=10, chunk_rows=8, most_running=2)
+    scheduler = Scheduler("fcfs", kv_bytes=10, chunk_rows=8, most_running=2)
     for name in "abc":
         scheduler.submit(Ticket(name, prompt=2, most_new=1, kv_bytes=4), 0.0)
     assert run_step(scheduler, 0.0) == [("a", 2), ("b", 2)]
@@ -47,7 +47,7 @@ def test_fcfs_admits_in_order_of_arrival_as_far_as_bytes_and_places_go():
 
 
 def test_a_large_request_that_does_not_fit_lets_small_ones_pass_but_only_so_many():
-    scheduler = Scheduler(kv_bytes=10, chunk_rows=8, most_passes=2)
+    scheduler = Scheduler("fcfs", kv_bytes=10, chunk_rows=8, most_passes=2)
     scheduler.submit(Ticket("long", prompt=1, most_new=9, kv_bytes=4), 0.0)
     run_step(scheduler, 0.0)
     scheduler.submit(Ticket("large", prompt=1, most_new=1, kv_bytes=8), 0.0)
@@ -61,12 +61,12 @@ def test_a_large_request_that_does_not_fit_lets_small_ones_pass_but_only_so_many
 
 def test_a_request_larger_than_all_bytes_is_refused_with_both_numbers():
     with pytest.raises(BudgetError, match=r"'x' needs 11 bytes.*of 10") as caught:
-        Scheduler(kv_bytes=10).submit(Ticket("x", prompt=1, most_new=1, kv_bytes=11), 0.0)
+        Scheduler("fcfs", kv_bytes=10).submit(Ticket("x", prompt=1, most_new=1, kv_bytes=11), 0.0)
     assert (caught.value.needed, caught.value.budget) == (11, 10)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again():
-    scheduler = Scheduler(queue_limit=1)
+    scheduler = Scheduler("fcfs", queue_limit=1)
     scheduler.submit(Ticket("a", prompt=1, most_new=1), 0.0)
     with pytest.raises(OverloadedError) as caught:
         scheduler.submit(Ticket("b", prompt=1, most_new=1), 0.0)
@@ -74,7 +74,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again():
 
 
 def test_a_cancelled_request_frees_its_bytes_wherever_it_is():
-    scheduler = Scheduler(kv_bytes=4)
+    scheduler = Scheduler("fcfs", kv_bytes=4)
     for name in "ab":
         scheduler.submit(Ticket(name, prompt=1, most_new=4, kv_bytes=4), 0.0)
     scheduler.next(0.0)
@@ -86,7 +86,7 @@ def test_a_cancelled_request_frees_its_bytes_wherever_it_is():
 
 
 def test_a_whole_prompt_runs_in_one_step_even_if_it_is_longer_than_a_step():
-    scheduler = Scheduler(chunk_rows=4)
+    scheduler = Scheduler("fcfs", chunk_rows=4)
     scheduler.submit(Ticket("a", prompt=3, most_new=2), 0.0)
     scheduler.submit(Ticket("b", prompt=9, most_new=1, whole=True), 0.0)
     assert run_step(scheduler, 0.0) == [("a", 3)]
@@ -94,7 +94,7 @@ def test_a_whole_prompt_runs_in_one_step_even_if_it_is_longer_than_a_step():
 
 
 def test_what_a_lost_state_held_runs_again_and_copied_rows_do_not():
-    scheduler = Scheduler(chunk_rows=8)
+    scheduler = Scheduler("fcfs", chunk_rows=8)
     scheduler.submit(Ticket("a", prompt=6, most_new=4), 0.0)
     scheduler.next(0.0)
     scheduler.computed("a", 4)
@@ -108,7 +108,7 @@ def test_what_a_lost_state_held_runs_again_and_copied_rows_do_not():
 
 
 def test_bytes_can_be_split_anew_while_requests_run_but_never_below_what_they_hold_or_need():
-    scheduler = Scheduler(kv_bytes=10, most_running=1)
+    scheduler = Scheduler("fcfs", kv_bytes=10, most_running=1)
     for name, size in (("a", 3), ("b", 7)):
         scheduler.submit(Ticket(name, prompt=1, most_new=2, kv_bytes=size), 0.0)
     scheduler.next(0.0)

@@ -1,0 +1,342 @@
+"""A server on paper: the scheduler's own code, an LRU of experts in ids, and a clock that steps move by what they cost.
+
+Routing is a trace's: a request is a stretch of it, its rows touch the experts that those tokens were routed to.
+Discrete events, any number of replicas; the same seed gives the same figures. docs/scheduler.md says what it leaves out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoe.engine.costs import Costs, Step
+from emoe.engine.scheduler import Expert, Scheduler, Ticket
+from emoe.errors import BudgetError, ConfigError, OverloadedError
+from emoe.trace.trace import Trace
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request on its way: when it comes, what the scheduler is told, and what it does not know.
+
+    Attributes:
+        at: seconds.
+        ticket: as an engine would submit it.
+        first: place of its first token in the trace.
+        tokens: tokens that it will give, at most `ticket.most_new`.
+        task: its true task; `ticket.task` may be another.
+    """
+
+    at: float
+    ticket: Ticket
+    first: int
+    tokens: int
+    task: str
+
+
+class ExpertLRU:
+    """Slots of every layer, least recently used leaves: `emoe.slots.policy.LRU.serve`, all layers at once.
+
+    Args:
+        layers, experts: of the model.
+        slots: of each layer.
+    """
+
+    def __init__(self, layers: int, experts: int, slots: int) -> None:
+        self._slots, self._experts = slots, experts
+        self._key: NDArray[np.int64] = np.full((layers, experts), -1, dtype=np.int64)  # of the last use; -1: in no slot
+        self._clock = 0
+        self._ids = np.arange(experts)
+
+    @property
+    def resident(self) -> NDArray[np.bool_]:
+        """[layers, experts]."""
+        return self._key >= 0
+
+    def serve(self, used: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """One step that uses the experts of a mask [layers, experts]; gives the loads of each layer."""
+        miss = used & (self._key < 0)
+        self._clock += 1
+        # Hits are touched before misses come; of equals the lower id came first.
+        np.copyto(self._key, (2 * self._clock + miss) * self._experts + self._ids, where=used)
+        over = np.flatnonzero((self._key >= 0).sum(axis=1) > self._slots)
+        if over.size:
+            keys = self._key[over]
+            least = np.partition(keys, self._experts - self._slots, axis=1)[:, self._experts - self._slots]
+            self._key[over] = np.where(keys < least[:, None], -1, keys)
+        loads: NDArray[np.int64] = miss.sum(axis=1)
+        return loads
+
+
+class _Resident:
+    """What `Scheduler` asks: whether an expert is in memory."""
+
+    def __init__(self, mask: NDArray[np.bool_]) -> None:
+        self._rows: list[list[bool]] = mask.tolist()
+
+    def __contains__(self, expert: object) -> bool:
+        layer, number = expert  # type: ignore[misc]
+        return self._rows[layer][number]
+
+
+class Replica:
+    """One server: a scheduler, slots, and a clock.
+
+    Args:
+        scheduler: makes one; it is told what is resident.
+        picks: [tokens, layers * K] numbers layer * experts + expert of the trace.
+        shape: layers and experts.
+        slots: of each layer.
+        costs: what steps cost in truth.
+        expert_bytes: of one expert.
+        noise: standard deviation of the logarithm of a step's seconds.
+        seed: of that noise.
+    """
+
+    def __init__(
+        self,
+        scheduler: Callable[[Callable[[], _Resident]], Scheduler],
+        picks: NDArray[np.int32],
+        shape: tuple[int, int],
+        slots: int,
+        costs: Costs,
+        expert_bytes: int,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self._picks, self._shape, self._costs, self._expert_bytes = picks, shape, costs, expert_bytes
+        self.cache = ExpertLRU(*shape, slots)
+        self.scheduler = scheduler(lambda: _Resident(self.cache.resident))
+        self._noise, self._random = noise, np.random.default_rng(seed)
+        self._here: dict[Hashable, _Progress] = {}
+        self._step: tuple[Step, NDArray[np.bool_]] | None = None
+        self.loaded_bytes = self.steps = 0
+        self.busy = 0.0
+
+    def submit(self, arrival: Arrival, progress: _Progress, now: float) -> None:
+        self.scheduler.submit(arrival.ticket, now)
+        self._here[arrival.ticket.id] = progress
+
+    @property
+    def load(self) -> int:
+        """Requests here."""
+        return len(self._here)
+
+    @property
+    def idle(self) -> bool:
+        return self._step is None
+
+    def begin(self, now: float) -> float | None:
+        """Begins a step and says when it ends; None where there is nothing to do."""
+        batch = self.scheduler.next(now)
+        if not batch:
+            return None
+        rows: list[NDArray[np.int64]] = []
+        tokens: dict[Hashable, int] = {}
+        for id, count in batch:
+            each = self._here[id]
+            rows.append(np.arange(each.done, each.done + count) + each.arrival.first)
+            if each.done + count == each.arrival.ticket.prompt + each.out:
+                tokens[id] = 1
+        used = np.zeros(self._shape[0] * self._shape[1], dtype=bool)
+        used[self._picks[np.concatenate(rows) % len(self._picks)].ravel()] = True
+        mask = used.reshape(self._shape)
+        bytes_ = int(self.cache.serve(mask).sum()) * self._expert_bytes
+        experts = int(used.sum())
+        seconds = self._costs.step(sum(count for _, count in batch), bytes_, experts)
+        if self._noise:
+            seconds *= float(np.exp(self._random.normal(0.0, self._noise)))
+        self._step = Step(seconds, dict(batch), tokens, bytes_, experts), mask
+        return now + seconds
+
+    def end(self, now: float) -> list[_Progress]:
+        """The step is over; gives the requests that ended with it."""
+        assert self._step is not None
+        step, _ = self._step
+        self._step = None
+        self.loaded_bytes += step.loaded_bytes
+        self.steps += 1
+        self.busy += step.seconds
+        self.scheduler.ran(step, now)
+        ended = []
+        for id, count in step.rows.items():
+            each = self._here[id]
+            each.done += count
+            if id in step.tokens:
+                each.out += 1
+                each.first = now if each.first is None else each.first
+                if each.out == each.arrival.tokens:
+                    each.last = now
+                    del self._here[id]
+                    self.scheduler.finished(id, now)
+                    ended.append(each)
+        return ended
+
+
+@dataclass(slots=True)
+class _Progress:
+    arrival: Arrival
+    done: int = 0
+    out: int = 0
+    first: float | None = None
+    last: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request, afterwards. Seconds; None where it was refused.
+
+    Attributes:
+        met: whether every target that it has was kept; False for one that was refused.
+    """
+
+    arrival: Arrival
+    ttft: float | None
+    tpot: float | None
+    ttlt: float | None
+    met: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run came to."""
+
+    outcomes: list[Outcome]
+    seconds: float
+    loaded_bytes: int
+    steps: int
+    busy: float
+    scheduler: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(each.arrival.tokens for each in self.outcomes if each.ttft is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: seconds, shares from 0 to 1, bytes, tokens of output."""
+        served = [each for each in self.outcomes if each.ttft is not None]
+        met = sum(each.met for each in self.outcomes)
+        return {
+            "requests": len(self.outcomes),
+            "refused": len(self.outcomes) - len(served),
+            "seconds": self.seconds,
+            "ttft": _percentiles(each.ttft for each in served),
+            "tpot": _percentiles(each.tpot for each in served),
+            "ttlt": _percentiles(each.ttlt for each in served),
+            "attained": met / max(1, len(self.outcomes)),
+            "goodput": met / self.seconds if self.seconds else 0.0,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "loaded_bytes": self.loaded_bytes,
+            "loaded_bytes_per_token": self.loaded_bytes / max(1, self.tokens),
+            "steps": self.steps,
+            "busy": self.busy / self.seconds if self.seconds else 0.0,
+            "scheduler": self.scheduler,
+        }
+
+
+def _percentiles(values: Iterable[float | None]) -> dict[str, float]:
+    known = [value for value in values if value is not None]
+    if not known:
+        return {}
+    return {f"p{at}": float(np.percentile(known, at)) for at in (50, 90, 99)} | {"mean": float(np.mean(known))}
+
+
+def flat_picks(trace: Trace) -> NDArray[np.int32]:
+    """[tokens, layers * K] numbers layer * experts + expert of a trace.
+
+    Raises:
+        ConfigError: a token has fewer picks than others: such traces cannot be simulated yet.
+    """
+    if (trace.experts < 0).any():
+        raise ConfigError("the trace has tokens without a pick in some layer; simulate one in which each has all")
+    offsets = (np.arange(trace.layers, dtype=np.int32) * trace.num_experts)[:, None]
+    flat = trace.experts.transpose(1, 0, 2).astype(np.int32) + offsets
+    return np.ascontiguousarray(flat.reshape(trace.tokens, -1))
+
+
+Route = Callable[[Sequence[Replica], Arrival], int]
+
+
+def simulate(
+    arrivals: Sequence[Arrival],
+    replicas: Sequence[Replica],
+    *,
+    route: Route | None = None,
+    until: float = NEVER,
+    told: Callable[[int], None] = lambda done: None,
+) -> Report:
+    """Runs requests through replicas until the last has ended.
+
+    Args:
+        arrivals: in order of time.
+        replicas: fresh ones.
+        route: number of the replica that an arrival goes to; None for the one with the fewest requests.
+        until: stops there; requests that did not end count as not met.
+        told: how many requests ended since it was told last, for a progress bar.
+    """
+    events: list[tuple[float, int, int]] = [(each.at, 0, number) for number, each in enumerate(arrivals)]
+    heapq.heapify(events)
+    ended: list[_Progress] = []
+    known: list[_Progress | None] = []
+    now = 0.0
+    while events:
+        at, kind, number = heapq.heappop(events)
+        if at > until:
+            break
+        now = at
+        if kind == 0:
+            arrival = arrivals[number]
+            where = route(replicas, arrival) if route else min(range(len(replicas)), key=lambda n: replicas[n].load)
+            progress = _Progress(arrival)
+            try:
+                replicas[where].submit(arrival, progress, now)
+                known.append(progress)
+            except (OverloadedError, BudgetError):
+                known.append(None)
+                told(1)
+            touched = where
+        else:
+            touched = number
+            over = replicas[number].end(now)
+            ended += over
+            told(len(over))
+        if replicas[touched].idle:
+            end = replicas[touched].begin(now)
+            if end is not None:
+                heapq.heappush(events, (end, 1, touched))
+    outcomes = [_outcome(arrival, progress) for arrival, progress in zip(arrivals, known, strict=False)]
+    return Report(
+        outcomes,
+        now,
+        sum(replica.loaded_bytes for replica in replicas),
+        sum(replica.steps for replica in replicas),
+        sum(replica.busy for replica in replicas),
+        [replica.scheduler.to_dict() for replica in replicas],
+    )
+
+
+def _outcome(arrival: Arrival, progress: _Progress | None) -> Outcome:
+    if progress is None or progress.first is None or progress.last is None:
+        return Outcome(arrival, None, None, None, False)
+    ttft, ttlt = progress.first - arrival.at, progress.last - arrival.at
+    further = progress.out - 1
+    tpot = (progress.last - progress.first) / further if further else None
+    ticket = arrival.ticket
+    met = all(
+        target is None or value is None or value <= target
+        for value, target in ((ttft, ticket.ttft), (tpot, ticket.tpot), (ttlt, ticket.ttlt))
+    )
+    return Outcome(arrival, ttft, tpot, ttlt, met)
+
+
+def predicted_experts(scores: NDArray[np.floating], count: int) -> frozenset[Expert]:
+    """The `count` highest of each layer of scores [layers, experts], as (layer, expert) pairs."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return frozenset((layer, int(expert)) for layer, row in enumerate(best.tolist()) for expert in row)
