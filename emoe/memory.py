@@ -52,6 +52,19 @@ def reset_peak_memory() -> bool:
     return True
 
 
+def give_back(address: int, nbytes: int) -> None:
+    """Whole pages of anonymous memory go back to the system, and are zero when they are touched again.
+
+    Raises:
+        OSError: they are no such pages.
+    """
+    dont_need = 4  # MADV_DONTNEED
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), dont_need) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"madvise of {nbytes} bytes: {os.strerror(error)}")
+
+
 class LargeBlocks:
     """While a thread holds them, malloc takes blocks of 1 MiB and more from the system and gives them back when freed.
 

@@ -48,6 +48,7 @@ class Runtime:
         cache: the `CacheManager` that says which expert is in which slot.
         routing: the `emoe.routing.Routing` that exchanges picks; in mode `exact` it does nothing.
         base: the `emoe.slots.base_set.BaseSet` that keeps the experts a predictor names.
+        lending: the `emoe.slots.lending.Lending` that takes slots out of use; None on a GPU, whose slots stay.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Runtime:
             loads_misses=not hostless, waits=routing.mode == "resident", requests=self.requests,
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
         )  # fmt: skip
+        self.lending = self._bank.lending(plan.top_k, self.base.resized)
         self._told += [self.base, self.routing]
         experts.register()
         self._attached = Attached(model, store, experts.IMPLEMENTATION, {each.module: each for each in self.layers})

@@ -24,6 +24,7 @@ from emoe.model import summary
 from emoe.model.layout import SlotLayout
 from emoe.requests import Block, RequestObserver
 from emoe.slots.cache import CacheManager
+from emoe.slots.lending import Lending
 from emoe.slots.loader import Loader
 from emoe.slots.resident import CacheResidency
 from emoe.store import ExpertStore, StoreLayer
@@ -187,6 +188,16 @@ class Bank:
         """Bytes that transfers have asked for."""
         transfer = self._queue.stats()
         return int(transfer["demand_bytes"] + transfer["prefetch_bytes"])
+
+    def lending(self, least: int, resized: Callable[[], object]) -> Lending | None:
+        """What takes slots out of use, at least so many in each layer staying; None where their memory stays taken."""
+        if not self._device.lends:
+            return None
+        slots = (len(self.cache.slots(layer)) for layer in range(self.cache.layers))
+        return Lending(
+            self.loader, [min(least, count) for count in slots], lock=self._lock,
+            give_back=lambda slot: self._device.give_back(self.slab, slot), resized=resized,
+        )  # fmt: skip
 
     def settling(self, mode: str, contract: bool) -> SlotTables:
         """The slot tables.

@@ -15,7 +15,7 @@ from emoe.compute.device import Device
 from emoe.compute.experts import Compute, Part
 from emoe.compute.records import prefetch_bytes
 from emoe.compute.stock import Stock
-from emoe.memory import available_memory
+from emoe.memory import available_memory, give_back
 from emoe.model.layout import SlotLayout
 from emoe.slots.loader import Loader
 from emoe.store import StoreLayer
@@ -30,6 +30,7 @@ class CpuDevice(Device):
 
     name = "cpu"
     tensors = torch.device("cpu")
+    lends = True
 
     def __init__(self) -> None:
         self.module = native.load()
@@ -48,6 +49,9 @@ class CpuDevice(Device):
 
     def slab(self, slots: int, slot_bytes: int) -> Any:
         return self.module.Slab(slots, slot_bytes)
+
+    def give_back(self, slab: Any, slot: int) -> None:
+        give_back(slab.address + slot * slab.slot_bytes, slab.slot_bytes)
 
     def queue(self, slab: Any, table: Any, reader: Any, *, records: int, pinned_memory: int | str | None) -> Any:
         return self.module.TransferQueue(slab, table, reader, prefetch_bytes=prefetch_bytes(slab.slot_bytes))

@@ -36,6 +36,7 @@ class Device:
     """Where slots lie and experts are computed.
 
     Attributes:
+        lends: whether memory of single slots can be given back.
         module: the native module all objects of this device come from.
         name: as `choose.open_device` takes it.
         tensors: where torch's tensors have to be.
@@ -44,6 +45,7 @@ class Device:
     module: Any
     name: str
     tensors: torch.device
+    lends = False
 
     def free_bytes(self) -> int:
         """Bytes of its memory that nobody has."""
@@ -63,6 +65,10 @@ class Device:
 
     def slab(self, slots: int, slot_bytes: int) -> Any:
         """Slots in its memory."""
+        raise NotImplementedError
+
+    def give_back(self, slab: Any, slot: int) -> None:
+        """The memory of a slot that nobody uses is free for something else until the slot is written to again."""
         raise NotImplementedError
 
     def queue(self, slab: Any, table: Any, reader: Any, *, records: int, pinned_memory: int | str | None) -> Any:

@@ -24,9 +24,11 @@ from emoe.engine.kv_budget import KvBudget
 from emoe.engine.runner import Runner, Way
 from emoe.engine.sampling import Sampler, Sampling
 from emoe.engine.scheduler import Scheduler, Ticket
+from emoe.engine.split import Observed, Split
 from emoe.engine.state import held_bytes, keeps_all, new_state, rows_of
 from emoe.engine.text import Text
 from emoe.errors import ClosedError, ConfigError, EmoeError, UnsupportedModelError, one_line
+from emoe.planning.plan import recurrent_hit_rate
 from emoe.requests import Request
 from emoe.runtime import Runtime
 from emoe.tasks import TaskClassifier
@@ -87,6 +89,7 @@ class Engine:
             if self._runtime is not None and self._runtime.plan.prefill_chunk is not None:
                 rows = min(rows, self._runtime.plan.prefill_chunk)  # what activations were planned for
             self._kv = KvBudget(self._runtime, kv_budget)
+            self._split = None if self._runtime is None else self._splitting(self._runtime)
             if isinstance(scheduler, Scheduler):
                 self.scheduler = scheduler
                 self.scheduler.kv_bytes = self._kv.nbytes
@@ -171,6 +174,8 @@ class Engine:
                 id, len(given.tokens), limit, nbytes, task, whole=whole,
                 ttft=_seconds(ttft_slo_ms), tpot=_seconds(tpot_slo_ms), ttlt=_seconds(ttlt_slo_ms),
             )  # fmt: skip
+            if self._kv.grow(nbytes):
+                self.scheduler.kv_bytes = self._kv.nbytes
             self.scheduler.submit(ticket, self._clock())
             self._live[id] = generation
             return id
@@ -220,6 +225,7 @@ class Engine:
 
     def _next(self, now: float) -> Batch:
         """What the scheduler chose; requests that it admitted get their state."""
+        self._resplit()
         batch = []
         for id, rows in self.scheduler.next(now):
             generation = self._live[id]
@@ -247,6 +253,22 @@ class Engine:
             self._finish(generation, "error", error)
             return False
         return True
+
+    def _resplit(self) -> None:
+        """Bytes go from slots to the state of the request that waits longest, where that raises tokens a second, and
+        back where nobody waits for them."""
+        if self._split is None or self._kv.least == self._kv.most:
+            return
+        used, now = self.scheduler.kv_used, self._kv.nbytes
+        waiting = [used + self._live[id].kv_bytes for id in self.scheduler.waiting]
+        blocked = [needed for needed in waiting if needed > now]
+        if blocked and len(self.scheduler.running) < self.scheduler.most_running:
+            if self._split.worth(self._kv.slots, self._kv.slots_for(blocked[0])):
+                self._kv.grow(blocked[0])
+        elif self._split.idle(bool(blocked)):
+            self._kv.shrink(max(used, self.scheduler.least_kv_bytes))
+            self._kept = prefixes.trimmed(self._kept, self._kv.nbytes - used)
+        self.scheduler.kv_bytes = self._kv.nbytes
 
     def _again(self) -> Batch:
         """A request of a step that failed: it runs alone until it is where it would have been."""
@@ -332,13 +354,18 @@ class Engine:
     @contextmanager
     def _reported(self, batch: Batch, started: float) -> Iterator[tuple[dict[Hashable, int], dict[Hashable, int]]]:
         """The scheduler hears of what ran in the block, rows and tokens by request, however the block ends."""
-        loaded, rows, tokens = self._loaded_bytes(), dict[Hashable, int](), dict[Hashable, int]()
+        loaded, before = self._loaded()
+        rows, tokens = dict[Hashable, int](), dict[Hashable, int]()
         try:
             yield rows, tokens
         finally:
             now = self._clock()
             if batch:
-                self.scheduler.ran(Step(now - started, rows, tokens, self._loaded_bytes() - loaded), now)
+                nbytes, after = self._loaded()
+                self.scheduler.ran(Step(now - started, rows, tokens, nbytes - loaded), now)
+                if self._split is not None:
+                    hits, misses = (new - old for new, old in zip(after, before, strict=True))
+                    self._split.saw(Observed(now - started, sum(tokens.values()), hits + misses, misses))
                 self._counts["steps"] += 1
             while self._ended:
                 self.scheduler.finished(self._ended.pop(), now)
@@ -350,6 +377,7 @@ class Engine:
                 self._finish(generation, "cancelled")
             self._closed = True
             self._kept.clear()
+            self._kv.close()
             self._events.clear()
             self._runner.close()
             self._guard.remove()
@@ -482,8 +510,16 @@ class Engine:
             return nullcontext()
         return self._runtime.routing.rows([(generation.account, count) for generation, count in batch])
 
-    def _loaded_bytes(self) -> int:
-        return self._runtime.loaded_bytes if self._runtime is not None else 0
+    def _loaded(self) -> tuple[int, tuple[int, int]]:
+        """Bytes of experts read so far; hits and misses."""
+        return (0, (0, 0)) if self._runtime is None else (self._runtime.loaded_bytes, self._runtime.loader.counts())
+
+    def _splitting(self, runtime: Runtime) -> Split:
+        nbytes = runtime.plan.bytes_per_expert
+        return Split(
+            sum(runtime.plan.experts_per_layer), recurrent_hit_rate,
+            lambda: self.scheduler.costs.byte * nbytes, lambda: self.scheduler.costs.row,
+        )  # fmt: skip
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from emoe.options import Options
 from emoe.predictor import UNKNOWN_TASK, ExpertPredictor
-from emoe.requests import Kind, Request, Requests
+from emoe.requests import Kind, Request, Requests, Span
 from emoe.routing.resident import Residency
 from emoe.slots.load_score import Expected, load_score
 from emoe.slots.loader import Loader
@@ -26,6 +26,7 @@ from emoe.slots.next_layer import NextLayer
 from emoe.slots.options import insensitive_layers, require_shape
 from emoe.slots.refresh import Refresh
 from emoe.slots.shadow import PATIENCE, ShadowLRU, Switch
+from emoe.slots.streams import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,10 @@ class BaseSet:
         self._loads_misses, self._waits = loads_misses, waits
         self._observed = frozenset(observed)
         L = len(self._experts)
-        slots = [len(self._cache.slots(layer)) for layer in range(L)]
-        slack = [max(top_k, round(options.slack * count)) if loads_misses else 0 for count in slots]
-        self.sizes = [max(0, count - spare) for count, spare in zip(slots, slack, strict=True)]
+        slots = self._slots()
+        self.sizes = self._sizes(slots)
         self._base: Mask = np.zeros((L, max(self._experts)), dtype=bool)
+        self._scores = np.zeros(self._base.shape)  # that it was chosen by
         self._rival = self._base
         self._pending: list[list[int]] = [[] for _ in range(L)]
         self._refresh = Refresh(options.period)
@@ -94,6 +95,7 @@ class BaseSet:
             NextLayer(loader, self._experts, top_k, options.prefetch) if options.prefetch is not None else None
         )
         self._insensitive = self._layers_that_do_not_count()
+        self._streams = Streams(options.predictor, self._insensitive) if options.predictor is not None else None
         if options.predictor is not None:
             require_shape(options.predictor, *self._base.shape)
             if not any(self.sizes):
@@ -101,8 +103,27 @@ class BaseSet:
                     "emoe: no layer has more slots (%d) than the slack (%d), so the predictor decides nothing; "
                     "a larger budget or slack= changes that",
                     max(slots),
-                    max(slack),
+                    max(map(self._slack, slots)),
                 )
+
+    def _slots(self) -> list[int]:
+        return [self._cache.capacity(layer) for layer in range(len(self._experts))]
+
+    def _slack(self, slots: int) -> int:
+        return max(self._top_k, round(self._options.slack * slots)) if self._loads_misses else 0
+
+    def _sizes(self, slots: Sequence[int]) -> list[int]:
+        """Experts of the base set in each layer."""
+        return [max(0, count - self._slack(count)) for count in slots]
+
+    def resized(self) -> None:
+        """Layers have other numbers of slots: the base set loses those of the lowest scores, or grows by the next."""
+        slots = self._slots()
+        self.sizes = self._sizes(slots)
+        self._shadow.resize(slots)
+        if self._base.any():
+            self._base = self._rival = _best(self._scores, self.sizes, self._experts)
+            self._bring()
 
     def _layers_that_do_not_count(self) -> dict[int, NDArray[np.bool_]]:
         """[L] of each task that the predictor and the sensitivity profile know."""
@@ -121,18 +142,24 @@ class BaseSet:
     # Requests
 
     def begin(self, request: Request, first: bool = True) -> None:
-        """A request begins; the base set is for the first, and for what runs beside it or within."""
-        if not first:
+        """A request begins; the base set is for the first, and for what runs beside it or within.
+
+        Requests that join others, each with tokens of its own, are a mixture, for which it is chosen as they come.
+        """
+        if not first and not request.joined:
             return
         self._loader.begin()
         try:
+            if first:
+                self._finish()  # of one whose begin failed
+                self._clear()  # an interrupted end leaves counts behind
+                if self._streams is not None:
+                    self._streams.clear()
             self._begin(request)
         finally:
             self._loader.over()
 
     def _begin(self, request: Request) -> None:
-        self._finish()  # of one whose begin failed
-        self._clear()  # an interrupted end leaves counts behind
         self._request = request
         self.requests += 1
         predictor = self._options.predictor
@@ -144,8 +171,12 @@ class BaseSet:
         typical = means.get(self._task) or (sum(means.values()) / len(means) if means else 1.0)
         requests = [Expected(self._number(name), count) for name, count in request.others]
         requests.append(Expected(self._task, typical if request.tokens is None else request.tokens))
+        if request.joined and self._streams is not None:
+            self._streams.join(request, self._task)
+            if not self._streams.counts(self._task):
+                return
         if not self._switch.off:
-            self._predict(predictor, requests)
+            self._predict(predictor, requests, typical, alone=not request.joined)
         elif not self._loads_misses:
             self._choose_last_used()
 
@@ -158,38 +189,49 @@ class BaseSet:
             logger.warning("emoe: task %r is unknown to the predictor, which knows: %s", task, ", ".join(names))
         return UNKNOWN_TASK
 
-    def _predict(self, predictor: ExpertPredictor, requests: Sequence[Expected]) -> None:
-        due = self._refresh.due([task for task, _ in requests] if predictor.names else ())
+    def _predict(
+        self, predictor: ExpertPredictor, requests: Sequence[Expected], typical: float, *, alone: bool
+    ) -> None:
+        streams = None if alone else self._streams
+        running = [] if streams is None else streams.tasks()
+        due = self._refresh.due([*running, *(task for task, _ in requests)] if predictor.names else ())
         due = due or not self._base.any()  # nothing was known at the last choice
         if due or self._options.period == "adaptive":
             started = time.perf_counter()
-            scores = load_score(predictor, requests, self._insensitive)
+            if streams is None:
+                scores = load_score(predictor, requests, self._insensitive)
+            else:
+                scores = streams.scores(requests[:-1], typical)
             self._rival = _best(scores, self.sizes, self._experts)
             self._milliseconds.append(1e3 * (time.perf_counter() - started))
-        else:
+        elif streams is None:
             predictor.begin(self._task)
         if due and self._rival.any():
             self.refreshes += 1
-            self._base = self._rival
+            self._base, self._scores = self._rival, scores
         # Also where it stays: a prompt may have needed more slots at once than the slack has.
         self._bring()
 
     def end(self, request: Request, last: bool = True) -> None:
-        """The last that ran ended: what they showed goes to the predictor, the shadow and the drift test."""
-        if not last:
+        """The last that ran ended, or one that joined: what was shown goes to predictor, shadow and drift test."""
+        if not last and not request.joined:
             return
         self._loader.begin()
         try:
-            self._finish()
+            self._finish(request, last)
         finally:
             self._loader.over()
 
-    def _finish(self) -> None:
+    def _finish(self, ended: Request | None = None, last: bool = True) -> None:
         if self._request is None:
             return
-        self._request = None
+        if last:
+            self._request = None
         self._flush()
         predictor = self._options.predictor
+        task, tokens = self._task, self._tokens
+        if ended is not None and self._streams is not None and ended in self._streams:
+            task, tokens = self._streams.leave(ended)
         picks = int(self._counts.sum())
         if predictor is None or not picks:
             self._clear()
@@ -201,12 +243,13 @@ class BaseSet:
                 self._refresh.saw(covered / picks, float(self._counts[self._rival].sum()) / picks)
             if any(self.sizes) and self._switch.saw(self._hits, self._shadow_hits, picks):
                 self._give_up(self._switch.reason)
-        mean = self._mean_tokens.get(self._task)
-        self._mean_tokens[self._task] = self._tokens if mean is None else 0.9 * mean + 0.1 * self._tokens
+        mean = self._mean_tokens.get(task)
+        self._mean_tokens[task] = tokens if mean is None else 0.9 * mean + 0.1 * tokens
         self._clear()
 
     def _clear(self) -> None:
         self._forwards: list[list[_Routed | None]] = []
+        self._spans: list[Sequence[Span]] = []  # whose the rows of these forwards are
         self._last_layer = len(self._experts)
         self._waiting_tokens = self._tokens = 0
         self._counts = np.zeros(self._base.shape, dtype=np.int64)
@@ -267,6 +310,7 @@ class BaseSet:
                 self._flush()
             forward: list[_Routed | None] = [None] * len(self._experts)
             forward[layer] = routed  # before it is in the list: an interrupt leaves none without a layer
+            self._spans.append(self._requests.spans(len(index)) if self._streams else ())
             self._forwards.append(forward)
             self._waiting_tokens += len(index)
         else:
@@ -290,12 +334,17 @@ class BaseSet:
         """Hands the waiting forwards on."""
         predictor = self._options.predictor
         forwards, self._forwards = self._forwards, []
+        spans, self._spans = self._spans, []
         self._last_layer, self._waiting_tokens = len(self._experts), 0
         if predictor is None or not forwards:
             return
         blocks: list[NDArray[np.int16]] = []
-        for forward in forwards:
+        streams = self._streams
+        for number, forward in enumerate(forwards):
             block, hits = _block(forward, self._top_k)
+            if streams:
+                for request, rows in spans[number]:
+                    streams.observe(request, block[:, rows])
             self._hits += hits
             self._shadow_hits += self._shadow.observe(block)
             blocks.append(block)
@@ -303,7 +352,8 @@ class BaseSet:
         self._tokens += len(picks[0])
         for layer, each in enumerate(picks):
             self._counts[layer] += np.bincount(each[each >= 0], minlength=max(self._experts))
-        predictor.observe(picks)
+        if not streams:
+            predictor.observe(picks)
 
     def stats(self) -> dict[str, Any]:
         """Counts and states; docs/slots.md says what each means."""

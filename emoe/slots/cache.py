@@ -17,6 +17,7 @@ from emoe.slots import policy as policies
 from emoe.slots.policy import PolicyFactory
 
 # A slot's state is one number: 0 and up is ready with that many holds.
+_CLOSED = -3
 _FREE = -2
 _LOADING = -1
 _NOBODY = -1
@@ -74,8 +75,10 @@ class CacheManager:
         return self._slot_of[layer].get(expert)
 
     def state(self, slot: int) -> str:
-        """ "free", "loading", "ready" or "held"."""
+        """ "closed", "free", "loading", "ready" or "held"."""
         state = self._state[slot]
+        if state == _CLOSED:
+            return "closed"
         if state == _FREE:
             return "free"
         if state == _LOADING:
@@ -93,6 +96,51 @@ class CacheManager:
     def free(self, layer: int) -> int:
         """How many slots of a layer hold nothing."""
         return len(self._free[layer])
+
+    def capacity(self, layer: int) -> int:
+        """How many slots of a layer are in use: all but the closed ones."""
+        return len(self._slot_of[layer]) + len(self._free[layer])
+
+    def close(self, layer: int) -> Admission | None:
+        """Takes a slot out of use until `open`: a free one, or that of the expert that would be evicted next.
+
+        Returns the slot and who left it; None where each is held or loading.
+
+        Raises:
+            CacheError: it is the layer's last.
+        """
+        if self.capacity(layer) <= 1:
+            raise CacheError(f"layer {layer} has one slot in use, which cannot be closed")
+        self._versions[layer] += 1
+        if self._free[layer]:
+            slot = self._free[layer][-1]
+            self._state[slot] = _CLOSED
+            self._free[layer].pop()
+            return Admission(slot, None)
+        ready = {other for other, where in self._slot_of[layer].items() if self._state[where] == 0}
+        if not ready:
+            return None
+        evicted = self._policies[layer].victim(ready - self._protected[layer] or ready)
+        slot = self._slot_of[layer][evicted]
+        self._state[slot] = _CLOSED
+        self._expert_of[slot] = _NOBODY
+        del self._slot_of[layer][evicted]
+        self._policies[layer].forget(evicted)
+        return Admission(slot, evicted)
+
+    def open(self, layer: int) -> int:
+        """A closed slot is free again.
+
+        Raises:
+            CacheError: none is closed.
+        """
+        slot = next((slot for slot in self._ranges[layer] if self._state[slot] == _CLOSED), None)
+        if slot is None:
+            raise CacheError(f"layer {layer} has no slot that is closed")
+        self._versions[layer] += 1
+        self._state[slot] = _FREE
+        self._free[layer].append(slot)
+        return slot
 
     def protect(self, layer: int, experts: Iterable[int]) -> None:
         """These experts, in slots or not, are evicted only where nothing else can be; replaces a layer's before."""
@@ -277,6 +325,9 @@ class CacheManager:
         free = []
         for slot in self._ranges[layer]:
             expert, state = self._expert_of[slot], self._state[slot]
+            if state == _CLOSED:
+                self._expert_of[slot] = _NOBODY
+                continue
             lost = state == _LOADING and slot not in loading
             if state == _FREE or lost or expert == _NOBODY or expert in slot_of:
                 self._state[slot] = _FREE
@@ -301,11 +352,11 @@ class CacheManager:
             CacheError: they do not; names layer and slot.
         """
         for layer, slots in enumerate(self._ranges):
-            counts = dict.fromkeys(("free", "loading", "ready", "held"), 0)
+            counts = dict.fromkeys(("closed", "free", "loading", "ready", "held"), 0)
             for slot in slots:
                 counts[self.state(slot)] += 1
                 expert = self._expert_of[slot]
-                if (self._state[slot] == _FREE) != (expert == _NOBODY):
+                if (self._state[slot] in (_FREE, _CLOSED)) != (expert == _NOBODY):
                     raise CacheError(f"slot {slot} of layer {layer} is {self.state(slot)} and names expert {expert}")
                 if expert != _NOBODY and self._slot_of[layer].get(expert) != slot:
                     raise CacheError(
@@ -314,7 +365,9 @@ class CacheManager:
             free = self._free[layer]
             if sorted(free) != [slot for slot in slots if self._state[slot] == _FREE]:
                 raise CacheError(f"layer {layer}: the free list {sorted(free)} is not the free slots")
-            if len(self._slot_of[layer]) != len(slots) - len(free) or sum(counts.values()) != len(slots):
+            if len(self._slot_of[layer]) != len(slots) - len(free) - counts["closed"] or sum(counts.values()) != len(
+                slots
+            ):
                 raise CacheError(
                     f"layer {layer}: {counts} and {len(self._slot_of[layer])} experts in {len(slots)} slots"
                 )

@@ -90,9 +90,17 @@ class Loader:
         self._epoch = 0  # counts `recover`: what began before it owns nothing any more
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def counts(self) -> tuple[int, int]:
+        """Hits and misses of all layers since the start."""
+        return sum(each.hits for each in self._counters), sum(each.misses for each in self._counters)
+
     def capacity(self, layer: int) -> int:
-        """The most experts that one group of this layer can hold: its slots."""
-        return len(self.cache.slots(layer))
+        """The most experts that one group of this layer can hold: its slots that are in use."""
+        return self.cache.capacity(layer)
 
     def rounds(self, layer: int, experts: Sequence[int], together: bool = False) -> Generator[Group, None, None]:
         """Groups of held experts as they become ready, those already in slots first.
@@ -228,6 +236,28 @@ class Loader:
         for expert in list(prefetching):
             self._end_prefetch(layer, expert, prefetching[expert])
         self._open -= 1
+
+    def close_slot(self, layer: int) -> int | None:
+        """Takes a slot out of use (`CacheManager.close`); a prefetch gives way where there is no other.
+
+        Returns the slot, which nobody writes to any more; None where a forward holds all there are.
+        """
+        if self._closed:
+            raise ClosedError("the loader is closed")
+        self._open += 1
+        closed = self.cache.close(layer)
+        prefetching = self._prefetching[layer]
+        while closed is None and prefetching:
+            self._cancel_queued(layer)
+            if prefetching:
+                oldest = next(iter(prefetching))
+                self._end_prefetch(layer, oldest, prefetching[oldest])
+            closed = self.cache.close(layer)
+        if closed is not None and closed.evicted is not None:
+            self._counters[layer].evictions += 1
+            self._prefetched[layer].discard(closed.evicted)
+        self._open -= 1
+        return None if closed is None else closed.slot
 
     def prefetching(self, layer: int) -> bool:
         """Whether a prefetch of the layer is under way, or done and not noted in the cache."""

@@ -44,6 +44,13 @@ class ShadowLRU:
         self._lru = [LRU() for _ in slots_per_layer]
         self._start: list[frozenset[int]] = [frozenset() for _ in slots_per_layer]
 
+    def resize(self, slots_per_layer: Sequence[int]) -> None:
+        """Layers have so many slots from now on; those used longest ago leave."""
+        self._slots = tuple(slots_per_layer)
+        for lru, slots in zip(self._lru, self._slots, strict=True):
+            for expert in list(lru.known())[: max(0, len(lru.known()) - slots)]:
+                lru.forget(expert)
+
     def begin(self) -> None:
         """A request begins; matters with `between_requests` alone."""
         if self._between:

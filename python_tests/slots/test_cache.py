@@ -182,6 +182,38 @@ def test_any_sequence_of_calls_keeps_the_integrity(policy):
         def _any(self, wanted):
             return any(wanted(holds) for layer in self.model for holds in layer.values())
 
+        @rule(layer=st.integers(0, 1))
+        def close_a_slot(self, layer):
+            model, size = self.model[layer], self.sizes[layer]
+            evictable = {e for e, holds in model.items() if holds == 0}
+            if size == 1:
+                with pytest.raises(CacheError):
+                    self.cache.close(layer)
+                return
+            closed = self.cache.close(layer)
+            if closed is None:
+                assert len(model) == size and not evictable
+                return
+            assert self.cache.state(closed.slot) == "closed" and closed.slot in self.cache.slots(layer)
+            assert (closed.evicted is None) == (len(model) < size)
+            assert closed.evicted not in self.protected[layer] or evictable <= self.protected[layer]
+            model.pop(closed.evicted, None)
+            self.sizes[layer] -= 1
+
+        @rule(layer=st.integers(0, 1))
+        def open_a_slot(self, layer):
+            if self.sizes[layer] == len(self.cache.slots(layer)):
+                with pytest.raises(CacheError):
+                    self.cache.open(layer)
+            else:
+                assert self.cache.state(self.cache.open(layer)) == "free"
+                self.sizes[layer] += 1
+
+        @rule(layer=st.integers(0, 1))
+        def repair(self, layer):
+            if all(holds == 0 for holds in self.model[layer].values()):
+                self.cache.repair(layer, ())
+
         @precondition(lambda self: self._any(lambda holds: holds == -1))
         @rule(data=st.data(), well=st.booleans())
         def end_a_load(self, data, well):
