@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock, get_ident
 from typing import Any
@@ -23,9 +23,9 @@ from emoe.engine.generation import Event, FinishReason, Generation
 from emoe.engine.kv_budget import KvBudget
 from emoe.engine.runner import Runner, Way
 from emoe.engine.sampling import Sampler, Sampling
-from emoe.engine.scheduler import Scheduler, Ticket
+from emoe.engine.scheduler import Expert, Scheduler, Ticket
 from emoe.engine.split import Observed, Split
-from emoe.engine.state import held_bytes, keeps_all, new_state, rows_of
+from emoe.engine.state import held_bytes, is_plain, keeps_all, new_state, rows_of
 from emoe.engine.text import Text
 from emoe.errors import ClosedError, ConfigError, EmoeError, UnsupportedModelError, one_line
 from emoe.planning.plan import recurrent_hit_rate
@@ -84,6 +84,7 @@ class Engine:
         try:
             self.choice = self._tried(way)
             self._runner = Runner(model, self.choice.way)
+            self.footprint, self._plain = self.choice.footprint, is_plain(new_state(model, 1))
             self.context = self._longest(context)
             rows = chunk_rows or 64
             if self._runtime is not None and self._runtime.plan.prefill_chunk is not None:
@@ -95,8 +96,10 @@ class Engine:
                 self.scheduler.kv_bytes = self._kv.nbytes
             else:
                 self.scheduler = Scheduler(
-                    scheduler or "fcfs", kv_bytes=self._kv.nbytes, chunk_rows=rows, most_running=most_running
-                )
+                    "slo+affinity" if scheduler is None else scheduler, kv_bytes=self._kv.nbytes, chunk_rows=rows,
+                    most_running=most_running, resident=None if self._runtime is None else self._resident,
+                    expert_bytes=0 if self._runtime is None else self._runtime.plan.bytes_per_expert,
+                )  # fmt: skip
             refuse = weakref.WeakMethod(self._refuse_others)  # a model keeps no engine that its user has dropped
             self._guard = model.register_forward_pre_hook(lambda *_: method() if (method := refuse()) else None)
         except BaseException:
@@ -161,7 +164,7 @@ class Engine:
                 task = self.classifier.classify(given.text).task
             whole = self.choice.whole or bool(given.inputs)
             length = len(given.tokens) + limit
-            nbytes = self.choice.footprint.nbytes(length, length if whole else self.scheduler.chunk_rows)
+            nbytes = self.footprint.nbytes(length, length if whole else self.scheduler.chunk_rows)
             self._kv.require(nbytes, id, length)
             request = Request(task, str(id), tokens=length)
             generation = Generation(
@@ -170,8 +173,9 @@ class Engine:
                 frozenset(_ends(config) if sampling.eos is None else sampling.eos), request, nbytes,
                 given.inputs, whole, logged=None if sampling.logprobs is None else [],
             )  # fmt: skip
+            experts = frozenset[Expert]() if self._runtime is None else self._runtime.base.expected(task)
             ticket = Ticket(
-                id, len(given.tokens), limit, nbytes, task, whole=whole,
+                id, len(given.tokens), limit, nbytes, task, experts, whole=whole,
                 ttft=_seconds(ttft_slo_ms), tpot=_seconds(tpot_slo_ms), ttlt=_seconds(ttlt_slo_ms),
             )  # fmt: skip
             if self._kv.grow(nbytes):
@@ -330,6 +334,9 @@ class Engine:
             self.scheduler.cancel(generation.id, self._clock())
         else:
             self._ended.append(generation.id)
+        if generation.state is not None and not self._plain:
+            more = held_bytes(generation.state) - generation.kv_bytes
+            self.footprint = self.footprint.more(max(0, more))  # of states that grow by steps the trial saw a few
         if generation.begun and self._runtime is not None:
             self._runtime.requests.end(generation.account, failed=reason == "error")
         if reason != "error" and self._shares and generation.done and not generation.inputs:
@@ -417,7 +424,7 @@ class Engine:
             for generation in [*self._live.values(), *self._kept]:
                 if generation.state is None:
                     continue
-                rows, held = rows_of(generation.state), held_bytes(generation.state)
+                rows, held = rows_of(generation.state), held_bytes(generation.state, all_layers=False)
                 if rows is not None and rows != generation.done:
                     raise EmoeError(f"the state of {generation.id!r} has {rows} tokens; it ran {generation.done}")
                 if held > generation.kv_bytes:
@@ -513,6 +520,11 @@ class Engine:
     def _loaded(self) -> tuple[int, tuple[int, int]]:
         """Bytes of experts read so far; hits and misses."""
         return (0, (0, 0)) if self._runtime is None else (self._runtime.loaded_bytes, self._runtime.loader.counts())
+
+    def _resident(self) -> Container[Expert]:
+        assert self._runtime is not None
+        cache = self._runtime.cache
+        return {(layer, expert) for layer in range(cache.layers) for expert in cache.resident(layer)}
 
     def _splitting(self, runtime: Runtime) -> Split:
         nbytes = runtime.plan.bytes_per_expert

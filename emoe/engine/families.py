@@ -14,8 +14,8 @@ PACKED = (
     "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
 )  # fmt: skip
 FORKED = (
-    "deepseek_v32", "glm_moe_dsa", "hy_v4", "inkling2_text", "lfm2_moe", "llama4_text", "nemotron_h",
-    "qwen3_5_moe_text", "qwen3_next",
+    "deepseek_v32", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2_text", "lfm2_moe", "llama4_text",
+    "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "zaya",
 )  # fmt: skip
 # A multi-token continuation ignores the recurrent state (jamba), or fails (minimax): prompts run whole.
 WHOLE: dict[str, Way] = {"jamba": "forked", "minimax": "alone"}

@@ -5,7 +5,7 @@ Every way of running a step works on it, so a request may change between them at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def copy_prefix(source: DynamicCache, target: DynamicCache, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a request's state.
+    """Bytes of a request's state: exact for keys and values, an estimate for other states that grow.
 
     Attributes:
         row: of a token, in layers that keep each.
@@ -147,6 +147,10 @@ class Footprint:
         growth = max(0, -(-(others[1] - others[0]) // (many - few)))
         return cls(row + growth, max(0, others[1] - growth * many), tuple(windows))
 
+    def more(self, nbytes: int) -> Footprint:
+        """By so many bytes more, as a request took them."""
+        return replace(self, fixed=self.fixed + nbytes)
+
     def nbytes(self, tokens: int, chunk: int) -> int:
         """Of a request of so many tokens that come at most `chunk` at a time."""
         windows = sum(window_rows(window, tokens, chunk) * each for window, each in self.windows)
@@ -157,11 +161,13 @@ def _nbytes(layer: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(layer))
 
 
-def held_bytes(state: State) -> int:
-    """Bytes of the buffers that a state has now."""
+def held_bytes(state: State, *, all_layers: bool = True) -> int:
+    """Bytes of the buffers that a state has now; without `all_layers` those of plain keys and values."""
     found = {}
     for layer in state.layers if isinstance(state, DynamicCache) else [state.value]:
         plain = type(layer) in (RoomyLayer, WindowLayer)
+        if not (plain or all_layers):
+            continue
         for tensor in (layer.keys, layer.values) if plain else tensors_of(layer):
             if tensor is not None:
                 storage = tensor.untyped_storage()  # of the whole buffer that keys are a view of

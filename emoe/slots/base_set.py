@@ -77,6 +77,8 @@ class BaseSet:
         self.sizes = self._sizes(slots)
         self._base: Mask = np.zeros((L, max(self._experts)), dtype=bool)
         self._scores = np.zeros(self._base.shape)  # that it was chosen by
+        self._expected: dict[int, frozenset[tuple[int, int]]] = {}  # by task, as of refresh `_expected_at`
+        self._expected_at = 0
         self._rival = self._base
         self._pending: list[list[int]] = [[] for _ in range(L)]
         self._refresh = Refresh(options.period)
@@ -256,6 +258,23 @@ class BaseSet:
         self._hits = self._shadow_hits = 0
 
     # The base set
+
+    def expected(self, task: str | None) -> frozenset[tuple[int, int]]:
+        """(layer, expert) that a request of this task will use most, as many as the base set has; empty: not known.
+
+        Between requests, or beside those that joined. As it was at the last choice of a base set, where it is known.
+        """
+        predictor, number = self._options.predictor, self._number(task)
+        if predictor is None or self._switch.off or (self._streams is not None and not self._streams.counts(number)):
+            return frozenset()
+        if self._expected_at != self.refreshes:
+            self._expected.clear()
+            self._expected_at = self.refreshes
+        if number not in self._expected:
+            scores = load_score(predictor, [Expected(number, 1.0)], self._insensitive)
+            pairs = np.argwhere(_best(scores, self.sizes, self._experts)).tolist()
+            self._expected[number] = frozenset((layer, expert) for layer, expert in pairs)
+        return self._expected[number]
 
     def _bring(self) -> None:
         """Protects the base set and has what is missing of it loaded; in `resident` waits for it."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.predictor import ExpertPredictor
+from emoe.predictor import UNKNOWN_TASK, ExpertPredictor
 from emoe.requests import Request
-from emoe.slots.load_score import Expected, load_score
+from emoe.slots.load_score import Expected
 
 Layers = NDArray[np.bool_]  # [L]
 
@@ -18,6 +18,7 @@ Layers = NDArray[np.bool_]  # [L]
 @dataclass
 class _Stream:
     """Attributes:
+    request: whose it is; held, as others find it by its id.
     task: its number.
     expected: input and output tokens; None where nobody knows.
     predictor: has seen this request alone; None where no layer counts for its task.
@@ -25,6 +26,7 @@ class _Stream:
     tokens: how many they are.
     """
 
+    request: Request
     task: int
     expected: float | None
     predictor: ExpertPredictor | None
@@ -63,7 +65,7 @@ class Streams:
         own = self._predictor.anew() if self.counts(task) else None
         if own is not None:
             own.begin(task)
-        self._running[id(request)] = _Stream(task, request.tokens, own)
+        self._running[id(request)] = _Stream(request, task, request.tokens, own)
 
     def observe(self, request: Request, picks: NDArray[np.integer]) -> None:
         """Its next tokens were routed: [L, T, K]. Requests that did not join are nobody's."""
@@ -103,18 +105,25 @@ class Streams:
             if not stream.tokens:  # what requests before it used says more than nothing
                 unseen.append(Expected(stream.task, left))
                 continue
-            scores = _shares(stream.predictor.rank())
-            if stream.task in self._insensitive:
-                scores[self._insensitive[stream.task]] = 0.0
-            total = total + left * scores
-        if unseen:
-            tokens = sum(each.tokens for each in unseen)
-            total = total + tokens * _shares(load_score(self._predictor, unseen, self._insensitive))
+            total = total + left * self._counting(stream.task, stream.predictor.rank())
+        weights: dict[int, float] = {}
+        for task, tokens in unseen:
+            task = task if self._predictor.names else UNKNOWN_TASK
+            weights[task] = weights.get(task, 0.0) + tokens
+        for task, tokens in weights.items():
+            self._predictor.begin(task)
+            total = total + tokens * self._counting(task, self._predictor.rank())
         return total
+
+    def _counting(self, task: int, scores: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Scores of each layer as parts of 1, but 0 where the layer does not count for the task or says nothing."""
+        shares = _shares(scores)
+        if task in self._insensitive:
+            shares[self._insensitive[task]] = 0.0
+        return shares
 
 
 def _shares(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Scores of each layer as parts of 1; those of a layer that says nothing are 0."""
     positive = np.array(scores, dtype=np.float64)
     positive -= np.minimum(positive.min(axis=1, keepdims=True), 0.0)
     total = positive.sum(axis=1, keepdims=True)
