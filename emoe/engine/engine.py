@@ -154,6 +154,7 @@ class Engine:
         with self._lock:
             self._require_open()
             given = prompts.read(prompt, self.tokenizer, self._config.vocab_size, template)
+            inputs, offset = prompts.positions(self.model, given)
             config = self.model.generation_config
             sampling = Sampling.of(config) if sampling is None else sampling
             if sampling.stop and self.tokenizer is None:
@@ -171,7 +172,7 @@ class Engine:
                 id, given.tokens, limit, Sampler(sampling),
                 Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None,
                 frozenset(_ends(config) if sampling.eos is None else sampling.eos), request, nbytes,
-                given.inputs, whole, logged=None if sampling.logprobs is None else [],
+                inputs, whole, offset, logged=None if sampling.logprobs is None else [],
             )  # fmt: skip
             experts = frozenset[Expert]() if self._runtime is None else self._runtime.base.expected(task)
             ticket = Ticket(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,24 @@ def read(prompt: Any, tokenizer: Any, vocabulary: int, template: Mapping[str, An
     if wrong is not None:
         raise ConfigError(f"the prompt has {wrong!r}; tokens are ids from 0 to {vocabulary - 1}, of one sequence")
     return Prompt(tokens, text, {})
+
+
+def positions(model: Any, prompt: Prompt) -> tuple[dict[str, Any], int]:
+    """Arguments of the model for a prompt with images, and what is added to the positions of tokens after it.
+
+    Families that count an image's tokens by its grid say so themselves; what they keep of it on the model is of the
+    last request alone, so positions are always given to them.
+    """
+    if not prompt.inputs:
+        return {}, 0
+    index = getattr(getattr(model, "model", None), "get_rope_index", None)
+    if index is None:
+        return prompt.inputs, 0
+    names = inspect.signature(index).parameters
+    given = {name: value for name, value in prompt.inputs.items() if name in names}
+    tokens = torch.tensor([prompt.tokens], device=model.device)
+    found, delta = index(tokens, **given)
+    return {**prompt.inputs, "position_ids": found}, int(delta.reshape(-1)[0])
 
 
 def _with(tokenizer: Any, what: str) -> Any:
