@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from emoe.engine.costs import Costs
+from emoe.engine.expert_sets import ExpertSets
+from emoe.engine.placement import CHOICES
 from emoe.engine.scheduler import POLICIES, Scheduler, Ticket
-from emoe.engine.simulator import Arrival, Replica, Report, flat_picks, predicted_experts, simulate
+from emoe.engine.simulator import Arrival, BaseSet, Replica, Report, flat_picks, predicted_experts, simulate
 from emoe.trace.trace import Trace, load_trace
 
 
@@ -37,7 +39,7 @@ MACHINES = {
     "cpu": Machine(Costs(forward=0.02, row=0.004, byte=1 / 3e9, expert=2_650_000 / 40e9), 2_650_000),
 }
 MEAN_PROMPT = {"code": 160, "general": 60, "math": 100}
-MEAN_OUTPUT = {"code": 120, "general": 60, "math": 160}
+MEAN_OUTPUT = {"code": 240, "general": 120, "math": 320}
 
 
 class Domains:
@@ -47,7 +49,7 @@ class Domains:
         self.names = tuple(traces)
         first = next(iter(traces.values()))
         self.shape = (first.layers, first.num_experts)
-        self.frequency: dict[str, NDArray[np.float64]] = {}
+        self.frequency: dict[str | None, NDArray[np.float64]] = {}
         self.places: dict[str, range] = {}
         rest, start = [], 0
         for name, trace in traces.items():
@@ -56,9 +58,11 @@ class Domains:
             for layer in range(trace.layers):
                 counts[layer] = np.bincount(trace.experts[layer, :half].ravel(), minlength=trace.num_experts)
             self.frequency[name] = counts / half
+            self.top_k = trace.top_k
             rest.append(flat_picks(trace.take(slice(half, None))))
             self.places[name] = range(start, start + len(rest[-1]))
             start += len(rest[-1])
+        self.frequency[None] = sum(self.frequency.values()) / len(traces)
         self.picks = np.concatenate(rest)
 
 
@@ -83,14 +87,14 @@ def workload(
     for number in range(requests):
         task = domains.names[int(random.choice(len(domains.names), p=_mix(kind, number / requests, len(domains.names))))]
         prompt = int(np.clip(random.gamma(4.0, MEAN_PROMPT.get(task, 100) / 4.0), 8, 500))
-        output = int(np.clip(random.gamma(2.0, MEAN_OUTPUT.get(task, 100) / 2.0), 2, 400))
+        output = int(np.clip(random.gamma(2.0, MEAN_OUTPUT.get(task, 100) / 2.0), 2, 800))
         span = domains.places[task]
         first = int(random.integers(span.start, span.stop - prompt - output))
         told = task
         if random.random() < misclassified:
             told = str(random.choice([name for name in domains.names if name != task]))
         ticket = Ticket(
-            number, prompt, 400, kv_bytes_per_token * (prompt + 400), told, experts[told], ttft=ttft, tpot=tpot
+            number, prompt, 800, kv_bytes_per_token * (prompt + 800), told, experts[told], ttft=ttft, tpot=tpot
         )
         arrivals.append(Arrival(float(at[number]), ticket, first, output, task))
     return arrivals
@@ -127,17 +131,32 @@ def run(
             expert_bytes=machine.expert_bytes,
         )
 
+    affine = policy == "slo+affinity"
+    sets = ExpertSets()
+    size = slots - domains.top_k
     replicas = [
         Replica(
-            made, domains.picks, domains.shape, slots, machine.costs, machine.expert_bytes, args.noise, args.seed + n
+            made,
+            domains.picks,
+            domains.shape,
+            slots,
+            machine.costs,
+            machine.expert_bytes,
+            sets,
+            BaseSet(domains.frequency, size) if args.base == "all" or (args.base == "affinity" and affine) else None,
+            args.noise,
+            args.seed + number,
         )
-        for n in range(args.replicas)
+        for number in range(args.replicas)
     ]
     with tqdm(total=len(arrivals), desc=label, unit="req", leave=False, disable=args.quiet) as bar:
-        return simulate(arrivals, replicas, told=bar.update)
+        return simulate(arrivals, replicas, sets=sets, route=args.route if affine else "least", told=bar.update)
 
 
 KV_BYTES = 98_304  # of a token: 48 layers, keys and values of 4 heads of 128, 16 bits
+
+
+def short(f): return " ".join(f"{k} {v:.2f}" for k,v in f.items())
 
 
 def main() -> None:
@@ -149,6 +168,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--rate", type=float, help="requests a second")
     parser.add_argument("--resident", type=float, default=0.3)
+    parser.add_argument("--base", choices=("affinity", "all", "none"), default="affinity")
+    parser.add_argument("--route", choices=CHOICES, default="affinity")
     parser.add_argument("--misclassified", type=float, default=0.0)
     parser.add_argument("--ttft", type=float, default=10.0)
     parser.add_argument("--tpot", type=float, default=0.6)
@@ -176,7 +197,7 @@ def main() -> None:
         print(
             f"{policy:14} attained {figures['attained']:.3f} tok/s {figures['tokens_per_second']:.1f} "
             f"MB/token {figures['loaded_bytes_per_token'] / 1e6:.0f} busy {figures['busy']:.2f} "
-            f"ttft {figures['ttft']} tpot {figures['tpot']}"
+            f"ttft {short(figures['ttft'])} tpot {short(figures['tpot'])}"
         )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

@@ -11,7 +11,7 @@ from emoe.engine.outlook import Outlook
 from emoe.engine.tickets import Live
 from emoe.errors import ConfigError
 
-LOOK = 64  # waiting requests that are looked at, in the policy's order; the rest waits for their turn
+LOOK = 256  # waiting requests that are looked at, in the policy's order; the rest waits for their turn
 NEVER = float("inf")
 
 
@@ -94,22 +94,40 @@ class Slo:
 class SloAffinity(Slo):
     """As `slo`; of those that have time, whose experts the running ones use comes first, and strangers wait a while."""
 
-    HOLD = 0.5  # of the time that a stranger has until it must begin
-    CLOSE = 0.5  # mean overlap with those that run, from which one is no stranger
+    HOLD = 0.8  # of the time that a stranger has until it must begin
+    CLOSE = 0.6  # overlap with the lead from which one is no stranger
+
+    def __init__(self, outlook: Outlook) -> None:
+        super().__init__(outlook)
+        self._lead = 0  # the set that those who run have most in common with
 
     def _preferred(self, look: list[Live], running: Collection[Live], now: float) -> list[Live]:
-        if not running:
-            return look
+        if not running or not self._lead:
+            self._lead = self._next_lead(look)
         urgent, close, strange = [], [], []
         for live in look:
             latest = self._deadline(live, now)
-            if latest < NEVER and now >= live.arrived + self.HOLD * (latest - live.arrived):
+            likeness = overlap(live.experts, self._lead)
+            if likeness >= self.CLOSE:
+                close.append((-likeness, live))
+            elif latest < NEVER and now >= live.arrived + self.HOLD * (latest - live.arrived):
                 urgent.append(live)
-                continue
-            likeness = sum(overlap(live.experts, other.experts) for other in running) / len(running)
-            (close if likeness >= self.CLOSE else strange).append((-likeness, live.number, live))
-        held = strange if len(running) < 8 else []
-        return urgent + [live for *_, live in sorted(close)] + [live for *_, live in sorted(held)]
+            else:
+                strange.append(live)
+        if not close and strange and len(running) <= self.FEW:
+            self._lead = self._next_lead(urgent + strange)
+            strange.sort(key=lambda live: -overlap(live.experts, self._lead))
+            return urgent + strange
+        return urgent + [live for _, live in sorted(close, key=lambda each: each[0])]
+
+    FEW = 15
+
+    def _next_lead(self, look: list[Live]) -> int:
+        """The set that those who wait have most in common with."""
+        sets: dict[int, int] = {}
+        for live in look:
+            sets[live.experts] = sets.get(live.experts, 0) + 1
+        return max(sets, key=lambda one: sum(count * overlap(one, other) for other, count in sets.items()), default=0)
 
 
 MAKERS: dict[str, Callable[[Outlook], Policy]] = {"fcfs": Fcfs, "sjf": Sjf, "slo": Slo, "slo+affinity": SloAffinity}

@@ -19,7 +19,7 @@ from emoe.errors import BudgetError, ConfigError, OverloadedError
 
 __all__ = ["POLICIES", "Expert", "Scheduler", "Step", "Ticket"]
 
-MOST_PASSES = 64  # requests that arrived later and may be admitted before one that waits
+MOST_PASSES = 256  # requests that arrived later and may be admitted before one that waits
 
 class Scheduler:
     """Decides which requests run, and how many rows each gets in the next step.

@@ -15,11 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.engine.costs import Costs, Step
+from emoe.engine.expert_sets import ExpertSets
+from emoe.engine.placement import CHOICES, State
 from emoe.engine.scheduler import Expert, Scheduler, Ticket
 from emoe.errors import BudgetError, ConfigError, OverloadedError
+from emoe.predictor import top
 from emoe.trace.trace import Trace
 
 NEVER = float("inf")
+_KEPT = 1 << 62
+_BASE_STEPS = 4  # between two choices of a base set
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,17 @@ class ExpertLRU:
         self._slots, self._experts = slots, experts
         self._key: NDArray[np.int64] = np.full((layers, experts), -1, dtype=np.int64)  # of the last use; -1: in no slot
         self._clock = 0
+        self._kept: NDArray[np.bool_] = np.zeros((layers, experts), dtype=bool)
         self._ids = np.arange(experts)
 
     @property
     def resident(self) -> NDArray[np.bool_]:
         """[layers, experts]."""
         return self._key >= 0
+
+    def protect(self, kept: NDArray[np.bool_]) -> None:
+        """These leave only where nothing else can, as `CacheManager.protect`."""
+        self._kept = kept
 
     def serve(self, used: NDArray[np.bool_]) -> NDArray[np.int64]:
         """One step that uses the experts of a mask [layers, experts]; gives the loads of each layer."""
@@ -69,10 +79,51 @@ class ExpertLRU:
         over = np.flatnonzero((self._key >= 0).sum(axis=1) > self._slots)
         if over.size:
             keys = self._key[over]
-            least = np.partition(keys, self._experts - self._slots, axis=1)[:, self._experts - self._slots]
-            self._key[over] = np.where(keys < least[:, None], -1, keys)
+            worth = keys + np.where(self._kept[over] & (keys >= 0), _KEPT, 0)
+            least = np.partition(worth, self._experts - self._slots, axis=1)[:, self._experts - self._slots]
+            self._key[over] = np.where(worth < least[:, None], -1, keys)
         loads: NDArray[np.int64] = miss.sum(axis=1)
         return loads
+
+
+class BaseSet:
+    """The experts worth most to the requests that run: what each used lately, and before that what its task uses.
+
+    Args:
+        frequency: [layers, experts] uses per token by task; None as a task is the mean of all.
+        size: experts kept in each layer.
+    """
+
+    PRIOR = 20.0  # tokens that the task's frequencies count for
+    FADE = 0.97  # of what a request used, a token
+
+    def __init__(self, frequency: dict[str | None, NDArray[np.float64]], size: int) -> None:
+        self._frequency, self._size = frequency, size
+        self._uses: dict[Hashable, NDArray[np.float64]] = {}  # the last place has the weight of all
+
+    def saw(self, id: Hashable, task: str | None, picks: NDArray[np.int32]) -> None:
+        """Rows [T, layers * K] of a request ran."""
+        uses = self._uses.get(id)
+        if uses is None:
+            known = self._frequency.get(task, self._frequency[None])
+            uses = self._uses[id] = np.append(known.ravel(), 1.0) * self.PRIOR
+        kept = self.FADE ** len(picks)
+        weight = (1 - kept) / (1 - self.FADE)
+        uses *= kept
+        uses[:-1] += np.bincount(picks.ravel(), minlength=len(uses) - 1) * (weight / len(picks))
+        uses[-1] += weight
+
+    def ended(self, id: Hashable) -> None:
+        self._uses.pop(id, None)
+
+    def chosen(self, running: Iterable[Hashable]) -> NDArray[np.bool_]:
+        """[layers, experts] mask for the requests that run; those of which nothing ran yet do not count."""
+        total = np.zeros(self._frequency[None].size + 1)
+        for id in running:
+            if id in self._uses:
+                total += self._uses[id] / self._uses[id][-1]
+        scores = total[:-1].reshape(self._frequency[None].shape)
+        return top(scores, self._size) & (scores > 0)
 
 
 class _Resident:
@@ -96,6 +147,8 @@ class Replica:
         slots: of each layer.
         costs: what steps cost in truth.
         expert_bytes: of one expert.
+        sets: one for all replicas, for their router.
+        base: the base set that a predictor keeps; None for an LRU alone.
         noise: standard deviation of the logarithm of a step's seconds.
         seed: of that noise.
     """
@@ -108,6 +161,8 @@ class Replica:
         slots: int,
         costs: Costs,
         expert_bytes: int,
+        sets: ExpertSets,
+        base: BaseSet | None = None,
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -115,7 +170,9 @@ class Replica:
         self.cache = ExpertLRU(*shape, slots)
         self.scheduler = scheduler(lambda: _Resident(self.cache.resident))
         self._noise, self._random = noise, np.random.default_rng(seed)
+        self._base = base
         self._here: dict[Hashable, _Progress] = {}
+        self._sets = sets
         self._step: tuple[Step, NDArray[np.bool_]] | None = None
         self.loaded_bytes = self.steps = 0
         self.busy = 0.0
@@ -125,9 +182,10 @@ class Replica:
         self._here[arrival.ticket.id] = progress
 
     @property
-    def load(self) -> int:
-        """Requests here."""
-        return len(self._here)
+    def state(self) -> State:
+        """What a router is told."""
+        sets = [self._sets.number(each.arrival.ticket.experts) for each in self._here.values()]
+        return State(len(sets), self.scheduler.most_running, sets)
 
     @property
     def idle(self) -> bool:
@@ -138,11 +196,15 @@ class Replica:
         batch = self.scheduler.next(now)
         if not batch:
             return None
+        if self._base is not None and self.steps % _BASE_STEPS == 0:
+            self.cache.protect(self._base.chosen(self.scheduler.running))
         rows: list[NDArray[np.int64]] = []
         tokens: dict[Hashable, int] = {}
         for id, count in batch:
             each = self._here[id]
             rows.append(np.arange(each.done, each.done + count) + each.arrival.first)
+            if self._base is not None:
+                self._base.saw(id, each.arrival.ticket.task, self._picks[rows[-1] % len(self._picks)])
             if each.done + count == each.arrival.ticket.prompt + each.out:
                 tokens[id] = 1
         used = np.zeros(self._shape[0] * self._shape[1], dtype=bool)
@@ -176,6 +238,8 @@ class Replica:
                     each.last = now
                     del self._here[id]
                     self.scheduler.finished(id, now)
+                    if self._base is not None:
+                        self._base.ended(id)
                     ended.append(each)
         return ended
 
@@ -261,14 +325,12 @@ def flat_picks(trace: Trace) -> NDArray[np.int32]:
     return np.ascontiguousarray(flat.reshape(trace.tokens, -1))
 
 
-Route = Callable[[Sequence[Replica], Arrival], int]
-
-
 def simulate(
     arrivals: Sequence[Arrival],
     replicas: Sequence[Replica],
     *,
-    route: Route | None = None,
+    sets: ExpertSets,
+    route: str = "least",
     until: float = NEVER,
     told: Callable[[int], None] = lambda done: None,
 ) -> Report:
@@ -277,10 +339,12 @@ def simulate(
     Args:
         arrivals: in order of time.
         replicas: fresh ones.
-        route: number of the replica that an arrival goes to; None for the one with the fewest requests.
+        sets: what the replicas were made with.
+        route: a name in `emoe.engine.placement.CHOICES`.
         until: stops there; requests that did not end count as not met.
         told: how many requests ended since it was told last, for a progress bar.
     """
+    choose = CHOICES[route]
     events: list[tuple[float, int, int]] = [(each.at, 0, number) for number, each in enumerate(arrivals)]
     heapq.heapify(events)
     ended: list[_Progress] = []
@@ -293,7 +357,8 @@ def simulate(
         now = at
         if kind == 0:
             arrival = arrivals[number]
-            where = route(replicas, arrival) if route else min(range(len(replicas)), key=lambda n: replicas[n].load)
+            states = [replica.state for replica in replicas] if len(replicas) > 1 else [State(0, 1)]
+            where = choose(states, sets.number(arrival.ticket.experts), number)
             progress = _Progress(arrival)
             try:
                 replicas[where].submit(arrival, progress, now)
