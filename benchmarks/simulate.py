@@ -85,7 +85,8 @@ def workload(
     at = np.cumsum(_gaps(kind, requests, rate, random))
     arrivals = []
     for number in range(requests):
-        task = domains.names[int(random.choice(len(domains.names), p=_mix(kind, number / requests, len(domains.names))))]
+        mix = _mix(kind, number / requests, len(domains.names))
+        task = domains.names[int(random.choice(len(mix), p=mix))]
         prompt = int(np.clip(random.gamma(4.0, MEAN_PROMPT.get(task, 100) / 4.0), 8, 500))
         output = int(np.clip(random.gamma(2.0, MEAN_OUTPUT.get(task, 100) / 2.0), 2, 800))
         span = domains.places[task]

@@ -1,4 +1,4 @@
-"""What will be: how long a request still runs, what a step will cost, what experts a request lacks. Seconds and bytes."""
+"""What will be: how long a request runs on, what a step will cost, which experts a request lacks. Seconds, bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from emoe.engine.expert_sets import Expert, ExpertSets
 from emoe.engine.lengths import Lengths
 from emoe.engine.tickets import Live
 
+NEVER = float("inf")
 _FADE = 0.95  # of what decode steps loaded, a step
 
 
@@ -36,10 +37,6 @@ class Outlook:
         self._here: int | None = None
         self._rows = self._bytes = self._experts = 0.0  # of decode steps, faded
 
-    def refresh(self) -> None:
-        """What is resident may have changed."""
-        self._here = None
-
     def lacking(self, live: Live) -> float:
         """The paper's dE: seconds to load what the request is predicted to use and is not in memory."""
         if self._resident is None or not live.experts:
@@ -61,6 +58,12 @@ class Outlook:
     def remaining(self, live: Live) -> float:
         """Tokens still to come, by what its task gave before."""
         return self.lengths.remaining(live.ticket.task, live.out, live.ticket.most_new)
+
+    def due(self, live: Live) -> float:
+        """When its first token is due; where its last one is, so early that this can be."""
+        ticket = live.ticket
+        last = NEVER if ticket.ttlt is None else max(0.0, ticket.ttlt - (self.remaining(live) - 1) * self.step(1))
+        return live.arrived + min(NEVER if ticket.ttft is None else ticket.ttft, last)
 
     def saw(self, step: Step, decoding: bool) -> None:
         """A step is over; `decoding`: every row of it was a decode row."""
@@ -87,8 +90,7 @@ class Outlook:
             ticket.ttlt is not None and over - live.arrived > ticket.ttlt
         )
 
-    def work(self, lives: Collection[Live]) -> float:
-        """Seconds of prompts and tokens that so many requests are still to run, as if in full steps."""
-        rows = sum(live.left + self.remaining(live) for live in lives)
-        full = self.step(self._chunk) / self._chunk
-        return rows * full
+    def work(self, lives: Collection[Live], running: int) -> float:
+        """Seconds of prompts and tokens that requests are still to run, always `running` of them beside each other."""
+        token = self.step(running) / running
+        return sum(self.first(live) + self.remaining(live) * token for live in lives)

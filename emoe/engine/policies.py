@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from heapq import nsmallest
 from itertools import islice
 from typing import Protocol
 
 from emoe.engine.expert_sets import overlap
-from emoe.engine.outlook import Outlook
+from emoe.engine.outlook import NEVER, Outlook
 from emoe.engine.tickets import Live
 from emoe.errors import ConfigError
 
-LOOK = 256  # waiting requests that are looked at, in the policy's order; the rest waits for their turn
-NEVER = float("inf")
+LOOK = 256  # waiting requests that are looked at, those that are due first
+TRIES = 16  # of these, that are weighed against everybody's targets before the running ones go on alone
 
 
 class Policy(Protocol):
-    """One order of admission."""
+    """One order of admission.
+
+    Attributes:
+        sheds: it knows targets, and refuses what cannot be served in time.
+    """
+
+    sheds: bool
 
     def candidates(self, waiting: Collection[Live], running: Collection[Live], now: float) -> Iterator[Live]:
         """Who may be admitted now, the best first. Those left out wait on; waiting ones come in order of arrival."""
@@ -24,6 +31,8 @@ class Policy(Protocol):
 
 class Fcfs:
     """Who came first."""
+
+    sheds = False
 
     def __init__(self, outlook: Outlook) -> None:
         pass
@@ -35,6 +44,8 @@ class Fcfs:
 class Sjf:
     """The shortest job first: rows of the prompt and tokens to be expected."""
 
+    sheds = False
+
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
 
@@ -45,89 +56,74 @@ class Sjf:
 class Slo:
     """The paper's admission: the tightest first-token deadline first, as long as nobody misses a target by it."""
 
+    sheds = True
+
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
 
     def candidates(self, waiting: Collection[Live], running: Collection[Live], now: float) -> Iterator[Live]:
-        look = self._in_order(waiting, now)
-        for live in self._preferred(look, running, now):
-            if not running or not self._harms(live, look, running, now):
-                yield live
+        outlook = self._outlook
+        # Who is past its deadline comes after those that can still be on time, or one late request makes a hundred.
+        look = nsmallest(LOOK, waiting, key=lambda live: (live.due < now, live.due, live.number))
+        latest = {live.number: live.due - outlook.first(live) for live in look}
+        look.sort(key=lambda live: latest[live.number] < now)
+        ordered = self._preferred(look, latest, now)
+        if not running:
+            yield from ordered
+            return
+        backlog = sum(outlook.first(live) for live in running if not live.out)
+        begun = [live for live in running if live.out and not outlook.late(live, now, backlog, len(running))]
+        slack = [(each - now, number) for number, each in latest.items() if each - now >= backlog]
+        for live in islice(ordered, TRIES):
+            delay = outlook.first(live)
+            alone = outlook.late(live, now, 0.0, 1)  # then nothing is lost by waiting, nor by running
+            if not alone and outlook.late(live, now, backlog, len(running) + 1):
+                continue
+            if any(each < backlog + delay and number != live.number for each, number in slack):
+                continue
+            if any(outlook.late(other, now, backlog + delay, len(running) + 1) for other in begun):
+                continue
+            yield live
 
-    def _in_order(self, waiting: Collection[Live], now: float) -> list[Live]:
-        """Those that can meet their first target by deadline, then those without one and those that cannot."""
-        keyed = sorted((self._deadline(live, now), live.number, live) for live in waiting)
-        return [live for _, _, live in islice(keyed, LOOK)]
-
-    def _deadline(self, live: Live, now: float) -> float:
-        """The latest moment to begin; NEVER where there is no target, or it cannot be met any more."""
-        ticket = live.ticket
-        ends = [] if ticket.ttft is None else [live.arrived + ticket.ttft]
-        if ticket.ttlt is not None:
-            ends.append(live.arrived + ticket.ttlt - self._outlook.remaining(live) * self._outlook.step(1))
-        if not ends:
-            return NEVER
-        latest = min(ends) - self._outlook.first(live)
-        return latest if latest >= now else NEVER
-
-    def _preferred(self, look: list[Live], running: Collection[Live], now: float) -> list[Live]:
+    def _preferred(self, look: list[Live], latest: dict[int, float], now: float) -> Iterable[Live]:
+        """`look`, which is in order of deadlines, in the order of this policy."""
         return look
-
-    def _harms(self, live: Live, look: Collection[Live], running: Collection[Live], now: float) -> bool:
-        """Whether its loads and rows make anybody late who would not be late without it, itself included."""
-        outlook, count = self._outlook, len(running)
-        begun = [other for other in running if other.out]
-        backlog = sum(outlook.first(other) for other in running if not other.out)
-        delay = outlook.first(live)
-        if outlook.late(live, now, backlog, count + 1) and not outlook.late(live, now, 0.0, 1):
-            return True
-        for other in begun:
-            if outlook.late(other, now, backlog + delay, count + 1) and not outlook.late(other, now, backlog, count):
-                return True
-        for other in look:
-            if other is not live and outlook.late(other, now, backlog + delay, count + 2):
-                if not outlook.late(other, now, backlog, count + 1):
-                    return True
-        return False
 
 
 class SloAffinity(Slo):
-    """As `slo`; of those that have time, whose experts the running ones use comes first, and strangers wait a while."""
+    """As `slo`; but as long as nobody's deadline is near, those come first that use the experts in use."""
 
-    HOLD = 0.8  # of the time that a stranger has until it must begin
-    CLOSE = 0.6  # overlap with the lead from which one is no stranger
+    URGENT = 0.8  # of the time from its arrival until it must begin: from then on a stranger comes first
+    CLOSE = 0.6  # overlap with the lead from which a request is no stranger
 
     def __init__(self, outlook: Outlook) -> None:
         super().__init__(outlook)
-        self._lead = 0  # the set that those who run have most in common with
+        self._lead = 0  # the set whose kin is admitted as long as there is any
 
-    def _preferred(self, look: list[Live], running: Collection[Live], now: float) -> list[Live]:
-        if not running or not self._lead:
+    def _preferred(self, look: list[Live], latest: dict[int, float], now: float) -> Iterable[Live]:
+        kin = [live for live in look if self._is_kin(live)]
+        if not kin and look:
             self._lead = self._next_lead(look)
-        urgent, close, strange = [], [], []
-        for live in look:
-            latest = self._deadline(live, now)
-            likeness = overlap(live.experts, self._lead)
-            if likeness >= self.CLOSE:
-                close.append((-likeness, live))
-            elif latest < NEVER and now >= live.arrived + self.HOLD * (latest - live.arrived):
-                urgent.append(live)
-            else:
-                strange.append(live)
-        if not close and strange and len(running) <= self.FEW:
-            self._lead = self._next_lead(urgent + strange)
-            strange.sort(key=lambda live: -overlap(live.experts, self._lead))
-            return urgent + strange
-        return urgent + [live for _, live in sorted(close, key=lambda each: each[0])]
+            kin = [live for live in look if self._is_kin(live)]
+        ours = {live.number for live in kin}
+        strangers = [live for live in look if live.number not in ours]
+        urgent = {live.number for live in strangers if self._is_urgent(live, latest[live.number], now)}
+        first = [live for live in strangers if live.number in urgent]
+        return [*first, *kin, *(live for live in strangers if live.number not in urgent)]
 
-    FEW = 15
+    def _is_kin(self, live: Live) -> bool:
+        """Of a request without a prediction nothing speaks against it."""
+        return not live.experts or overlap(live.experts, self._lead) >= self.CLOSE
+
+    def _is_urgent(self, live: Live, latest: float, now: float) -> bool:
+        return now <= latest < NEVER and now >= live.arrived + self.URGENT * (latest - live.arrived)
 
     def _next_lead(self, look: list[Live]) -> int:
         """The set that those who wait have most in common with."""
         sets: dict[int, int] = {}
-        for live in look:
+        for live in look[:TRIES]:  # pairs of sets are looked at
             sets[live.experts] = sets.get(live.experts, 0) + 1
-        return max(sets, key=lambda one: sum(count * overlap(one, other) for other, count in sets.items()), default=0)
+        return max(sets, key=lambda one: sum(count * overlap(one, other) for other, count in sets.items()))
 
 
 MAKERS: dict[str, Callable[[Outlook], Policy]] = {"fcfs": Fcfs, "sjf": Sjf, "slo": Slo, "slo+affinity": SloAffinity}

@@ -7,12 +7,13 @@ of any clock that never goes back.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable
+from dataclasses import asdict
 from typing import Any
 
 from emoe.engine import policies
-from emoe.engine.costs import Costs, Step
+from emoe.engine.costs import CostFit, Costs, Step
 from emoe.engine.expert_sets import Expert
-from emoe.engine.outlook import Outlook
+from emoe.engine.outlook import NEVER, Outlook
 from emoe.engine.policies import POLICIES
 from emoe.engine.tickets import Live, Ticket
 from emoe.errors import BudgetError, ConfigError, OverloadedError
@@ -21,18 +22,21 @@ __all__ = ["POLICIES", "Expert", "Scheduler", "Step", "Ticket"]
 
 MOST_PASSES = 256  # requests that arrived later and may be admitted before one that waits
 
+
 class Scheduler:
     """Decides which requests run, and how many rows each gets in the next step.
 
     Args:
         policy: one of POLICIES.
-        costs: what steps cost on this machine.
+        costs: what steps cost on this machine (`emoe.engine.calibrate`); corrected by those that run.
         kv_bytes: for the state of all running requests; None for no limit.
         chunk_rows: rows of a step at most, unless a `whole` prompt is longer. Decode rows come first.
         most_running: requests that run at once; None for `chunk_rows`.
         queue_limit: requests that wait at most.
         resident: gives the (layer, expert) pairs in memory now; None where all are.
         expert_bytes: of one expert (their mean, where they differ).
+        patience: policies that know targets refuse a request with one if the work of those that are due before it
+            takes more than so many times its own time.
         most_passes: how many requests that arrived later may be admitted before one that waits.
 
     Raises:
@@ -50,6 +54,7 @@ class Scheduler:
         queue_limit: int = 1024,
         resident: Callable[[], Container[Expert]] | None = None,
         expert_bytes: int = 0,
+        patience: float = 2.0,
         most_passes: int = MOST_PASSES,
     ) -> None:
         for name, value, least in (
@@ -58,16 +63,18 @@ class Scheduler:
             ("most_running", most_running, 1),
             ("queue_limit", queue_limit, 0),
             ("expert_bytes", expert_bytes, 0),
+            ("patience", patience, 0),
             ("most_passes", most_passes, 0),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value} is less than {least}")
         self.policy = policy
-        self.costs = costs or Costs()
+        self._fit = CostFit(costs or Costs())
         self.chunk_rows = chunk_rows
         # Each decoding request needs its row, and a prompt at least one beside them.
         self.most_running = min(most_running or chunk_rows, chunk_rows)
         self.queue_limit = queue_limit
+        self.patience = patience
         self.most_passes = most_passes
         self._kv_bytes = kv_bytes
         self._kv_used = 0
@@ -99,14 +106,18 @@ class Scheduler:
                 needed=ticket.kv_bytes,
                 budget=self._kv_bytes,
             )
+        live = Live(ticket, self._arrivals, now, self._outlook.sets.number(ticket.experts))
+        live.due = self._outlook.due(live)
         if len(self._waiting) >= self.queue_limit:
             self._counts["refused"] += 1
+            work = self._outlook.work(self._running.values(), self.most_running)
             raise OverloadedError(
-                f"{len(self._waiting)} requests wait, the most that may; come again later", retry_after=1.0
+                f"{len(self._waiting)} requests wait, the most that may; come again later",
+                retry_after=max(1.0, work / max(1, len(self._running))),
             )
-        self._waiting[ticket.id] = Live(
-            ticket, self._arrivals, now, self._outlook.sets.number(ticket.experts)
-        )
+        if self._policy.sheds and live.due < NEVER and len(self._running) >= self.most_running:
+            self._shed(live, now)
+        self._waiting[ticket.id] = live
         self._arrivals += 1
         self._counts["submitted"] += 1
 
@@ -138,6 +149,19 @@ class Scheduler:
         if live is None or not live.done <= rows < live.ticket.prompt + live.out:
             raise ConfigError(f"computed rows={rows} of request {id!r}: it does not run, or its last row has to")
         live.done = rows
+
+    def _shed(self, live: Live, now: float) -> None:
+        """Refuses a request whose first token would come much too late, by the work of those who are due before it."""
+        target = live.due - now
+        ahead = [other for other in self._waiting.values() if now <= other.due <= live.due]
+        wait = self._outlook.work(ahead, self.most_running)
+        if wait > self.patience * target:
+            self._counts["refused"] += 1
+            raise OverloadedError(
+                f"request {live.ticket.id!r} is due in {target:.3g} s, and what is due before it takes {wait:.3g} s; "
+                "come again later, or with a later target",
+                retry_after=max(1.0, wait - self.patience * target),
+            )
 
     def _drop(self, id: Hashable) -> Live | None:
         live = self._waiting.pop(id, None)
@@ -179,6 +203,7 @@ class Scheduler:
         """A step is over. Requests that ended meanwhile are ignored."""
         self._counts["steps"] += 1
         rows_each = ((self._running.get(id), rows) for id, rows in step.rows.items())
+        self._fit.saw(sum(step.rows.values()), step.loaded_bytes, step.experts, step.seconds)
         self._outlook.saw(step, all(live is not None and live.decoding and rows == 1 for live, rows in rows_each))
         for id, rows in step.rows.items():
             live = self._running.get(id)
@@ -221,6 +246,11 @@ class Scheduler:
     # What may be seen
 
     @property
+    def costs(self) -> Costs:
+        """What steps cost, corrected by those that ran."""
+        return self._fit.costs
+
+    @property
     def kv_bytes(self) -> int | None:
         """Bytes for the state of all running requests. May be set at any time.
 
@@ -259,7 +289,7 @@ class Scheduler:
         return list(self._running)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON and metrics."""
+        """For JSON and metrics; `cost_error` is the mean relative error of forecasts of steps, None before any."""
         return {
             "policy": self.policy,
             "waiting": len(self._waiting),
@@ -267,4 +297,7 @@ class Scheduler:
             "kv_bytes": self._kv_bytes,
             "kv_used": self._kv_used,
             **self._counts,
+            "costs": asdict(self.costs),
+            "cost_error": self._fit.error,
+            "mean_tokens": self._outlook.lengths.mean(None),
         }

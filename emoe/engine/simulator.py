@@ -1,7 +1,7 @@
 """A server on paper: the scheduler's own code, an LRU of experts in ids, and a clock that steps move by what they cost.
 
 Routing is a trace's: a request is a stretch of it, its rows touch the experts that those tokens were routed to.
-Discrete events, any number of replicas; the same seed gives the same figures. docs/scheduler.md says what it leaves out.
+Discrete events, any number of replicas; one seed gives the same figures. docs/scheduler.md says what is left out.
 """
 
 from __future__ import annotations
@@ -133,8 +133,7 @@ class _Resident:
         self._rows: list[list[bool]] = mask.tolist()
 
     def __contains__(self, expert: object) -> bool:
-        layer, number = expert  # type: ignore[misc]
-        return self._rows[layer][number]
+        return isinstance(expert, tuple) and self._rows[expert[0]][expert[1]]
 
 
 class Replica:

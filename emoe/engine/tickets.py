@@ -55,6 +55,7 @@ class Live:
     Attributes:
         ticket, number, arrived: what came when; numbers count arrivals.
         experts: its predicted set as a number (`ExpertSets`).
+        due: when its first token is due (`Outlook.due`).
         admitted: when it began to run; None while it waits.
         done: tokens whose state is computed; of prompt and output together.
         out: tokens it gave.
@@ -62,10 +63,11 @@ class Live:
         passes: requests that arrived later and were admitted before it.
     """
 
-    __slots__ = ("admitted", "arrived", "done", "experts", "first", "last", "number", "out", "passes", "ticket")
+    __slots__ = ("admitted", "arrived", "done", "due", "experts", "first", "last", "number", "out", "passes", "ticket")
 
     def __init__(self, ticket: Ticket, number: int, arrived: float, experts: int = 0) -> None:
         self.ticket, self.number, self.arrived, self.experts = ticket, number, arrived, experts
+        self.due = float("inf")
         self.admitted: float | None = None
         self.first: float | None = None
         self.last: float | None = None
