@@ -13,13 +13,26 @@ from emoe.errors import BudgetError, OverloadedError
 
 EXPERTS = [frozenset((layer, expert) for layer in range(2) for expert in range(n, n + 4)) for n in (0, 2, 8)]
 TARGETS = st.one_of(st.none(), st.floats(0.01, 50.0))
-CHUNK, PASSES, QUEUE = 6, 3, 8
+TICKETS = st.fixed_dictionaries(
+    {
+        "prompt": st.integers(1, 9),
+        "most_new": st.integers(1, 6),
+        "kv_bytes": st.sampled_from([0, 1, 1, 5, 9]),
+        "ttft": TARGETS,
+        "tpot": TARGETS,
+        "ttlt": TARGETS,
+        "experts": st.sampled_from([frozenset(), *EXPERTS]),
+        "whole": st.booleans(),
+        "task": st.sampled_from([None, "a", "b"]),
+    }
+)
+CHUNK, PASSES, QUEUE = 6, 1, 8
 
 
 class Events(RuleBasedStateMachine):
     policy = "fcfs"
 
-    @initialize(kv=st.integers(0, 12), most=st.integers(1, CHUNK))
+    @initialize(kv=st.integers(3, 8), most=st.integers(1, CHUNK))
     def begin(self, kv, most):
         self.resident: set = set()
         self.scheduler = Scheduler(
@@ -40,21 +53,13 @@ class Events(RuleBasedStateMachine):
         self.done: dict[int, int] = {}
         self.later_first: dict[int, int] = {}  # admissions of requests that came later, while it waited
 
-    @rule(
-        prompt=st.integers(1, 9),
-        most_new=st.integers(1, 6),
-        kv=st.integers(0, 13),
-        ttft=TARGETS,
-        tpot=TARGETS,
-        ttlt=TARGETS,
-        experts=st.sampled_from([frozenset(), *EXPERTS]),
-        whole=st.booleans(),
-        task=st.sampled_from([None, "a", "b"]),
-    )
-    def submit(self, **ticket):
-        ticket["kv_bytes"] = ticket.pop("kv")
-        made = Ticket(self.number, **ticket)
-        self.number += 1
+    @rule(tickets=st.lists(TICKETS, min_size=1, max_size=4))
+    def submit(self, tickets):
+        for ticket in tickets:
+            self._submit(Ticket(self.number, **ticket))
+            self.number += 1
+
+    def _submit(self, made):
         full = len(self.scheduler.waiting) >= QUEUE
         try:
             self.scheduler.submit(made, self.now)
