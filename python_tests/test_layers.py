@@ -44,7 +44,9 @@ ALLOWED_IMPORTS = {
     "entry": {
         "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",
     },
-    "engine": {"runtime", "planning", "seam", "tasks", "requests", "options", "memory"},
+    "engine": {
+        "runtime", "planning", "seam", "tasks", "predictor", "trace", "requests", "options", "memory", "files",
+    },
     "__init__": {"engine", "entry", "runtime", "planning", "slots", "predictor", "sensitivity", "tasks", "trace"},
     "generate": {"model", "files"},
     "analysis": {
@@ -56,8 +58,8 @@ ALLOWED_IMPORTS = {
         "tasks",
     },
     "cli": {
-        "__init__", "convert", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity", "predictor",
-        "tasks", "trace", "options", "model", "native", "memory", "files",
+        "__init__", "engine", "convert", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity",
+        "predictor", "tasks", "trace", "options", "model", "native", "memory", "files",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -69,6 +71,7 @@ WITHOUT = {
     "compute/misses.py": {"torch", "numpy"},
     "engine/scheduler.py": {"torch", "numpy"},
     "engine/costs.py": {"torch", "numpy"},
+    "engine/placement.py": {"torch", "numpy"},
     "trace/trace.py": {"torch"},
     "cli/__init__.py": {"torch", "transformers"},
     "__init__.py": {"torch", "numpy", "transformers"},

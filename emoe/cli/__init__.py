@@ -19,6 +19,7 @@ from emoe.errors import EmoeError, one_line
 COMMANDS = {
     "run": "answer a prompt with a model held inside a byte budget",
     "plan": "say what fits into a budget, before anything is loaded",
+    "calibrate": "measure what steps of a model cost on this machine, for the scheduler",
     "convert": "write a checkpoint anew with its experts in fewer bits",
     "demo": "build a small model and run it with a quarter of its experts in memory",
     "doctor": "say what was built, what this machine offers, and what is missing",

@@ -149,7 +149,7 @@ def print_json(value: dict[str, Any]) -> None:
 def error_fields(error: Exception, message: str) -> dict[str, Any]:
     """An error for JSON: its message, its class, and the values it carries (BudgetError: needed, budget)."""
     fields: dict[str, Any] = {"error": message, "kind": type(error).__name__.lstrip("_")}
-    for name in ("needed", "budget", "file", "tensor", "offset", "nbytes"):
+    for name in ("needed", "budget", "file", "tensor", "offset", "nbytes", "retry_after"):
         if isinstance(error, EmoeError) and hasattr(error, name):
             fields[name] = getattr(error, name)
     return fields
