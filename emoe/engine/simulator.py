@@ -173,7 +173,7 @@ class Replica:
         self._here: dict[Hashable, _Progress] = {}
         self._sets = sets
         self._step: tuple[Step, NDArray[np.bool_]] | None = None
-        self.loaded_bytes = self.steps = 0
+        self.loaded_bytes = self.steps = self.tokens = 0
         self.busy = 0.0
 
     def submit(self, arrival: Arrival, progress: _Progress, now: float) -> None:
@@ -224,6 +224,7 @@ class Replica:
         self._step = None
         self.loaded_bytes += step.loaded_bytes
         self.steps += 1
+        self.tokens += len(step.tokens)
         self.busy += step.seconds
         self.scheduler.ran(step, now)
         ended = []
@@ -269,18 +270,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run came to."""
+    """What a run came to.
+
+    Attributes:
+        outcomes: of every request that came.
+        seconds: from the start to the last event.
+        tokens: that were given, by requests that ended and others.
+        loaded_bytes, steps, busy: sums over replicas; busy in seconds.
+        scheduler: `Scheduler.to_dict` of each replica.
+    """
 
     outcomes: list[Outcome]
     seconds: float
+    tokens: int
     loaded_bytes: int
     steps: int
     busy: float
     scheduler: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(each.arrival.tokens for each in self.outcomes if each.ttft is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: seconds, shares from 0 to 1, bytes, tokens of output."""
@@ -299,7 +305,7 @@ class Report:
             "loaded_bytes": self.loaded_bytes,
             "loaded_bytes_per_token": self.loaded_bytes / max(1, self.tokens),
             "steps": self.steps,
-            "busy": self.busy / self.seconds if self.seconds else 0.0,
+            "busy": self.busy / (self.seconds * len(self.scheduler)) if self.seconds else 0.0,
             "scheduler": self.scheduler,
         }
 
@@ -379,6 +385,7 @@ def simulate(
     return Report(
         outcomes,
         now,
+        sum(replica.tokens for replica in replicas),
         sum(replica.loaded_bytes for replica in replicas),
         sum(replica.steps for replica in replicas),
         sum(replica.busy for replica in replicas),
