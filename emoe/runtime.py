@@ -205,6 +205,17 @@ class Runtime:
         """Bytes of experts read so far, on demand and ahead."""
         return self._bank.loaded_bytes
 
+    def residents(self) -> list[tuple[int, list[int]]]:
+        """Of each layer how many experts it has, and the numbers of those in memory, ascending.
+
+        Raises:
+            ClosedError: the runtime was closed.
+        """
+        with self._lock:
+            self._require_open()
+            cache = self._bank.cache
+            return [(len(layer.pieces), cache.resident(number)) for number, layer in enumerate(self.store.layers)]
+
     def settle(self) -> None:
         """Fills free slots and writes the slot tables: until experts in memory change, steps do not need the host.
 

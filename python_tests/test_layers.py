@@ -57,9 +57,10 @@ ALLOWED_IMPORTS = {
         "__init__", "generate", "demo", "planning", "store", "model", "options", "memory", "files", "sensitivity",
         "tasks",
     },
+    "serve": {"__init__", "engine", "tasks"},
     "cli": {
-        "__init__", "engine", "convert", "analysis", "demo", "generate", "planning", "seam", "replay", "sensitivity",
-        "predictor", "tasks", "trace", "options", "model", "native", "memory", "files",
+        "__init__", "serve", "engine", "convert", "analysis", "demo", "generate", "planning", "seam", "replay",
+        "sensitivity", "predictor", "tasks", "trace", "options", "model", "native", "memory", "files",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -73,7 +74,8 @@ WITHOUT = {
     "engine/costs.py": {"torch", "numpy"},
     "engine/placement.py": {"torch", "numpy"},
     "trace/trace.py": {"torch"},
-    "cli/__init__.py": {"torch", "transformers"},
+    "cli/__init__.py": {"torch", "transformers", "fastapi", "uvicorn", "emoe.serve"},
+    "cli/serve.py": {"torch", "transformers", "fastapi", "uvicorn"},
     "__init__.py": {"torch", "numpy", "transformers"},
     "options.py": {"torch", "numpy", "transformers"},
 }

@@ -19,6 +19,7 @@ from emoe.errors import EmoeError, one_line
 COMMANDS = {
     "run": "answer a prompt with a model held inside a byte budget",
     "plan": "say what fits into a budget, before anything is loaded",
+    "serve": "answer many clients at once, over HTTP like OpenAI's",
     "calibrate": "measure what steps of a model cost on this machine, for the scheduler",
     "convert": "write a checkpoint anew with its experts in fewer bits",
     "demo": "build a small model and run it with a quarter of its experts in memory",
@@ -39,6 +40,7 @@ examples:
   emoe doctor
   emoe plan --model ./Qwen3-30B-A3B --memory-budget 8GiB
   emoe run --model ./Qwen3-30B-A3B --memory-budget 8GiB --prompt "Why is the sky blue?"
+  emoe serve --model ./Qwen3-30B-A3B --memory-budget 8GiB
 
 Every command takes --json: one JSON object on stdout, everything else on stderr.
 exit status: 0 done, 1 a check failed, 2 an error that the message explains, 130 interrupted

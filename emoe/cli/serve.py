@@ -1,0 +1,146 @@
+"""`emoe serve`: a model behind an HTTP server like OpenAI's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from emoe import options
+from emoe.cli import common
+from emoe.errors import ConfigError, one_line
+from emoe.files import content
+from emoe.serve.limits import Limits
+
+KEY_VARIABLE = "EMOE_API_KEY"
+_LONGEST_KEY = 4096
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+_EPILOG = """\
+examples:
+  emoe serve --model ./Qwen3-30B-A3B --memory-budget 8GiB --port 8000
+  curl localhost:8000/v1/chat/completions -H 'content-type: application/json' -d '{
+    "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
+  EMOE_API_KEY=$(cat key) emoe serve --model ./Qwen3-30B-A3B --memory-budget 8GiB --host 0.0.0.0
+
+Clients of OpenAI work with base_url http://localhost:8000/v1; a status page is at http://localhost:8000/. The first
+Ctrl-C or SIGTERM finishes what runs, the second ends at once. docs/serving.md has the rest. It needs emoe[serve].
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    common.add_model_arguments(parser)
+    where = parser.add_argument_group("where")
+    where.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    where.add_argument("--port", type=_port, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    where.add_argument("--name", metavar="NAME", help="of the model, for clients (default: the last part of --model)")
+    where.add_argument(
+        "--api-key-file", metavar="FILE", help=f"its first line is the key that clients must bear; so is {KEY_VARIABLE}"
+    )
+
+    how = parser.add_argument_group("how it runs")
+    shown = ("memory_budget", "dtype")
+    options.add_arguments(how, (name for name in options.rows("load") if name not in shown))
+    how.add_argument("--scheduler", metavar="POLICY", help="which requests run first: fcfs, ... (docs/scheduler.md)")
+    how.add_argument("--kv-budget", default="auto", metavar="BYTES", help="for the state of requests (default: auto)")
+    how.add_argument("--most-running", type=common.positive, metavar="N", help="requests that run at once")
+    how.add_argument("--tasks", metavar="FILE", help="of 'emoe profile tasks': names the task of requests that do not")
+    common.add_trust_argument(how)
+
+    limits = parser.add_argument_group("limits")
+    for each in fields(Limits):
+        seconds = each.name.endswith("_seconds")
+        limits.add_argument(
+            f"--limit-{each.name.replace('_', '-')}", type=_seconds if seconds else common.positive,
+            default=each.default, metavar="N",
+            help=f"{each.metadata['help']} (default: {'the context' if each.default is None else each.default})",
+        )  # fmt: skip
+
+
+def _port(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds over 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    key = _key(args.api_key_file)
+    try:
+        from emoe.serve.app import make_app
+        from emoe.serve.listen import listen, serve
+        from emoe.serve.service import Service
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"emoe serve needs {missing.name}: pip install 'emoe[serve]'") from missing
+
+    limits = Limits(**{each.name: getattr(args, f"limit_{each.name}") for each in fields(Limits)})
+    sock = listen(args.host, args.port, limits)  # before the model: what is wrong is said at once
+    port = sock.getsockname()[1]
+    if key is None and args.host not in _LOCAL:
+        print(
+            f"emoe: {args.host} is open to other machines, and no key is asked for; set {KEY_VARIABLE}", file=sys.stderr
+        )
+    with common.stage(f"loading {args.model}; nothing was served"):
+        import emoe
+        from emoe import generate
+
+        generate.quiet_transformers()
+        tokenizer = generate.load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+        with common.checkpoint_errors(args.model):
+            model = emoe.from_pretrained(
+                args.model,
+                **{name: getattr(args, name) for name in options.rows("load")},
+                trust_remote_code=args.trust_remote_code,
+            )
+        with common.closing(model):
+            classifier = None
+            if args.tasks is not None:
+                classifier = emoe.TaskClassifier.load(args.tasks, model, tokenizer)
+            engine = emoe.Engine(
+                model, tokenizer, scheduler=args.scheduler, kv_budget=args.kv_budget,
+                most_running=args.most_running,
+            )  # fmt: skip
+            engine.scheduler.queue_limit = limits.queue
+            name = args.name or Path(args.model).resolve().name if Path(args.model).exists() else args.model
+            service = Service(engine, tokenizer, name=name, limits=limits, classifier=classifier)
+
+            def ready() -> None:
+                host = f"[{args.host}]" if ":" in args.host else args.host
+                url = f"http://{host}:{port}"
+                if args.json:
+                    common.print_json({"url": url, "model": name, "way": engine.choice.way})
+                else:
+                    print(f"{name} at {url}/v1, its status at {url}/", flush=True)
+                sys.stdout.flush()
+
+            return serve(make_app(service, key=key), service, sock, ready)
+
+
+def _key(file: str | None) -> str | None:
+    """The API key; None: none is asked for."""
+    key = os.environ.get(KEY_VARIABLE)
+    if file is not None:
+        if key is not None:
+            raise ConfigError(f"{KEY_VARIABLE} and --api-key-file both give a key; use one of them")
+        try:
+            key = content(file, "API key", ConfigError, most=_LONGEST_KEY, piped=True).decode().strip().split("\n")[0]
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {file!r} cannot be read: {one_line(error)}") from error
+    if key is not None and (len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key):
+        raise ConfigError("the API key is no word of at least 8 printable ASCII characters")
+    return key

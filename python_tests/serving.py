@@ -1,0 +1,128 @@
+"""What tests of the server share: a tiny model that chats, a server in a thread, clients."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import httpx
+import torch
+from openai import OpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import emoe
+from emoe.serve.app import make_app
+from emoe.serve.limits import Limits
+from emoe.serve.listen import Server, listen
+from emoe.serve.service import Service
+
+NAME = "tiny"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('no') }}"
+    "{% endif %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+)
+
+
+def save_model(folder: Path) -> Path:
+    """An OLMoE whose tokens are characters of ASCII, pairs of them, and the two bytes of "é"; with a chat template."""
+    families.save("olmoe", folder, torch.float32)
+    pad, bos, eos = "<pad>", "<bos>", "<eos>"
+    words = {pad: 0, bos: 1, eos: 2} | {chr(code): code - 30 for code in range(33, 127)} | {"Ġ": 97, "Ċ": 98}
+    words |= {"Ã": 99, "©": 100} | {f"{chr(code)}{chr(code)}": code - 3 for code in range(104, 131 - 1)}
+    made = Tokenizer(models.BPE(vocab=words, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token=pad, bos_token=bos, eos_token=eos, chat_template=TEMPLATE
+    ).save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def loaded(folder: Path, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """(model, tokenizer), with half of its experts in memory."""
+    model = emoe.from_pretrained(folder, **{"memory_budget": 0.5, "context": 256, "batch": 8} | options)
+    try:
+        yield model, PreTrainedTokenizerFast.from_pretrained(folder)
+    finally:
+        model.emoe.close(restore=False)
+
+
+def engine_of(model: Any, tokenizer: Any, **options: Any) -> emoe.Engine:
+    return emoe.Engine(model, tokenizer, **options)
+
+
+class Running:
+    """A server that runs in a thread.
+
+    Attributes:
+        url: of it.
+        client: OpenAI's, without tries after the first.
+        http: for what that one does not send.
+    """
+
+    def __init__(self, server: Server, service: Service, port: int, key: str | None) -> None:
+        self.server, self.service, self.port = server, service, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60)
+        self.http = httpx.Client(
+            base_url=self.url, timeout=60, headers={} if key is None else {"authorization": f"Bearer {key}"}
+        )
+
+    def chat(self, text: str = "hello", **given: Any) -> Any:
+        messages = [{"role": "user", "content": text}]
+        return self.client.chat.completions.create(model=NAME, messages=messages, **{"max_tokens": 8} | given)
+
+    def connect(self, data: bytes = b"") -> socket.socket:
+        """A plain connection, with something sent already."""
+        made = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        made.sendall(data)
+        return made
+
+    def records(self) -> list[Any]:
+        return list(self.service._thread.records.values())
+
+    def until_idle(self) -> None:
+        """Waits until the engine has nothing left."""
+        until(lambda: not self.records())
+        until(lambda: self.http.get("/status").json()["scheduler"].get("running", 0) == 0)
+
+
+def until(true: Any, seconds: float = 30.0) -> None:
+    """Waits for a condition, and fails where it does not come."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def running(
+    engine: Any, tokenizer: Any, *, key: str | None = None, classifier: Any = None, **limits: Any
+) -> Iterator[Running]:
+    """A server of an engine, which is closed with it."""
+    bounds = Limits(**limits)
+    service = Service(engine, tokenizer, name=NAME, limits=bounds, classifier=classifier)
+    sock = listen("127.0.0.1", 0, bounds)
+    port = sock.getsockname()[1]
+    ready = threading.Event()
+    server = Server(make_app(service, key=key), service, ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    try:
+        found = Running(server, service, port, key)
+        yield found
+        found.client.close()
+        found.http.close()
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not end"
