@@ -11,6 +11,8 @@ from emoe.errors import ConfigError, one_line
 from emoe.serve.protocol import ResponseFormat
 from emoe.serve.refusals import Refusal
 
+_COMPACT: Any = {"whitespace_flexible": False}  # small models fill an answer with blanks where they may
+
 
 class Grammars:
     """Args:
@@ -44,7 +46,8 @@ class Grammars:
         try:
             if self._made is None:
                 self._made = from_tokenizer(self._tokenizer, self._vocabulary, self._ends or None)
-            matcher = LLMatcher(self._made, LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
+            matcher = LLMatcher(self._made, grammar)
         except ValueError as error:
             raise Refusal(400, one_line(error), "invalid_schema", param="response_format") from error
         if matcher.is_error():
