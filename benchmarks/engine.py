@@ -23,7 +23,12 @@ from emoe.options import _text_number
 SUBJECTS = ("the sea", "a broken clock", "prime numbers", "the French revolution", "bread", "a python list", "rain",
             "gravity", "a lost letter", "the stock market", "chess", "a volcano", "whales", "an old bridge", "sleep",
             "the alphabet")  # fmt: skip
-FORMS = ("Tell me about {}.", "Write a short story about {}.", "What should one know about {}?", "Explain {} to a child.")
+FORMS = (
+    "Tell me about {}.",
+    "Write a short story about {}.",
+    "What should one know about {}?",
+    "Explain {} to a child.",
+)
 
 
 def prompts(tokenizer: Any, count: int) -> list[list[int]]:
@@ -101,9 +106,7 @@ def measure(path: str, budget: Any, arguments: argparse.Namespace) -> dict[str, 
             engine._kept.clear()  # prompts of the next turn are computed again
     share = model.emoe.plan.resident_share
     model.emoe.close(restore=False)
-    result = {
-        kind: {name: median(run[name] for run in each) for name in each[0]} for kind, each in runs.items()
-    }
+    result = {kind: {name: median(run[name] for run in each) for name in each[0]} for kind, each in runs.items()}
     return {"budget": budget, "resident_share": share, "way": way, **result}
 
 
@@ -129,12 +132,18 @@ def main() -> None:
             continue
         alone, both = found["alone"], found["together"]
         print(f"memory_budget={budget}, {found['resident_share']:.0%} resident, {found['way']}:")
-        print(f"  one after another  {alone['tokens_per_second']:7.1f} tokens/s  "
-              f"{alone['bytes_per_token'] / common.MIB:8.2f} MiB of experts a token")
-        print(f"  {arguments.requests} together        {both['tokens_per_second']:7.1f} tokens/s  "
-              f"{both['bytes_per_token'] / common.MIB:8.2f} MiB of experts a token")
-        print(f"  together / alone   {both['tokens_per_second'] / alone['tokens_per_second']:7.2f} x         "
-              f"{both['bytes_per_token'] / max(alone['bytes_per_token'], 1):8.2f} x")
+        print(
+            f"  one after another  {alone['tokens_per_second']:7.1f} tokens/s  "
+            f"{alone['bytes_per_token'] / common.MIB:8.2f} MiB of experts a token"
+        )
+        print(
+            f"  {arguments.requests} together        {both['tokens_per_second']:7.1f} tokens/s  "
+            f"{both['bytes_per_token'] / common.MIB:8.2f} MiB of experts a token"
+        )
+        print(
+            f"  together / alone   {both['tokens_per_second'] / alone['tokens_per_second']:7.2f} x         "
+            f"{both['bytes_per_token'] / max(alone['bytes_per_token'], 1):8.2f} x"
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,12 @@ def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     torch.manual_seed(0)
     made = config()
-    made.image_token_id, made.video_token_id, made.vision_start_token_id, made.vision_end_token_id = IMAGE, 8, START, END
+    made.image_token_id, made.video_token_id, made.vision_start_token_id, made.vision_end_token_id = (
+        IMAGE,
+        8,
+        START,
+        END,
+    )
     model = cls(made).eval()
     families.randomize(model)
     model.save_pretrained(folder)
