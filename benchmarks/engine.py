@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import common
+import torch
 
 import emoe
 from emoe import generate
@@ -38,20 +39,23 @@ def prompts(tokenizer: Any, count: int) -> list[list[int]]:
 
 
 def one_after_another(model: Any, requests: list[list[int]], tokens: int) -> dict[str, float]:
-    """`generate` for each; decode alone is timed."""
-    import torch
-
-    read, seconds, count = 0, 0.0, 0
+    """`generate` for each."""
+    clocks = []
+    begun, before = perf_counter(), model.emoe.loaded_bytes
     for ids in requests:
-        stream = _Clock(model.emoe)
+        clocks.append(_Clock(model.emoe))
         model.generate(
             input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=stream,
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=clocks[-1],
         )  # fmt: skip
-        seconds += stream.times[-1] - stream.times[0]
-        read += stream.bytes[-1] - stream.bytes[0]
-        count += len(stream.times) - 1
-    return {"tokens_per_second": count / seconds, "bytes_per_token": read / count}
+    seconds, read = perf_counter() - begun, model.emoe.loaded_bytes - before
+    decode = sum(len(each.times) - 1 for each in clocks)
+    return {
+        "decode": decode / sum(each.times[-1] - each.times[0] for each in clocks),
+        "whole": len(requests) * tokens / seconds,
+        "decode_bytes": sum(each.bytes[-1] - each.bytes[0] for each in clocks) / decode,
+        "whole_bytes": read / (len(requests) * tokens),
+    }
 
 
 class _Clock:
@@ -73,41 +77,60 @@ class _Clock:
 
 
 def together(engine: Any, runtime: Any, requests: list[list[int]], tokens: int) -> dict[str, float]:
-    """All in one engine; timed from when the last prompt is done."""
+    """All in one engine; decode is from when the last prompt is done."""
+    begun, before = perf_counter(), runtime.loaded_bytes
     for ids in requests:
         engine.submit(ids, max_new_tokens=tokens, sampling=Sampling(eos=()))
-    begun: set[Any] = set()
-    started, before, count = 0.0, 0, 0
+    seen: set[Any] = set()
+    started, read, count = begun, before, 0
     while engine.busy:
         events = engine.step()
-        if len(begun) == len(requests):
+        if len(seen) == len(requests):
             count += sum(len(event.tokens) for event in events)
         else:
-            begun |= {event.id for event in events}
-            started, before = perf_counter(), runtime.loaded_bytes
+            seen |= {event.id for event in events}
+            started, read = perf_counter(), runtime.loaded_bytes
+    ended, total = perf_counter(), len(requests) * tokens
     return {
-        "tokens_per_second": count / (perf_counter() - started),
-        "bytes_per_token": (runtime.loaded_bytes - before) / count,
+        "decode": count / (ended - started),
+        "whole": total / (ended - begun),
+        "decode_bytes": (runtime.loaded_bytes - read) / count,
+        "whole_bytes": (runtime.loaded_bytes - before) / total,
     }
 
 
 def measure(path: str, budget: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both, in turns."""
-    tokenizer = generate.load_tokenizer(path)
-    requests = prompts(tokenizer, arguments.requests)
+    requests = prompts(generate.load_tokenizer(path), arguments.requests)
     longest = max(map(len, requests)) + arguments.tokens
-    model = emoe.from_pretrained(path, memory_budget=budget, context=longest, batch=arguments.requests)
+    model = emoe.from_pretrained(
+        path, memory_budget=budget, context=longest, batch=arguments.requests, predictor=arguments.predictor,
+        policy=arguments.eviction,
+    )  # fmt: skip
     runs: dict[str, list[dict[str, float]]] = {"alone": [], "together": []}
-    with emoe.Engine(model, scheduler=arguments.policy, chunk_rows=64) as engine:
-        way = engine.choice.way
-        for _ in range(arguments.repeats):
-            runs["alone"].append(one_after_another(model, requests, arguments.tokens))
+    options = {"scheduler": arguments.policy, "chunk_rows": arguments.chunk_rows}
+    for _ in range(arguments.repeats):
+        runs["alone"].append(one_after_another(model, requests, arguments.tokens))
+        with emoe.Engine(model, **options) as engine:  # a new one each time, which has no prefixes to share
             runs["together"].append(together(engine, model.emoe, requests, arguments.tokens))
-            engine._kept.clear()  # prompts of the next turn are computed again
+            way = engine.choice.way
     share = model.emoe.plan.resident_share
     model.emoe.close(restore=False)
-    result = {kind: {name: median(run[name] for run in each) for name in each[0]} for kind, each in runs.items()}
-    return {"budget": budget, "resident_share": share, "way": way, **result}
+    medians = {kind: {name: median(run[name] for run in each) for name in each[0]} for kind, each in runs.items()}
+    return {"budget": budget, "resident_share": share, "way": way, **medians}
+
+
+def report(found: dict[str, Any], requests: int) -> None:
+    """Tokens/s and MiB of experts a token, of decode alone and of whole requests with their prompts."""
+    print(f"memory_budget={found['budget']}, {found['resident_share']:.0%} resident, {found['way']}:")
+    for kind, title in (("decode", "decode"), ("whole", "with prompts")):
+        alone, both = (found[each][kind] for each in ("alone", "together"))
+        less, more = (found[each][f"{kind}_bytes"] / common.MIB for each in ("alone", "together"))
+        ratio = f"{more / less:.2f}" if less else "-"
+        print(
+            f"  {title:12}  one after another {alone:6.1f} tokens/s {less:6.2f} MiB; {requests} together {both:6.1f} "
+            f"tokens/s {more:6.2f} MiB; {both / alone:5.2f} times the tokens/s, {ratio} of the bytes"
+        )
 
 
 def main() -> None:
@@ -116,7 +139,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each")
     parser.add_argument("--budget", action="append", type=_text_number, help="1.0 and 0.3 unless given")
-    parser.add_argument("--policy", default="fcfs")
+    parser.add_argument("--policy", default="fcfs", help="of the scheduler")
+    parser.add_argument("--chunk-rows", type=int)
+    parser.add_argument("--predictor", help="as in from_pretrained")
+    parser.add_argument("--eviction", default="lru", help="policy= of from_pretrained")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -130,20 +156,7 @@ def main() -> None:
         if arguments.json:
             print(json.dumps(found))
             continue
-        alone, both = found["alone"], found["together"]
-        print(f"memory_budget={budget}, {found['resident_share']:.0%} resident, {found['way']}:")
-        print(
-            f"  one after another  {alone['tokens_per_second']:7.1f} tokens/s  "
-            f"{alone['bytes_per_token'] / common.MIB:8.2f} MiB of experts a token"
-        )
-        print(
-            f"  {arguments.requests} together        {both['tokens_per_second']:7.1f} tokens/s  "
-            f"{both['bytes_per_token'] / common.MIB:8.2f} MiB of experts a token"
-        )
-        print(
-            f"  together / alone   {both['tokens_per_second'] / alone['tokens_per_second']:7.2f} x         "
-            f"{both['bytes_per_token'] / max(alone['bytes_per_token'], 1):8.2f} x"
-        )
+        report(found, arguments.requests)
 
 
 if __name__ == "__main__":

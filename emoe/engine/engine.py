@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _engines: weakref.WeakKeyDictionary[Any, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
 
+# Each chunk of a prompt reads nearly every expert that has no slot; between chunks the requests that decode wait.
+CHUNK_ROWS = 256
+
 Batch = list[tuple[Generation, int]]  # and how many of its rows run
 
 
@@ -51,7 +54,7 @@ class Engine:
         context: tokens of a request at most, prompt and output; None: those of the model's plan or config.
         kv_budget: bytes for the state of all requests. "auto": what the plan reserved for the KV cache, and from there
             bytes move between it and expert slots as requests need them; without a plan, half of what memory is free.
-        chunk_rows: rows of a step at most.
+        chunk_rows: rows of a step at most; None: CHUNK_ROWS, or the plan's `prefill_chunk` where that is less.
         most_running: requests that run at once.
         classifier: tells the task of requests that do not say theirs.
         clock: seconds.
@@ -86,7 +89,7 @@ class Engine:
             self._runner = Runner(model, self.choice.way)
             self.footprint, self._plain = self.choice.footprint, is_plain(new_state(model, 1))
             self.context = self._longest(context)
-            rows = chunk_rows or 64
+            rows = chunk_rows or CHUNK_ROWS
             if self._runtime is not None and self._runtime.plan.prefill_chunk is not None:
                 rows = min(rows, self._runtime.plan.prefill_chunk)  # what activations were planned for
             self._kv = KvBudget(self._runtime, kv_budget)
