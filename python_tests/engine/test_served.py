@@ -35,7 +35,9 @@ def test_within_a_budget_requests_get_the_tokens_of_the_whole_model(checkpoint, 
     model.emoe.close(restore=False)
 
 
-@pytest.mark.parametrize("name", [next(each for each in quantized.FORMATS if kind in each) for kind in ("fp8", "mxfp4")])
+@pytest.mark.parametrize(
+    "name", [next(each for each in quantized.FORMATS if kind in each) for kind in ("fp8", "mxfp4")]
+)
 def test_experts_of_few_bits_give_the_tokens_of_generate(tmp_path, name):
     quantized.write(tmp_path, quantized.FORMATS[name])
     model = emoe.from_pretrained(tmp_path / "quantized", memory_budget=0.5, dtype="float32", context=64, batch=2)
