@@ -220,7 +220,7 @@ def closing(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        logger = logging.getLogger("emoe.runtime")
+        logger = logging.getLogger("emoe.seam.attached")
         logger.setLevel(logging.ERROR)
         model.emoe.close(restore=False)
         logger.setLevel(logging.NOTSET)

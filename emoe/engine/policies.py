@@ -15,6 +15,8 @@ from emoe.errors import ConfigError
 LOOK = 256  # waiting requests that are looked at, those that are due first
 TRIES = 16  # of these, that are weighed against everybody's targets before the running ones go on alone
 
+Fits = Callable[[Live], bool]  # whether there are bytes for it now
+
 
 class Policy(Protocol):
     """One order of admission.
@@ -25,7 +27,9 @@ class Policy(Protocol):
 
     sheds: bool
 
-    def candidates(self, waiting: Collection[Live], running: Collection[Live], now: float) -> Iterator[Live]:
+    def candidates(
+        self, waiting: Collection[Live], running: Collection[Live], now: float, fits: Fits
+    ) -> Iterator[Live]:
         """Who may be admitted now, the best first. Those left out wait on; waiting ones come in order of arrival."""
 
 
@@ -37,8 +41,10 @@ class Fcfs:
     def __init__(self, outlook: Outlook) -> None:
         pass
 
-    def candidates(self, waiting: Collection[Live], running: Collection[Live], now: float) -> Iterator[Live]:
-        return iter(waiting)
+    def candidates(
+        self, waiting: Collection[Live], running: Collection[Live], now: float, fits: Fits
+    ) -> Iterator[Live]:
+        return filter(fits, waiting)
 
 
 class Sjf:
@@ -49,8 +55,10 @@ class Sjf:
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
 
-    def candidates(self, waiting: Collection[Live], running: Collection[Live], now: float) -> Iterator[Live]:
-        return iter(sorted(waiting, key=lambda live: live.left + self._outlook.remaining(live)))
+    def candidates(
+        self, waiting: Collection[Live], running: Collection[Live], now: float, fits: Fits
+    ) -> Iterator[Live]:
+        return iter(sorted(filter(fits, waiting), key=lambda live: live.left + self._outlook.remaining(live)))
 
 
 class Slo:
@@ -61,13 +69,15 @@ class Slo:
     def __init__(self, outlook: Outlook) -> None:
         self._outlook = outlook
 
-    def candidates(self, waiting: Collection[Live], running: Collection[Live], now: float) -> Iterator[Live]:
+    def candidates(
+        self, waiting: Collection[Live], running: Collection[Live], now: float, fits: Fits
+    ) -> Iterator[Live]:
         outlook = self._outlook
         # Who is past its deadline comes after those that can still be on time, or one late request makes a hundred.
         look = nsmallest(LOOK, waiting, key=lambda live: (live.due < now, live.due, live.number))
         latest = {live.number: live.due - outlook.first(live) for live in look}
         look.sort(key=lambda live: latest[live.number] < now)
-        ordered = self._preferred(look, latest, now)
+        ordered = filter(fits, self._preferred(look, latest, now))
         if not running:
             yield from ordered
             return

@@ -115,7 +115,7 @@ class Scheduler:
                 f"{len(self._waiting)} requests wait, the most that may; come again later",
                 retry_after=max(1.0, work / max(1, len(self._running))),
             )
-        if self._policy.sheds and live.due < NEVER and len(self._running) >= self.most_running:
+        if self._policy.sheds and live.due < NEVER:
             self._shed(live, now)
         self._waiting[ticket.id] = live
         self._arrivals += 1
@@ -176,7 +176,7 @@ class Scheduler:
     def next(self, now: float) -> list[tuple[Hashable, int]]:
         """Admits who may run, and gives (id, rows) of the next step; empty where there is nothing to do.
 
-        An id that was never in a step before is admitted with it, and its `kv_bytes` are taken.
+        An id that was never in a step before was admitted with this one or one before, and holds its `kv_bytes`.
         """
         self._admit(now)
         batch: list[tuple[Hashable, int]] = []
@@ -237,8 +237,8 @@ class Scheduler:
         oldest = next(iter(self._waiting.values()))
         if oldest.passes >= self.most_passes:
             return oldest if self._fits(oldest) else None
-        candidates = self._policy.candidates(self._waiting.values(), self._running.values(), now)
-        return next((live for live in candidates if self._fits(live)), None)
+        candidates = self._policy.candidates(self._waiting.values(), self._running.values(), now, self._fits)
+        return next(candidates, None)
 
     def _fits(self, live: Live) -> bool:
         return self._kv_bytes is None or self._kv_used + live.ticket.kv_bytes <= self._kv_bytes

@@ -101,7 +101,8 @@ def test_the_command_measures_once_and_shows_what_it_kept(own_cache, model_folde
     status, found = run_json(capsys, *words)
     assert status == 0 and found["forwards"] == 112
     assert set(found["costs"]) == {"forward", "row", "byte", "expert"} and 0 <= found["error"] < 1
-    status, out, _ = run(capsys, *words)
+    status, out, err = run(capsys, *words)
+    assert "closed" not in err
     assert status == 0 and "kept from an earlier run" in out and "a forward" in out
     status, again = run_json(capsys, *words, "--refresh")
     assert status == 0 and again["forwards"] == 112

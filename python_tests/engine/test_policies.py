@@ -132,6 +132,17 @@ def test_a_stranger_whose_deadline_is_near_comes_before_kin():
     assert admitted(scheduler, 9.0) == ["stranger"]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "sjf", "slo", "slo+affinity"])
+def test_any_number_of_large_requests_lets_a_small_one_pass(policy):
+    scheduler = make(policy, kv_bytes=10)
+    scheduler.submit(Ticket("runs", 1, 50, kv_bytes=5), 0.0)
+    scheduler.next(0.0)
+    for number in range(100):
+        scheduler.submit(Ticket(number, 1, 2, kv_bytes=9, ttft=50.0), 0.0)
+    scheduler.submit(Ticket("small", 2, 3, kv_bytes=1, ttft=60.0), 0.0)
+    assert admitted(scheduler, 0.0) == ["small"]
+
+
 def test_without_predictions_affinity_is_slo():
     orders = []
     for policy in ("slo", "slo+affinity"):
