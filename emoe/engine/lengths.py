@@ -8,6 +8,7 @@ MOST_TASKS = 256  # names come from requests, so anybody can make more; the leas
 _FADE = 0.98  # of what is known, at each request that ends: about the last 50 count
 _BUCKETS = 24  # the last one has all from 2 ** 23 tokens
 _ALL = None
+_MOST_ANSWERS = 4096
 
 
 class Lengths:
@@ -20,10 +21,12 @@ class Lengths:
     def __init__(self, prior: float = 128.0) -> None:
         self._prior = prior
         self._of: OrderedDict[str | None, tuple[list[float], list[float]]] = OrderedDict()
+        self._answers: dict[tuple[str | None, int, int], float] = {}  # asked for each request that waits, at each step
         self._of[_ALL] = ([0.0] * _BUCKETS, [0.0] * _BUCKETS)
 
     def ended(self, task: str | None, tokens: int) -> None:
         """A request of this task gave so many tokens; not to be told of cancelled ones, which say nothing."""
+        self._answers.clear()
         for name in {task, _ALL}:
             counts, sums = self._of.setdefault(name, ([0.0] * _BUCKETS, [0.0] * _BUCKETS))
             for bucket in range(_BUCKETS):
@@ -39,6 +42,14 @@ class Lengths:
 
     def remaining(self, task: str | None, out: int, most_new: int) -> float:
         """Tokens still to be expected of a request that gave `out`: at least 1, at most what it may give."""
+        known = self._answers.get((task, out, most_new))
+        if known is None:
+            if len(self._answers) >= _MOST_ANSWERS:
+                self._answers.clear()
+            known = self._answers[task, out, most_new] = self._remaining(task, out, most_new)
+        return known
+
+    def _remaining(self, task: str | None, out: int, most_new: int) -> float:
         left = most_new - out
         if left <= 1:
             return float(max(left, 0))

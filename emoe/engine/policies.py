@@ -82,7 +82,12 @@ class Slo:
             yield from ordered
             return
         backlog = sum(outlook.first(live) for live in running if not live.out)
-        begun = [live for live in running if live.out and not outlook.late(live, now, backlog, len(running))]
+        # Prompts run in order of admission, so a newcomer's delays those who give tokens, not those who are before it.
+        on_time = [
+            (live, backlog if live.out else 0.0)
+            for live in running
+            if not outlook.late(live, now, backlog if live.out else 0.0, len(running))
+        ]
         slack = [(each - now, number) for number, each in latest.items() if each - now >= backlog]
         for live in islice(ordered, TRIES):
             delay = outlook.first(live)
@@ -91,7 +96,10 @@ class Slo:
                 continue
             if any(each < backlog + delay and number != live.number for each, number in slack):
                 continue
-            if any(outlook.late(other, now, backlog + delay, len(running) + 1) for other in begun):
+            if any(
+                outlook.late(other, now, ahead + (delay if other.out else 0.0), len(running) + 1)
+                for other, ahead in on_time
+            ):
                 continue
             yield live
 

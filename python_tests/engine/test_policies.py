@@ -87,6 +87,18 @@ def test_loads_are_charged_against_who_runs():
     assert outcome(A, spare=1.0) == ["comes"]
 
 
+def test_a_row_more_in_every_step_is_charged_against_who_has_yet_to_give_its_first_token():
+    def outcome(tpot):
+        scheduler = make("slo", chunk_rows=4)
+        scheduler.submit(Ticket("prompt", 12, 20, tpot=tpot), 0.0)
+        now = run(scheduler, 1, seconds=COSTS.step(4))
+        scheduler.submit(Ticket("comes", 1, 2), now)
+        return admitted(scheduler, now)
+
+    assert outcome(0.115) == []  # alone a token takes 0.11 s, beside another one 0.12 s
+    assert outcome(0.125) == ["comes"]
+
+
 def test_loads_are_charged_against_who_waits():
     def outcome(deadline):
         scheduler = Scheduler(
