@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import emoe
+from emoe.engine.generation import Event
 from emoe.serve.app import make_app
 from emoe.serve.limits import Limits
 from emoe.serve.listen import Server, listen
@@ -126,3 +127,79 @@ def running(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not end"
+
+
+class FakeEngine:
+    """The interface of `emoe.Engine` without a model: each request gives tokens 3, 4, 5, ... as text "x".
+
+    Attributes:
+        open: cleared, steps do nothing.
+        faults: errors that the next steps raise, one a step.
+        refusals: errors that the next submissions raise.
+        failing: error with which the next token of a request with this text in its prompt ends it.
+        text: of a token.
+        pace: seconds of a step.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, text: str = "x", pace: float = 0.0) -> None:
+        self.model, self.tokenizer, self.text, self.pace = model, tokenizer, text, pace
+        self.context = 256
+        self.open = threading.Event()
+        self.open.set()
+        self.faults: list[BaseException] = []
+        self.refusals: list[BaseException] = []
+        self.failing: dict[str, BaseException] = {}
+        self.live: dict[Any, list[Any]] = {}
+        self.given: dict[Any, dict[str, Any]] = {}
+        self.most_live = 0
+        self.cancelled: list[Any] = []
+        self.closed = False
+        self._events: list[Event] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.live or self._events)
+
+    def submit(self, prompt: Any, *, id: Any, max_new_tokens: int, **given: Any) -> Any:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.live[id] = [list(prompt), max_new_tokens, 0]
+        self.given[id] = given
+        self.most_live = max(self.most_live, len(self.live))
+        return id
+
+    def step(self) -> list[Event]:
+        if self.faults:
+            raise self.faults.pop(0)
+        time.sleep(self.pace)
+        events, self._events = self._events, []
+        if not self.open.is_set():
+            time.sleep(0.002)
+            return events
+        for id, row in list(self.live.items()):
+            prompt = self.tokenizer.decode(row[0])
+            error = next((error for text, error in self.failing.items() if text in prompt), None)
+            if error is not None:
+                del self.live[id]
+                events.append(Event(id, finish_reason="error", error=error, prompt_tokens=len(row[0])))
+                continue
+            row[2] += 1
+            reason = "length" if row[2] == row[1] else None
+            if reason:
+                del self.live[id]
+            events.append(
+                Event(id, (2 + row[2],), self.text, finish_reason=reason, prompt_tokens=len(row[0]),
+                      output_tokens=row[2])
+            )  # fmt: skip
+        return events
+
+    def cancel(self, id: Any) -> None:
+        if self.live.pop(id, None) is not None:
+            self.cancelled.append(id)
+            self._events.append(Event(id, finish_reason="cancelled"))
+
+    def stats(self) -> dict[str, Any]:
+        return {"way": "fake", "steps": 0, "scheduler": {"running": len(self.live), "waiting": 0}, "kv": {}}
+
+    def close(self) -> None:
+        self.closed = True

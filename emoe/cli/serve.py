@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from emoe import options
 from emoe.cli import common
@@ -82,19 +83,26 @@ def _seconds(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     key = _key(args.api_key_file)
     try:
-        from emoe.serve.app import make_app
-        from emoe.serve.listen import listen, serve
-        from emoe.serve.service import Service
+        from emoe.serve.listen import listen
     except ModuleNotFoundError as missing:
         raise ConfigError(f"emoe serve needs {missing.name}: pip install 'emoe[serve]'") from missing
 
     limits = Limits(**{each.name: getattr(args, f"limit_{each.name}") for each in fields(Limits)})
     sock = listen(args.host, args.port, limits)  # before the model: what is wrong is said at once
-    port = sock.getsockname()[1]
     if key is None and args.host not in _LOCAL:
         print(
             f"emoe: {args.host} is open to other machines, and no key is asked for; set {KEY_VARIABLE}", file=sys.stderr
         )
+    with sock:
+        return _serve(args, limits, key, sock)
+
+
+def _serve(args: argparse.Namespace, limits: Limits, key: str | None, sock: Any) -> int:
+    from emoe.serve.app import make_app
+    from emoe.serve.listen import EXIT_FORCED, serve
+    from emoe.serve.service import Service
+
+    port = sock.getsockname()[1]
     with common.stage(f"loading {args.model}; nothing was served"):
         import emoe
         from emoe import generate
@@ -107,28 +115,33 @@ def run(args: argparse.Namespace) -> int:
                 **{name: getattr(args, name) for name in options.rows("load")},
                 trust_remote_code=args.trust_remote_code,
             )
-        with common.closing(model):
-            classifier = None
-            if args.tasks is not None:
-                classifier = emoe.TaskClassifier.load(args.tasks, model, tokenizer)
-            engine = emoe.Engine(
-                model, tokenizer, scheduler=args.scheduler, kv_budget=args.kv_budget,
-                most_running=args.most_running,
-            )  # fmt: skip
-            engine.scheduler.queue_limit = limits.queue
-            name = args.name or Path(args.model).resolve().name if Path(args.model).exists() else args.model
-            service = Service(engine, tokenizer, name=name, limits=limits, classifier=classifier)
+    with common.closing(model):
+        classifier = None
+        if args.tasks is not None:
+            classifier = emoe.TaskClassifier.load(args.tasks, model, tokenizer)
+        engine = emoe.Engine(
+            model, tokenizer, scheduler=args.scheduler, kv_budget=args.kv_budget,
+            most_running=args.most_running,
+        )  # fmt: skip
+        engine.scheduler.queue_limit = limits.queue
+        folder = Path(args.model)
+        name = args.name or (folder.resolve().name if folder.exists() else args.model)
+        service = Service(engine, tokenizer, name=name, limits=limits, classifier=classifier)
 
-            def ready() -> None:
-                host = f"[{args.host}]" if ":" in args.host else args.host
-                url = f"http://{host}:{port}"
-                if args.json:
-                    common.print_json({"url": url, "model": name, "way": engine.choice.way})
-                else:
-                    print(f"{name} at {url}/v1, its status at {url}/", flush=True)
-                sys.stdout.flush()
+        def ready() -> None:
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            url = f"http://{host}:{port}"
+            if args.json:
+                common.print_json({"url": url, "model": name, "way": engine.choice.way})
+            else:
+                print(f"{name} at {url}/v1, its status at {url}/", flush=True)
+            sys.stdout.flush()
 
-            return serve(make_app(service, key=key), service, sock, ready)
+        status = serve(make_app(service, key=key), service, sock, ready)
+    if status == EXIT_FORCED:
+        sys.stdout.flush()
+        os._exit(status)  # Python takes seconds to take torch down, and who asked twice wants it over
+    return status
 
 
 def _key(file: str | None) -> str | None:

@@ -354,7 +354,7 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
         return response
 
     handler: Callable[[Request, Exception], Awaitable[Response]] = answer
-    for kind in (EmoeError, ValidationError, Exception):
+    for kind in (EmoeError, ValidationError):
         app.add_exception_handler(kind, handler)
     app.add_exception_handler(HTTPException, answer_http)
 

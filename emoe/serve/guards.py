@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emoe.serve.limits import Limits
-from emoe.serve.refusals import Refusal
+from emoe.serve.refusals import Refusal, refusal
+
+logger = logging.getLogger(__name__)
 
 OPEN = ("/", "/health")  # without a key: a page without data, and what a load balancer asks
 
@@ -56,10 +59,32 @@ class Guards:
                 response.headers["connection"] = "close"  # the rest of a body is not waited for
                 await response(scope, receive, send)
                 return
-            await self._app(scope, _replaying(body, receive), send)
+            await self._answered(scope, _replaying(body, receive), send)
         finally:
             self._requests -= not looks
             self._bytes -= held
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app's answer, or what is told of an error that nothing in it expected.
+
+        Starlette would raise it once more after its answer, and uvicorn then close the connection under the client.
+        """
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            if begun:
+                raise
+            logger.exception("emoe: %s failed", scope["path"])
+            told = refusal(error)
+            self._refused(told.status)
+            await told.response()(scope, receive, send)
 
     def _require_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in OPEN:

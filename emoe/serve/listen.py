@@ -22,7 +22,7 @@ from emoe.errors import ConfigError
 from emoe.serve.limits import Limits
 from emoe.serve.service import Service
 
-logger = logging.getLogger(__name__)
+_uvicorns = logging.getLogger("uvicorn.error")
 
 EXIT_FORCED = 130
 _BACKLOG = 512
@@ -101,6 +101,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, service: Service, ready: Callable[[], None] = lambda: None) -> None:
         limits = service.limits
+        _uvicorns.setLevel(logging.ERROR)  # a line for each client that sends no HTTP helps nobody
         super().__init__(
             uvicorn.Config(
                 app, http=_protocol(limits), ws="none", lifespan="on", loop="asyncio", log_config=None,
@@ -117,6 +118,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
+            _uvicorns.setLevel(logging.CRITICAL)  # it would show where each request was when it was cancelled
             self.force_exit = True
             return
         self.should_exit = self._service.draining = True

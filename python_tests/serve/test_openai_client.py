@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import openai
 import pytest
@@ -180,9 +181,14 @@ def test_fields_that_change_nothing_are_taken(server):
 def test_an_answer_can_be_sent_back(server):
     answer = server.chat("hello").choices[0].message
     again = server.client.chat.completions.create(
-        model="tiny", max_tokens=3, messages=[{"role": "user", "content": "hello"}, answer.model_dump()]
-        + [{"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "text", "text": " then"}]}],
-    )  # fmt: skip
+        model="tiny",
+        max_tokens=3,
+        messages=[
+            {"role": "user", "content": "hello"},
+            answer.model_dump(),
+            {"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "text", "text": " then"}]},
+        ],
+    )
     assert again.usage.completion_tokens == 3
 
 
@@ -308,10 +314,12 @@ def test_a_call_that_is_given_up_cancels_its_request(server):
 
 def test_a_json_schema_holds_the_answer_to_it(server):
     pytest.importorskip("llguidance")
-    import json
-
-    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "yy"]}},
-              "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "yy"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
     for stream in (False, True):
         answer = server.chat("json", max_tokens=60, temperature=1.0, seed=2, response_format=form, stream=stream)
