@@ -203,6 +203,7 @@ def _plan(
     """`stored` is how the checkpoint lies on the disk; None where the model is in memory."""
     budget = parse_budget(options.memory_budget)
     found = structure.find_experts(model)
+    top_k = structure.top_k(model)
     specs = [structure.param_specs(module) for _, module in found]
     forms = (stored and stored.forms.experts) or [ExpertForm.plain(params) for params in specs]
     layouts = tuple(layout.describe(module, form) for (_, module), form in zip(found, forms, strict=True))
@@ -233,7 +234,6 @@ def _plan(
         )
     notes += prefill.notes
     slots, nbytes = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare, libraries)
-    top_k = structure.top_k(model)
     warnings = []
     if min(slots) < top_k:
         enough = libraries.beside(fixed + slot_bytes * len(experts) * top_k)
