@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -225,3 +227,32 @@ def test_a_device_is_refused_at_once_in_a_child_and_left_alone_at_its_end(tmp_pa
     assert "CUDA does not survive" in _in_child(lambda: _logits(model, 5))
     assert _in_child(lambda: model.emoe.close(restore=False) or "closed") == "closed"
     assert torch.equal(_logits(model), expected)
+
+
+THREADS = """
+import logging, os, sys, torch
+logging.basicConfig()
+torch.set_num_threads(2)
+import emoe
+model = emoe.from_pretrained(sys.argv[1], memory_budget=0.5)
+ids = torch.arange(3, 15).unsqueeze(0)
+before = model.generate(ids, max_new_tokens=3, do_sample=False).tolist()
+x = torch.randn(512, 512)
+x @ x  # in several threads, whatever the model needed
+child = os.fork()
+if child == 0:
+    same = model.generate(ids, max_new_tokens=3, do_sample=False).tolist() == before
+    x @ x
+    os._exit(0 if same and torch.get_num_threads() == 1 else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.get_num_threads() == 2
+assert model.generate(ids, max_new_tokens=3, do_sample=False).tolist() == before
+"""
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen3_moe"])
+def test_a_child_of_a_process_in_which_torch_had_several_threads_computes_with_one_and_says_so(name, tmp_path):
+    path = families.save(name, tmp_path / "model")
+    done = subprocess.run([sys.executable, "-c", THREADS, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("torch.set_num_threads(1)") == 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from emoe.errors import BudgetError
@@ -39,7 +41,21 @@ class Attached:
             vars(module)["_emoe"] = layer
         self._guard = load.guard_saving(model, store)
         self._hooks = [hook for hook in (load.pack_last_rows(model),) if hook is not None]
+        self._process = os.getpid()
+        self._hooks.append(model.register_forward_pre_hook(self._after_fork, prepend=True))
         self._answers = load.guard_model(model, store, implementation)
+
+    def _after_fork(self, *_: Any) -> None:
+        """In the child of a fork torch computes with one thread: OpenMP's other threads are not in it, and it waits."""
+        if torch.compiler.is_compiling() or os.getpid() == self._process:
+            return
+        self._process = os.getpid()
+        if torch.get_num_threads() > 1:
+            logger.warning(
+                "emoe: this process was forked from one that ran the model; torch's threads are not in it, so it "
+                "computes with one (torch.set_num_threads(1))"
+            )
+            torch.set_num_threads(1)
 
     def read(self, restore: bool | None) -> load.ExpertValues | None:
         """All weights that are elsewhere or encoded, for `leave`; None where they are given up. The model stays whole.
