@@ -67,7 +67,8 @@ def decoded(how: Encoding, rows: int, cols: int, planes: Mapping[str, torch.Tens
     else:
         values = _integers(how, rows, cols, arrays)
     high, wide = how.plane("scales").block  # type: ignore[union-attr]
-    values = values * _spread(_scales(how, arrays["scales"]), rows, cols, high, wide)
+    scales = _scales(how, arrays["scales"])
+    values = values * (scales[:, _order(arrays)] if how.ordered else _spread(scales, rows, cols, high, wide))
     if "factor" in arrays:
         factor = arrays["factor"].reshape(())
         values = values / factor if how.codes == "e2m1_divided" else values * factor
@@ -134,8 +135,15 @@ def _integers(how: Encoding, rows: int, cols: int, arrays: Mapping[str, torch.Te
             zeros = zeros + 1
     if zeros is None:
         return (codes - 8).float()
+    if how.ordered:
+        return (codes - zeros[:, _order(arrays)]).float()
     _, group = how.plane("scales").block  # type: ignore[union-attr]
     return (codes - _spread(zeros, rows, cols, 1, group)).float()
+
+
+def _order(arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[cols]: the group of each input."""
+    return arrays["order"].view(-1).long()
 
 
 def _spread(blocks: torch.Tensor, rows: int, cols: int, high: int, wide: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ class Plane:
     """One array of an encoding.
 
     Attributes:
-        name: "values", "blocks", "codes", "scales", "zeros" or "factor".
+        name: "values", "blocks", "codes", "scales", "zeros", "factor" or "order" (the group of each input).
         dtype: of its elements.
         block: rows and columns of the matrix that share `count` elements; 0 stands for all there are.
         count: elements of a block.
@@ -72,6 +72,11 @@ class Encoding:
     codes: str
     planes: tuple[Plane, ...]
     scale: str = ""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether inputs lie in groups in an order of their own, which the native kernels do not follow."""
+        return self.plane("order") is not None
 
     @property
     def plain(self) -> bool:
@@ -152,7 +157,7 @@ ENCODINGS = {
 _SCALE_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "e8m0": "uint8"}
 _SCALE = "|".join(_SCALE_DTYPES)
 _BYTES = re.compile(rf"(e4m3|e5m2|int8)-(row|tensor|[1-9]\d{{0,5}}x[1-9]\d{{0,5}})-({_SCALE})")
-_BITS = re.compile(rf"(int4|awq|gptq|gptq_v2)-(row|[1-9]\d{{0,5}})-({_SCALE})(-zeros)?")
+_BITS = re.compile(rf"(int4|awq|gptq|gptq_v2)-(row|[1-9]\d{{0,5}})-({_SCALE})(-zeros|-order)?")
 _BYTE_DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "int8": "int8"}
 
 
@@ -162,7 +167,8 @@ def encoding(name: str) -> Encoding:
 
     A byte each, times a scale: "e4m3-128x128-float32", "e4m3-row-bfloat16", "int8-tensor-float32", "e4m3-1x32-e8m0".
     Four bits each, in groups along the inputs: "int4-32-bfloat16", "int4-32-float16-zeros" (compressed-tensors),
-    "awq-128-float16", "gptq-128-float16" (zeros stored less one), "gptq_v2-128-float16".
+    "awq-128-float16", "gptq-128-float16" (zeros stored less one), "gptq_v2-128-float16", "gptq-128-float16-order" (a
+    group of each input, as desc_act=True makes them).
 
     Raises:
         UnsupportedModelError: there is none; names the choices.
@@ -175,24 +181,27 @@ def encoding(name: str) -> Encoding:
         scales = Plane("scales", _SCALE_DTYPES[scale], (sizes[0], sizes[1]), cut=True)
         return Encoding(name, codes, (Plane("codes", _BYTE_DTYPES[codes]), scales), scale)
     if found := _BITS.fullmatch(name):
-        codes, group, scale, zeros = found.groups()
-        if codes == "int4" or not zeros:
-            return _four_bits(name, codes, 0 if group == "row" else int(group), scale, zeros is not None)
+        codes, group, scale, more = found.groups()
+        may_have = {"int4": "-zeros", "awq": "", "gptq": "-order", "gptq_v2": "-order"}[codes]
+        if not more or (more == may_have and (group, more) != ("row", "-order")):  # one group has no order
+            return _four_bits(name, codes, 0 if group == "row" else int(group), scale, more or "")
     raise UnsupportedModelError(
         f"encoding {name!r} is not one of: {', '.join(ENCODINGS)}, nor like e4m3-128x128-float32, int8-row-bfloat16, "
         "int4-32-bfloat16, awq-128-float16, gptq-128-float16"
     )
 
 
-def _four_bits(name: str, codes: str, group: int, scale: str, zeros: bool) -> Encoding:
+def _four_bits(name: str, codes: str, group: int, scale: str, more: str) -> Encoding:
     """Eight codes in an int32, along the inputs (int4, gptq) or outputs (awq); zeros are packed along the outputs."""
     along = codes != "int4"
     planes = [
         Plane("codes", "int32", (8, 1) if codes == "awq" else (1, 8), transposed=along, cut=codes == "int4"),
         Plane("scales", _SCALE_DTYPES[scale], (1, group), transposed=along, cut=codes == "int4"),
     ]
-    if along or zeros:
+    if along or more == "-zeros":
         planes.append(Plane("zeros", "int32", (8, group), transposed=along, cut=codes == "int4"))
+    if more == "-order":
+        planes.append(Plane("order", "int32", (0, 1)))
     return Encoding(name, codes, tuple(planes), scale)
 
 

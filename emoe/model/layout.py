@@ -91,6 +91,11 @@ def _native(module: Any, form: ExpertForm, offsets: dict[str, int]) -> dict[str,
     found = {"has_gate": bool(module.has_gate), **_recognise(module, up)}
     if any(matrix.transposed != module.is_transposed for matrix in form.matrices):
         raise _NotNativeError("Its encoded weights have a row for each input, not output.")
+    if any(encoding(matrix.encoding).ordered for matrix in form.matrices):
+        raise _NotNativeError(
+            "Inputs of its weights lie in groups in an order of their own (act order, desc_act=True), which the native "
+            "kernels do not follow."
+        )
     if form.matrices:
         return {**sizes, **found, **_encoded(form, offsets, up, intermediate, hidden_out, found)}
     return {

@@ -303,19 +303,23 @@ def _awq(said: Mapping[str, Any], made: Formats) -> Formats:
     return _with(made, rules=(Rule((_LINEAR,), _four_bits(said, made, "awq")),))
 
 
+def _of_gptq(said: Mapping[str, Any], made: Formats, layout: str) -> str:
+    encoding = _four_bits(said, made, layout)
+    ordered = said.get("desc_act") and not said.get("static_groups") and "-row-" not in encoding
+    return f"{encoding}-order" if ordered else encoding
+
+
 def _gptq(said: Mapping[str, Any], made: Formats) -> Formats:
     layout = str(said.get("checkpoint_format") or "gptq")
     if layout not in ("gptq", "gptq_v2"):
         raise _open(made.where, f"weights are GPTQ as {layout!r}")
-    if said.get("desc_act"):
-        raise _open(made.where, "columns of GPTQ are in an order of their own (desc_act=True)")
-    encoding = _four_bits(said, made, layout)
+    encoding = _of_gptq(said, made, layout)
     rules, plain = [Rule((_LINEAR,), encoding)], list(made.plain)
     for pattern, values in (said.get("dynamic") or {}).items():
         if pattern.startswith("-:"):
             plain.append(f"re:{pattern[2:]}")
         else:
-            own = _four_bits({**said, **values}, made, layout)
+            own = _of_gptq({**said, **values}, made, layout)
             rules.append(Rule((f"re:{pattern.removeprefix('+:')}",), own))
     only = _only(said.get("modules_in_block_to_quantize"))
     if only:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -26,6 +26,7 @@ from emoe.store.companions import (
     Read,
     encoded,
     grouped,
+    in_one_order,
     is_encoded,
     is_of_activations,
     require_nothing_beside,
@@ -328,14 +329,11 @@ def _sources(
     state = model.state_dict()
     rows_first = _rows_first(model)
     found: dict[str, _Sources] = {}
-    weights: dict[str, EncodedWeight] = {}
-    for name, key, pattern, converter in model_keys(entries, model):
-        entry = entries[name]
-        source: Source
-        if isinstance(entry, Group):
-            source = weights[name] = encoded(entry, said, read)
-        else:
-            source = entry
+    keys = list(model_keys(entries, model))
+    groups = {name: each for name, *_ in keys if isinstance(each := entries[name], Group)}
+    weights = in_one_order(groups, {name: encoded(each, said, read) for name, each in groups.items()})
+    for name, key, pattern, converter in keys:
+        source = weights[name] if name in weights else cast(Source, entries[name])
         _check_dtype(source, key, state[key])
         if pattern is None:
             _check_shape(source, key, state[key], key in rows_first)

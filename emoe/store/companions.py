@@ -222,6 +222,31 @@ def zeros_said(found: Mapping[str, TensorEntry | Group], said: Declared) -> Decl
     return replace(said, symmetric=frozenset([False]), where=said.where or "another weight of the checkpoint")
 
 
+def in_one_order(groups: Mapping[str, Group], weights: Mapping[str, EncodedWeight]) -> dict[str, EncodedWeight]:
+    """`weights`, and where GPTQ has put inputs of one into groups in an order of their own, all have such an order.
+
+    That of one expert may happen to be ascending, and experts of a layer are encoded alike.
+
+    Args:
+        groups: of `grouped`, by name.
+        weights: what `encoded` gives for them.
+
+    Raises:
+        CheckpointError: one has several groups and does not say which inputs they are of.
+    """
+    first = next((each for each in weights.values() if encoding(each.encoding).ordered), None)
+    result = dict(weights)
+    for name, each in weights.items() if first is not None else ():
+        how, group = encoding(each.encoding), groups[name]
+        if how.ordered or not how.codes.startswith("gptq") or how.shapes(*each.shape[-2:])["scales"][0] == 1:
+            continue
+        if ".g_idx" not in group.parts:
+            raise group.lacks(f"the groups of its inputs, {_named(group, '.g_idx')}, as {first.name} has them")
+        planes = {**each.planes, "order": group.parts[".g_idx"]}
+        result[name] = _made(group, f"{each.encoding}-order", each.shape, planes, by_rows=True)
+    return result
+
+
 def is_encoded(found: Mapping[str, TensorEntry | Group]) -> bool:
     """Whether any weight of `grouped` is encoded."""
     return any(isinstance(each, Group) for each in found.values())
@@ -317,7 +342,7 @@ def _made(
     how, nbytes = encoding(name), plane_bytes(name, shape)
     for plane, wanted in nbytes.items():
         entry = planes[plane]
-        shared = wanted == ITEMSIZE[how.plane(plane).dtype]  # type: ignore[union-attr]
+        shared = plane == "order" or wanted == ITEMSIZE[how.plane(plane).dtype]  # type: ignore[union-attr]
         if entry.nbytes not in (math.prod(shape[:-2]) * wanted, wanted if shared else -1):
             raise entry.error(
                 f"is the {plane} of {group.name} {list(shape)} in {name}, which take {math.prod(shape[:-2]) * wanted} "
@@ -523,16 +548,49 @@ def _written_shape(entry: TensorEntry, read: Read) -> Block:
 
 def _require_in_order(entry: TensorEntry, cols: int, size: int, read: Read | None) -> None:
     """Where columns of a group lie anywhere, a kernel would have to gather them."""
-    if entry.dtype != "int32" or math.prod(entry.shape) != cols:
-        raise entry.error(f"is not the group of each of {cols} columns")
+    _require_groups(entry, cols, 1)
     if read is not None and not np.array_equal(
         np.frombuffer(read(entry), np.int32), np.arange(cols, dtype=np.int32) // (size or cols)
     ):
         raise _unsupported(
             entry,
-            f"puts columns into groups in an order of its own (act-order, desc_act); emoe reads groups of "
-            f"{size or cols} columns that are neighbours, as desc_act=False makes them",
+            "puts columns into groups in an order of its own (act order), which emoe reads of GPTQ alone; here groups "
+            f"of {size or cols} columns are neighbours",
         )
+
+
+def _require_groups(entry: TensorEntry, cols: int, matrices: int) -> None:
+    if entry.dtype != "int32" or math.prod(entry.shape) not in (cols, matrices * cols):
+        raise entry.error(f"is not the group of each of {cols} columns")
+
+
+def _is_ordered(entry: TensorEntry, scale: TensorEntry, cols: int, said: Declared, read: Read | None) -> bool:
+    """Whether inputs of GPTQ lie in groups in another order than theirs; else groups are of neighbours.
+
+    Args:
+        entry: the group of each input.
+        scale: has a row for each group.
+    """
+    groups = scale.shape[-2]
+    _require_groups(entry, cols, math.prod(scale.shape[:-2]))
+    if read is None:
+        return groups > 1 and True in said.ordered
+    found = np.frombuffer(read(entry), np.int32).reshape(-1, cols)
+    neighbours = np.arange(cols, dtype=np.int32) // (cols // groups)
+    if (found == neighbours).all():
+        return False
+    strays = found[(found < 0) | (found >= groups)]
+    if strays.size:
+        raise entry.error(f"puts an input into group {strays[0]}; there are {groups}, as {scale.name} has them")
+    if not (np.sort(found) == neighbours).all():
+        raise entry.error(
+            f"does not put {cols // groups} inputs into each of the {groups} groups that {scale.name} has"
+        )
+    if said.ordered == {False}:
+        raise _unsupported(
+            entry, f"puts inputs into groups in an order of its own (act order), but {said.where} says desc_act=False"
+        )
+    return True
 
 
 def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
@@ -561,12 +619,16 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     size = _group_size(scale, cols, groups, said, cut=False)
     _confirm_group(group, scale, "AWQ or GPTQ", size, cols, said)
     name = "awq" if entry.shape[-1] != rows else _zeros_of_gptq(zeros, said, read)
-    if not said.in_order and ".g_idx" not in group.parts:
+    order = group.parts.get(".g_idx")
+    if True in said.ordered and groups > 1 and order is None:
         raise group.lacks(f"the groups of its inputs, {_named(group, '.g_idx')}, which {said.where} speaks of")
-    if ".g_idx" in group.parts:
-        _require_in_order(group.parts[".g_idx"], cols, size, read)
     planes = {"codes": entry, "scales": scale, "zeros": zeros}
     name = f"{name}-{size or 'row'}-{_scale_kind(scale)}"
+    if order is not None and name.startswith("awq"):
+        _require_in_order(order, cols, size, read)
+    elif order is not None and _is_ordered(order, scale, cols, said, read):
+        planes["order"] = order
+        name = f"{name}-order"
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)
 
 

@@ -38,7 +38,7 @@ class Declared:
     widths: bits of a weight.
     symmetric: whether integers have zero points of their own, as far as that is said.
     zeros: "gptq" or "gptq_v2" where that is said.
-    in_order: False where GPTQ may have put inputs into groups in another order than theirs.
+    ordered: whether GPTQ puts inputs into groups in an order of their own (desc_act), as far as that is said.
     experts: bits of experts' weights where they are said apart, else 0.
     """
 
@@ -49,7 +49,7 @@ class Declared:
     widths: frozenset[int] = field(default=frozenset())
     symmetric: frozenset[bool] = field(default=frozenset())
     zeros: str = ""
-    in_order: bool = True
+    ordered: frozenset[bool] = field(default=frozenset())
     experts: int = 0
 
 
@@ -151,10 +151,12 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
     groups: set[int] = set()
     widths: set[int] = set()
     symmetric: set[bool] = set()
+    ordered: set[bool] = set()
     for weights in _statements(said):
         width = _width(weights)
         widths |= {width} if width else set()
         symmetric |= {weights["symmetric"]} if type(weights.get("symmetric")) is bool else set()
+        ordered |= {weights["desc_act"]} if type(weights.get("desc_act")) is bool else set()
         block = block_of(weights)
         if block is not None and (width == 8 or "weight_block_size" in weights):
             blocks.add(block)
@@ -175,7 +177,7 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
         frozenset(widths),
         frozenset(symmetric),
         str(zeros),
-        not said.get("desc_act"),
+        frozenset(ordered),
         {"fp4": 4, "fp8": 8}.get(str(said.get("expert_dtype")), 0),
     )
 
