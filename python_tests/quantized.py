@@ -152,13 +152,14 @@ def int4(group: int, scale: torch.dtype = torch.bfloat16, zeros: bool = False, s
 
 
 def along_inputs(kind: str, group: int, order: bool = False, symmetric: bool = False) -> Encoder:
-    """AWQ and GPTQ; `order` puts inputs into groups at random, as desc_act=True does."""
+    """AWQ and GPTQ; `order` puts inputs into groups at random, each weight its own, as desc_act=True does."""
 
     def encode(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
         turned = weight.T.contiguous()  # [in, out]
         index = torch.arange(len(turned)) // group
         if order:
-            index = index[torch.randperm(len(index), generator=_generator("order"))]
+            own = _generator(f"order {zlib.crc32(weight.numpy().tobytes())}")
+            index = index[torch.randperm(len(index), generator=own)]
         groups = int(index.max()) + 1
         scales = torch.stack([turned[index == each].abs().amax(0) for each in range(groups)]).div(7).half()
         zero = torch.full(scales.shape, 8)
@@ -372,6 +373,10 @@ FORMATS: dict[str, Format] = {
     "gptq v2": _everywhere(
         along_inputs("gptq_v2", 32), "gptq_v2-32-float16",
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "checkpoint_format": "gptq_v2"},
+    ),
+    "gptq order": _everywhere(
+        along_inputs("gptq", 32, order=True), "gptq-32-float16-order",
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
     ),
     "q8_0": _everywhere(blocks("q8_0"), "q8_0"),
     "q4_0": Format(blocks("q4_0"), "q4_0", linears=blocks("q8_0")),

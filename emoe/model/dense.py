@@ -91,7 +91,7 @@ def holds(module: nn.Module, name: str) -> str:
     if str(module.weight.dtype).removeprefix("torch.") not in COMPUTED:
         return f"its layer computes in {module.weight.dtype}"
     if encoding(name).ordered:
-        return f"inputs of {name} lie in groups in an order of their own (act order)"
+        return "its inputs lie in groups in an order of their own (act order)"
     if isinstance(module, nn.Embedding) and not apart(encoding(name)):
         return f"rows of {name} share blocks, and an embedding takes them one by one"
     return ""

@@ -17,7 +17,7 @@ from emoe.store.headers import DTYPES
 PARAMETRIC = (
     "e4m3-128x128-float32", "e4m3-row-bfloat16", "e4m3-tensor-float32", "e4m3-1x32-e8m0", "e5m2-128x128-float16",
     "int8-row-bfloat16", "int4-32-bfloat16", "int4-32-float16-zeros", "awq-128-float16", "gptq-128-float16",
-    "gptq_v2-128-float16",
+    "gptq_v2-128-float16", "gptq-128-float16-order",
 )  # fmt: skip
 
 
@@ -35,7 +35,8 @@ def test_the_kernels_dtypes_are_the_first_of_the_table():
     ("name", "bits"),
     [("q8_0", 8.5), ("q4_0", 4.5), ("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625), ("gguf_mxfp4", 4.25),
      ("mxfp4", 4.25), ("q5_0", 5.5), ("q4_1", 5.0), ("q5_1", 6.0), ("iq4_nl", 4.5), ("iq4_xs", 4.25), ("q2_k", 2.625),
-     ("q3_k", 3.4375), ("int4-32-bfloat16", 4.5), ("awq-128-float16", 4.15625), ("gptq-128-float16", 4.15625)],
+     ("q3_k", 3.4375), ("int4-32-bfloat16", 4.5), ("awq-128-float16", 4.15625), ("gptq-128-float16", 4.15625),
+     ("gptq-128-float16-order", 4.28125)],
 )  # fmt: skip
 def test_a_format_takes_the_bits_a_weight_that_it_is_known_for(name, bits):
     assert encoding(name).nbytes((256, 512)) * 8 == bits * 256 * 512
@@ -138,6 +139,22 @@ def test_the_nibbles_of_a_gptq_word_are_inputs_and_its_zeros_are_stored_less_one
     assert decoded(encoding(name), 8, 8, planes)[5].tolist() == [i - zero for i in range(8)]
 
 
+def test_an_order_says_the_group_of_each_input_to_scales_and_zeros():
+    order = [1, 0, 1, 1, 0, 0, 1, 0]
+    planes = {
+        "codes": _words(*[0x76543210] * 8), "scales": torch.tensor([[1.0], [10.0]]).expand(2, 8).half(),
+        "zeros": _words(0x33333333, 0x55555555).view(2, 1), "order": torch.tensor([order], dtype=torch.int32),
+    }  # fmt: skip
+    values = decoded(encoding("gptq_v2-4-float16-order"), 8, 8, planes)
+    assert values[2].tolist() == [(i - (3, 5)[g]) * (1, 10)[g] for i, g in enumerate(order)]
+
+
+def test_a_row_of_one_group_has_no_order_and_neither_have_other_formats():
+    for name in ("gptq-row-float16-order", "awq-32-float16-order", "int4-32-float16-order", "gptq-32-float16-zeros"):
+        with pytest.raises(UnsupportedModelError, match=name):
+            encoding(name)
+
+
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q5_0", "q4_1", "q5_1", "gguf_mxfp4"])
 def test_blocks_of_gguf_are_decoded_as_its_library_does(kind):
     import gguf
@@ -159,6 +176,8 @@ def test_every_encoding_decodes_whatever_its_bytes_are_to_the_shape_of_the_matri
         nbytes = math.prod(shape) * ITEMSIZE[plane.dtype]
         raw = torch.randint(0, 256, (nbytes,), generator=generator, dtype=torch.uint8)
         planes[plane.name] = raw.view(getattr(torch, plane.dtype)).view(shape)
+        if plane.name == "order":  # a loader has looked at it
+            planes[plane.name] %= len(planes["scales"])
     with np.errstate(all="ignore"):
         values = decoded(how, 64, 256, planes)
     assert values.shape == (64, 256) and values.dtype == torch.float32

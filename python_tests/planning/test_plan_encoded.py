@@ -113,7 +113,7 @@ _EXACT = [
     "fp8 blocks", "fp8 blocks 64", "fp8 ragged", "fp8 ragged even", "fp8 one scale", "fp8 qscale", "mxfp8",
     "fp8 channel", "fp8 tensor", "fp8 compressed blocks", "int8", "gpt-oss", "mxfp4 compressed",
     "deepseek-v4", "deepseek-v4 32x32",
-    "nvfp4", "nvfp4 compressed", "int4", "awq", "gptq",
+    "nvfp4", "nvfp4 compressed", "int4", "awq", "gptq", "gptq order",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -375,11 +376,135 @@ def test_other_zeros_without_a_config_are_refused(tmp_path):
     assert error.tensor.endswith(".qzeros") and "gptq_v2" in str(error)
 
 
-def test_groups_in_an_order_of_their_own_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_groups_in_an_order_of_their_own_run_in_both_versions(version, symmetric, tmp_path):
+    encode = quantized.along_inputs(version, 32, order=True, symmetric=symmetric)
+    said = {**FORMATS["gptq order"].config, "checkpoint_format": version}
+    path = quantized.write(tmp_path, Format(encode, f"{version}-32-float16-order", said, encode))
+    _assert_runs_as_the_truth(tmp_path)
+    assert emoe.plan(path, calibrate=False).encodings == (f"{version}-32-float16-order",)
+
+
+def test_groups_in_an_order_of_their_own_need_no_config(tmp_path):
+    encode = quantized.along_inputs("gptq", 32, order=True, symmetric=True)
+    quantized.write(tmp_path, Format(encode, "", linears=encode), config={})
+    _assert_runs_as_the_truth(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ordered", ["experts.0.", "experts.3.down_proj", "layers.1.mlp", "q_proj"], ids=lambda each: each.strip(".")
+)
+def test_weights_in_order_beside_one_in_an_order_of_its_own_are_read_as_it_is(ordered, tmp_path):
+    def which(name):
+        if ".experts." in name or ("_proj" in name and ".self_attn." in name):
+            return quantized.along_inputs("gptq", 32, order=ordered in name)
+        return None
+
+    path = quantized.write(tmp_path, FORMATS["gptq order"], which=which)
+    plan = emoe.plan(path, calibrate=False, dtype="float32")
+    assert plan.encodings == ("gptq-32-float16-order",)
+    assert plan.decoded_bytes == sum(each.nbytes for each in _outside_experts(tmp_path / "plain"))
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def _outside_experts(path: Path) -> list[torch.Tensor]:
+    return [each for name, each in load_file(path / "model.safetensors").items() if "attn" in name and "_proj" in name]
+
+
+def test_an_order_that_is_ascending_everywhere_is_none(tmp_path):
+    path = quantized.write(tmp_path, replace(FORMATS["gptq"], config=FORMATS["gptq order"].config))
+    plan = emoe.plan(path, calibrate=False)
+    assert plan.encodings == ("gptq-32-float16",)
+    assert [row["kernels"] for row in plan.experts] == ["native"]
+
+
+def test_one_group_has_no_order_and_need_not_say_it(tmp_path):
+    """Inputs of the down projections are 160 in five groups, those of the others 128 in one."""
+
+    def which(name):
+        if ".experts." not in name:
+            return None
+        return quantized.along_inputs("gptq", 32 if "down_proj" in name else 128, order="down_proj" in name)
+
+    def drop(found):
+        for name in [each for each in found if each.endswith("up_proj.g_idx")]:
+            del found[name]
+
+    said = {**FORMATS["gptq order"].config, "dynamic": {"+:.*(gate|up)_proj": {"group_size": 128}}}
+    path = quantized.write(tmp_path, FORMATS["gptq order"], config=said, which=which, change=drop)
+    (row,) = emoe.plan(path, calibrate=False).experts
+    assert row["encodings"] == {
+        "gate": "gptq-128-float16", "up": "gptq-128-float16", "down": "gptq-32-float16-order",
+    }  # fmt: skip
+    _assert_runs_as_the_truth(tmp_path)
+
+
+@pytest.mark.parametrize("indices", ["for each", "for all"])
+def test_groups_of_all_experts_at_once_have_an_order_for_each_or_one_for_all(indices, tmp_path):
+    encoder = quantized.along_inputs("gptq", 16, order=True)
+
+    def together(weight):
+        parts, truth = encoder(weight.flatten(0, 1))
+        index = parts.pop(".g_idx")
+        apart = {end: part.view(len(part), len(weight), -1).transpose(0, 1) for end, part in parts.items()}
+        return {**apart, ".g_idx": index}, truth.view(weight.shape)
+
+    encode = fused(encoder) if indices == "for each" else together
+    quantized.write(
+        tmp_path, Format(encode, "", {**FORMATS["gptq order"].config, "group_size": 16}, family="granitemoe")
+    )
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def test_an_order_that_the_config_denies_is_refused_by_both(tmp_path):
     form = Format(quantized.along_inputs("gptq", 32, order=True), "", FORMATS["gptq"].config)
     error = _fails(quantized.write(tmp_path, form), errors.UnsupportedEncodingError)
     assert isinstance(error, errors.UnsupportedModelError)
-    assert error.tensor.endswith(".g_idx") and "desc_act=False" in str(error)
+    assert error.tensor.endswith(".g_idx") and "config.json says desc_act=False" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["awq", "int4"])
+def test_an_order_of_other_formats_is_refused_by_name(kind, tmp_path):
+    end = "weight_g_idx" if kind == "int4" else "g_idx"
+
+    def add(found):
+        found[GATE.replace("weight", end)] = (torch.arange(128).flip(0) // 32).to(torch.int32)
+
+    error = _fails(quantized.write(tmp_path, FORMATS[kind], change=add), errors.UnsupportedEncodingError)
+    assert error.tensor == GATE.replace("weight", end) and "of GPTQ alone" in str(error)
+
+
+def test_ordered_experts_and_linear_layers_are_computed_by_torch_and_say_why(written, caplog):
+    model = emoe.from_pretrained(written("gptq order") / "quantized", memory_budget=0.5, dtype=torch.float32)
+    assert any("2 of 2 layers run Transformers' own" in each and "act order" in each for each in caplog.messages)
+    stats = model.emoe.stats()
+    assert stats["kernels"] == {"stock": 2}
+    assert len(stats["dense"]["decoded"]) == 8 and not stats["dense"]["bytes"]
+    assert all("act order" in each for each in stats["dense"]["decoded"].values())
+    _assert_same(_logits(model), _logits(_truth(written("gptq order"))))
+    model.emoe.close(restore=False)
+    (row,) = model.emoe.plan.experts
+    assert row["kernels"] == "stock" and "desc_act=True" in row["reason"]
+
+
+def test_an_order_lies_in_a_slot_as_in_its_file(written):
+    model = _load(written("gptq order") / "quantized")
+    form = model.emoe.store.layers[0].form
+    assert [(each.name, each.dtype, each.shape) for each in form.stored[-4:]] == [
+        ("down_proj.0.codes", "int32", (20, 128)), ("down_proj.0.scales", "float16", (5, 128)),
+        ("down_proj.0.zeros", "int32", (5, 16)), ("down_proj.0.order", "int32", (1, 160)),
+    ]  # fmt: skip
+    assert GATE.replace("weight", "g_idx") in {piece.tensor for piece in model.emoe.store.layers[1].pieces[3]}
+    model.emoe.close(restore=False)
+
+
+def test_an_order_that_others_have_and_one_lacks_is_missed_where_no_config_speaks_of_it(tmp_path):
+    encode = quantized.along_inputs("gptq", 32, order=True, symmetric=True)
+    gone = GATE.replace("weight", "g_idx")
+    path = quantized.write(tmp_path, Format(encode, "", linears=encode), config={}, change=lambda each: each.pop(gone))
+    error = _fails(path)
+    assert error.tensor == GATE.replace("weight", "qweight") and gone in str(error)
 
 
 def test_eight_bits_in_words_are_refused_by_name(tmp_path):
@@ -410,8 +535,9 @@ def test_groups_that_may_have_an_order_of_their_own_and_do_not_say_it_are_refuse
         for name in [each for each in found if each.endswith("g_idx")]:
             del found[name]
 
-    error = _fails(quantized.write(tmp_path, FORMATS["gptq v2"], change=drop))
-    assert error.tensor.endswith(".qweight") and ".g_idx" in str(error)
+    for name in ("gptq v2", "gptq order"):
+        error = _fails(quantized.write(tmp_path / name, FORMATS[name], change=drop))
+        assert error.tensor.endswith(".qweight") and ".g_idx" in str(error) and "config.json" in str(error)
     quantized.write(tmp_path / "in order", FORMATS["gptq"], change=drop)
     _assert_runs_as_the_truth(tmp_path / "in order")
 
@@ -466,6 +592,7 @@ def _take(tensors, name):
     return next(each for each in tensors if each == name)
 
 
+_ORDER = GATE.replace("weight", "g_idx")
 _DAMAGES = {
     "a scale of doubles": ("fp8 blocks", f"{GATE}_scale_inv", lambda t: t.double(), "float64"),
     "a scale of another grid": ("fp8 blocks", f"{GATE}_scale_inv", lambda t: torch.ones(3, 5), "[3, 5]"),
@@ -488,6 +615,17 @@ _DAMAGES = {
     "zeros of fewer rows": ("int4 zeros", f"{GATE}_zero_point", lambda t: t[:-1].clone(), "bytes"),
     "zeros of fewer groups": ("awq", GATE.replace("weight", "qzeros"), lambda t: t[:-1].clone(), "4 bits for each"),
     "an order of more inputs": ("gptq", GATE.replace("weight", "g_idx"), lambda t: t.repeat(2), "group of each"),
+    "an order of fewer inputs": ("gptq order", _ORDER, lambda t: t[:-1].clone(), "group of each"),
+    "an order in another dtype": ("gptq order", _ORDER, lambda t: t.long(), "group of each"),
+    "an order with a group too many": ("gptq order", _ORDER, lambda t: t + 1, "into group 4; there are 4"),
+    "an order with a group below zero": ("gptq order", _ORDER, lambda t: -t, "into group -"),
+    "an order that is all one group": ("gptq order", _ORDER, lambda t: t * 0, "32 inputs into each of the 4"),
+    "an order with one input astray": (
+        "gptq order", _ORDER, lambda t: torch.cat([(t[:1] + 1) % 4, t[1:]]), "32 inputs into each of the 4",
+    ),
+    "an order of a linear layer": (
+        "gptq order", QUERY.replace("weight", "g_idx"), lambda t: t + 100, "there are 4",
+    ),
     "half a block": ("q8_0", f"{GATE}_q8_0", lambda t: t[:, :-7].clone(), "whole number of blocks"),
     "blocks of fewer rows": ("q8_0", f"{GATE}_q8_0", lambda t: t[:-1].clone(), "shape"),
     "a fused weight of fewer experts": (
@@ -804,7 +942,9 @@ def _entries(found: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorE
         st.sampled_from(_ENDS + _OTHER_ENDS), st.tuples(st.sampled_from(sorted(DTYPES.values())), _SHAPES), min_size=1
     ),
     raw=st.integers(0, 255),
-    said=st.sampled_from([None, fp8(128, 128), FORMATS["gptq"].config, FORMATS["int4 zeros said"].config]),
+    said=st.sampled_from(
+        [None, fp8(128, 128), *(FORMATS[each].config for each in ("gptq", "gptq order", "int4 zeros said"))]
+    ),
 )
 @settings(max_examples=600)
 def test_whatever_lies_beside_a_weight_is_one_or_an_error_that_names_it(found, raw, said):
@@ -909,12 +1049,13 @@ def test_loading_holds_no_second_copy_of_experts_or_of_the_rest(name, written, t
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "mxfp4 compressed", "nvfp4", "int4", "awq", "deepseek-v4", "gpt-oss"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "mxfp4 compressed", "nvfp4", "int4", "awq", "gptq order", "deepseek-v4",
+                                  "gpt-oss"])  # fmt: skip
 def test_a_plan_says_the_bytes_of_the_files_and_of_memory(name, written):
     path = written(name) / "quantized"
     plan = emoe.plan(path, 0.5, calibrate=False, dtype=torch.float32)
     names = read_headers(sorted(path.glob("*.safetensors")))
-    weights = {each: entry for each, entry in names.items() if not each.endswith(("_shape", "g_idx", "input_scale"))}
+    weights = {each: entry for each, entry in names.items() if not each.endswith(("_shape", "input_scale"))}
     experts = [entry for each, entry in weights.items() if ".experts." in each]
     assert plan.expert_bytes == sum(entry.nbytes for entry in experts)
     model = _load(path)
@@ -927,7 +1068,8 @@ def test_a_plan_says_the_bytes_of_the_files_and_of_memory(name, written):
     assert plan.checkpoint_bytes == sum(entry.nbytes for entry in names.values())
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks e8m0", "fp8 tensor", "mxfp4 compressed", "awq", "gpt-oss", "deepseek-v4"])
+@pytest.mark.parametrize("name", ["fp8 blocks e8m0", "fp8 tensor", "mxfp4 compressed", "awq", "gptq order",
+                                  "gpt-oss", "deepseek-v4"])  # fmt: skip
 def test_a_config_alone_is_planned_as_it_says_and_the_plan_notes_it(name, written, tmp_path):
     path = written(name) / "quantized"
     config = json.loads((path / "config.json").read_text())
