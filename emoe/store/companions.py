@@ -235,8 +235,10 @@ def in_one_order(groups: Mapping[str, Group], weights: Mapping[str, EncodedWeigh
         CheckpointError: one has several groups and does not say which inputs they are of.
     """
     first = next((each for each in weights.values() if encoding(each.encoding).ordered), None)
+    if first is None:
+        return dict(weights)
     result = dict(weights)
-    for name, each in weights.items() if first is not None else ():
+    for name, each in weights.items():
         how, group = encoding(each.encoding), groups[name]
         if how.ordered or not how.codes.startswith("gptq") or how.shapes(*each.shape[-2:])["scales"][0] == 1:
             continue
