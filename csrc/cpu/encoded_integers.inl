@@ -127,9 +127,8 @@ struct Narrow {
 
 // acc[m][r] += a step of eight groups, four of them at a time.
 template <class Q, int M, int R>
-inline __attribute__((always_inline)) void quad_step(const Source& a, const RowAt (&row)[R], int64_t g0,
-                                                     const Narrow& x, int64_t ahead_by, V (&acc)[M][R],
-                                                     __m256 (&low)[M][R]) {
+inline void quad_step(const Source& a, const RowAt (&row)[R], int64_t g0, const Narrow& x, int64_t ahead_by,
+                      V (&acc)[M][R], __m256 (&low)[M][R]) {
     constexpr int S = Q::kScales;
     const int64_t stride = x.stride;
     const int16_t* whole = x.whole + g0 * kGroup;
