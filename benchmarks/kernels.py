@@ -4,7 +4,8 @@ python benchmarks/kernels.py [--rounds 15] [--threads 1 2] [--isa avx2] [--check
 
 The sides of a case are timed in turn, in many short rounds: times are the best of all rounds, ratios the median.
 Decode: one token, each call on experts that the last ones did not touch; the bound is a native read of as many bytes.
-Encoded: the same for one token and experts in each encoding, and 256 rows of one expert.
+Encoded: the same for one token and experts in each encoding; one token and one expert that stays in cache; 16 and 256
+rows of one expert.
 Prefill: torch runs the same two linear layers and the gate in bfloat16; several experts: Transformers' eager loop.
 Overhead: gather_mlp and combine from Python on experts of a few kilobytes.
 Everything is measured in child processes: as the CPU is, and with both sides held to AVX2.
@@ -99,6 +100,7 @@ ENCODED = (
     *HALVES, "mxfp4", "nvfp4", "e4m3-128x128-float32", "int8-row-float32", "int4-32-bfloat16", "int4-128-float16-zeros",
     "awq-128-float16", "gptq-128-float16",
 )  # fmt: skip
+IN_CACHE = "1 row of one expert in cache"
 WITH_TARGET = [name for name in ENCODED if name not in ("q2_k", "q3_k")]
 
 
@@ -107,6 +109,7 @@ class Encoded:
 
     def __init__(self, name: str, E: int, H: int, I: int) -> None:
         self.H, self.slots, how = H, E, encoding(name)
+        self.slot_of = np.arange(E, dtype=np.int32)
         shapes = {"up": (2 * I, H), "down": (H, I)}
         stored = [
             ParamSpec(f"{matrix}.{plane.name}", how.shapes(*shape)[plane.name], plane.dtype)
@@ -153,7 +156,7 @@ class Encoded:
 
     def emoe(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         out = torch.zeros((*index.shape, self.H))
-        ops.gather_mlp(self.layout, self, np.arange(self.slots, dtype=np.int32), x, index, weights, out, "pairs")
+        ops.gather_mlp(self.layout, self, self.slot_of, x, index, weights, out, "pairs")
         return ops.combine(out, x.dtype)
 
 
@@ -224,16 +227,22 @@ def encoded_cases(name: str, quick: bool) -> list[Case]:
             return native.load().read_seconds(experts.address + first(1) * experts.slot_bytes, 8 * experts.slot_bytes)
 
         x, weights = torch.randn(1, H, dtype=torch.bfloat16), torch.full((1, 8), 0.125)
+        ids = torch.arange(experts.slots).view(-1, 1, 8)
 
-        def call(experts: Encoded = experts, first: Any = first, x: Any = x, weights: Any = weights) -> torch.Tensor:
-            return experts.emoe(x, (torch.arange(8) + first(0)).view(1, 8), weights)
+        def call(experts: Any = experts, first: Any = first, x: Any = x, ids: Any = ids, w: Any = weights) -> Any:
+            return experts.emoe(x, ids[first(0) // 8], w)
 
         cases.append(Case(f"{name} H={H} I={I}", {"emoe": call, "read": read}, 8 * experts.slot_bytes))
     if not quick:
-        many = torch.randn(256, 2048, dtype=torch.bfloat16)
-        experts, index = Encoded(name, 1, 2048, 1024), torch.zeros((256, 1), dtype=torch.int64)
-        alone: dict[str, Callable[[], Any]] = {"emoe": lambda: experts.emoe(many, index, torch.ones(256, 1))}
-        cases.append(Case(f"{name}, 256 rows of one expert, H=2048 I=1024", alone, 2.0 * 256 * 3 * 2048 * 1024))
+        alone_cases = [(1, IN_CACHE, 1024, 512), *((n, f"{n} rows of one expert", 2048, 1024) for n in (16, 256))]
+        for rows, what, H, I in alone_cases:
+            many, index = torch.randn(rows, H, dtype=torch.bfloat16), torch.zeros((rows, 1), dtype=torch.int64)
+            one_of = Encoded(name, 1, H, I)
+            alone: dict[str, Callable[[], Any]] = {
+                "emoe": lambda e=one_of, x=many, i=index, n=rows: e.emoe(x, i, torch.ones(n, 1))
+            }
+            work = float(one_of.slot_bytes) if what == IN_CACHE else 2.0 * rows * 3 * H * I
+            cases.append(Case(f"{name}, {what}, H={H} I={I}", alone, work))
     return cases
 
 
@@ -399,7 +408,8 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
             rows.append(Row(cells, share, DECODE_TARGET if bounded else None))
         else:
             rate = case["work"] / case["emoe"] / 1e9
-            cells = (f"prefill {case['name']}", f"{1e3 * case['emoe']:.2f}", "", f"{rate:.0f} GFLOP/s", "")
+            what, unit = ("decode", "GB/s") if IN_CACHE in case["name"] else ("prefill", "GFLOP/s")
+            cells = (f"{what} {case['name']}", f"{1e3 * case['emoe']:.2f}", "", f"{rate:.0f} {unit}", "")
             rows.append(Row(cells, rate))
     spent = result["overhead_us"]
     cells = ("overhead of one layer from Python", f"{spent / 1e3:.3f}", "", "", f"{spent:.0f} us")
