@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from emoe.engine.engine import Engine
+    from emoe.engine.sampling import Sampling
     from emoe.engine.scheduler import Scheduler
     from emoe.entry import from_pretrained, wrap
     from emoe.planning.plan import Plan, plan
@@ -31,6 +32,7 @@ _LAZY = {
     "OnlineSensitivity": "emoe.sensitivity",
     "Plan": "emoe.planning.plan",
     "Runtime": "emoe.runtime",
+    "Sampling": "emoe.engine.sampling",
     "Scheduler": "emoe.engine.scheduler",
     "SensitivityProfile": "emoe.sensitivity",
     "TaskClassifier": "emoe.tasks",
@@ -48,6 +50,7 @@ __all__ = [
     "OnlineSensitivity",
     "Plan",
     "Runtime",
+    "Sampling",
     "Scheduler",
     "SensitivityProfile",
     "TaskClassifier",

@@ -68,6 +68,65 @@ def test_the_first_begins_and_the_last_ends_what_is_for_all_that_run():
     ]  # fmt: skip
 
 
+def test_requests_that_interleave_begin_and_end_in_any_order():
+    told = []
+    requests = Requests([Observer("one", told), Observer("two", told)])
+    a, b = Request("a"), Request("b")
+    requests.begin(a)
+    requests.begin(b)
+    assert a.joined and b.joined and a.within is b.within is None
+    with requests.rows([(b, 2), (a, 1)]):
+        assert requests.batched and requests.spans(3) == [(b, slice(0, 2)), (a, slice(2, 3))]
+    requests.end(a, failed=True)
+    assert requests.running and a.failed and not b.failed
+    requests.end(b)
+    requests.end(b)
+    assert not requests.running
+    assert [each for each in told if each[0] == "one"] == [
+        ("one", "begin", "a", True), ("one", "begin", "b", False),
+        ("one", "end", "a", False), ("one", "end", "b", True),
+    ]  # fmt: skip
+    assert told[4:6] == [("two", "end", "a", False), ("one", "end", "a", False)]
+
+
+def test_a_forward_beside_requests_that_interleave_is_nobodys_and_begins_none():
+    told = []
+    requests = Requests([Observer("", told)])
+    nobodys = requests.current
+    request = Request("a")
+    requests.begin(request)
+    requests.forward((torch.zeros(1, 4, dtype=torch.long),), {})
+    assert requests.current is nobodys and len(told) == 1
+    with requests.request(Request("block")) as block:
+        assert requests.current is block and block.within is None
+    requests.end(request)
+    assert [what for _, what, _, _ in told] == ["begin", "begin", "end", "end"]
+
+
+@pytest.mark.parametrize("fails", ["begin", "end"])
+def test_an_observer_that_fails_leaves_no_interleaving_request_and_the_others_are_told(fails):
+    told = []
+    requests = Requests([Observer("one", told), Observer("two", told, fails), Observer("three", told)])
+    request = Request("a")
+    with pytest.raises(ValueError, match=fails):
+        requests.begin(request)
+        requests.end(request)
+    assert not requests.running and request.failed == (fails == "begin")
+    ended = [name for name, what, _, _ in told if what == "end"]
+    assert ended == (["one"] if fails == "begin" else ["three", "two", "one"])
+
+
+def test_a_closed_object_begins_no_interleaving_request_and_ends_those_that_run():
+    requests = Requests([])
+    request = Request()
+    requests.begin(request)
+    requests.close()
+    with pytest.raises(ClosedError):
+        requests.begin(Request())
+    requests.end(request)
+    assert not requests.running
+
+
 def test_a_forward_belongs_to_its_threads_request_and_else_to_the_one_opened_last():
     requests = Requests([])
     nobodys = requests.current

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from emoe.engine import prefixes, prompts, trial
+from emoe.engine import calibrate, prefixes, prompts, trial
 from emoe.engine.attention import STOCK
-from emoe.engine.costs import Step
+from emoe.engine.costs import Costs, Step
 from emoe.engine.generation import Event, FinishReason, Generation
 from emoe.engine.kv_budget import KvBudget
 from emoe.engine.runner import Runner, Way
@@ -102,6 +102,7 @@ class Engine:
                     "slo+affinity" if scheduler is None else scheduler, kv_bytes=self._kv.nbytes, chunk_rows=rows,
                     most_running=most_running, resident=None if self._runtime is None else self._resident,
                     expert_bytes=0 if self._runtime is None else self._runtime.plan.bytes_per_expert,
+                    costs=self._costs(),
                 )  # fmt: skip
             refuse = weakref.WeakMethod(self._refuse_others)  # a model keeps no engine that its user has dropped
             self._guard = model.register_forward_pre_hook(lambda *_: method() if (method := refuse()) else None)
@@ -234,11 +235,15 @@ class Engine:
     def _next(self, now: float) -> Batch:
         """What the scheduler chose; requests that it admitted get their state."""
         self._resplit()
-        batch = []
+        batch: Batch = []
         for id, rows in self.scheduler.next(now):
             generation = self._live[id]
             if generation.state is None and not self._admit(generation):
                 continue
+            if not generation.done and self._shares and not generation.inputs:
+                if prefixes.comes(generation, [other for other, _ in batch]):
+                    continue
+                self._share(generation)
             batch.append((generation, min(rows, len(generation.tokens) - generation.done)))
         return batch
 
@@ -247,11 +252,6 @@ class Engine:
         try:
             generation.state = new_state(self.model, len(generation.prompt) + generation.limit)
             self._kept = prefixes.trimmed(self._kept, self._kv.nbytes - self.scheduler.kv_used)
-            if self._shares and not generation.inputs:
-                generation.done = generation.shared = prefixes.share(generation, [*self._live.values(), *self._kept])
-            if generation.shared:
-                self.scheduler.computed(generation.id, generation.shared)
-                self._counts["shared_tokens"] += generation.shared
             if self._runtime is not None:
                 waiting = (self._live[id] for id in self.scheduler.waiting)
                 generation.account.others = [(each.account.task, each.account.tokens or 1.0) for each in waiting]
@@ -261,6 +261,14 @@ class Engine:
             self._finish(generation, "error", error)
             return False
         return True
+
+    def _share(self, generation: Generation) -> None:
+        """Copies what others have run of its prompt."""
+        rows = prefixes.share(generation, [*self._live.values(), *self._kept])
+        if rows:
+            generation.done = generation.shared = rows
+            self._counts["shared_tokens"] += rows
+            self.scheduler.computed(generation.id, rows)
 
     def _resplit(self) -> None:
         """Bytes go from slots to the state of the request that waits longest, where that raises tokens a second, and
@@ -312,13 +320,13 @@ class Engine:
             return 0
         try:
             token, logged = generation.sampler(generation.tokens, logits)
-            generation.output.append(token)
+            generation.tokens.append(token)
             if generation.logged is not None:
                 generation.logged.append(logged or {})
             self._counts["output_tokens"] += 1
             if token in generation.ends or (generation.text is not None and generation.text.add(token)):
                 self._finish(generation, "stop")
-            elif len(generation.output) >= generation.limit:
+            elif generation.given >= generation.limit:
                 self._finish(generation, "length")
             else:
                 self._events.append(generation.event())
@@ -373,9 +381,10 @@ class Engine:
             now = self._clock()
             if batch:
                 nbytes, after = self._loaded()
-                self.scheduler.ran(Step(now - started, rows, tokens, nbytes - loaded), now)
+                hits, misses = (new - old for new, old in zip(after, before, strict=True))
+                used = None if self._runtime is None else hits + misses
+                self.scheduler.ran(Step(now - started, rows, tokens, nbytes - loaded, used), now)
                 if self._split is not None:
-                    hits, misses = (new - old for new, old in zip(after, before, strict=True))
                     self._split.saw(Observed(now - started, sum(tokens.values()), hits + misses, misses))
                 self._counts["steps"] += 1
             while self._ended:
@@ -529,6 +538,13 @@ class Engine:
         assert self._runtime is not None
         cache = self._runtime.cache
         return {(layer, expert) for layer in range(cache.layers) for expert in cache.resident(layer)}
+
+    def _costs(self) -> Costs | None:
+        """What `emoe calibrate` measured; None where it did not run: costs then follow from what steps take."""
+        if self._runtime is None:
+            return None
+        found = calibrate.kept(calibrate.key_of(self.model, str(self._config._name_or_path)))
+        return None if found is None else found.costs
 
     def _splitting(self, runtime: Runtime) -> Split:
         nbytes = runtime.plan.bytes_per_expert

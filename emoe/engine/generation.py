@@ -61,7 +61,8 @@ class Generation:
         offset: what images add to the positions after them.
         state: of its first `done` tokens; None before it runs.
         shared: tokens of these that were copied from another's.
-        output, logged: what it gave, and the log-probabilities where asked for.
+        tokens: prompt and output.
+        logged: log-probabilities of the output, where asked for.
         again: tokens that it runs alone before all else, since a step that it was in failed.
         owed: rows of that step, which the scheduler gave and which are still to run.
         begun: emoe was told that it runs.
@@ -82,16 +83,20 @@ class Generation:
     state: State | None = None
     done: int = 0
     shared: int = 0
-    output: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     logged: list[dict[int, float]] | None = None
     again: int = 0
     owed: int = 0
     begun: bool = False
     told: int = 0
 
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
     @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.output
+    def given(self) -> int:
+        """Tokens of the output."""
+        return len(self.tokens) - len(self.prompt)
 
     def piece(self, rows: int) -> Piece:
         """Its next tokens."""
@@ -103,16 +108,16 @@ class Generation:
 
     def event(self, reason: FinishReason | None = None, error: BaseException | None = None) -> Event:
         """What happened since the last."""
-        since, self.told = self.told, len(self.output)
+        since, self.told = self.told, self.given
         return Event(
             self.id,
-            tuple(self.output[since:]),
+            tuple(self.tokens[len(self.prompt) + since :]),
             self.text.take() if self.text is not None else "",
             None if self.logged is None else tuple(self.logged[since:]),
             reason,
             error,
             len(self.prompt),
             self.shared,
-            len(self.output),
+            self.given,
             self.account.task,
         )

@@ -10,17 +10,32 @@ from transformers import DynamicCache
 from emoe.engine.generation import Generation
 from emoe.engine.state import copy_prefix
 
+WORTH_WAITING = 16  # tokens of a prefix for which a request waits a step
+
+
+def common(generation: Generation, tokens: Sequence[int]) -> int:
+    """How many tokens its prompt begins with that `tokens` begins with too. A prompt's last always runs."""
+    pairs = zip(generation.prompt[:-1], tokens, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def comes(generation: Generation, running: Sequence[Generation]) -> bool:
+    """Whether another one of this step is about to run tokens of its prefix."""
+    return any(
+        not other.inputs and other.done < common(generation, other.prompt) >= WORTH_WAITING
+        for other in running if other.done < len(other.prompt)
+    )  # fmt: skip
+
 
 def share(generation: Generation, others: Sequence[Generation]) -> int:
-    """Copies the longest prefix that another request has run, and returns its tokens. A prompt's last always runs."""
+    """Copies the longest prefix that another request has run, and returns its tokens."""
     best, source = 0, None
     for other in others:
         if other is generation or other.inputs or not isinstance(other.state, DynamicCache) or other.done <= best:
             continue
         if other.prompt[:best] != generation.prompt[:best]:
             continue
-        pairs = zip(generation.prompt[:-1], other.tokens[: other.done], strict=False)
-        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        length = common(generation, other.tokens[: other.done])
         if length > best:
             best, source = length, other.state
     if source is not None and isinstance(generation.state, DynamicCache):

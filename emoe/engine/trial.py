@@ -82,12 +82,16 @@ def _candidates(model: Any, way: Way | None) -> Iterator[tuple[Way, bool]]:
 
 
 class _Trial:
-    """Three requests: they join, run in chunks, decode. Steps have a prime number of rows, above every number of heads,
-    so that no other dimension is taken for the rows."""
+    """Three requests: they join, run in chunks, decode.
+
+    Steps of a family that is not known have a prime number of rows, above every number of heads, so that no other
+    dimension is taken for the rows; those of one that is have few, as a large model takes its time.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._rows = _prime_above(max(_sizes(_config(model)), default=8))
+        known = _config(model).model_type in KNOWN
+        self._rows = 11 if known else _prime_above(max(_sizes(_config(model)), default=8))
         generator = torch.Generator().manual_seed(0)
         most = min(_config(model).vocab_size, 1000)
         # Of the first step: the second part of a, all of b but two tokens; of the next, a token of a and b, and c.

@@ -332,6 +332,29 @@ def test_a_common_prefix_is_computed_once(olmoe, engine):
     assert engine.stats()["shared_tokens"] == 27 + 26 + 26
 
 
+def test_requests_of_one_prompt_that_come_at_once_compute_it_once(olmoe):
+    with Engine(olmoe, chunk_rows=11) as engine:
+        answers = Answers(engine)
+        ids = [engine.submit(PROMPTS[2], max_new_tokens=4, sampling=GREEDY) for _ in range(3)]
+        other = engine.submit(PROMPTS[0], max_new_tokens=4, sampling=GREEDY)
+        answers.run()
+        assert [answers.tokens(id) for id in ids] == [alone(olmoe, PROMPTS[2], 4)] * 3
+        assert answers.tokens(other) == alone(olmoe, PROMPTS[0], 4)
+        assert [answers.events[id][-1].shared_tokens for id in ids] == [0, 25, 25]
+        assert engine.stats()["prompt_tokens"] == 26 + 1 + 1 + 19
+
+
+def test_a_request_that_waits_for_a_prefix_goes_on_when_the_other_is_cancelled(olmoe):
+    with Engine(olmoe, chunk_rows=11) as engine:
+        answers = Answers(engine)
+        first, second = (engine.submit(PROMPTS[2], max_new_tokens=4, sampling=GREEDY) for _ in range(2))
+        answers.step()
+        engine.cancel(first)
+        answers.run()
+        assert answers.tokens(second) == alone(olmoe, PROMPTS[2], 4)
+        assert answers.events[second][-1].shared_tokens == 11
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next", "jamba"])
 def test_windows_and_states_are_not_shared(family):
     with Engine(families.build(family)) as engine:

@@ -11,6 +11,8 @@ import transformers as tf
 from engines import GREEDY, PROMPTS, Answers, alone, together
 
 import emoe
+from emoe.engine import calibrate
+from emoe.engine.costs import Costs
 from emoe.engine.engine import Engine
 from emoe.predictor.table import TaskTable
 
@@ -192,3 +194,15 @@ def test_an_engine_needs_a_decoder():
     )
     with pytest.raises(emoe.errors.UnsupportedModelError, match="encoder"):
         Engine(tf.SwitchTransformersForConditionalGeneration(config).eval())
+
+
+def test_an_engine_begins_with_the_costs_that_were_calibrated(checkpoint):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.4)
+    costs = Costs(forward=0.5, row=0.25, byte=1e-6, expert=0.125)
+    calibrate.keep(calibrate.key_of(model, str(checkpoint("qwen3_moe"))), calibrate.Calibration(costs, 0.1, 1))
+    with Engine(model) as engine:
+        assert engine.scheduler.costs == costs
+        engine.submit(PROMPTS[0], max_new_tokens=3, sampling=GREEDY)
+        list(engine.run())
+        assert engine.scheduler.costs != costs  # what steps took corrects them
+    model.emoe.close(restore=False)
