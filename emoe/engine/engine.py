@@ -8,17 +8,15 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-import weakref
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import RLock, get_ident
 from typing import Any
 
 import torch
 
 from emoe.engine import calibrate, prefixes, prompts, trial
-from emoe.engine.attention import STOCK
 from emoe.engine.costs import Costs, Step
+from emoe.engine.exclusive import Exclusive
 from emoe.engine.generation import Event, FinishReason, Generation
 from emoe.engine.kv_budget import KvBudget
 from emoe.engine.runner import Runner, Way
@@ -27,15 +25,13 @@ from emoe.engine.scheduler import Expert, Scheduler, Ticket
 from emoe.engine.split import Observed, Split
 from emoe.engine.state import held_bytes, is_plain, keeps_all, new_state, rows_of
 from emoe.engine.text import Text
-from emoe.errors import ClosedError, ConfigError, EmoeError, UnsupportedModelError, one_line
+from emoe.errors import ClosedError, ConfigError, EmoeError, one_line
 from emoe.planning.plan import recurrent_hit_rate
 from emoe.requests import Request
 from emoe.runtime import Runtime
 from emoe.tasks import TaskClassifier
 
 logger = logging.getLogger(__name__)
-
-_engines: weakref.WeakKeyDictionary[Any, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
 
 # Each chunk of a prompt reads nearly every expert that has no slot; between chunks the requests that decode wait.
 CHUNK_ROWS = 256
@@ -82,10 +78,11 @@ class Engine:
         runtime = getattr(model, "emoe", None)
         self._runtime = runtime if isinstance(runtime, Runtime) else None
         self._config = model.config.get_text_config(decoder=True)
-        self._lock, self._stepping = RLock(), 0
-        self._take_model()
+        self._use = Exclusive(model)
+        self._lock = self._use.lock
         try:
-            self.choice = self._tried(way)
+            with nullcontext() if self._runtime is None else self._runtime.aside():
+                self.choice = trial.choose(model, way)
             self._runner = Runner(model, self.choice.way)
             self.footprint, self._plain = self.choice.footprint, is_plain(new_state(model, 1))
             self.context = self._longest(context)
@@ -104,10 +101,10 @@ class Engine:
                     expert_bytes=0 if self._runtime is None else self._runtime.plan.bytes_per_expert,
                     costs=self._costs(),
                 )  # fmt: skip
-            refuse = weakref.WeakMethod(self._refuse_others)  # a model keeps no engine that its user has dropped
-            self._guard = model.register_forward_pre_hook(lambda *_: method() if (method := refuse()) else None)
         except BaseException:
-            self._let_model_go()
+            if hasattr(self, "_kv"):
+                self._kv.close()
+            self._use.close()
             raise
         self._live: dict[Hashable, Generation] = {}  # that wait or run
         self._kept: list[Generation] = []  # that ended, for their prefixes; the oldest first
@@ -210,7 +207,8 @@ class Engine:
             ClosedError: the engine was closed.
             EmoeError: a signal handler calls it in the middle of a step.
         """
-        with self._turn():
+        with self._use.turn():
+            self._require_open()
             started = self._clock()
             batch = self._again() or self._next(started)
             with self._reported(batch, started) as (rows, tokens):
@@ -400,8 +398,7 @@ class Engine:
             self._kv.close()
             self._events.clear()
             self._runner.close()
-            self._guard.remove()
-            self._let_model_go()
+            self._use.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -450,19 +447,6 @@ class Engine:
 
     # The model
 
-    def _tried(self, way: Way | None) -> trial.Choice:
-        if self._config.is_encoder_decoder:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has an encoder; engines run decoders")
-        if hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None) is not None:
-            raise UnsupportedModelError(f"{type(self.model).__name__} is compiled; give the model before torch.compile")
-        if (name := self._config._attn_implementation) not in STOCK:
-            raise UnsupportedModelError(
-                f"attn_implementation={name!r} is not one of those that engines run: {', '.join(STOCK)}; "
-                "model.set_attn_implementation('sdpa') changes it"
-            )
-        with self._runtime.aside() if self._runtime is not None else nullcontext():
-            return trial.choose(self.model, way)
-
     def _longest(self, context: int | None) -> int:
         """Tokens of a request, of what was asked for, planned and possible."""
         planned = self._runtime.plan.context if self._runtime is not None else None
@@ -491,34 +475,6 @@ class Engine:
                 f"{length} tokens and {asked} new ones are over the {self.context} that a request may have{why}"
             )
         return asked
-
-    def _take_model(self) -> None:
-        other = _engines.get(self.model)
-        if other is not None and other() is not None:
-            raise ConfigError("another engine runs this model; close() it first")
-        _engines[self.model] = weakref.ref(self)
-
-    def _let_model_go(self) -> None:
-        if (mine := _engines.get(self.model)) is not None and mine() is self:
-            del _engines[self.model]
-
-    def _refuse_others(self) -> None:
-        if self._stepping not in (0, get_ident()):
-            raise EmoeError(
-                "an engine runs a step of this model in another thread; use the model between steps, in that thread"
-            )
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._lock:
-            self._require_open()
-            if self._stepping:
-                raise EmoeError("this runs in the middle of a step of the same engine (a signal handler, or a hook)")
-            self._stepping = get_ident()
-            try:
-                yield
-            finally:
-                self._stepping = 0
 
     def _require_open(self) -> None:
         if self._closed:

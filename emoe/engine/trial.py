@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from emoe.engine.attention import STOCK
 from emoe.engine.families import KNOWN
 from emoe.engine.runner import WAYS, Piece, Runner, Way
 from emoe.engine.state import Footprint, is_plain, new_state
@@ -49,8 +50,9 @@ def choose(model: Any, way: Way | None = None) -> Choice:
         way: the only one to try; None for all.
 
     Raises:
-        UnsupportedModelError: no way gives a request its own results; every reason.
+        UnsupportedModelError: it is not what engines run, or no way gives a request its own results; every reason.
     """
+    _require_decoder(model)
     reasons: dict[str, str] = {}
     trial = _Trial(model)
     for each, whole in _candidates(model, way):
@@ -65,6 +67,19 @@ def choose(model: Any, way: Way | None = None) -> Choice:
     raise UnsupportedModelError(
         f"{type(model).__name__} gives requests of one batch other results than alone: {listed}. Use model.generate"
     )
+
+
+def _require_decoder(model: Any) -> None:
+    name, attention = type(model).__name__, _config(model)._attn_implementation
+    if _config(model).is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} has an encoder; engines run decoders")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError(f"{name} is compiled; give the model before torch.compile")
+    if attention not in STOCK:
+        raise UnsupportedModelError(
+            f"attn_implementation={attention!r} is not one of those that engines run: {', '.join(STOCK)}; "
+            "model.set_attn_implementation('sdpa') changes it"
+        )
 
 
 def _candidates(model: Any, way: Way | None) -> Iterator[tuple[Way, bool]]:
