@@ -74,14 +74,28 @@ class RequestProbes:
             self.online.observe(request.task or "", seen.substituted_mass, seen.logit_change)
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._requests.kind is not Kind.ASKED or self._requests.batched:
-            return  # rows of several requests are no text of one
+        if self._requests.kind is not Kind.ASKED:
+            return
+        if self._requests.batched:
+            self._on_rows(kwargs.get("input_ids"), kwargs.get("position_ids"))
+            return
         request = self._requests.current
         while request.within is not None:
             request = request.within
         text = self._texts.get(id(request))
         if text is not None:
             text.add(args, kwargs)
+
+    def _on_rows(self, ids: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+        """Rows of several requests in one sequence: ids and positions [1, T]."""
+        known = ids is not None and positions is not None and ids.shape == positions.shape and len(ids) == 1
+        for request, rows in self._requests.spans(0 if ids is None else ids.shape[1]):
+            text = self._texts.get(id(request))
+            if text is not None and rows.stop > rows.start:
+                if known:
+                    text.go_on(ids[:, rows], int(positions[0, rows.start]))  # type: ignore[index]
+                else:
+                    text.lose()
 
     def stats(self) -> dict[str, Any]:
         """probes, their seconds, unusable (requests without one text and an answer), failed, the estimate by task."""
@@ -121,6 +135,18 @@ class _Text:
             self._pieces.append(ids)
         if starts or (cache is not None and ids.shape[1] > 1):  # a prompt may come in parts
             self._prompt_tokens = sum(piece.shape[1] for piece in self._pieces)
+
+    def go_on(self, ids: torch.Tensor, position: int) -> None:
+        """The next tokens [1, T] of the text, the first of them at this position."""
+        # Others: its prefix was copied from another text, or it runs again from its start.
+        self._lost |= position != sum(piece.shape[1] for piece in self._pieces)
+        self._pieces.append(ids.clone())
+        if ids.shape[1] > 1 or not self._prompt_tokens:
+            self._prompt_tokens = sum(piece.shape[1] for piece in self._pieces)
+
+    def lose(self) -> None:
+        """Some of its tokens are not known."""
+        self._lost = True
 
     def found(self) -> tuple[torch.Tensor, int] | None:
         """[T] ids and how many of them are the prompt; None where they are not known, or nothing follows the prompt."""

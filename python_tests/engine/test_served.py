@@ -206,3 +206,23 @@ def test_an_engine_begins_with_the_costs_that_were_calibrated(checkpoint):
         list(engine.run())
         assert engine.scheduler.costs != costs  # what steps took corrects them
     model.emoe.close(restore=False)
+
+
+def test_requests_of_an_engine_are_probed_each_with_its_own_text(checkpoint, monkeypatch):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.6, context=64, batch=4)
+    model.emoe.probe(share=1.0)
+    probed = []
+    prober = model.emoe._probes._prober
+    monkeypatch.setattr(
+        model.emoe._probes,
+        "_prober",
+        lambda ids, task, **how: (probed.append(ids.tolist()), prober(ids, task, **how))[1],
+    )
+    with Engine(model, chunk_rows=11) as engine:
+        answers = Answers(engine)
+        ids = [engine.submit(prompt, max_new_tokens=4, sampling=GREEDY, task="chat") for prompt in PROMPTS[:3]]
+        answers.run()
+        expected = [[*prompt, *answers.tokens(id)[:-1]] for id, prompt in zip(ids, PROMPTS, strict=False)]
+    assert sorted(probed) == sorted(expected)
+    assert model.emoe.stats()["sensitivity"]["probes"] == 3
+    model.emoe.close(restore=False)
