@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the compilers and headers the build needs, where they are missing. Debian and Ubuntu only.
+# Installs the compilers and headers the build needs, where they are missing; with EMOE_WITH_BROWSER also a browser.
+# Debian and Ubuntu only.
 set -euo pipefail
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
@@ -7,6 +8,8 @@ command -v make >/dev/null || missing+=(make)
 "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 "${PYTHON:-python3}" -c 'import pathlib, sysconfig, sys; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' ||
     missing+=(python3-dev)
+# The tests of the status page want a browser, and are skipped by name without one.
+[ -z "${EMOE_WITH_BROWSER:-}" ] || command -v chromium >/dev/null || missing+=(chromium)
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
     echo "missing: ${missing[*]}; install them with your system's package manager and run make again" >&2

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -195,14 +196,10 @@ class _Answer:
     async def _take(self, patience: float | None) -> list[Choice]:
         """Takes events in; the choices that have something new, none where nothing came."""
         left = self._until - time.monotonic()
-        wait = left if patience is None else min(left, patience)
-        try:
-            events = await asyncio.wait_for(self.inbox.take(), max(wait, 0.001))
-        except asyncio.TimeoutError:
-            if wait < left:
-                return []
+        if left <= 0:
             seconds = self._service.limits.request_seconds
-            raise Refusal(504, f"the answer took longer than {seconds:g} seconds", "timeout") from None
+            raise Refusal(504, f"the answer took longer than {seconds:g} seconds", "timeout")
+        events = await self.inbox.take(left if patience is None else min(left, patience))
         new: dict[int, Choice] = {}
         for event in events:
             if event.finish_reason == "error":
@@ -240,14 +237,15 @@ class _Stream(Response):
             for at in range(0, len(data), _PIECE) if data else (0,):
                 last = not more and at + _PIECE >= len(data)
                 part = {"type": "http.response.body", "body": data[at : at + _PIECE], "more_body": not last}
-                await asyncio.wait_for(send(part), seconds)
+                with anyio.fail_after(seconds):
+                    await send(part)
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for piece in self._answer.pieces(self._counted):
                 await write(f"data: {piece}\n\n" if piece else ": waiting\n\n")
             end = "data: [DONE]\n\n"
-        except asyncio.TimeoutError:
+        except TimeoutError:
             logger.warning("emoe: a client took nothing for %g seconds; its request is cancelled", seconds)
             return False
         except Exception as error:
@@ -255,7 +253,7 @@ class _Stream(Response):
             end = f"data: {json.dumps(refusal(error).to_dict())}\n\n"
         try:
             await write(end, more=False)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             logger.warning("emoe: a client took nothing for %g seconds", seconds)
         return True
 

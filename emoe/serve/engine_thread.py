@@ -94,9 +94,16 @@ class Inbox:
         self._events.append(event)
         self._ready.set()
 
-    async def take(self) -> list[Event]:
-        """What came since the last call, at least one event."""
-        await self._ready.wait()
+    async def take(self, seconds: float) -> list[Event]:
+        """What came since the last call; none where nothing came in that time.
+
+        Not `asyncio.wait_for`, which up to Python 3.11 loses a cancellation that comes together with a result.
+        """
+        timer = asyncio.get_running_loop().call_later(seconds, self._ready.set)
+        try:
+            await self._ready.wait()
+        finally:
+            timer.cancel()
         self._ready.clear()
         events, self._events = self._events, []
         return events

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import time
 from collections.abc import Callable
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from emoe.serve.limits import Limits
@@ -105,8 +105,9 @@ class Guards:
         until = time.monotonic() + self._limits.body_seconds
         while True:
             try:
-                message = await asyncio.wait_for(receive(), until - time.monotonic())
-            except asyncio.TimeoutError:
+                with anyio.fail_after(until - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
                 raise Refusal(
                     408, f"the body did not come within {self._limits.body_seconds:g} seconds", "timeout"
                 ) from None

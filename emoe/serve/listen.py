@@ -113,6 +113,7 @@ class Server(uvicorn.Server):
         self._service, self._ready = service, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._ready()
 
@@ -120,9 +121,15 @@ class Server(uvicorn.Server):
         if self.should_exit:
             _uvicorns.setLevel(logging.CRITICAL)  # it would show where each request was when it was cancelled
             self.force_exit = True
+            # From Python 3.12 on asyncio waits for connections of a server that is closed.
+            self._loop.call_soon_threadsafe(self._drop)
             return
         self.should_exit = self._service.draining = True
         print("emoe: finishing what runs; another Ctrl-C ends at once", file=sys.stderr, flush=True)
+
+    def _drop(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -8,8 +8,9 @@ import openai
 import pytest
 import serving
 
+from emoe.engine.generation import Event
 from emoe.errors import BackendUnavailable, BudgetError, ClosedError, ConfigError, OverloadedError, ReadError
-from emoe.serve.engine_thread import FAULTS
+from emoe.serve.engine_thread import FAULTS, EngineThread, Inbox
 
 
 @pytest.fixture
@@ -199,3 +200,18 @@ def test_a_server_that_ends_tells_those_that_wait(tiny):
         error = asyncio.run(ask())
         assert isinstance(error, openai.InternalServerError) and error.status_code == 503
     assert engine.closed
+
+
+def test_a_request_that_is_cancelled_just_as_a_token_comes_is_cancelled():
+    """`asyncio.wait_for` gives the token and forgets the cancellation, up to Python 3.11."""
+
+    async def both_at_once():
+        inbox = Inbox(EngineThread(None), [])
+        waiting = asyncio.create_task(inbox.take(10))
+        await asyncio.sleep(0)
+        inbox.put(Event("a", (3,)))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(both_at_once())
