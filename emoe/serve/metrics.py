@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,10 +18,29 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 _LANES = {"demand": "demand_bytes", "ahead": "prefetch_bytes"}
 
 
+@dataclass
+class TaskCounts:
+    """Sums over the answers of a task that ended.
+
+    Attributes:
+        first_seconds: to the first token, of those that had one.
+        firsts: how many those are.
+        met, targets: targets that were kept, of so many.
+    """
+
+    answers: int = 0
+    output_tokens: int = 0
+    firsts: int = 0
+    first_seconds: float = 0.0
+    met: int = 0
+    targets: int = 0
+
+
 class Metrics:
     """What requests count, and what the engine's statistics say when they are asked for."""
 
     def __init__(self) -> None:
+        self.tasks: dict[str, TaskCounts] = {}  # by label
         self.registry = CollectorRegistry()
         self._engine = _EngineStats()
         self.registry.register(self._engine)
@@ -46,6 +66,9 @@ class Metrics:
     def ended(self, record: Record, event: Event) -> None:
         """An answer ended."""
         task = record.job.task or UNKNOWN
+        counts = self.tasks.setdefault(task, TaskCounts())
+        counts.answers += 1
+        counts.output_tokens += record.output_tokens
         self._answers.labels(task, event.finish_reason or UNKNOWN).inc()
         self._prompt.labels(task).inc(len(record.job.tokens))
         self._shared.labels(task).inc(record.shared_tokens)
@@ -53,6 +76,9 @@ class Metrics:
         seconds = record.seconds
         for name, value in seconds.items():
             self._times[name].labels(task).observe(value)
+        if "ttft" in seconds:
+            counts.firsts += 1
+            counts.first_seconds += seconds["ttft"]
         if event.finish_reason == "cancelled":
             return  # a client that left neither met nor missed its targets
         for name, target in record.job.slo_ms.items():
@@ -60,6 +86,8 @@ class Metrics:
                 met = True  # no token came after the first
             else:
                 met = name in seconds and 1000 * seconds[name] <= target and event.finish_reason != "error"
+            counts.met += met
+            counts.targets += 1
             self._slo.labels(task, name, str(met).lower()).inc()
 
     def refused(self, status: int) -> None:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, NamedTuple, TypeVar
 
 from emoe.engine import prompts
@@ -17,12 +18,12 @@ from emoe.errors import ConfigError, EmoeError
 from emoe.serve.engine_thread import EngineThread, Inbox, Job, Record
 from emoe.serve.grammar import Grammars
 from emoe.serve.limits import Limits
-from emoe.serve.metrics import Metrics
+from emoe.serve.metrics import Metrics, TaskCounts
 from emoe.serve.protocol import ChatRequest, CompletionRequest
 from emoe.serve.refusals import Refusal
 from emoe.serve.sampling import sampling_of
 from emoe.serve.shapes import ChatShape, CompletionShape, Shape
-from emoe.serve.tasks import TaskNames
+from emoe.serve.tasks import UNKNOWN, TaskNames
 from emoe.tasks import TaskClassifier
 
 logger = logging.getLogger(__name__)
@@ -239,14 +240,14 @@ class Service:
         now = time.monotonic()
         engine, model = seen.get("engine") or {}, seen.get("model") or {}
         records = list(self._thread.records.values())
-        tasks: dict[str, dict[str, int]] = {}
+        tasks: dict[str, dict[str, Any]] = {name: asdict(counts) for name, counts in self.metrics.tasks.items()}
         for record in records:
-            row = tasks.setdefault(record.job.task or "", {"waiting": 0, "running": 0})
-            row["running" if record.first is not None else "waiting"] += 1
-        routed = (model.get("routing") or {}).get("tasks", {})
-        for task, tally in routed.items():
-            tasks.setdefault(task, {"waiting": 0, "running": 0})["picks"] = tally["picks"]
-            tasks[task]["absent"] = tally["absent"]
+            row = tasks.setdefault(record.job.task or UNKNOWN, asdict(TaskCounts()))
+            way = "running" if record.first is not None else "waiting"
+            row[way] = row.get(way, 0) + 1
+        for task, tally in (model.get("routing") or {}).get("tasks", {}).items():
+            row = tasks.setdefault(task or UNKNOWN, asdict(TaskCounts()))
+            row["picks"], row["absent"] = tally["picks"], tally["absent"]
         return {
             "model": self.name,
             "state": "failed" if self.fault is not None else "draining" if self.draining else "running",

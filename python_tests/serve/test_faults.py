@@ -167,6 +167,10 @@ def test_metrics_count_answers_targets_and_tokens_by_task(fake):
     engine.failing["poison"] = ReadError("gone")
     with pytest.raises(openai.InternalServerError):
         server.chat("poison", extra_body={"task": "code", "ttft_slo_ms": 60_000.0})
+    shown = server.http.get("/status").json()["tasks"]["code"]
+    assert {name: shown[name] for name in ("answers", "output_tokens", "firsts", "met", "targets")} == {
+        "answers": 3, "output_tokens": 5, "firsts": 2, "met": 2, "targets": 4,
+    }  # fmt: skip
     text = server.http.get("/metrics").text
     for line in (
         'emoe_slo_total{met="true",target="ttft",task="code"} 1.0',
