@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from emoe import __version__
-from emoe.errors import EmoeError, one_line
+from emoe.errors import EmoeError
 from emoe.serve.guards import Guards
 from emoe.serve.protocol import ChatRequest, CompletionRequest, Milliseconds, TaskName
 from emoe.serve.refusals import Refusal, refusal
@@ -203,7 +203,6 @@ class _Answer:
         new: dict[int, Choice] = {}
         for event in events:
             if event.finish_reason == "error":
-                logger.error("emoe: request %s failed", event.id, exc_info=event.error)
                 raise failure(event)
             if event.finish_reason == "cancelled" and event.error is not None:
                 raise event.error  # the server ends
@@ -249,8 +248,10 @@ class _Stream(Response):
             logger.warning("emoe: a client took nothing for %g seconds; its request is cancelled", seconds)
             return False
         except Exception as error:
-            logger.info("emoe: a stream ends with an error: %s", one_line(error))
-            end = f"data: {json.dumps(refusal(error).to_dict())}\n\n"
+            told = refusal(error)
+            if told.status >= 500:
+                logger.error("emoe: the stream of %s failed", self._answer.shape.id, exc_info=error)
+            end = f"data: {json.dumps(told.to_dict())}\n\n"
         try:
             await write(end, more=False)
         except TimeoutError:

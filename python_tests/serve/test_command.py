@@ -63,6 +63,7 @@ def _stream(url, got, **given):
     return thread
 
 
+@pytest.mark.slow
 def test_the_first_signal_finishes_what_runs_and_takes_nothing_new(chat_folder):
     with _started(chat_folder) as (process, url):
         got = []
@@ -82,6 +83,7 @@ def _reachable(url):
         return False
 
 
+@pytest.mark.slow
 def test_the_second_signal_ends_at_once(chat_folder):
     with _started(chat_folder, EMOE_API_KEY=KEY) as (process, url):
         got = []
@@ -97,6 +99,7 @@ def test_the_second_signal_ends_at_once(chat_folder):
         assert any(isinstance(each, Exception) for each in got), "a stream that was cut says so"
 
 
+@pytest.mark.slow
 def test_a_signal_while_nothing_runs_ends_it(chat_folder, tmp_path):
     key = tmp_path / "key"
     key.write_text(f"{KEY}\n")
