@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,14 +58,16 @@ class Batch(Cache):
 
     Attributes:
         open: layers whose rows are in the states and that have not attended yet.
-        shared: dicts that layers of one forward share: one for each request.
+        lengths: keys that each request's mask is over, of the mask that is made now.
+        shared: by id of a mapping that layers of one forward share, and request: the mapping, and the request's own.
     """
 
     def __init__(self, spans: Sequence[Span], direct: dict[int, bool], *, forked: bool) -> None:
         super().__init__(layers=spans[0].state.layers)  # for what models ask of layer types
         self.spans, self.total, self.forked = list(spans), spans[-1].stop, forked
         self.open: dict[int, tuple[list[Any], torch.Tensor, torch.Tensor]] = {}
-        self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
+        self.lengths: list[int] = []
+        self.shared: dict[tuple[int, int], tuple[Any, MutableMapping[Any, Any]]] = {}
         self._direct = direct
 
     def update(
@@ -89,7 +91,9 @@ class Batch(Cache):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0  # masks are made for each request (PackedMask)
+        # Masks are made for each request (PackedMask); this is asked just before one is, and before any layer writes.
+        self.lengths = [span.state.get_mask_sizes(span.count, layer_idx)[0] for span in self.spans]
+        return query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0
@@ -132,12 +136,16 @@ class PackedMask:
 
     It keeps the arguments that the model called the mask interface with, the mask function (full, sliding, chunked)
     among them, and knows nothing of what they mean.
+
+    Attributes:
+        lengths: keys of each request that it is over, as the model asked.
     """
 
     def __init__(self, batch: Batch, stock: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("use_vmap"):
             raise WrongWayError("the model adds a mask function of its own")
         self._batch, self._stock, self._kwargs = batch, stock, kwargs
+        self.lengths = list(batch.lengths)
         self._made: dict[tuple[int, int], Any] = {}
 
     def of(self, index: int, kv_length: int) -> Any:

@@ -8,7 +8,7 @@ gives; norms, experts, shared experts and the head run on all rows at once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,13 +88,15 @@ def _cut(module: Any, batch: Batch, index: int, name: str, item: Any) -> Any:
     if item is batch:
         return span.state
     if isinstance(item, PackedMask):
-        return item.of(index, span.state.layers[module.layer_idx].get_mask_sizes(span.count)[0])
+        layer = span.state.layers[module.layer_idx]
+        own = getattr(layer, "get_mask_sizes", None)  # not of a layer that uses the keys of another
+        return item.of(index, item.lengths[index] if own is None else own(span.count)[0])
     if isinstance(item, _ByRequest):
         return item.items[index]
-    if isinstance(item, dict) and item:  # masks or rotations by kind
+    if isinstance(item, MutableMapping) and item:  # masks or rotations by kind
         return {kind: _cut(module, batch, index, name, part) for kind, part in item.items()}
-    if isinstance(item, dict):  # filled by a layer for those after it
-        return batch.shared.setdefault((id(item), index), {})
+    if isinstance(item, MutableMapping):  # filled by a layer for those after it
+        return batch.shared.setdefault((id(item), index), (item, type(item)()))[1]
     if isinstance(item, tuple):
         return tuple(_cut(module, batch, index, name, part) for part in item)
     if not isinstance(item, torch.Tensor) or len(batch.spans) == 1:

@@ -130,7 +130,8 @@ class Runner:
                 "position_ids": positions,
                 "past_key_values": cache.value if own else cache,
                 "use_cache": True,
-                "logits_to_keep": last if len(pieces) > 1 else 1,
+                # A number lets some models drop rows on the way, which a batch must not.
+                "logits_to_keep": last if isinstance(cache, Batch) else 1,
                 **pieces[0].inputs,
             }
         )
