@@ -25,7 +25,7 @@ from tqdm import tqdm
 from emoe.engine.costs import Costs
 from emoe.engine.expert_sets import ExpertSets
 from emoe.engine.placement import CHOICES
-from emoe.engine.scheduler import POLICIES, Scheduler, Ticket
+from emoe.engine.scheduler import POLICIES, Expert, Scheduler, Ticket
 from emoe.engine.simulator import NEVER, Arrival, BaseSet, Replica, Report, flat_picks, predicted_experts, simulate
 from emoe.trace.trace import Trace, load_trace
 
@@ -79,6 +79,10 @@ class Domains:
         self.frequency[None] = sum(self.frequency.values()) / len(traces)
         self.picks = np.concatenate(rest)
 
+    def sets(self, slots: int) -> dict[str, frozenset[Expert]]:
+        """Predicted sets by task: the experts that it uses most, as many as there are slots."""
+        return {name: predicted_experts(self.frequency[name], slots) for name in self.names}
+
 
 def workload(
     domains: Domains,
@@ -94,7 +98,7 @@ def workload(
 ) -> list[Arrival]:
     """Requests of a task mix: `poisson` and `bursty` uniform over tasks, `drifting` with a mix that turns."""
     random = np.random.default_rng(seed)
-    experts = {name: predicted_experts(domains.frequency[name], slots) for name in domains.names}
+    experts = domains.sets(slots)
     at = np.cumsum(_gaps(kind, requests, rate, random))
     arrivals = []
     for number in range(requests):
@@ -179,6 +183,7 @@ def run(policy: str, domains: Domains, rate: float, seed: int, args: argparse.Na
             sets=sets,
             route=args.route if affine else "least",
             until=arrivals[-1].at if overload else NEVER,
+            experts=domains.sets(slots) if affine and args.moves else None,
             told=bar.update,
         )
 
@@ -266,6 +271,12 @@ def main() -> None:
         choices=("affinity", "all", "none"),
         default="affinity",
         help="which policies have a predicted base set; the others an LRU alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--moves",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="slo+affinity: a request whose prompt shows another task goes on at a replica of its kin",
     )
     parser.add_argument("--noise", type=float, default=0.1, help="of steps' seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

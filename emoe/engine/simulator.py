@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -116,6 +116,16 @@ class BaseSet:
     def ended(self, id: Hashable) -> None:
         self._uses.pop(id, None)
 
+    def likeliest(self, id: Hashable) -> str | None:
+        """The task whose uses are most like those of a request that ran, by their cosine."""
+        own = self._uses[id][:-1]
+
+        def likeness(task: str) -> float:
+            known = self._frequency[task].ravel()
+            return float(own @ known / np.sqrt(known @ known))
+
+        return max((task for task in self._frequency if task is not None), key=likeness)
+
     def chosen(self, running: Iterable[Hashable]) -> NDArray[np.bool_]:
         """[layers, experts] mask for the requests that run; those of which nothing ran yet do not count."""
         total = np.zeros(self._frequency[None].size + 1)
@@ -175,10 +185,26 @@ class Replica:
         self._step: tuple[Step, NDArray[np.bool_]] | None = None
         self.loaded_bytes = self.steps = self.tokens = 0
         self.busy = 0.0
+        self.begun: list[_Progress] = []  # gave their first token in the last step and go on
 
     def submit(self, arrival: Arrival, progress: _Progress, now: float) -> None:
         self.scheduler.submit(arrival.ticket, now)
         self._here[arrival.ticket.id] = progress
+
+    def give_up(self, progress: _Progress, now: float) -> None:
+        """It goes on elsewhere, from its tokens."""
+        id = progress.arrival.ticket.id
+        self.scheduler.cancel(id, now)
+        del self._here[id]
+        if self._base is not None:
+            self._base.ended(id)
+
+    def mistaken(self, progress: _Progress) -> str | None:
+        """The task that a request's prompt shows it to be of, where it is another than was told; else None."""
+        if self._base is None:
+            return None
+        task = self._base.likeliest(progress.arrival.ticket.id)
+        return None if task == progress.arrival.ticket.task else task
 
     @property
     def state(self) -> State:
@@ -228,12 +254,15 @@ class Replica:
         self.busy += step.seconds
         self.scheduler.ran(step, now)
         ended = []
+        self.begun = []
         for id, count in step.rows.items():
             each = self._here[id]
             each.done += count
             if id in step.tokens:
                 each.out += 1
-                each.first = now if each.first is None else each.first
+                if each.first is None:
+                    each.first = now
+                    self.begun.append(each)
                 if each.out == each.arrival.tokens:
                     each.last = now
                     del self._here[id]
@@ -337,6 +366,7 @@ def simulate(
     sets: ExpertSets,
     route: str = "least",
     until: float = NEVER,
+    experts: dict[str, frozenset[Expert]] | None = None,
     told: Callable[[int], None] = lambda done: None,
 ) -> Report:
     """Runs requests through replicas until the last has ended.
@@ -347,6 +377,8 @@ def simulate(
         sets: what the replicas were made with.
         route: a name in `emoe.engine.placement.CHOICES`.
         until: stops there; requests that did not end count as not met.
+        experts: predicted sets by task. With them, a request whose prompt shows it to be of another task than was told
+            goes to a replica of its kin, where its tokens so far run again.
         told: how many requests ended since it was told last, for a progress bar.
     """
     choose = CHOICES[route]
@@ -360,6 +392,7 @@ def simulate(
         if at > until:
             break
         now = at
+        woken: set[int] = set()
         if kind == 0:
             arrival = arrivals[number]
             states = [replica.state for replica in replicas] if len(replicas) > 1 else [State(0, 1)]
@@ -377,10 +410,13 @@ def simulate(
             over = replicas[number].end(now)
             ended += over
             told(len(over))
-        if replicas[touched].idle:
-            end = replicas[touched].begin(now)
-            if end is not None:
-                heapq.heappush(events, (end, 1, touched))
+            if experts is not None:
+                woken = _move(replicas, number, experts, sets, choose, now)
+        for each in {touched, *woken}:
+            if replicas[each].idle:
+                end = replicas[each].begin(now)
+                if end is not None:
+                    heapq.heappush(events, (end, 1, each))
     outcomes = [_outcome(arrival, progress) for arrival, progress in zip(arrivals, known, strict=False)]
     return Report(
         outcomes,
@@ -391,6 +427,43 @@ def simulate(
         sum(replica.busy for replica in replicas),
         [replica.scheduler.to_dict() for replica in replicas],
     )
+
+
+def _move(
+    replicas: Sequence[Replica],
+    here: int,
+    experts: dict[str, frozenset[Expert]],
+    sets: ExpertSets,
+    choose: Callable[[Sequence[State], int, int], int],
+    now: float,
+) -> set[int]:
+    """Sends requests whose prompt showed another task to a replica of their kin; gives the replicas they went to."""
+    woken = set()
+    for each in replicas[here].begun:
+        task = replicas[here].mistaken(each) if each.last is None else None
+        if task is None:
+            continue
+        there = choose([replica.state for replica in replicas], sets.number(experts[task]), here)
+        if there == here:
+            continue
+        ticket = each.arrival.ticket
+        ticket = replace(
+            ticket,
+            prompt=ticket.prompt + each.out,
+            most_new=ticket.most_new - each.out,
+            task=task,
+            experts=experts[task],
+            ttft=None,
+        )
+        done, each.done = each.done, 0
+        try:
+            replicas[there].submit(replace(each.arrival, ticket=ticket), each, now)
+        except OverloadedError:
+            each.done = done
+            continue
+        replicas[here].give_up(each, now)
+        woken.add(there)
+    return woken
 
 
 def _outcome(arrival: Arrival, progress: _Progress | None) -> Outcome:

@@ -161,3 +161,33 @@ def test_on_public_traces_affinity_serves_a_backlog_of_three_domains_with_a_quar
         )
         moved[policy] = simulate(backlog, [server], sets=ExpertSets()).loaded_bytes
     assert moved["slo+affinity"] < 0.75 * moved["fcfs"]
+
+
+def test_a_request_of_another_task_than_was_told_goes_on_among_its_kin_from_its_tokens():
+    """Two replicas, two tasks with experts of their own; the last request says "a" and is of "b"."""
+    picks = np.repeat(np.array([[0, 1], [4, 5]], dtype=np.int32), 100, axis=0)  # one layer: task a, then task b
+    frequency = {
+        "a": np.array([[1.0, 1, 0, 0, 0, 0, 0, 0]]),
+        "b": np.array([[0.0, 0, 0, 0, 1, 1, 0, 0]]),
+        None: np.full((1, 8), 0.25),
+    }
+    experts = {task: predicted_experts(frequency[task], 2) for task in ("a", "b")}
+    sets = ExpertSets()
+
+    def made(resident):
+        return Scheduler("slo+affinity", costs=COSTS, resident=resident, expert_bytes=1, most_running=4)
+
+    def server():
+        return Replica(made, picks, (1, 8), 3, COSTS, 1, sets, BaseSet(frequency, 2))
+
+    def arrival(at, number, told, task):
+        first = 0 if task == "a" else 100
+        return Arrival(at, Ticket(number, 40, 20, 1, told, experts[told], ttft=99.0), first, 8, task)
+
+    some = [arrival(0.0, 0, "a", "a"), arrival(0.1, 1, "b", "b"), arrival(0.2, 2, "a", "b")]
+    for given, ended in ((None, [2, 1]), (experts, [1, 2])):
+        replicas = [server(), server()]
+        report = simulate(some, replicas, sets=sets, route="affinity", experts=given)
+        assert [each.scheduler.to_dict()["finished"] for each in replicas] == ended
+        assert report.tokens == 24 and all(each.met for each in report.outcomes)
+        assert replicas[0].scheduler.to_dict()["cancelled"] == (0 if given is None else 1)
