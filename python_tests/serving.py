@@ -106,7 +106,7 @@ def until(true: Any, seconds: float = 30.0) -> None:
 
 @contextlib.contextmanager
 def running(
-    engine: Any, tokenizer: Any, *, key: str | None = None, classifier: Any = None, **limits: Any
+    engine: Any, tokenizer: Any, *, key: str | None = None, local: bool = False, classifier: Any = None, **limits: Any
 ) -> Iterator[Running]:
     """A server of an engine, which is closed with it."""
     bounds = Limits(**limits)
@@ -114,7 +114,7 @@ def running(
     sock = listen("127.0.0.1", 0, bounds)
     port = sock.getsockname()[1]
     ready = threading.Event()
-    server = Server(make_app(service, key=key), service, ready.set)
+    server = Server(make_app(service, key=key, local=local), service, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     assert ready.wait(30)

@@ -137,7 +137,7 @@ def _serve(args: argparse.Namespace, limits: Limits, key: str | None, sock: Any)
                 print(f"{name} at {url}/v1, its status at {url}/", flush=True)
             sys.stdout.flush()
 
-        status = serve(make_app(service, key=key), service, sock, ready)
+        status = serve(make_app(service, key=key, local=key is None and args.host in _LOCAL), service, sock, ready)
     if status == EXIT_FORCED:
         sys.stdout.flush()
         os._exit(status)  # Python takes seconds to take torch down, and who asked twice wants it over

@@ -46,6 +46,7 @@ _HEADERS: dict[str, tuple[str, TypeAdapter[Any]]] = {
 _ERRORS = {
     400: "something about the request cannot be served; `error.message` says what",
     401: "the API key is missing or wrong",
+    403: "the server is for its own machine alone",
     404: "there is no such model",
     408: "the body came too slowly",
     413: "the body is too large",
@@ -57,10 +58,11 @@ _ERRORS = {
 }
 
 
-def make_app(service: Service, *, key: str | None = None) -> FastAPI:
+def make_app(service: Service, *, key: str | None = None, local: bool = False) -> FastAPI:
     """Args:
     service: is started and stopped with the app.
     key: that clients must bear; None: none.
+    local: only requests that call this machine by its own names are served.
     """
 
     @asynccontextmanager
@@ -72,7 +74,7 @@ def make_app(service: Service, *, key: str | None = None) -> FastAPI:
     app = FastAPI(
         title="emoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    app.add_middleware(Guards, limits=service.limits, key=key, refused=service.metrics.refused)
+    app.add_middleware(Guards, limits=service.limits, key=key, refused=service.metrics.refused, local=local)
     app.state.service = service
     _answer_errors(app, service)
     _add_answers(app, service)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from emoe.serve.refusals import Refusal, refusal
 
 logger = logging.getLogger(__name__)
 
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
 OPEN = ("/", "/health")  # without a key: a page without data, and what a load balancer asks
 
 
@@ -26,10 +28,14 @@ class Guards:
         limits: of bodies and counts.
         key: that clients must bear; None: none.
         refused: told of the status of each request that did not pass.
+        local: only requests to this machine by its own names pass. A page of any site can otherwise give its own name
+            this machine's address, and is then of the same origin.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, key: str | None, refused: Callable[[int], None]) -> None:
-        self._app, self._limits, self._refused = app, limits, refused
+    def __init__(
+        self, app: ASGIApp, limits: Limits, key: str | None, refused: Callable[[int], None], local: bool = False
+    ) -> None:
+        self._app, self._limits, self._refused, self._local = app, limits, refused, local
         self._key = None if key is None else f"Bearer {key}".encode()
         self._requests = self._bytes = 0
 
@@ -42,6 +48,7 @@ class Guards:
         self._requests += not looks
         try:
             try:
+                self._require_name(scope)
                 self._require_key(scope)
                 if not looks and self._requests > self._limits.requests:
                     raise Refusal(
@@ -86,18 +93,25 @@ class Guards:
             self._refused(told.status)
             await told.response()(scope, receive, send)
 
+    def _require_name(self, scope: Scope) -> None:
+        host = _header(scope, b"host").decode("latin-1")
+        if self._local and re.sub(r":[0-9]{1,5}\Z", "", host.lower()) not in LOCAL:
+            raise Refusal(
+                403, f"this server is for its own machine, not for {host[:80]!r}; call it localhost, or give it a key",
+                "forbidden_host",
+            )  # fmt: skip
+
     def _require_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in OPEN:
             return
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(given, self._key):
+        if not hmac.compare_digest(_header(scope, b"authorization"), self._key):
             raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY", "invalid_api_key")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, or a refusal, before more of it than is allowed is in memory."""
         most = self._limits.body_bytes
         too_large = Refusal(413, f"the body is over {most} bytes, the most that is read", "body_too_large")
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        length = _header(scope, b"content-length")
         if length.isdigit() and int(length[:20]) > most:
             raise too_large
         parts: list[bytes] = []
@@ -124,6 +138,11 @@ class Guards:
             parts.append(message.get("body", b""))
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes:
+    """The first of this name; empty where there is none."""
+    return next((bytes(value) for name, value in scope["headers"] if name == wanted), b"")
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:

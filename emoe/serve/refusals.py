@@ -22,6 +22,7 @@ _LONGEST = 1000  # characters of a message: errors repeat what a client sent
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",

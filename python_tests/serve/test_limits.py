@@ -209,7 +209,7 @@ def test_connections_beyond_the_limit_are_closed_and_make_room_again(fake, tiny)
         assert server.http.get("/health").status_code == 200
 
 
-def test_thousands_of_requests_are_served_or_refused_within_bounds(fake, tiny):
+def test_far_more_requests_than_there_is_room_for_are_served_or_refused_at_once(fake, tiny):
     """Far more clients than there is room for: as many as may wait do, all others hear of it at once."""
     fake.open.clear()
 
@@ -350,6 +350,19 @@ def test_with_the_key_clients_are_served(fake, tiny):
         wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError), wrong:
             wrong.models.list()
+
+
+def test_a_server_for_this_machine_is_none_for_pages_that_name_it_otherwise(fake, tiny):
+    """A site may give its own name this machine's address; its page then asks from the same origin."""
+    with serving.running(fake, tiny[1], local=True) as server:
+        for host in ("localhost", f"localhost:{server.port}", "127.0.0.1:1", "[::1]", "[::1]:8000"):
+            assert server.http.get("/status", headers={"host": host}).status_code == 200, host
+        for host in ("evil.example", f"evil.example:{server.port}", "localhost.evil.example", "localhost:1:2", ""):
+            for path in ("/status", "/", "/health"):
+                _refused(server.http.get(path, headers={"host": host}), 403, "forbidden_host")
+        answer = server.http.post("/v1/completions", json={"prompt": "x"}, headers={"host": "evil.example"})
+        _refused(answer, 403, "forbidden_host")
+        assert not fake.given
 
 
 # Names and numbers
