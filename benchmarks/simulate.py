@@ -99,10 +99,10 @@ def workload(
     """Requests of a task mix: `poisson` and `bursty` uniform over tasks, `drifting` with a mix that turns."""
     random = np.random.default_rng(seed)
     experts = domains.sets(slots)
-    at = np.cumsum(_gaps(kind, requests, rate, random))
+    at = np.cumsum(gaps(kind, requests, rate, random))
     arrivals = []
     for number in range(requests):
-        mix = _mix(kind, number / requests, len(domains.names))
+        mix = mix_at(kind, number / requests, len(domains.names))
         task = domains.names[int(random.choice(len(mix), p=mix))]
         prompt = int(np.clip(random.gamma(4.0, MEAN_PROMPT.get(task, 100) / 4.0), 8, 500))
         output = int(np.clip(random.gamma(2.0, MEAN_OUTPUT.get(task, 100) / 2.0), 2, MOST_NEW))
@@ -118,13 +118,15 @@ def workload(
     return arrivals
 
 
-def _gaps(kind: str, requests: int, rate: float, random: np.random.Generator) -> NDArray[np.float64]:
+def gaps(kind: str, requests: int, rate: float, random: np.random.Generator) -> NDArray[np.float64]:
+    """Seconds between arrivals, `rate` a second in the mean: exponential, or for `bursty` gamma."""
     if kind == "bursty":  # gamma with a coefficient of variation of 2.5
         return random.gamma(0.16, 1 / (0.16 * rate), requests)
     return random.exponential(1 / rate, requests)
 
 
-def _mix(kind: str, progress: float, tasks: int) -> NDArray[np.float64]:
+def mix_at(kind: str, progress: float, tasks: int) -> NDArray[np.float64]:
+    """Shares of tasks when this part of a run (0 to 1) is over: even, or for `drifting` each in turn above others."""
     if kind != "drifting":
         return np.full(tasks, 1 / tasks)
     weights = 1 + 0.9 * np.cos(2 * np.pi * (2 * progress - np.arange(tasks) / tasks))

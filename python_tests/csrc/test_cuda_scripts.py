@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+sys.path += [str(ROOT / "scripts"), str(ROOT / "benchmarks")]  # last: helpers of tests have names of benchmarks
 
 import cuda_matrix  # noqa: E402
 import cuda_mutants  # noqa: E402
