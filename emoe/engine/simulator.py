@@ -1,7 +1,7 @@
 """A server on paper: the scheduler's own code, an LRU of experts in ids, and a clock that steps move by what they cost.
 
 Routing is a trace's: a request is a stretch of it, its rows touch the experts that those tokens were routed to.
-Discrete events, any number of replicas; one seed gives the same figures. docs/scheduler.md says what is left out.
+Discrete events, any number of replicas; one seed gives the same figures. docs/serving.md says what is left out.
 """
 
 from __future__ import annotations
