@@ -121,12 +121,15 @@ def _on_disk(plan: Plan) -> list[tuple[str, str, str]]:
 def _outside(plan: Plan) -> str:
     from emoe.memory import format_bytes
 
-    if not plan.encoded_bytes:
-        return f"always in memory, {plan.dtype}"
-    return (
-        f"always in memory; {format_bytes(plan.encoded_bytes)} of weights are decoded to {plan.dtype}, "
-        f"{format_bytes(plan.decoded_bytes)}"
-    )
+    parts = []
+    if plan.kept_bytes:
+        parts.append(f"{format_bytes(plan.kept_bytes)} stay {', '.join(plan.kept_encodings)}")
+    if plan.encoded_bytes:
+        parts.append(
+            f"{format_bytes(plan.encoded_bytes)} of weights are decoded to {plan.dtype}, "
+            f"{format_bytes(plan.decoded_bytes)}"
+        )
+    return f"always in memory; {'; '.join(parts)}" if parts else f"always in memory, {plan.dtype}"
 
 
 def _stored(row: dict[str, Any], layers: int) -> str:

@@ -58,8 +58,9 @@ class Plan:
     What is on the disk is as `source` says: "headers" of the files, the "config" where there are none, or "model" where
     the model is in memory (`emoe.wrap`) and there is no checkpoint (None). `checkpoint_bytes` are all its tensors,
     among them `not_loaded_bytes` of parts that the model does not have, and `encoded_bytes` of weights outside experts,
-    which in memory are decoded and take `decoded_bytes`; those that stay encoded are in neither. Outside experts
-    `non_expert_bytes` are in memory, and `non_expert_stored_bytes` on the disk.
+    which in memory are decoded and take `decoded_bytes`; those that stay encoded, `kept_bytes` in
+    `kept_encodings`, are in neither. Outside experts `non_expert_bytes` are in memory, and `non_expert_stored_bytes` on
+    the disk.
     """
 
     model: str
@@ -90,6 +91,8 @@ class Plan:
     not_loaded_bytes: int = 0
     encoded_bytes: int = 0
     decoded_bytes: int = 0
+    kept_bytes: int = 0
+    kept_encodings: tuple[str, ...] = ()
     experts: tuple[dict[str, Any], ...] = ()
     layouts: tuple[layout.SlotLayout, ...] = field(default=(), repr=False)
 
@@ -270,19 +273,23 @@ def _plan(
         not_loaded_bytes=sizes.not_loaded,
         encoded_bytes=encoded_bytes,
         decoded_bytes=decoded_bytes,
-        experts=_summary(forms, layouts),
+        kept_bytes=sum(encoding(how).nbytes(tuple(model.get_parameter(name).shape)) for name, how in kept.items()),
+        kept_encodings=tuple(sorted(set(kept.values()))),
+        experts=_summary(forms, layouts, options.kernels),
         layouts=layouts,
     )
 
 
-def _summary(forms: Sequence[ExpertForm], layouts: Sequence[layout.SlotLayout]) -> tuple[dict[str, Any], ...]:
+def _summary(
+    forms: Sequence[ExpertForm], layouts: Sequence[layout.SlotLayout], kernels: str
+) -> tuple[dict[str, Any], ...]:
     return tuple(
         summary.alike(
             {
                 "encodings": summary.encodings_of(form),
                 "bytes_per_expert": form.nbytes,
-                "kernels": "stock" if where.native is None else "native",
-                "reason": where.reason,
+                "kernels": "stock" if where.native is None else kernels,
+                "reason": where.reason if kernels == "native" else "kernels='stock'",
             }
             for form, where in zip(forms, layouts, strict=True)
         )

@@ -157,8 +157,18 @@ def test_every_family_is_planned_in_fp8_by_its_config_alone(name, checkpoint, tm
     kept = _plan(tmp_path)  # what stays encoded takes less memory, and as much of the disk
     assert kept.non_expert_stored_bytes == plan.non_expert_stored_bytes and kept.model_bytes == plan.model_bytes
     assert kept.encoded_bytes <= plan.encoded_bytes and kept.non_expert_bytes <= plan.non_expert_bytes
+    assert kept.kept_bytes == plan.encoded_bytes - kept.encoded_bytes and plan.kept_bytes == 0
+    assert kept.kept_encodings == (plan.encodings if kept.kept_bytes else ())
     in_memory = kept.non_expert_stored_bytes + kept.decoded_bytes - kept.encoded_bytes
     assert 0 <= kept.non_expert_bytes - in_memory < 0.01 * in_memory  # planes lie at multiples of 64 bytes
+
+
+def test_the_plan_says_which_kernels_compute_the_experts(tmp_path):
+    full = quantized.write(tmp_path, FORMATS["fp8 blocks"])
+    assert [(row["kernels"], row["reason"]) for row in _plan(full).experts] == [("native", "")]
+    assert [(row["kernels"], row["reason"]) for row in _plan(full, kernels="stock").experts] == [
+        ("stock", "kernels='stock'")
+    ]
 
 
 def test_tensors_of_no_part_of_the_model_are_said_not_to_be_loaded(tmp_path):
