@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -11,18 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from emoe import files
 from emoe.engine.costs import CostFit, Costs
-from emoe.errors import CheckpointError, ConfigError, EmoeError, MissingFileError
-from emoe.files import cache_folder, jsontext
+from emoe.files import jsontext
+from emoe.files.kept import Kept
 
-logger = logging.getLogger(__name__)
-
-WEEK = 7 * 24 * 3600
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 8  # of all of ROWS, each once with tokens of its own and once with the same again, which loads little
 _PASSES = 20  # of the fit over what was measured
-_MOST_KEPT = 64  # models in the file
 
 
 @dataclass(frozen=True)
@@ -111,57 +104,23 @@ def key_of(model: Any, path: str) -> str:
 
 def kept(key: str) -> Calibration | None:
     """What was measured for this key within a week; None where nothing was."""
-    path = _file()
-    entry = _read(path).get(key) if path else None
-    if entry is None or not 0 <= time.time() - entry["time"] < WEEK:
-        return None
-    return Calibration(Costs(**entry["costs"]), entry["error"], 0)
+    entry = KEPT.get(key)
+    return None if entry is None else Calibration(Costs(**entry["costs"]), entry["error"], 0)
 
 
 def keep(key: str, calibration: Calibration) -> None:
     """Writes it to the file; where that cannot be done, a line in the log says so."""
-    path = _file()
-    if path is None:
-        return
-    known = _read(path)
-    known.pop(key, None)
-    while len(known) >= _MOST_KEPT:
-        known.pop(min(known, key=lambda name: known[name]["time"]))
-    known[key] = {"costs": asdict(calibration.costs), "error": calibration.error, "time": time.time()}
-    try:
-        with files.whole(path) as file:
-            file.write(json.dumps(known).encode())
-    except OSError as error:
-        logger.warning("emoe: costs of steps are not kept: %s", error)
+    KEPT.put(key, {"costs": asdict(calibration.costs), "error": calibration.error})
 
 
-def _file() -> Path | None:
-    try:
-        return cache_folder() / "costs.json"
-    except ConfigError as error:
-        logger.warning("emoe: costs of steps are not kept: %s", error)
-        return None
+def _check(entry: dict[str, Any]) -> None:
+    costs = entry.get("costs")
+    if not isinstance(costs, dict) or costs.keys() != asdict(Costs()).keys():
+        raise ValueError(f"costs are {jsontext.shown(costs)}")
+    for name, value in costs.items():
+        jsontext.number(value, name, 0, 1e9)
+    Costs(**costs)
+    jsontext.number(entry.get("error"), "error", 0, 1e18)
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by key; nothing where the file is not there or not sound."""
-    try:
-        known = jsontext.read(path, "file of measured costs", CheckpointError)
-        if not isinstance(known, dict):
-            raise ValueError(f"it is {type(known).__name__}, expected an object")
-        for entry in known.values():
-            if not isinstance(entry, dict) or not isinstance(entry.get("costs"), dict):
-                raise ValueError(f"an entry is {jsontext.shown(entry)}")
-            if entry["costs"].keys() != asdict(Costs()).keys():
-                raise ValueError(f"costs are {jsontext.shown(entry['costs'])}")
-            for name, value in entry["costs"].items():
-                jsontext.number(value, name, 0, 1e9)
-            Costs(**entry["costs"])
-            jsontext.number(entry.get("error"), "error", 0, 1e18)
-            jsontext.number(entry.get("time"), "time", 0, 1e18)
-    except MissingFileError:
-        return {}
-    except (EmoeError, ValueError) as error:
-        logger.warning("emoe: %s is damaged, costs are measured anew: %s", path, error)
-        return {}
-    return known
+KEPT = Kept("costs.json", "costs of steps", _check, seconds=7 * 24 * 3600)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import mmap
 import os
 import time
@@ -14,16 +12,12 @@ from typing import Any
 
 import torch
 
-from emoe import files
-from emoe.errors import CheckpointError, ConfigError, EmoeError, MissingFileError
-from emoe.files import cache_folder, jsontext
-
-logger = logging.getLogger(__name__)
+from emoe.files import jsontext
+from emoe.files.kept import Kept
 
 _BLOCK = 4 << 20
 _DISK_BYTES = 64 << 20
 _MEMORY_BYTES = 256 << 20
-_DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -43,55 +37,27 @@ def measure(folder: Path | None, *, refresh: bool = False) -> Rates:
             disk.
         refresh: measure again in any case.
     """
-    path = _cache_file()
     weights = _largest(folder) if folder else None
     device = str(weights.stat().st_dev) if weights else "none"
-    known = _read(path) if path else {}
-    entry = known.get(device)
-    if entry and not refresh and 0 <= time.time() - entry["time"] < _DAY:
+    if not refresh and (entry := KEPT.get(device)):
         return Rates(entry["memory"], entry["disk"], entry["note"])
     memory = _memory_rate()
     disk = _disk_rate(weights) if weights else 0.0
     note = f"measured {memory / 1e9:.1f} GB/s memory, " + (
         f"{disk / 1e9:.2f} GB/s disk" if disk else "disk not measured: 1 GB/s assumed"
     )
-    known[device] = {"memory": memory, "disk": disk or 1e9, "note": note, "time": time.time()}
-    if path:
-        try:
-            with files.whole(path) as file:
-                file.write(json.dumps(known).encode())
-        except OSError as error:
-            logger.warning("emoe: rates of memory and disk are not cached: %s", error)
+    KEPT.put(device, {"memory": memory, "disk": disk or 1e9, "note": note})
     return Rates(memory, disk or 1e9, note)
 
 
-def _cache_file() -> Path | None:
-    """Where rates are kept; None, and a line in the log, where there is no place for them."""
-    try:
-        return cache_folder() / "bandwidth.json"
-    except ConfigError as error:
-        logger.warning("emoe: rates of memory and disk are not cached: %s", error)
-        return None
+def _check(entry: dict[str, Any]) -> None:
+    if not isinstance(entry.get("note"), str):
+        raise ValueError(f"an entry is {jsontext.shown(entry)}")
+    for name in ("memory", "disk"):
+        jsontext.number(entry.get(name), name, 1, 1e18)
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by device; nothing where the file is not there or not sound."""
-    try:
-        known = jsontext.read(path, "file of measured rates", CheckpointError)
-        if not isinstance(known, dict):
-            raise ValueError(f"it is {type(known).__name__}, expected an object")
-        for entry in known.values():
-            if not isinstance(entry, dict) or not isinstance(entry.get("note"), str):
-                raise ValueError(f"an entry is {jsontext.shown(entry)}")
-            for name in ("memory", "disk"):
-                jsontext.number(entry.get(name), name, 1, 1e18)
-            jsontext.number(entry.get("time"), "time", 0, 1e18)
-    except MissingFileError:
-        return {}
-    except (EmoeError, ValueError) as error:
-        logger.warning("emoe: %s is damaged, rates are measured anew: %s", path, error)
-        return {}
-    return known
+KEPT = Kept("bandwidth.json", "rates of memory and disk", _check, seconds=24 * 3600)
 
 
 def _memory_rate() -> float:

@@ -51,7 +51,7 @@ def test_what_was_measured_is_kept_for_a_week_and_by_key(own_cache, monkeypatch)
     calibrate.keep("a", Calibration(TRUTH, 0.05, 112))
     assert calibrate.kept("a") == Calibration(TRUTH, 0.05, 0)
     assert calibrate.kept("b") is None
-    later = time.time() + calibrate.WEEK + 1
+    later = time.time() + calibrate.KEPT.seconds + 1
     monkeypatch.setattr(calibrate.time, "time", lambda: later)
     assert calibrate.kept("a") is None
 

@@ -24,7 +24,7 @@ import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from made_traces import task_trace
 from emoe import files
 from emoe.demo.delta import Delta, load_delta, save_delta
 from emoe.demo.delta import Shape as DeltaShape
+from emoe.engine import calibrate
+from emoe.engine.costs import Costs
 from emoe.errors import EmoeError
 from emoe.model.gguf_files import gguf_config
 from emoe.planning import bandwidth
@@ -361,6 +363,7 @@ def readers(folder: Path) -> list[Reader]:
     csv = "# n_expert=8\n# layer=0 expert_bytes=100\nturn,phase,step,layer,slot,expert,weight,expert_bytes\n"
     prompts = [{"task": "a", "prompt": "one", "split": "train", "reference": "x"}, {"task": "b", "prompt": "two"}]
     SensitivityProfile(("a", "b"), 2, np.array([[1, 0.9, 0.5], [1, 0.8, 0.7]]), prompts=(3, 4)).save(folder / "s.json")
+    costs = {"a": {"costs": asdict(Costs()), "error": 0.1, "time": time.time()}}
     rates = {"none": {"memory": 1e9, "disk": 1e9, "note": "x", "time": time.time()}}
     index = {"metadata": {"total_size": 8}, "weight_map": {"a": "m.safetensors", "b": "m.safetensors"}}
     (folder / "m.safetensors").touch()
@@ -373,7 +376,8 @@ def readers(folder: Path) -> list[Reader]:
         Reader("trace-csv", "t.csv", (csv + "\n".join(rows) + "\n").encode(), load_trace, damage_csv),
         Reader("prompts", "p.jsonl", "\n".join(map(json.dumps, prompts)).encode(), load_prompts, damage_lines),
         Reader("sensitivity", "s.json", (folder / "s.json").read_bytes(), SensitivityProfile.load, damage_json),
-        Reader("bandwidth", "bandwidth.json", json.dumps(rates).encode(), bandwidth._read, damage_json),
+        Reader("bandwidth", "bandwidth.json", json.dumps(rates).encode(), bandwidth.KEPT.read, damage_json),
+        Reader("costs", "costs.json", json.dumps(costs).encode(), calibrate.KEPT.read, damage_json),
         Reader(
             "index", headers.INDEX_NAME, json.dumps(index).encode(), lambda path: headers.checkpoint_files(path.parent),
             damage_json,

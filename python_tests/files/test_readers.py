@@ -548,7 +548,7 @@ def test_rates_that_are_no_file_are_measured_and_do_not_block(what, tmp_path, mo
     path = tmp_path / "bandwidth.json"
     path.mkdir() if what == "folder" else os.mkfifo(path)
     assert bandwidth.measure(None).memory == 3e9
-    assert "are not cached" in caplog.text
+    assert "are not kept" in caplog.text
 
 
 def test_a_predictor_of_a_table_is_read_from_a_path_with_a_tilde(tmp_path, monkeypatch):
