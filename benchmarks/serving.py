@@ -46,7 +46,7 @@ AFFINITY_POINTS, AFFINITY_BYTES, AFFINITY_SPEED = 0.15, 0.6, 1.5  # what `slo+af
 WARM_SHARE, CALIBRATION_SHARE = 0.1, 0.15  # of --minutes
 OVERLOAD_SHARE = 0.3  # of a policy's turn
 DRAIN_SHARE = 0.4  # of a stretch of load: nothing new comes, and it is over once all have ended
-BURST = 3  # times the places, all at once: warms a server up, and tells what `fcfs` can do
+BURST = 8  # times the places, all at once: warms a server up, and tells what `fcfs` can do with all places taken
 FRESH_SECONDS = 0.6  # a server's statistics are at most 0.5 seconds old
 SETTLE_SECONDS = 60.0
 ENDED_SECONDS = 120.0
@@ -299,6 +299,14 @@ class Server:
             self.process.wait()
 
 
+def requests_per_second(part: Part) -> float:
+    """All tokens that came, of answers that were cut too, by what an answer has in the mean; 0 without an answer."""
+    tokens = [each.tokens for each in part.answers if each.outcome == "answered"]
+    if not any(tokens):
+        return 0.0
+    return float(part.counted["emoe_output_tokens_total"] / part.seconds / np.mean(tokens))
+
+
 def targets_for(answers: Sequence[Answer], share: float, ttft: float | None, tpot: float | None) -> Targets:
     """Targets that this share of answers meets: given ones, and the others as multiples of the medians, alike for both.
 
@@ -408,10 +416,11 @@ def show(found: dict[str, Any], args: argparse.Namespace) -> None:
         f"{name.upper()} {value:.3g} s" for name, value in found["targets"].items() if value is not None
     )
     table = Table(
-        "policy, task", "requests", "attained", "goodput, req/s", "refused/failed/cut", "TTFT p50/p95, s",
+        "policy, task", "requests", "attained", "goodput/s", "429/failed/cut", "TTFT p50/p95, s",
         "TPOT p50/p95, ms", "tok/s", "MB/token", "overload: tok/s", "MB/token",
         title=f"{args.kind}, {found['rate']:.3g} requests/s, targets {targets}, {found['resident_share']:.0%} resident",
     )  # fmt: skip
+    table.columns[0].no_wrap = True
     for policy, each in found["policies"].items():
         load, over = each["load"], each["overload"]
         table.add_row(
@@ -486,7 +495,7 @@ async def measure(servers: Sequence[Server], prompts: Sequence[Prompt], args: ar
         capacity = {}
         for server in servers:
             warm = await turn_of(server, "warming up", [Due(0.0, *_rest(due)) for due in burst], limit, {})
-            capacity[server.policy] = sum(each.outcome == "answered" for each in warm.answers) / warm.seconds
+            capacity[server.policy] = requests_per_second(warm)
         first = servers[0]  # `fcfs` where it is measured
         rate = args.rate or args.load * capacity[first.policy]
         if not rate:

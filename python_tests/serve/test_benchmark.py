@@ -81,6 +81,12 @@ def test_no_target_is_made_up_where_too_few_were_answered():
         bench.targets_for(answers[1:], 0.7, None, None)
 
 
+def test_what_a_server_can_do_counts_tokens_of_answers_that_were_cut():
+    answers = [answered(0.5, 1.0, 8), answered(0.5, 1.0, 4), bench.Answer("code", "cut")]
+    assert bench.requests_per_second(bench.Part(answers, 5.0, Counter(emoe_output_tokens_total=60))) == 2.0
+    assert bench.requests_per_second(bench.Part(answers[2:], 5.0, Counter(emoe_output_tokens_total=60))) == 0.0
+
+
 def test_goodput_and_shares_are_of_all_that_was_sent_over_all_rounds():
     targets = bench.Targets(1.0, None)
     counted = Counter({"emoe_output_tokens_total": 20.0, "emoe_read_bytes_total": 1000.0})
