@@ -288,7 +288,7 @@ class Server:
     async def resident_share(self) -> float:
         """Experts in memory now, of all."""
         layers = (await self._status())["layers"]
-        return sum(len(each["resident"]) for each in layers) / sum(each["experts"] for each in layers)
+        return float(sum(len(each["resident"]) for each in layers) / sum(each["experts"] for each in layers))
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -317,7 +317,7 @@ def targets_for(answers: Sequence[Answer], share: float, ttft: float | None, tpo
     if not whole:
         raise LoadError(f"none of {len(answers)} requests was answered: give it more --minutes or a lower --rate")
     medians = {
-        "ttft": float(np.median([each.first for each in whole])),  # type: ignore[arg-type]
+        "ttft": float(np.median([each.first for each in whole])),
         "tpot": float(np.median([each.tpot for each in whole if each.tpot is not None] or [0.0])),
     }
     given = Targets(ttft, tpot)
