@@ -572,6 +572,7 @@ def main() -> int:
         parser.error("--check compares slo+affinity with fcfs; --policies lacks one of them")
     prompts = load_prompts(args.prompts)
     model = args.model or str(demo.build())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else servers would outlive it
     try:
         with started(policies, model, args) as servers:
             found = asyncio.run(measure(servers, prompts, args))
