@@ -28,7 +28,7 @@ def test_the_cpu_is_a_device_with_memory_a_slab_and_a_name():
 
 
 @pytest.mark.parametrize(
-    ("free", "took"), [(4, "3.0 GiB: 4.0 GiB are free, 1.0"), (40, "36.0 GiB: 40.0 GiB are free, 4.0")]
+    ("free", "took"), [(8, "7.0 GiB: 8.0 GiB are free, 1.0"), (40, "36.0 GiB: 40.0 GiB are free, 4.0")]
 )
 def test_auto_leaves_a_gibibyte_or_a_tenth_of_what_is_free_wherever_the_slots_are(free, took, checkpoint):
     plan = emoe.plan(checkpoint("olmoe"), "auto", calibrate=False, free=lambda: free * GIB)
