@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import engine_families
 import families
 import pytest
 import torch
@@ -241,9 +242,7 @@ def test_bytes_of_plain_states_are_known_beforehand(family):
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "zaya", "deepseek_v4_compressed", "inkling2_text", "jamba"])
 def test_what_states_took_more_than_expected_is_expected_of_the_next(family):
-    from engine.test_families import build as build_family
-
-    model = build_family(family)
+    model = engine_families.build(family)
     with Engine(model, chunk_rows=16) as engine:
         for _ in range(2):
             engine.submit(PROMPTS[2], max_new_tokens=100, sampling=GREEDY)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+from pathlib import Path
 
 import families
 import numpy as np
@@ -13,7 +15,6 @@ from fake_queue import FakeQueue
 
 import emoe
 from emoe import errors
-from emoe.compute.experts import Recording
 from emoe.errors import ConfigError
 from emoe.options import Options
 from emoe.predictor import UNKNOWN_TASK
@@ -25,7 +26,6 @@ from emoe.slots.cache import CacheManager
 from emoe.slots.load_score import Expected, load_score
 from emoe.slots.loader import Loader
 from emoe.slots.resident import CacheResidency
-from emoe.trace.trace import TraceRecorder
 
 
 class Favourites:
@@ -435,15 +435,10 @@ def test_prefetch_that_is_not_used_switches_itself_off(model, caplog, monkeypatc
 
 
 def _picks(model, ids):
-    recorder = TraceRecorder(
-        len(model.emoe.layers), model.emoe.plan.top_k, model.emoe.layers[0].num_experts, path="unused"
-    )
-    recording = Recording(recorder)
-    model.emoe._bank.observers.insert(0, recording)
-    with torch.no_grad():
-        model(ids)
-    model.emoe._bank.observers.remove(recording)
-    return recorder.trace().experts
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with model.emoe.record(Path(folder) / "picks.npz") as recorder:
+            model(ids)
+        return recorder.trace().experts
 
 
 def _used(model, ids):
