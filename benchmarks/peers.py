@@ -493,6 +493,9 @@ def decode_in_memory(file: Path, args: argparse.Namespace) -> float:
     """Tokens per second of emoe without a limit."""
     side = start("emoe", "native", args)
     side.ask("load", file=str(file), threads=args.threads, context=CAPPED_CONTEXT, repack=False)
+    for warm in range(WARM_PASSES):
+        if not side.ask("prefill", tokens=random_tokens(CAPPED_CONTEXT, 99 + warm))["bytes_read"]:
+            break
     steps = side.ask("decode", prompt=random_tokens(PROMPT, 0), tokens=random_tokens(args.capped_tokens, 1))["seconds"]
     side.close()
     return 1 / statistics.median(steps)
