@@ -29,6 +29,22 @@ class Slab:
     def slot_bytes(self) -> int:
         """Bytes of one slot: what was asked for, rounded up to 4096."""
 
+class NextUse:
+    """Which experts of one layer will be used soon, learned from its picks (csrc/core/next_use.hpp)."""
+
+    def __init__(self) -> None: ...
+    def saw(self, picks: Any) -> None:
+        """Int64 [tokens, top_k] of a step; ids below 0 or over 65535 are no picks. As many tokens as in the last step,
+        and more than one: a batch of texts, one token whose picks are those of all. ConfigError.
+        """
+    def least(self, experts: Sequence[int]) -> int:
+        """Of these the one least likely to be used soon, the first of equals. ConfigError where there is none."""
+    def scores(self, experts: int) -> Any:
+        """Float32 of experts 0 to `experts` - 1; the higher, the sooner."""
+    @property
+    def bytes(self) -> int:
+        """What was learned takes so many."""
+
 class RecordTable:
     """Where experts lie in files."""
 

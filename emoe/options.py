@@ -394,7 +394,10 @@ class Options:
         (0.02 or, on the command line, 2%); beyond it experts are read""",
         "SHARE", read=_text_number,
     )  # fmt: skip
-    policy: Any = _row("lru", OneOf(("lru", "lfu"), or_function=True), "which expert leaves when a slot is needed")
+    policy: Any = _row(
+        "next-use", OneOf(("lru", "lfu", "lfru", "next-use"), or_function=True),
+        "which expert leaves when a slot is needed (docs/slots.md)",
+    )  # fmt: skip
     predictor: Any = _row(
         None, Given("rank", "emoe train-predictor", PREDICTORS),
         """what chooses the experts to keep (docs/slots.md): a file of `emoe train-predictor`, "recent", which needs

@@ -32,7 +32,7 @@ ALLOWED_IMPORTS = {
     "predictor": {"trace", "files"},
     "routing": {"model", "options", "requests"},
     "sensitivity": {"routing", "model", "requests", "files"},
-    "slots": {"routing", "sensitivity", "predictor", "options", "requests"},
+    "slots": {"routing", "sensitivity", "predictor", "options", "requests", "native"},
     "planning": {"store", "model", "options", "memory", "files"},
     "seam": {"store", "model", "requests", "files", "memory"},
     "compute": {"slots", "store", "trace", "model", "options", "requests", "native", "memory"},

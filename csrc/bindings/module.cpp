@@ -6,6 +6,7 @@
 namespace emoe {
 void bind_transfer(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
+void bind_policy(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
 }  // namespace emoe
 
@@ -14,5 +15,6 @@ PYBIND11_MODULE(EMOE_MODULE, module) {
     emoe::register_errors();
     emoe::bind_transfer(module);
     emoe::bind_ops(module);
+    emoe::bind_policy(module);
     emoe::bind_cuda(module);
 }

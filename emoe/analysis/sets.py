@@ -21,8 +21,8 @@ from emoe.trace.trace import Trace, join
 Floats = NDArray[np.float64]
 
 SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-LOADING = ("lru", "lfu", "belady", "base+slack", "next-use")
-GOING_WITHOUT = ("task-table", "recent", "next-use")
+LOADING = ("lru", "lfu", "next-use", "belady", "base+slack", "trained-next-use")
+GOING_WITHOUT = ("task-table", "recent", "trained-next-use")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def hit_rates(
     for miss, names, rates in (("load", LOADING, loading), ("substitute", GOING_WITHOUT, without)):
         for name in names:
             on_step(name)
-            options = replay.Options(miss=miss if name == "next-use" else "load")
+            options = replay.Options(miss=miss if name == "trained-next-use" else "load")
             results = replay.replay(rest, name, usable, profile=profile, options=options)
             rates[name] = [round(100 * result.hit_rate, 3) for result in results]
             key = name if miss == "load" else f"{name} (without)"

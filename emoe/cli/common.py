@@ -81,6 +81,17 @@ def share(text: str) -> float:
     return value
 
 
+def nbytes(text: str) -> int:
+    """An argparse type: 2GiB, 1500M."""
+    try:
+        budget = options.parse_budget(text, "bytes")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(one_line(error)) from None
+    if budget.kind != "bytes":
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 2GiB or 1500M")
+    return budget.nbytes
+
+
 def model_path(text: str) -> str:
     """An argparse type: an existing checkpoint folder, or what may be a hub id."""
     path = Path(text).expanduser()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe.cli import common
-from emoe.errors import ConfigError, one_line
-from emoe.options import CONVERTED, CONVERTED_REST, parse_budget
+from emoe.errors import ConfigError
+from emoe.options import CONVERTED, CONVERTED_REST
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory",
-        type=_bytes,
+        type=common.nbytes,
         default=2 << 30,
         metavar="SIZE",
         help="that the process may take, Python and torch included (default: 2GiB)",
@@ -79,17 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gguf", action="store_true", help="write GGUF for llama.cpp and emoe (families qwen3_moe, qwen2_moe, olmoe)"
     )
     parser.add_argument("--verify", type=Path, metavar="OUT", help="check every file of a finished conversion")
-
-
-def _bytes(text: str) -> int:
-    """An argparse type: 2GiB, 1500M."""
-    try:
-        budget = parse_budget(text, "--memory")
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(one_line(error)) from None
-    if budget.kind != "bytes":
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 2GiB or 1500M")
-    return budget.nbytes
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe.cli import common
-from emoe.errors import one_line
+from emoe.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,13 +22,13 @@ examples:
   emoe replay --trace trace.npz --policy lru --resident 30% --global --json
 
   emoe replay --trace code.npz math.npz --policy lru,next-use --mix 0
-  emoe replay --trace code.npz math.npz --policy lru,task-table,next-use --mix 0 --miss substitute
+  emoe replay --trace code.npz math.npz --policy lru,task-table,trained-next-use --mix 0 --miss substitute
   emoe replay --trace code.npz math.npz --policy recent --period adaptive --profile 0.5
   emoe replay --trace code.npz math.npz --policy lru,predictor:linear.safetensors --mix 0 --profile 0.5
 
 Slots start empty. Several traces of one model run one after the other. belady knows the future: no policy that loads
-its misses hits more. task-table, base+slack and next-use learn from the first half of each trace, and all policies
-then run on the second; a predictor from a file wants --profile as it was trained with. Policies and options:
+its misses hits more. task-table, base+slack and trained-next-use learn from the first half of each trace, and all
+policies then run on the second; a predictor from a file wants --profile as it was trained with. Policies and options:
 docs/traces.md. 'emoe run --trace FILE.npz' records a trace.
 """
 
@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         type=_policies,
-        default="lru,lfu,belady",
         metavar="NAME[,NAME...]",
-        help="lru, lfu, belady; predicting: task-table, recent, base+slack, next-use, oracle, predictor:FILE "
-        "(default: lru,lfu,belady); a comma in FILE is part of it unless another policy follows",
+        help="lru, lfu, lfru, next-use, belady; predicting: task-table, recent, base+slack, trained-next-use, oracle, "
+        "predictor:FILE (default: lru,next-use,belady, with --global lru,lfu,belady); a comma in FILE is part of it "
+        "unless another policy follows",
     )
     parser.add_argument(
         "--resident",
@@ -52,6 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="0.3",
         metavar="SHARE[,SHARE...]",
         help="of the routed experts that has a slot, such as 0.3 or 30%% (default: 0.3)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_budgets,
+        metavar="BYTES[,BYTES...]",
+        help="bytes of experts in slots, such as 8GiB, in the place of --resident; the trace says what an expert takes",
+    )
+    parser.add_argument(
+        "--prefill",
+        choices=("tokens", "batch"),
+        default="tokens",
+        help="a prompt's prefill token by token, or as one step, as a running model does it; lru, lfu, lfru, next-use "
+        "and belady (default: tokens)",
     )
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument(
@@ -79,6 +92,11 @@ def _add_prediction(group: argparse._ArgumentGroup) -> None:
         help="of each trace's prompts to learn from, not replayed (default: 0.5 where a policy learns, else none)",
     )
     group.add_argument(
+        "--held-out-task",
+        metavar="NAME",
+        help="replay this task alone, and learn from the others: what a policy does where a task is new",
+    )
+    group.add_argument(
         "--period",
         type=_period,
         default=1,
@@ -89,7 +107,7 @@ def _add_prediction(group: argparse._ArgumentGroup) -> None:
         "--miss",
         choices=("load", "substitute"),
         default="load",
-        help="what next-use and predictor:FILE do with a pick that is in no slot (default: load)",
+        help="what trained-next-use and predictor:FILE do with a pick that is in no slot (default: load)",
     )
     group.add_argument(
         "--slack",
@@ -103,7 +121,7 @@ def _add_prediction(group: argparse._ArgumentGroup) -> None:
         type=common.share,
         default=0.3,
         metavar="SHARE",
-        help="of LRU's loads that next-use may move with --miss substitute (default: 0.3)",
+        help="of LRU's loads that trained-next-use may move with --miss substitute (default: 0.3)",
     )
 
 
@@ -115,7 +133,6 @@ def _period(text: str) -> int | str:
 
 
 def _policies(text: str) -> list[str]:
-    from emoe.errors import ConfigError
     from emoe.replay import POLICIES, check_policy
     from emoe.replay.predicted import FROM_FILE
 
@@ -138,6 +155,25 @@ def _shares(text: str) -> list[float]:
     return [common.share(part.strip()) for part in text.split(",")]
 
 
+def _budgets(text: str) -> list[int]:
+    return [common.nbytes(part.strip()) for part in text.split(",")]
+
+
+def _resident(args: argparse.Namespace, trace: Trace) -> list[float]:
+    """The shares that were asked for, or those that budgets are."""
+    from emoe.errors import TraceError
+    from emoe.memory import format_bytes
+
+    if args.budget is None:
+        return list(args.resident)
+    if trace.expert_bytes is None:
+        raise TraceError("--budget needs a trace that says how many bytes an expert takes; give --resident")
+    whole = int(trace.expert_bytes.sum()) * trace.num_experts
+    if max(args.budget) > whole:
+        raise ConfigError(f"--budget of {format_bytes(max(args.budget))} is over all experts, {format_bytes(whole)}")
+    return [budget / whole for budget in args.budget]
+
+
 def run(args: argparse.Namespace) -> int:
     from emoe import replay
     from emoe.replay.mix import prepare
@@ -145,21 +181,25 @@ def run(args: argparse.Namespace) -> int:
     from emoe.trace.trace import load_trace
 
     with common.stage("replaying"):
-        learns = any(name in LEARNING for name in args.policy)
+        names = args.policy or (["lru", "next-use", "belady"] if args.per_layer else ["lru", "lfu", "belady"])
+        learns = any(name in LEARNING for name in names)
         profile, trace = prepare(
             [load_trace(path) for path in args.trace],
-            profile=args.profile or (0.5 if learns else 0.0),
+            profile=args.profile or (0.5 if learns and args.held_out_task is None else 0.0),
             mix=args.mix,
             prompt_tokens=args.prompt_tokens,
+            held_out=args.held_out_task,
         )
+        resident = _resident(args, trace)
         options = Options(miss=args.miss, period=args.period, slack=args.slack, moves=args.moves)
         results: list[Result] = []
         with common.console(stderr=True).status("replaying") as status:
-            for policy in args.policy:
+            for policy in names:
                 status.update(f"replaying {policy}")
                 results += replay.replay(
-                    trace, policy, args.resident, per_layer=args.per_layer, profile=profile, options=options
-                )
+                    trace, policy, resident, per_layer=args.per_layer, profile=profile, options=options,
+                    prefill=args.prefill,
+                )  # fmt: skip
     if args.json:
         common.print_json({**_facts(args, trace), "results": [result.to_dict() for result in results]})
         return 0
@@ -192,11 +232,13 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
         title_justify="left",
     )
     bytes_known = all(result.bytes_moved is not None for result in results)
+    decode_known = any(result.decode_hit_rate is not None for result in results)
     names = [
         "policy",
         "resident",
         scope,
         "hit rate",
+        *(["in decode"] if decode_known else []),
         "misses a token",
         "are",
         "loads a token",
@@ -215,6 +257,7 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
             common.percent(result.resident),
             str(result.slots),
             common.percent(result.hit_rate),
+            *([_or_dash(result.decode_hit_rate)] if decode_known else []),
             f"{result.misses / facts['tokens']:.1f}",
             "loaded" if result.miss == "load" else "substituted",
             f"{result.loads / facts['tokens']:.1f}",
@@ -223,3 +266,7 @@ def _table(facts: dict[str, Any], results: list[Result]) -> Table:
             cells.append(format_bytes(result.bytes_moved))
         table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def _or_dash(share: float | None) -> str:
+    return "-" if share is None else common.percent(share)

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import torch
 from torch import nn
 
 from emoe.compute.device import Device
@@ -31,6 +32,19 @@ from emoe.store import ExpertStore, StoreLayer
 from emoe.trace.trace import TraceRecorder
 
 logger = logging.getLogger(__name__)
+
+
+class _Learning:
+    """Tells the eviction policy what each step picks."""
+
+    def __init__(self, cache: CacheManager) -> None:
+        self._cache = cache
+
+    def before(self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        self._cache.saw(layer, index.cpu().numpy())
+
+    def after(self, layer: int) -> None:
+        """What it learns from was said before."""
 
 
 class Bank:
@@ -78,7 +92,9 @@ class Bank:
         self._queue = device.queue(self.slab, self._table, reader, records=count, pinned_memory=pinned_memory)
         self.loader = Loader(self.cache, self._queue, records)
         self.tables = device.tables(self.loader, self.experts_per_layer, lock) if hostless else None
-        self.observers: list[Observer] = []
+        # On a device whose steps may do without the host nothing leaves for a miss, and nothing is asked of it.
+        learns = self.cache.learns and self.tables is None
+        self.observers: list[Observer] = [_Learning(self.cache)] if learns else []
         modules = dict(model.named_modules())
         parts = [
             Part(number, modules[layer.path], layer.form, where, self.loader, self.slab, self._queue, device.tensors,

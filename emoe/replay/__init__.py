@@ -16,9 +16,10 @@ from emoe.errors import ConfigError, TraceError
 from emoe.replay import predicted, reference, rows, sequence
 from emoe.replay.counts import Counts
 from emoe.replay.predicted import Options
-from emoe.trace.trace import Trace
+from emoe.trace.trace import PREFILL, Trace
 
-PLAIN = ("lru", "lfu", "belady")
+PLAIN = ("lru", "lfu", "lfru", "next-use", "belady")
+PREFILLS = ("tokens", "batch")
 POLICIES = (*PLAIN, *predicted.POLICIES)
 
 __all__ = ["PLAIN", "POLICIES", "Options", "Result", "check_policy", "replay", "slots_of"]
@@ -38,6 +39,7 @@ class Result:
         loads: experts read, `evictions` those that left for them.
         refreshes: times a base set was chosen; None where the policy has none.
         bytes_moved: bytes of the loads, None where the trace does not say how large an expert is.
+        decode_hit_rate: hits over picks of the tokens that the trace calls decode; None: none, or not counted apart.
         layers: hit rate of each layer.
         seconds: what this replay took, shared between budgets that ran together.
     """
@@ -53,6 +55,7 @@ class Result:
     evictions: int
     refreshes: int | None
     bytes_moved: int | None
+    decode_hit_rate: float | None
     layers: tuple[float, ...]
     seconds: float
 
@@ -78,6 +81,7 @@ def replay(
     per_layer: bool = True,
     profile: Trace | None = None,
     options: Options | None = None,
+    prefill: str = "tokens",
 ) -> list[Result]:
     """Runs the tokens of a trace one by one through slots that start empty.
 
@@ -88,6 +92,8 @@ def replay(
         per_layer: slots are divided between layers; False: one set of slots for all, which a token walks in a cycle.
         profile: what predicting policies learn from (`mix.prepare`).
         options: how they run.
+        prefill: "tokens", or "batch": the prefill of each prompt is one step, in which each of its experts is picked
+            once, as in a running model. For plain policies, on traces that tell prefill from decode.
 
     Raises:
         ConfigError: an unknown policy, a share that leaves a layer without a slot, or a predicting policy without a
@@ -100,8 +106,15 @@ def replay(
     total = trace.num_experts * (1 if per_layer else trace.layers)
     slots = [slots_of(share, total) for share in resident]
     started = time.perf_counter()
+    if prefill not in PREFILLS:
+        raise ConfigError(f"prefill={prefill!r} is not one of: {', '.join(PREFILLS)}")
+    batched = prefill == "batch"
+    if batched and (policy not in PLAIN or not per_layer):
+        raise ConfigError(f"prefill='batch' runs with slots in each layer and one of: {', '.join(PLAIN)}")
+    if batched and not (trace.phase == PREFILL).any():
+        raise TraceError("prefill='batch' needs a trace that says which tokens are prefill; this one has none")
     if policy in PLAIN:
-        outcomes = [predicted.Outcome(counts, "load", None) for counts in _run(trace, policy, slots, per_layer)]
+        outcomes = [predicted.Outcome(each, "load", None) for each in _run(trace, policy, slots, per_layer, batched)]
     else:
         if not per_layer or min(slots) < trace.top_k:
             raise ConfigError(
@@ -135,9 +148,11 @@ def slots_of(share: float, experts: int) -> int:
     return slots
 
 
-def _run(trace: Trace, policy: str, slots: list[int], per_layer: bool) -> list[Counts]:
-    if min(slots) < trace.top_k:  # a token then takes several rounds, which only the cache itself tells apart
-        return [reference.run(trace, policy, count, per_layer) for count in slots]
+def _run(trace: Trace, policy: str, slots: list[int], per_layer: bool, batched: bool) -> list[Counts]:
+    if not per_layer and policy in ("lfru", "next-use"):
+        raise ConfigError(f"policy '{policy}' runs with slots divided between layers, as in a running model")
+    if batched or min(slots) < trace.top_k:  # a step may take several rounds, which only the cache itself tells apart
+        return [reference.run(trace, policy, count, per_layer, batched=batched) for count in slots]
     if per_layer:
         return rows.run(trace, policy, slots)
     return [sequence.run(trace, policy, count) for count in slots]
@@ -160,6 +175,7 @@ def _result(
         evictions=counts.evictions,
         refreshes=outcome.refreshes,
         bytes_moved=moved,
+        decode_hit_rate=1 - (counts.decode_loads or 0) / counts.decode_picks if counts.decode_picks else None,
         layers=tuple((counts.hits / counts.picks.clip(1)).round(6).tolist()),
         seconds=seconds,
     )

@@ -49,8 +49,10 @@ def mixed(trace: Trace, seed: int) -> Trace:
 
 
 def prepare(
-    traces: Sequence[Trace], *, profile: float = 0.0, mix: int | None = None, prompt_tokens: int = PROMPT_TOKENS
-) -> tuple[Trace | None, Trace]:
+    traces: Sequence[Trace], *,
+    profile: float = 0.0, mix: int | None = None, prompt_tokens: int = PROMPT_TOKENS,
+    held_out: str | None = None,
+) -> tuple[Trace | None, Trace]:  # fmt: skip
     """Profile and tokens to replay of several traces.
 
     Args:
@@ -59,13 +61,29 @@ def prepare(
         mix: seed of a random order of the prompts of all traces; None keeps the order of the files.
         prompt_tokens: length of a prompt where a trace names none.
 
+        held_out: name of a task that is replayed alone, while the others are the profile, or `profile` of them.
+
     Raises:
-        ConfigError, TraceError: nothing left, or traces of different models.
+        ConfigError, TraceError: nothing left, no such task, or traces of different models.
     """
     cut = [into_prompts(trace, prompt_tokens) for trace in traces]
+    if held_out is not None:
+        first, rest = _apart(join(cut), held_out)
+        first = split(first, profile)[0] if 0 < profile < 1 else first
+        return (first, rest) if mix is None else (mixed(first, mix + 1), mixed(rest, mix))
     if not profile:
         whole = join(cut)
         return None, whole if mix is None else mixed(whole, mix)
     halves = [split(trace, profile) for trace in cut]
     first, rest = join([half[0] for half in halves]), join([half[1] for half in halves])
     return (first, rest) if mix is None else (mixed(first, mix + 1), mixed(rest, mix))
+
+
+def _apart(trace: Trace, task: str) -> tuple[Trace, Trace]:
+    """All but one task, and that task."""
+    if task not in trace.task_names:
+        raise ConfigError(f"held_out={task!r} is not one of the traces' tasks: {', '.join(trace.task_names)}")
+    mine = trace.task == trace.task_names.index(task)
+    if mine.all() or not mine.any():
+        raise ConfigError(f"held_out={task!r} leaves nothing to learn from, or nothing to replay")
+    return trace.take(~mine), trace.take(mine)

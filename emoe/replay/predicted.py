@@ -18,9 +18,9 @@ from emoe.replay.counts import Counts
 from emoe.slots.refresh import Refresh
 from emoe.trace.trace import Trace
 
-POLICIES = ("task-table", "recent", "base+slack", "next-use", "oracle")
+POLICIES = ("task-table", "recent", "base+slack", "trained-next-use", "oracle")
 FROM_FILE = "predictor:"  # and the path of a file of `emoe train-predictor`
-LEARNING = ("task-table", "base+slack", "next-use")  # from a profile
+LEARNING = ("task-table", "base+slack", "trained-next-use")  # from a profile
 MISSES = ("load", "substitute")
 
 
@@ -29,13 +29,14 @@ class Options:
     """How predicting policies run.
 
     Attributes:
-        miss: "load" a pick that is in no slot, or "substitute" it: it goes without. `next-use` and `predictor:PATH` do
-            either; `task-table`, `recent` and `oracle` have no slots for misses, `base+slack` has slack for nothing
-            else.
+        miss: "load" a pick that is in no slot, or "substitute" it: it goes without. `trained-next-use` and
+            `predictor:PATH` do either; `task-table`, `recent` and `oracle` have no slots for misses, `base+slack` has
+            slack for nothing else.
         period: prompts between two choices of the base set, or "adaptive": when observed routing drifts.
         slack: share of the slots that `base+slack`, and `predictor:PATH` where it loads misses, leave to LRU; at least
             the picks of a token.
-        moves: experts that `next-use` may move where misses are substituted, as a share of LRU's loads on the profile.
+        moves: experts that `trained-next-use` may move where misses are substituted, as a share of LRU's loads on the
+            profile.
         offset: prompts after the first at which a fixed period begins.
     """
 
@@ -81,11 +82,11 @@ def run(trace: Trace, profile: Trace | None, policy: str, slots: list[int], opti
         return [_base(trace, Oracle(trace), count, 0, options) for count in slots]
     if profile is None:
         raise ConfigError(f"policy '{policy}' needs a profile: part of the traces that is not replayed")
-    if policy == "next-use":
+    if policy == "trained-next-use":
         return _next_use(trace, profile, slots, options)
     if policy == "base+slack" and options.miss == "substitute":
         raise ConfigError(
-            "base+slack loads its misses into the slack; with miss='substitute' take task-table or next-use"
+            "base+slack loads its misses into the slack; with miss='substitute' take task-table or trained-next-use"
         )
     table = TaskTable.profile(profile)
     slack = [0 if policy == "task-table" else _slack(count, trace.top_k, options.slack) for count in slots]

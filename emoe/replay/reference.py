@@ -6,31 +6,63 @@ Slow; the faster ones are tested against it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from emoe.errors import CacheFullError
 from emoe.replay.counts import Counts
 from emoe.slots import policy as policies
 from emoe.slots.cache import CacheManager
-from emoe.trace.trace import Trace
+from emoe.trace.trace import DECODE, PREFILL, Trace
 
 
-def run(trace: Trace, policy: str, slots: int, per_layer: bool) -> Counts:
-    """One policy at one budget; `slots` of each layer, or of all together."""
+def run(trace: Trace, policy: str, slots: int, per_layer: bool, *, batched: bool = False) -> Counts:
+    """One policy at one budget; `slots` of each layer, or of all together, which then is token by token.
+
+    Args:
+        batched: the prefill of each prompt is one step, which picks each of its experts once, as a forward does.
+    """
     L, E = trace.layers, trace.num_experts
-    picks = [[[e for e in token if e >= 0] for token in layer] for layer in trace.experts.tolist()]  # [L][T][<=K]
     counts = Counts.of(trace)
+    counts.picks[:] = 0
+    counts.decode_picks = counts.decode_loads = 0
     if per_layer:
+        steps = _steps(trace, batched)
+        picks = [[_experts(trace.experts[layer, step]) for step in steps] for layer in range(L)]
         cache = CacheManager([slots] * L, policy=_factory(policy, picks))
-        for layer, tokens in enumerate(picks):
-            for experts in tokens:
+        for layer, chosen in enumerate(picks):
+            for step, experts in zip(steps, chosen, strict=True):
+                cache.saw(layer, trace.experts[layer, step])
+                before = int(counts.loads[layer])
                 _step(cache, layer, experts, counts, layer)
+                if trace.phase[step.start] == DECODE:
+                    counts.decode_picks += len(experts)
+                    counts.decode_loads += int(counts.loads[layer]) - before
         return counts
     # One partition: expert ids count through the layers, and a step is one layer of one token.
-    walk = [[layer * E + e for e in picks[layer][token]] for token in range(trace.tokens) for layer in range(L)]
+    tokens = np.sort(trace.experts, axis=2).tolist()
+    walk = [[layer * E + e for e in tokens[layer][t] if e >= 0] for t in range(trace.tokens) for layer in range(L)]
     cache = CacheManager([slots], policy=_factory(policy, [walk]))
-    for step, experts in enumerate(walk):
-        _step(cache, 0, experts, counts, step % L)
+    for number, experts in enumerate(walk):
+        _step(cache, 0, experts, counts, number % L)
+    counts.decode_picks = counts.decode_loads = None
     return counts
+
+
+def _steps(trace: Trace, batched: bool) -> list[slice]:
+    """The tokens of each step."""
+    if not batched:
+        return [slice(t, t + 1) for t in range(trace.tokens)]
+    joined = (trace.phase[1:] == PREFILL) & (trace.phase[:-1] == PREFILL) & (trace.prompt[1:] == trace.prompt[:-1])
+    starts = [0, *(np.flatnonzero(~joined) + 1).tolist(), trace.tokens]
+    return [slice(first, end) for first, end in pairwise(starts)]
+
+
+def _experts(picks: NDArray[np.integer]) -> list[int]:
+    """The distinct experts of a step [T, K], ascending, as a running model asks for them."""
+    return [e for e in np.unique(picks).tolist() if e >= 0]
 
 
 def _factory(name: str, future: Sequence[Sequence[Sequence[int]]]) -> str | Callable[[int], policies.Policy]:
@@ -40,6 +72,7 @@ def _factory(name: str, future: Sequence[Sequence[Sequence[int]]]) -> str | Call
 def _step(cache: CacheManager, partition: int, experts: list[int], counts: Counts, layer: int) -> None:
     held, missing = cache.hold_resident(partition, experts)
     holding = [expert for expert, _ in held]
+    counts.picks[layer] += len(experts)
     counts.hits[layer] += len(held)
     counts.loads[layer] += len(missing)
     for expert in missing:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emoe.replay.counts import Counts
-from emoe.trace.trace import Trace
+from emoe.slots import policy
+from emoe.trace.trace import DECODE, Trace
 
 Scores = NDArray[np.float64]
 
@@ -33,13 +34,13 @@ class RowPolicy(Protocol):
         """
 
 
-def run(trace: Trace, policy: str, slots: list[int]) -> list[Counts]:
+def run(trace: Trace, name: str, slots: list[int]) -> list[Counts]:
     """One policy at several budgets, each at least `trace.top_k` slots a layer."""
-    return advance(trace, MAKERS[policy](trace, len(slots)), slots)
+    return advance(trace, MAKERS[name](trace, len(slots)), slots)
 
 
-def advance(trace: Trace, policy: RowPolicy, slots: list[int]) -> list[Counts]:
-    """Runs a policy object made for `len(slots)` budgets; rows count budgets first, layers second."""
+def advance(trace: Trace, scored: RowPolicy, slots: list[int]) -> list[Counts]:
+    """Runs a policy made for `len(slots)` budgets; rows count budgets first, layers second."""
     L, T, _ = trace.experts.shape
     E, R = trace.num_experts, len(slots) * L
     free = np.repeat(np.asarray(slots, dtype=np.int64), L)
@@ -49,22 +50,25 @@ def advance(trace: Trace, policy: RowPolicy, slots: list[int]) -> list[Counts]:
     in_slot[-1] = True  # "no pick" is never missing
     loads = np.zeros(R, dtype=np.int64)
     evictions = np.zeros(R, dtype=np.int64)
+    decode, decoded = trace.phase == DECODE, np.zeros(R, dtype=np.int64)
     for step in range(T):
         token = np.tile(ids[step], (len(slots), 1))  # [R, K]
         places = np.where(token < 0, R * E, token + base)
         miss = ~in_slot[places]
         needed = miss.sum(axis=1)
         loads += needed
+        if decode[step]:
+            decoded += needed
         free -= needed
         over = np.flatnonzero(free < 0)
         if over.size:
             # Picks of this token stay, whatever their score: they are being used.
             in_slot[places] = False
-            _evict(policy.scores(over), in_slot[:-1].reshape(R, E), over, -free[over])
+            _evict(scored.scores(over), in_slot[:-1].reshape(R, E), over, -free[over])
             evictions[over] -= free[over]
             free[over] = 0
         in_slot[places] = True
-        policy.used(step, places, miss)
+        scored.used(step, places, miss)
     results = []
     for budget in range(len(slots)):
         mine = slice(budget * L, (budget + 1) * L)
@@ -72,13 +76,15 @@ def advance(trace: Trace, policy: RowPolicy, slots: list[int]) -> list[Counts]:
         counts.loads[:] = loads[mine]
         counts.hits[:] = counts.picks - counts.loads
         counts.evictions = int(evictions[mine].sum())
+        counts.decode_picks = int((trace.experts[:, decode] >= 0).sum())
+        counts.decode_loads = int(decoded[mine].sum())
         results.append(counts)
     return results
 
 
 def picks_by_token(trace: Trace) -> NDArray[np.int64]:
-    """[T, L, K], so that a token is one block of memory."""
-    return np.ascontiguousarray(trace.experts.transpose(1, 0, 2)).astype(np.int64)
+    """[T, L, K], so that a token is one block of memory; ascending, as a running model asks for a token's experts."""
+    return np.sort(trace.experts.transpose(1, 0, 2).astype(np.int64), axis=2)
 
 
 def _evict(scores: Scores, in_slot: NDArray[np.bool_], rows: NDArray[np.intp], count: NDArray[np.int64]) -> None:
@@ -142,6 +148,70 @@ class Belady(_Table):
         self.flat[places] = -np.tile(self._next[step], (self._budgets, 1))
 
 
+class LFRU(LRU):
+    """`emoe.slots.policy.LFRU`; of equals the least recent."""
+
+    def __init__(self, rows: int, experts: int) -> None:
+        super().__init__(rows, experts)
+        self._uses = np.zeros(rows * experts + 1)
+        self._last = np.zeros(rows * experts + 1, dtype=np.int64)
+        self._step = 0
+
+    def scores(self, rows: NDArray[np.intp]) -> Scores:
+        shape = self.table.shape
+        age = self._step - self._last[:-1].reshape(shape)[rows]
+        worth = self._uses[:-1].reshape(shape)[rows] * 0.5 ** (age / policy.LFRU.HALF_LIFE) / (age + 1)
+        return ties_by_order(worth, super().scores(rows))
+
+    def used(self, step: int, places: NDArray[np.intp], miss: NDArray[np.bool_]) -> None:
+        age = step - self._last[places]
+        self._uses[places] = self._uses[places] * 0.5 ** (age / policy.LFRU.HALF_LIFE) + 1.0
+        self._last[places] = step
+        self._step = step + 1  # experts leave for the picks of the next token
+        super().used(step, places, miss)
+
+
+class NextUse(LRU):
+    """`emoe.slots.policy.NextUse`: the same code learns, once for all budgets; of equals the least recent."""
+
+    def __init__(self, trace: Trace, budgets: int) -> None:
+        super().__init__(budgets * trace.layers, trace.num_experts)
+        self._layers, self._experts = trace.layers, trace.num_experts
+        self._learned = [policy.NextUse().learned for _ in range(trace.layers)]
+        self._picks = picks_by_token(trace)
+        self._scores = np.zeros((trace.layers, trace.num_experts))
+        self._fresh = np.zeros(trace.layers, dtype=bool)
+        self._step, self._seen = 0, -1
+
+    def scores(self, rows: NDArray[np.intp]) -> Scores:
+        self._catch_up()
+        layers = rows % self._layers
+        for layer in np.unique(layers[~self._fresh[layers]]).tolist():
+            self._scores[layer] = self._learned[layer].scores(self._experts)
+            self._fresh[layer] = True
+        return ties_by_order(self._scores[layers], super().scores(rows))
+
+    def used(self, step: int, places: NDArray[np.intp], miss: NDArray[np.bool_]) -> None:
+        self._catch_up()
+        self._step = step + 1
+        super().used(step, places, miss)
+
+    def _catch_up(self) -> None:
+        """A layer knows the picks of the token it serves before any expert leaves for them."""
+        if self._seen < self._step:
+            self._seen = self._step
+            for layer, learned in enumerate(self._learned):
+                learned.saw(self._picks[self._step, layer : layer + 1])
+            self._fresh[:] = False
+
+
+def ties_by_order(scores: Scores, order: Scores) -> Scores:
+    """[rows, E] ranks of scores in each row, of equals the lower `order` first."""
+    ranks: Scores = np.empty_like(scores)
+    np.put_along_axis(ranks, np.lexsort((order, scores), axis=1), np.arange(scores.shape[1], dtype=float)[None], axis=1)
+    return ranks
+
+
 def next_uses(trace: Trace) -> NDArray[np.int32]:
     """[T, L, K]: the step at which each pick's expert is used next, T for never."""
     L, T, K = trace.experts.shape
@@ -159,4 +229,10 @@ def _sized(kind: Any) -> Callable[[Trace, int], RowPolicy]:
     return lambda trace, budgets: kind(budgets * trace.layers, trace.num_experts)
 
 
-MAKERS: dict[str, Callable[[Trace, int], RowPolicy]] = {"lru": _sized(LRU), "lfu": _sized(LFU), "belady": Belady}
+MAKERS: dict[str, Callable[[Trace, int], RowPolicy]] = {
+    "lru": _sized(LRU),
+    "lfu": _sized(LFU),
+    "lfru": _sized(LFRU),
+    "next-use": NextUse,
+    "belady": Belady,
+}

@@ -30,7 +30,7 @@ def _walk(trace: Trace) -> Iterator[tuple[int, list[int]]]:
     offsets = (np.arange(trace.layers) * trace.num_experts)[:, None]
     padded = bool((trace.experts < 0).any())
     for start in range(0, trace.tokens, 1000):
-        block = trace.experts[:, start : start + 1000].transpose(1, 0, 2)
+        block = np.sort(trace.experts[:, start : start + 1000].transpose(1, 0, 2), axis=2)  # as a model asks
         for token in np.where(block < 0, -1, block + offsets).tolist():
             for layer, picks in enumerate(token):
                 yield layer, [pick for pick in picks if pick >= 0] if padded else picks
@@ -91,7 +91,7 @@ def _belady(trace: Trace, slots: int) -> tuple[list[int], int]:
     heap: list[tuple[int, int]] = []  # (-next use, id); an entry counts only while it is the id's present one
     resident: set[int] = set()
     loads = [0] * trace.layers
-    valid = trace.experts.transpose(1, 0, 2) >= 0
+    valid = np.sort(trace.experts.transpose(1, 0, 2), axis=2) >= 0
     for (layer, picks), token, there in zip(
         _walk(trace), steps.reshape(-1, trace.top_k).tolist(), valid.reshape(-1, trace.top_k).tolist(), strict=True
     ):

@@ -10,7 +10,7 @@ names of what is in it: a slot that is being given away is loading, or free, bef
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from emoe.errors import CacheError, CacheFullError, ConfigError
 from emoe.slots import policy as policies
@@ -149,6 +149,17 @@ class CacheManager:
     def protected(self, layer: int) -> frozenset[int]:
         """What `protect` was last told."""
         return self._protected[layer]
+
+    @property
+    def learns(self) -> bool:
+        """Whether the policy goes by `saw`."""
+        return any(hasattr(each, "saw") for each in self._policies)
+
+    def saw(self, layer: int, picks: Any) -> None:
+        """What the tokens of the next step of a layer picked: an integer array [T, K], below 0 for no pick."""
+        saw = getattr(self._policies[layer], "saw", None)
+        if saw is not None:
+            saw(picks)
 
     def advance(self, layer: int) -> None:
         """Begins the next step of a layer: the clock that its policy sees."""

@@ -8,13 +8,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from emoe import native
 from emoe.errors import CacheError, ConfigError
 
 
 class Policy(Protocol):
-    """Eviction order of one layer."""
+    """Eviction order of one layer.
+
+    One that learns from routing has a method `saw(picks)` as well: [T, K] ids of a step's tokens, -1 for no pick,
+    before their experts are touched or any leaves for them.
+    """
 
     def touch(self, expert: int, step: int) -> None:
         """The expert was used, or put into a slot, in this step; steps never decrease."""
@@ -102,6 +107,65 @@ class LFU(LRU):
         return min(ordered, key=self._count.__getitem__)
 
 
+class LFRU(LRU):
+    """Least frequently and recently used: evicts the lowest uses, of which those long ago count less, over its age.
+
+    A use counts half after `HALF_LIFE` steps; the age is steps since the last use, and one. Counts outlive an expert's
+    stay in a slot.
+    """
+
+    HALF_LIFE = 128.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._uses: dict[int, tuple[float, int]] = {}  # as they count at the step of the last one
+        self._now = -1
+
+    def saw(self, picks: Any) -> None:
+        """The next step begins; who leaves in it is compared as of now."""
+        self._now += 1
+
+    def touch(self, expert: int, step: int) -> None:
+        uses, last = self._uses.get(expert, (0.0, step - 1))
+        if last != step:
+            self._uses[expert] = (uses * 0.5 ** ((step - last) / self.HALF_LIFE) + 1.0, step)
+        self._now = max(self._now, step)
+        super().touch(expert, step)  # last: whoever is in the order has a count, wherever this was cut off
+
+    def victim(self, candidates: Collection[int]) -> int:
+        ordered = [expert for expert in self._order if expert in candidates]
+        if not ordered:
+            raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
+        return min(ordered, key=self._worth)  # of equals the least recent
+
+    def _worth(self, expert: int) -> float:
+        uses, last = self._uses[expert]
+        age = self._now - last
+        return uses * 0.5 ** (age / self.HALF_LIFE) / (age + 1)
+
+
+class NextUse(LRU):
+    """Evicts the expert least likely to be used soon, as learned from the layer's picks: no profile, no tasks.
+
+    The model and its weights are in csrc/core/next_use.hpp. Picks come by `saw`; without them the order is LRU's. What
+    is learned outlives an expert's stay in a slot.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = native.load().NextUse()
+
+    def saw(self, picks: Any) -> None:
+        """What a step picked: an integer array [T, K] of T tokens, below 0 for no pick."""
+        self.learned.saw(picks)
+
+    def victim(self, candidates: Collection[int]) -> int:
+        ordered = [expert for expert in self._order if expert in candidates]
+        if not ordered:
+            raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
+        return int(self.learned.least(ordered))
+
+
 class Belady:
     """The optimum that knows the future: evicts the expert whose next use is farthest, of equals the lowest id.
 
@@ -147,12 +211,16 @@ def belady(future: Sequence[Iterable[Sequence[int]]]) -> PolicyFactory:
 
 
 def _belady_needs_the_future(layer: int) -> Policy:
-    raise ConfigError("policy 'belady' knows the future, so it runs in 'emoe replay' only; choose lru or lfu here")
+    raise ConfigError(
+        "policy 'belady' knows the future, so it runs in 'emoe replay' only; choose next-use, lfru, lfu or lru here"
+    )
 
 
 POLICIES: Mapping[str, PolicyFactory] = {
     "lru": lambda layer: LRU(),
     "lfu": lambda layer: LFU(),
+    "lfru": lambda layer: LFRU(),
+    "next-use": lambda layer: NextUse(),
     "belady": _belady_needs_the_future,
 }
 

@@ -177,7 +177,7 @@ def _profile_and_rest():
 def test_known_next_uses_evict_better_than_recency():
     profile, rest = _profile_and_rest()
     for ours, lru in zip(
-        replay(rest, "next-use", [0.3, 0.5], profile=profile), replay(rest, "lru", [0.3, 0.5]), strict=True
+        replay(rest, "trained-next-use", [0.3, 0.5], profile=profile), replay(rest, "lru", [0.3, 0.5]), strict=True
     ):
         assert ours.hit_rate > lru.hit_rate + 0.01
         assert ours.loads == ours.misses
@@ -186,7 +186,7 @@ def test_known_next_uses_evict_better_than_recency():
 def test_swaps_cover_more_than_lru_within_their_moves():
     profile, rest = _profile_and_rest()
     options = Options(miss="substitute", moves=0.3)
-    (swaps,) = replay(rest, "next-use", [0.5], profile=profile, options=options)
+    (swaps,) = replay(rest, "trained-next-use", [0.5], profile=profile, options=options)
     (table,) = replay(rest, "task-table", [0.5], profile=profile)
     (lru,) = replay(rest, "lru", [0.5])
     assert swaps.hit_rate > lru.hit_rate
@@ -220,9 +220,12 @@ def test_an_option_out_of_range_is_refused(options, words):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"policy": "task-table"}, "needs a profile"),
-    ({"policy": "next-use", "profile": True, "per_layer": False}, "at least 2 slots in each layer"),
+    ({"policy": "trained-next-use", "profile": True, "per_layer": False}, "at least 2 slots in each layer"),
     ({"policy": "base+slack", "profile": True, "resident": 0.125}, "leave none for the base set"),
-    ({"policy": "base+slack", "profile": True, "options": Options(miss="substitute")}, "take task-table or next-use"),
+    (
+        {"policy": "base+slack", "profile": True, "options": Options(miss="substitute")},
+        "take task-table or trained-next-use",
+    ),
 ])  # fmt: skip
 def test_a_policy_that_cannot_run_says_why(arguments, words):
     trace = task_trace(8)
@@ -247,7 +250,7 @@ def test_the_command_learns_from_the_first_half_and_replays_the_second(tmp_path,
 
 def test_the_command_shows_what_misses_did(tmp_path, capsys):
     path = str(save_trace(task_trace(9), tmp_path / "trace.npz"))
-    arguments = ["--policy", "lru,next-use", "--miss", "substitute", "--period", "adaptive"]
+    arguments = ["--policy", "lru,trained-next-use", "--miss", "substitute", "--period", "adaptive"]
     assert main(["replay", "--trace", path, *arguments]) == 0
     out = capsys.readouterr().out
     assert "substituted" in out
@@ -266,7 +269,7 @@ def test_predicted_next_use_beats_lru_by_a_point_where_misses_are_loaded(public)
     profile, rest = public
     shares = [0.2, 0.3, 0.4]
     lru = replay(rest, "lru", shares)
-    for ours, plain in zip(replay(rest, "next-use", shares, profile=profile), lru, strict=True):
+    for ours, plain in zip(replay(rest, "trained-next-use", shares, profile=profile), lru, strict=True):
         assert ours.hit_rate >= plain.hit_rate + 0.01, ours.resident
 
 
@@ -275,7 +278,7 @@ def test_substituting_covers_four_fifths_of_the_picks_with_a_third_of_the_loads_
     profile, rest = public
     (lru,) = replay(rest, "lru", [0.3])
     (table,) = replay(rest, "task-table", [0.3], profile=profile)
-    (ours,) = replay(rest, "next-use", [0.3], profile=profile, options=Options(miss="substitute"))
+    (ours,) = replay(rest, "trained-next-use", [0.3], profile=profile, options=Options(miss="substitute"))
     assert 0.76 < table.hit_rate < 0.78
     assert table.loads * 7 < lru.loads
     assert ours.hit_rate >= 0.83

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_traces import make_trace, random_trace
+from made_traces import make_trace, random_trace, task_trace
 from public_traces import DOMAINS, domains, need
 
 from emoe.cli import main
 from emoe.errors import ConfigError, TraceError
 from emoe.replay import PLAIN, reference, replay, rows, sequence, slots_of
-from emoe.trace.trace import load_trace, save_trace
+from emoe.trace.trace import DECODE, PREFILL, load_trace, save_trace
 
 
 def _equal(ours, theirs):
@@ -30,7 +31,7 @@ def test_rows_of_layers_count_what_the_cache_counts(policy, holes):
         _equal(ours, reference.run(trace, policy, count, per_layer=True))
 
 
-@pytest.mark.parametrize("policy", PLAIN)
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
 @pytest.mark.parametrize("holes", [0.0, 0.3])
 def test_one_set_of_slots_counts_what_the_cache_counts(policy, holes):
     trace = random_trace(2, holes=holes)
@@ -45,6 +46,59 @@ def test_fewer_slots_than_picks_run_in_rounds(per_layer):
     assert result.slots == (1 if per_layer else 2)
     assert result.picks == 2 * 300 * 4
     assert result.hits < result.picks / 2
+
+
+def _two_prompts():
+    """Two prompts of two tokens and two tokens of answer each, one layer of six experts."""
+    experts = [[[0, 1], [1, 2], [0, 1], [3, 0], [4, 5], [0, 1], [4, 0], [4, 1]]]
+    return make_trace(
+        experts, 6,
+        prompt=np.repeat([0, 1], 4).astype(np.int32),
+        phase=np.tile([PREFILL, PREFILL, DECODE, DECODE], 2).astype(np.uint8),
+    )  # fmt: skip
+
+
+def test_a_prefill_as_one_step_picks_each_expert_once():
+    (batch,) = replay(_two_prompts(), "lru", [0.5], prefill="batch")
+    # {0, 1, 2}; 0 1 hit; 3 is loaded for 2, 0 hits; {0, 1, 4, 5} has 0 and 1; then 4 and 0, 4 and 1 by what is left.
+    assert batch.picks == 3 + 2 + 2 + 4 + 2 + 2
+    assert batch.loads == 3 + 0 + 1 + 2 + 1 + 1
+    (tokens,) = replay(_two_prompts(), "lru", [0.5])
+    assert tokens.picks == 16
+
+
+@pytest.mark.parametrize("policy", PLAIN)
+def test_hits_of_decode_are_counted_apart_in_any_way_of_counting(policy):
+    trace = random_trace(4)
+    trace = replace(trace, phase=(np.arange(300) % 10 >= 4).astype(np.uint8))
+    (ours,) = replay(trace, policy, [0.5])
+    theirs = reference.run(trace, policy, ours.slots, per_layer=True)
+    assert ours.decode_hit_rate == 1 - theirs.decode_loads / theirs.decode_picks
+    assert replay(random_trace(4), policy, [0.5])[0].decode_hit_rate is None
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"prefill": "all"}, "prefill='all' is not one of: tokens, batch"),
+    ({"prefill": "batch", "per_layer": False}, "slots in each layer and one of: lru, lfu, lfru, next-use, belady"),
+    ({"prefill": "batch", "policy": "recent"}, "slots in each layer and one of: lru, lfu, lfru, next-use, belady"),
+    ({"policy": "next-use", "per_layer": False}, "'next-use' runs with slots divided between layers"),
+])  # fmt: skip
+def test_a_replay_that_cannot_be_says_why(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        replay(_two_prompts(), **{"policy": "lru", "resident": [0.5], **arguments})
+
+
+def test_a_prefill_as_one_step_needs_a_trace_that_has_prefill():
+    with pytest.raises(TraceError, match="says which tokens are prefill"):
+        replay(random_trace(4), "lru", [0.5], prefill="batch")
+
+
+def test_next_use_keeps_what_follows_where_lru_forgets_it():
+    # A cycle of six experts, one slot too few for LRU, which then never hits.
+    trace = make_trace(np.tile(np.arange(6), 60)[None, :, None], 6)
+    (lru,), (ours,) = replay(trace, "lru", [5 / 6]), replay(trace, "next-use", [5 / 6])
+    assert lru.hits == 0
+    assert ours.hits > 150
 
 
 def test_a_global_lru_smaller_than_one_token_cycle_never_hits():
@@ -115,6 +169,25 @@ def test_the_command_prints_one_json_object(trace_file, capsys):
     assert (report["tokens"], report["layers"], report["num_experts"]) == (300, 3, 12)
 
 
+def test_the_command_takes_budgets_in_bytes_and_a_held_out_task(tmp_path, capsys):
+    trace = replace(task_trace(1), expert_bytes=np.array([100, 300]))
+    file = str(tmp_path / "tasks.npz")
+    save_trace(trace, file)
+    assert main(["replay", "--trace", file, "--policy", "lru", "--budget", "3200B", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["resident"], result["slots"]) == (0.5, 8)  # of 16 * (100 + 300)
+    arguments = ["--policy", "lru,trained-next-use", "--held-out-task", "task 1", "--resident", "0.5", "--json"]
+    assert main(["replay", "--trace", file, *arguments]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["tokens"] == int((trace.task == 1).sum())
+    assert main(["replay", "--trace", file, "--held-out-task", "poems"]) == 2
+    assert "held_out='poems' is not one of the traces' tasks: task 0, task 1" in capsys.readouterr().err
+    assert main(["replay", "--trace", file, "--budget", "1GiB"]) == 2
+    assert "over all experts" in capsys.readouterr().err
+    assert main(["replay", "--trace", file, "--budget", "half"]) == 2
+    assert "half" in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table(trace_file, capsys):
     assert main(["replay", "--trace", trace_file, trace_file, "--global"]) == 0
     out = capsys.readouterr().out
@@ -123,7 +196,7 @@ def test_the_command_prints_a_table(trace_file, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--policy", "fifo"], "'fifo' is not one of: lru, lfu, belady, task-table"),
+    (["--policy", "fifo"], "'fifo' is not one of: lru, lfu, lfru, next-use, belady, task-table"),
     (["--resident", "2"], "'2' is not a share"),
     (["--trace", "absent.npz"], "no trace 'absent.npz'"),
 ])  # fmt: skip
@@ -153,6 +226,14 @@ def test_hit_rates_agree_with_published_ranges(policy):
 
 
 @pytest.mark.slow
+def test_learning_online_beats_lru_on_every_public_domain():
+    for name in DOMAINS:
+        trace = load_trace(need(f"{name}.npz"))
+        trace = trace.take(np.arange(2000))
+        for lru, ours in zip(replay(trace, "lru", [0.2, 0.3]), replay(trace, "next-use", [0.2, 0.3]), strict=True):
+            assert ours.hit_rate > lru.hit_rate + 0.015
+
+
 def test_layers_apart_keep_the_optimum_above_lru_over_joined_domains():
     trace = domains()
     (lru,), (best,) = (replay(trace, policy, [0.3]) for policy in ("lru", "belady"))

@@ -63,7 +63,7 @@ def _assert_whole(loader, queue):
             assert queue.content[loader.cache.lookup(layer, expert)] == layer * EXPERTS + expert
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
 def test_after_an_interrupt_at_any_moment_slots_are_whole_and_have_the_right_bytes(policy, opcodes):
     at, step = 0, 11 if opcodes else 1

@@ -326,7 +326,7 @@ def test_counters_of_the_layers_sum_to_the_total():
     assert layers[0]["evictions"] == layers[0]["loads"] - 2
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
 def test_any_sequence_of_rounds_prefetches_and_faults_keeps_slots_and_bytes_right(policy):
     class Walk(RuleBasedStateMachine):
         """Layers of 1, 3 and 8 slots; generators of different layers stay open across steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from emoe.errors import ConfigError
@@ -45,6 +46,58 @@ def test_lfu_counts_a_step_once_and_remembers_experts_that_left():
     assert lfu.victim({1, 2}) == 1
 
 
+def test_lfru_evicts_what_was_used_little_and_long_ago():
+    lfru = policy.LFRU()
+    for step, experts in enumerate([(1, 2), (1, 2), (1, 3), (3,)]):
+        lfru.saw(None)
+        for expert in experts:
+            lfru.touch(expert, step)
+    # Uses over age: 1 has 3 / 2, 2 has 2 / 3, 3 has 2 / 1, but for what they faded.
+    assert lfru.victim({1, 2, 3}) == 2
+    assert lfru.victim({1, 3}) == 1
+
+
+def test_lfru_compares_as_of_the_step_that_began():
+    lfru = policy.LFRU()
+    for step in range(6):
+        lfru.saw(None)
+        lfru.touch(1, step)
+    lfru.saw(None)
+    lfru.touch(2, 6)
+    assert lfru.victim({1, 2}) == 2  # 6 / 2 against 1 / 1
+    for _ in range(600):
+        lfru.saw(None)
+    assert lfru.victim({1, 2}) == 2  # both faded alike
+
+
+def test_next_use_evicts_what_does_not_follow_the_present_picks():
+    kind = policy.NextUse()
+    # After 1 comes 2, after 4 comes 5; both pairs are as frequent and alternate in blocks.
+    for step, expert in enumerate([1, 2, 4, 5] * 50 + [1]):
+        kind.saw(np.array([[expert]]))
+        kind.touch(expert, step)
+    assert kind.victim({2, 5}) == 5
+    kind.saw(np.array([[4]]))
+    kind.touch(4, 201)
+    assert kind.victim({2, 5}) == 2
+
+
+def test_next_use_without_picks_evicts_in_the_order_of_lru():
+    assert _use(policy.NextUse(), 1, 2, 3, 1).victim({1, 2, 3}) == 2
+
+
+def test_a_learning_policy_remembers_experts_that_left():
+    kind = policy.NextUse()
+    for step in range(100):
+        kind.saw(np.array([[7]]))
+        kind.touch(7, step)
+    kind.saw(np.array([[8]]))
+    kind.touch(8, 100)
+    kind.forget(7)
+    kind.touch(7, 101)
+    assert kind.victim({7, 8}) == 8
+
+
 def test_belady_evicts_the_expert_whose_next_use_is_farthest():
     kind = policy.Belady([[1, 2, 3], [2], [3], [1]])
     for expert in (1, 2, 3):
@@ -77,7 +130,7 @@ def test_no_policy_beats_belady():
 
 
 def test_an_unknown_policy_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"'random'.*lru, lfu, belady"):
+    with pytest.raises(ConfigError, match=r"'random'.*lru, lfu, lfru, next-use, belady"):
         CacheManager([2], policy="random")
 
 

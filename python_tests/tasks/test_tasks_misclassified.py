@@ -46,8 +46,8 @@ def test_a_fifth_of_the_prompts_gets_another_task_and_nothing_else_changes(profi
     ("policy", "options"),
     [
         ("base+slack", Options(slack=0.5)),
-        ("next-use", Options(miss="load")),
-        ("next-use", Options(miss="substitute")),
+        ("trained-next-use", Options(miss="load")),
+        ("trained-next-use", Options(miss="substitute")),
     ],
 )
 def test_a_fifth_of_wrong_tasks_costs_at_most_three_points_of_coverage(policy, options, profile_and_rest):
