@@ -34,8 +34,8 @@ RUNS = {  # policy and options of the replay
     "base+slack, slack 0.4": ("base+slack", Options(slack=0.4)),
     "base+slack, slack 0.5": ("base+slack", Options(slack=0.5)),
     "base+slack, slack 0.6": ("base+slack", Options(slack=0.6)),
-    "next-use, misses loaded": ("trained-next-use", Options(miss="load")),
-    "next-use, misses substituted": ("trained-next-use", Options(miss="substitute")),
+    "trained-next-use, misses loaded": ("trained-next-use", Options(miss="load")),
+    "trained-next-use, misses substituted": ("trained-next-use", Options(miss="substitute")),
 }
 
 
