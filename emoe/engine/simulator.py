@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from emoe.engine.costs import Costs, Step
 from emoe.engine.expert_sets import ExpertSets
-from emoe.engine.placement import CHOICES, State
+from emoe.engine.placement import CHOICES, Choice, State
 from emoe.engine.scheduler import Expert, Scheduler, Ticket
 from emoe.errors import BudgetError, ConfigError, OverloadedError
 from emoe.predictor import top
@@ -434,7 +434,7 @@ def _move(
     here: int,
     experts: dict[str, frozenset[Expert]],
     sets: ExpertSets,
-    choose: Callable[[Sequence[State], int, int], int],
+    choose: Choice,
     now: float,
 ) -> set[int]:
     """Sends requests whose prompt showed another task to a replica of their kin; gives the replicas they went to."""

@@ -7,7 +7,7 @@ import pytest
 from emoe.engine.costs import Costs, Step
 from emoe.engine.expert_sets import ExpertSets, overlap
 from emoe.engine.lengths import MOST_TASKS, Lengths
-from emoe.engine.placement import CHOICES, State
+from emoe.engine.placement import CHOICES, State, ranked
 from emoe.engine.scheduler import Scheduler, Ticket
 from emoe.errors import OverloadedError
 
@@ -247,6 +247,23 @@ def test_a_replica_with_kin_is_chosen_until_it_is_much_fuller_than_the_emptiest(
     assert choose([b], []) == 1  # rather an empty one than strangers
     assert choose([a], []) == 0
     assert choose([a, a, a], []) == 1  # three quarters of its places more than the other
+
+
+def test_an_empty_replica_with_the_experts_in_memory_is_kin():
+    sets = ExpertSets()
+    a, b = sets.number(A), sets.number(B)
+    states = [State(0, 4, resident=b), State(0, 4, resident=a), State(1, 4, (b,), resident=a)]
+    assert CHOICES["affinity"](states, a, 0) == 1
+    assert CHOICES["affinity"](states[:1] * 2, a, 0) == 0  # elsewhere it is as good as any
+    assert ranked(CHOICES["affinity"], states, a, 0) == [1, 0, 2]
+
+
+def test_power_of_two_takes_the_emptier_of_two_and_the_same_for_the_same_turn():
+    states = [State(3, 4), State(0, 4), State(1, 4)]
+    chosen = [CHOICES["power-of-two"](states, 0, turn) for turn in range(60)]
+    assert chosen == [CHOICES["power-of-two"](states, 0, turn) for turn in range(60)]
+    assert set(chosen) == {1, 2}  # two different ones are drawn, so never the fullest
+    assert CHOICES["power-of-two"](states[:1], 0, 5) == 0
 
 
 def test_other_choices_of_a_replica_know_no_experts():
