@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class EmoeError(Exception):
     """Base of all errors raised by emoe."""
@@ -117,6 +119,13 @@ class OverloadedError(EmoeError):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Callable[..., OverloadedError], tuple[str, float]]:
+        return _overloaded, (str(self), self.retry_after)
+
+
+def _overloaded(message: str, retry_after: float) -> OverloadedError:
+    return OverloadedError(message, retry_after=retry_after)
 
 
 class DemoBuildError(EmoeError):

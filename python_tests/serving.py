@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class Running:
         return made
 
     def records(self) -> list[Any]:
-        return list(self.service._thread.records.values())
+        return list(self.service.records.values())
 
     def until_idle(self) -> None:
         """Waits until the engine has nothing left."""
@@ -110,11 +110,25 @@ def running(
 ) -> Iterator[Running]:
     """A server of an engine, which is closed with it."""
     bounds = Limits(**limits)
-    service = Service(engine, tokenizer, name=NAME, limits=bounds, classifier=classifier)
+    service = Service.of(engine, tokenizer, name=NAME, limits=bounds, classifier=classifier)
+    with served(make_app(service, key=key, local=local), service, bounds, key) as found:
+        yield found
+
+
+def in_thread(work: Callable[[], Any]) -> threading.Thread:
+    """A thread that does it."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+@contextlib.contextmanager
+def served(app: Any, service: Service, bounds: Limits, key: str | None = None) -> Iterator[Running]:
+    """An app on a port of its own."""
     sock = listen("127.0.0.1", 0, bounds)
     port = sock.getsockname()[1]
     ready = threading.Event()
-    server = Server(make_app(service, key=key, local=local), service, ready.set)
+    server = Server(app, service, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     assert ready.wait(30)

@@ -57,7 +57,7 @@ ALLOWED_IMPORTS = {
         "__init__", "generate", "demo", "planning", "store", "model", "options", "memory", "files", "sensitivity",
         "tasks",
     },
-    "serve": {"__init__", "engine", "tasks"},
+    "serve": {"__init__", "engine", "generate"},
     "cli": {
         "__init__", "serve", "engine", "convert", "analysis", "demo", "generate", "planning", "seam", "replay",
         "sensitivity", "predictor", "tasks", "trace", "options", "model", "native", "memory", "files",

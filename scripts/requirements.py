@@ -6,4 +6,5 @@ import tomllib
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-print("\n".join(sorted({*project["dependencies"], *(each for extra in extras.values() for each in extra)})))
+every = {*project["dependencies"], *(each for extra in extras.values() for each in extra)}
+print("\n".join(sorted(each for each in every if not each.startswith("emoe["))))  # an extra that has another one

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from emoe import options
 from emoe.cli import common
+from emoe.engine.placement import CHOICES
 from emoe.errors import ConfigError, one_line
 from emoe.files import content
 from emoe.serve.limits import Limits
+from emoe.serve.setup import Setup
 
 KEY_VARIABLE = "EMOE_API_KEY"
 _LONGEST_KEY = 4096
@@ -25,8 +27,11 @@ examples:
     "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
   EMOE_API_KEY=$(cat key) emoe serve --model ./Qwen3-30B-A3B --memory-budget 8GiB --host 0.0.0.0
 
+  emoe serve --ray --replicas 4 --model ./Qwen3-30B-A3B --memory-budget 8GiB --predictor linear.safetensors
+
 Clients of OpenAI work with base_url http://localhost:8000/v1; a status page is at http://localhost:8000/. The first
-Ctrl-C or SIGTERM finishes what runs, the second ends at once. docs/serving.md has the rest. It needs emoe[serve].
+Ctrl-C or SIGTERM finishes what runs, the second ends at once. docs/serving.md has the rest. It needs emoe[serve], or
+emoe[ray] with --ray.
 """
 
 
@@ -49,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--most-running", type=common.positive, metavar="N", help="requests that run at once")
     how.add_argument("--tasks", metavar="FILE", help="of 'emoe profile tasks': names the task of requests that do not")
     common.add_trust_argument(how)
+
+    ray = parser.add_argument_group("with Ray")
+    ray.add_argument("--ray", action="store_true", help="replicas on the cluster of RAY_ADDRESS, or on this machine")
+    ray.add_argument("--replicas", type=common.positive, metavar="N", help="engines, each with its budget (default: 2)")
+    ray.add_argument(
+        "--router", choices=tuple(CHOICES), help="who gets a request (default: affinity, by predicted experts and load)"
+    )
+    ray.add_argument(
+        "--replica-cpus", type=common.positive, metavar="N", help="of each (default: those of this machine, shared)"
+    )
 
     limits = parser.add_argument_group("limits")
     for each in fields(Limits):
@@ -82,6 +97,10 @@ def _seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     key = _key(args.api_key_file)
+    if not args.ray:
+        for name in ("replicas", "router", "replica_cpus"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for --ray alone")
     try:
         from emoe.serve.listen import listen
     except ModuleNotFoundError as missing:
@@ -93,55 +112,71 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"emoe: {args.host} is open to other machines, and no key is asked for; set {KEY_VARIABLE}", file=sys.stderr
         )
+    port = sock.getsockname()[1]
+    setup = Setup(
+        model=args.model, options={name: getattr(args, name) for name in options.rows("load")},
+        trust_remote_code=args.trust_remote_code, scheduler=args.scheduler, kv_budget=args.kv_budget,
+        most_running=args.most_running, queue=limits.queue, tasks=args.tasks,
+    )  # fmt: skip
+    local = key is None and args.host in _LOCAL
+
+    def ready(way: str) -> None:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{host}:{port}"
+        name = args.name or setup.name
+        if args.json:
+            common.print_json({"url": url, "model": name, "way": way})
+        else:
+            print(f"{name} at {url}/v1, its status at {url}/", flush=True)
+        sys.stdout.flush()
+
+    if args.ray:
+        sock.close()  # Ray listens there
+        return _serve_on_ray(args, setup, limits, key, local, port, ready)
     with sock:
-        return _serve(args, limits, key, sock)
+        return _serve(args, setup, limits, key, local, sock, ready)
 
 
-def _serve(args: argparse.Namespace, limits: Limits, key: str | None, sock: Any) -> int:
+def _serve(
+    args: argparse.Namespace, setup: Setup, limits: Limits, key: str | None, local: bool, sock: Any,
+    ready: Callable[[str], None],
+) -> int:  # fmt: skip
     from emoe.serve.app import make_app
     from emoe.serve.listen import EXIT_FORCED, serve
     from emoe.serve.service import Service
 
-    port = sock.getsockname()[1]
     with common.stage(f"loading {args.model}; nothing was served"):
-        import emoe
-        from emoe import generate
-
-        generate.quiet_transformers()
-        tokenizer = generate.load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+        tokenizer = setup.tokenizer()
         with common.checkpoint_errors(args.model):
-            model = emoe.from_pretrained(
-                args.model,
-                **{name: getattr(args, name) for name in options.rows("load")},
-                trust_remote_code=args.trust_remote_code,
-            )
+            model = setup.loaded()
     with common.closing(model):
-        classifier = None
-        if args.tasks is not None:
-            classifier = emoe.TaskClassifier.load(args.tasks, model, tokenizer)
-        engine = emoe.Engine(
-            model, tokenizer, scheduler=args.scheduler, kv_budget=args.kv_budget,
-            most_running=args.most_running,
-        )  # fmt: skip
-        engine.scheduler.queue_limit = limits.queue
-        folder = Path(args.model)
-        name = args.name or (folder.resolve().name if folder.exists() else args.model)
-        service = Service(engine, tokenizer, name=name, limits=limits, classifier=classifier)
-
-        def ready() -> None:
-            host = f"[{args.host}]" if ":" in args.host else args.host
-            url = f"http://{host}:{port}"
-            if args.json:
-                common.print_json({"url": url, "model": name, "way": engine.choice.way})
-            else:
-                print(f"{name} at {url}/v1, its status at {url}/", flush=True)
-            sys.stdout.flush()
-
-        status = serve(make_app(service, key=key, local=key is None and args.host in _LOCAL), service, sock, ready)
+        classifier = setup.classifier(model, tokenizer)
+        engine = setup.engine(model, tokenizer)
+        service = Service.of(engine, tokenizer, name=args.name or setup.name, limits=limits, classifier=classifier)
+        status = serve(make_app(service, key=key, local=local), service, sock, lambda: ready(engine.choice.way))
     if status == EXIT_FORCED:
         sys.stdout.flush()
         os._exit(status)  # Python takes seconds to take torch down, and who asked twice wants it over
     return status
+
+
+def _serve_on_ray(
+    args: argparse.Namespace, setup: Setup, limits: Limits, key: str | None, local: bool, port: int,
+    ready: Callable[[str], None],
+) -> int:  # fmt: skip
+    try:
+        from emoe.serve.on_ray import Spec, run
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"emoe serve --ray needs {missing.name}: pip install 'emoe[ray]'") from missing
+
+    replicas = args.replicas or 2
+    spec = Spec(
+        setup=setup, name=args.name or setup.name, replicas=replicas, router=args.router or "affinity",
+        cpus=args.replica_cpus or max(1, (os.cpu_count() or 1) // replicas), gpus=float(args.device != "cpu"),
+        limits=limits, key=key, local=local,
+    )  # fmt: skip
+    with common.stage(f"loading {args.model}; nothing was served"):
+        return run(spec, args.host, port, ready)
 
 
 def _key(file: str | None) -> str | None:

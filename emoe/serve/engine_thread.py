@@ -11,12 +11,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from emoe.engine.generation import Event, FinishReason
-from emoe.engine.sampling import Sampling
+from emoe.engine.generation import Event
 from emoe.errors import ClosedError, one_line
+from emoe.serve.inbox import Deliveries, Inbox, Job, Record
 
 logger = logging.getLogger(__name__)
 
@@ -32,85 +31,13 @@ class EngineLike(Protocol):
 
     @property
     def busy(self) -> bool: ...
+    @property
+    def model(self) -> Any: ...
     def submit(self, prompt: Any, **given: Any) -> Hashable: ...
     def step(self) -> list[Event]: ...
     def cancel(self, id: Hashable) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """One answer that is asked for.
-
-    Attributes:
-        id: its name.
-        tokens: of the prompt.
-        max_new_tokens: of the answer.
-        sampling: how it is chosen.
-        task: None where unknown.
-        slo_ms: targets in milliseconds, of "ttft", "tpot", "ttlt".
-    """
-
-    id: str
-    tokens: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling
-    task: str | None = None
-    slo_ms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Record:
-    """A job and how far it is; seconds of `time.monotonic`."""
-
-    job: Job
-    arrived: float
-    first: float | None = None
-    last: float | None = None
-    output_tokens: int = 0
-    shared_tokens: int = 0
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """What there is of "ttft", "tpot" (mean of the tokens after the first) and "ttlt"."""
-        found = {}
-        if self.first is not None and self.last is not None:
-            found = {"ttft": self.first - self.arrived, "ttlt": self.last - self.arrived}
-            if self.output_tokens > 1:
-                found["tpot"] = (self.last - self.first) / (self.output_tokens - 1)
-        return found
-
-
-class Inbox:
-    """Events of the jobs of one request of a client. Belongs to the event loop."""
-
-    def __init__(self, thread: EngineThread, jobs: Sequence[Job]) -> None:
-        self._thread = thread
-        self.jobs = jobs
-        self._events: list[Event] = []
-        self._ready = asyncio.Event()
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-        self._ready.set()
-
-    async def take(self, seconds: float) -> list[Event]:
-        """What came since the last call; none where nothing came in that time.
-
-        Not `asyncio.wait_for`, which up to Python 3.11 loses a cancellation that comes together with a result.
-        """
-        timer = asyncio.get_running_loop().call_later(seconds, self._ready.set)
-        try:
-            await self._ready.wait()
-        finally:
-            timer.cancel()
-        self._ready.clear()
-        events, self._events = self._events, []
-        return events
-
-    def close(self) -> None:
-        """Nobody waits for these jobs any more: those that have not ended are cancelled."""
-        self._thread.forget([job.id for job in self.jobs])
 
 
 class EngineThread:
@@ -122,16 +49,19 @@ class EngineThread:
     """
 
     def __init__(self, engine: EngineLike, ended: Callable[[Record, Event], None] = lambda record, event: None) -> None:
-        self._engine, self._ended = engine, ended
+        self._engine, self._deliveries = engine, Deliveries(ended)
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="emoe-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inboxes: dict[Hashable, Inbox] = {}
-        self.records: dict[Hashable, Record] = {}  # of jobs that wait or run
         self._given: set[Hashable] = set()  # jobs that the engine has; the engine's thread alone uses it
         self._stopping = False
         self._faults = 0
         self.fault: BaseException | None = None  # why the engine was given up
+
+    @property
+    def records(self) -> dict[Hashable, Record]:
+        """Of jobs that wait or run."""
+        return self._deliveries.records
 
     def start(self) -> None:
         """Begins; from a coroutine, whose loop gets the events."""
@@ -145,25 +75,20 @@ class EngineThread:
             EmoeError: as `Engine.submit`.
             ClosedError: the engine was stopped, or given up.
         """
-        inbox, now = Inbox(self, jobs), time.monotonic()
-        for job in jobs:
-            self._inboxes[job.id] = inbox
-            self.records[job.id] = Record(job, now)
+        inbox = self._deliveries.open(jobs, self.forget)
         try:
             await self.call(lambda: self._submit(jobs))
         except asyncio.CancelledError:  # the call may still run; what it hands over is cancelled right after
             inbox.close()
             raise
         except BaseException:
-            for job in jobs:
-                self._inboxes.pop(job.id, None)
-                self.records.pop(job.id, None)
+            self._deliveries.drop(jobs)
             raise
         return inbox
 
     def forget(self, ids: Sequence[str]) -> None:
         """Cancels those of these jobs that have not ended; their events go nowhere."""
-        left = [id for id in ids if self._inboxes.pop(id, None) is not None]
+        left = self._deliveries.forget(ids)
         if left:
             self._put(lambda: self._cancel(left))
 
@@ -192,6 +117,10 @@ class EngineThread:
         self._put(run)
         return await future
 
+    async def look(self) -> dict[str, Any]:
+        """`engine` (`Engine.stats`), `model` (`Runtime.stats`, or None), `layers` (experts in memory)."""
+        return await self.call(self._look)
+
     def stop(self, seconds: float = 5.0) -> bool:
         """Cancels all jobs and ends the thread; whether it ended in that time (a step may be in progress)."""
         self._stopping = True
@@ -218,6 +147,12 @@ class EngineThread:
                 self._engine.cancel(id)
             raise
 
+    def _look(self) -> dict[str, Any]:
+        runtime = getattr(self._engine.model, "emoe", None)
+        if runtime is None:
+            return {"engine": self._engine.stats(), "model": None, "layers": []}
+        return {"engine": self._engine.stats(), "model": runtime.stats(), "layers": runtime.residents()}
+
     def _cancel(self, ids: Sequence[str]) -> None:
         for id in ids:
             self._engine.cancel(id)
@@ -236,7 +171,7 @@ class EngineThread:
             self._stopping = True
             while not self._calls.empty():  # nobody waits for ever
                 self._calls.get()()
-            self._tell(lambda: self._end(list(self.records), ClosedError("the server ends"), "cancelled"))
+            self._tell(lambda: self._deliveries.end(list(self.records), ClosedError("the server ends"), "cancelled"))
 
     def _take_calls(self) -> None:
         """Runs calls for a while; waits for one where the engine has nothing to do."""
@@ -266,7 +201,7 @@ class EngineThread:
         now = time.monotonic()
         self._given.difference_update(event.id for event in events if event.finish_reason is not None)
         if events:
-            self._tell(self._deliver, events, now)
+            self._tell(self._deliveries.deliver, events, now)
         elif now - began < _IDLE_SECONDS:
             time.sleep(_IDLE_SECONDS)  # an engine that waits for something else than rows
 
@@ -278,7 +213,7 @@ class EngineThread:
             self.fault = error
             logger.error("emoe: the engine is given up; restart the server: %s", one_line(error))
         given, self._given = self._given, set()
-        self._tell(self._end, list(given), error, "error")
+        self._tell(self._deliveries.end, list(given), error, "error")
         for id in given:
             try:
                 self._engine.cancel(id)
@@ -294,33 +229,6 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(function, *args)
             except RuntimeError:  # the loop is closed: nobody listens any more
                 logger.debug("emoe: events came after the event loop was closed")
-
-    # On the event loop
-
-    def _deliver(self, events: Sequence[Event], at: float) -> None:
-        for event in events:
-            record = self.records.get(event.id)
-            if record is None:
-                continue  # it was ended already, by a step that failed
-            if event.tokens:
-                record.first = at if record.first is None else record.first
-                record.last = at
-            record.output_tokens, record.shared_tokens = event.output_tokens, event.shared_tokens
-            inbox = self._inboxes.get(event.id)
-            if inbox is not None:
-                inbox.put(event)
-            if event.finish_reason is not None:
-                del self.records[event.id]
-                self._inboxes.pop(event.id, None)
-                self._ended(record, event)
-
-    def _end(self, ids: Sequence[Hashable], error: BaseException, reason: FinishReason) -> None:
-        events = []
-        for id in ids:
-            if (record := self.records.get(id)) is not None:
-                counts = len(record.job.tokens), record.shared_tokens, record.output_tokens
-                events.append(Event(id, (), "", None, reason, error, *counts, record.job.task))
-        self._deliver(events, time.monotonic())
 
 
 def _resolve(future: asyncio.Future[Any], result: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,7 +37,6 @@ class Grammars:
         """
         try:
             from llguidance import LLMatcher
-            from llguidance.hf import from_tokenizer
         except ImportError:
             raise Refusal(
                 400, "response_format needs llguidance, which this server does not have (pip install llguidance)",
@@ -44,34 +44,56 @@ class Grammars:
             ) from None  # fmt: skip
         schema: Any = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
         try:
-            if self._made is None:
-                self._made = from_tokenizer(self._tokenizer, self._vocabulary, self._ends or None)
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
-            matcher = LLMatcher(self._made, grammar)
+            made = JsonTokens(grammar, prompt)
+            self.bind([made])
         except ValueError as error:
             raise Refusal(400, one_line(error), "invalid_schema", param="response_format") from error
-        if matcher.is_error():
-            raise Refusal(400, one_line(ValueError(matcher.get_error())), "invalid_schema", param="response_format")
-        return JsonTokens(matcher, prompt)
+        return made
+
+    def bind(self, processors: Iterable[Any]) -> None:
+        """Gives those of these logits processors that keep to a grammar their matchers.
+
+        Raises:
+            ValueError: llguidance does not take a grammar.
+        """
+        for each in processors:
+            if not isinstance(each, JsonTokens):
+                continue
+            from llguidance import LLMatcher
+            from llguidance.hf import from_tokenizer
+
+            if self._made is None:
+                self._made = from_tokenizer(self._tokenizer, self._vocabulary, self._ends or None)
+            each.matcher = LLMatcher(self._made, each.grammar)
+            if each.matcher.is_error():
+                raise ValueError(each.matcher.get_error())
 
 
 class JsonTokens:
     """A logits processor: tokens that cannot follow have a score of -inf.
 
+    A pickle has the grammar without its state, and `Grammars.bind` begins anew: nothing of the answer may have come.
+
     Raises:
         ConfigError: the grammar was left, or grew beyond llguidance's limits.
     """
 
-    def __init__(self, matcher: Any, prompt: int) -> None:
-        self._matcher, self._seen = matcher, prompt
+    def __init__(self, grammar: str, prompt: int) -> None:
+        self.grammar, self._prompt = grammar, prompt
+        self.matcher: Any = None
+        self._seen = prompt
+
+    def __reduce__(self) -> tuple[type[JsonTokens], tuple[str, int]]:
+        return JsonTokens, (self.grammar, self._prompt)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """ids [1, T], scores [1, V] -> scores [1, V]."""
         new = ids[0, self._seen :].tolist()
         self._seen += len(new)
-        if (new and not self._matcher.consume_tokens(new)) or self._matcher.is_error():
-            raise ConfigError(f"response_format cannot go on: {self._matcher.get_error() or 'no token follows'}")
-        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        if (new and not self.matcher.consume_tokens(new)) or self.matcher.is_error():
+            raise ConfigError(f"response_format cannot go on: {self.matcher.get_error() or 'no token follows'}")
+        bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()  # [at least V]
         mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
         mask[: len(allowed)] = allowed[: len(mask)]

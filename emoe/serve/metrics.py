@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from emoe.engine.generation import Event
-from emoe.serve.engine_thread import Record
+from emoe.serve.inbox import Record
 from emoe.serve.tasks import UNKNOWN
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -116,6 +116,10 @@ class _EngineStats(Collector):
         yield _family("kv_bytes", "State of requests: what there is, is taken, is kept for prefixes.", "part", {
             part: kv.get(name) for part, name in (("all", "bytes"), ("used", "used"), ("kept", "kept"))
         })  # fmt: skip
+        if "replicas" in self.snapshot:
+            yield _gauge("replicas", "Replicas that run.", len(self.snapshot["replicas"]))
+            yield _counter("retried_answers", "Answers that began on another replica: theirs ended.",
+                           self.snapshot["retried"])  # fmt: skip
         yield _counter("steps", "Steps of the engine.", engine.get("steps"))
         yield _counter("restarts", "Requests that ran again since a step failed.", engine.get("restarts"))
         if not model:

@@ -7,16 +7,17 @@ import copy
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from emoe.engine import prompts
 from emoe.engine.generation import Event
 from emoe.errors import ConfigError, EmoeError
-from emoe.serve.engine_thread import EngineThread, Inbox, Job, Record
+from emoe.serve.engine_thread import EngineThread
 from emoe.serve.grammar import Grammars
+from emoe.serve.inbox import Backend, Inbox, Job, Record
 from emoe.serve.limits import Limits
 from emoe.serve.metrics import Metrics, TaskCounts
 from emoe.serve.protocol import ChatRequest, CompletionRequest
@@ -24,7 +25,6 @@ from emoe.serve.refusals import Refusal
 from emoe.serve.sampling import sampling_of
 from emoe.serve.shapes import ChatShape, CompletionShape, Shape
 from emoe.serve.tasks import UNKNOWN, TaskNames
-from emoe.tasks import TaskClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,41 @@ class Begun(NamedTuple):
     per_prompt: int
 
 
+@dataclass(frozen=True)
+class About:
+    """What the server knows of the model that answers.
+
+    Attributes:
+        context: tokens of a request at most, prompt and output.
+        vocabulary: token ids are below it.
+        config: its `generation_config`.
+    """
+
+    context: int
+    vocabulary: int
+    config: Any
+
+    @classmethod
+    def of(cls, engine: Any) -> About:
+        """Of the model of an `emoe.Engine`."""
+        model = engine.model
+        return cls(engine.context, model.config.get_text_config(decoder=True).vocab_size, model.generation_config)
+
+
+class Classifier(Protocol):
+    """What of `emoe.TaskClassifier` is used; in a thread of its own."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def classify(self, text: str) -> Any:
+        """Something with a `task`, None where it is not known."""
+
+
 class Service:
     """Args:
-    engine: an `emoe.Engine` without a classifier; the service's from now on.
-    tokenizer: of its model.
+    runs: makes what runs jobs; gets what it tells of each that ends.
+    tokenizer: of the model.
+    about: the model.
     name: of the model, for clients.
     limits: what is bounded.
     classifier: tells the task of requests that do not say theirs.
@@ -60,24 +91,23 @@ class Service:
 
     def __init__(
         self,
-        engine: Any,
+        runs: Callable[[Callable[[Record, Event], None]], Backend],
         tokenizer: Any,
         *,
+        about: About,
         name: str,
         limits: Limits | None = None,
-        classifier: TaskClassifier | None = None,
+        classifier: Classifier | None = None,
     ) -> None:
-        self.name, self.limits = name, limits or Limits()
-        self._engine, self._model, self._classifier = engine, engine.model, classifier
-        # The engine decodes with its own while prompts are encoded with this one.
+        self.name, self.limits, self.about = name, limits or Limits(), about
+        self._classifier = classifier
+        # An engine decodes with its own while prompts are encoded with this one.
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
-        self._config = self._model.generation_config
-        ends = self._config.eos_token_id
-        self._grammars = Grammars(self._tokenizer, self._vocabulary, ends if isinstance(ends, list) else [ends or 0])
+        ends = about.config.eos_token_id
+        self._grammars = Grammars(self._tokenizer, about.vocabulary, ends if isinstance(ends, list) else [ends or 0])
         self._tasks = TaskNames(() if classifier is None else classifier.names, self.limits.tasks)
         self.metrics = Metrics()
-        self._thread = EngineThread(engine, self.metrics.ended)
+        self._backend = runs(self.metrics.ended)
         self._front = ThreadPoolExecutor(1, "emoe-prompts")
         self.began = int(time.time())
         self._seen: dict[str, Any] = {}
@@ -85,19 +115,29 @@ class Service:
         self._looking: asyncio.Task[None] | None = None
         self.draining = False
 
+    @classmethod
+    def of(cls, engine: Any, tokenizer: Any, **given: Any) -> Service:
+        """Of an `emoe.Engine` without a classifier, which is the service's from now on."""
+        return cls(lambda ended: EngineThread(engine, ended), tokenizer, about=About.of(engine), **given)
+
     def start(self) -> None:
         """From a coroutine."""
-        self._thread.start()
+        self._backend.start()
 
     def stop(self, seconds: float = 5.0) -> bool:
         """Cancels what runs and closes the engine; whether that was done in time."""
         self._front.shutdown(wait=False, cancel_futures=True)
-        return self._thread.stop(seconds)
+        return self._backend.stop(seconds)
+
+    @property
+    def records(self) -> dict[Hashable, Record]:
+        """Of answers that wait or run."""
+        return self._backend.records
 
     @property
     def fault(self) -> BaseException | None:
         """Why the engine was given up."""
-        return self._thread.fault
+        return self._backend.fault
 
     # Requests
 
@@ -144,17 +184,17 @@ class Service:
                 for choice in range(body.count)
             ]
         )
-        inbox = await self._thread.submit(jobs)
+        inbox = await self._backend.submit(jobs)
         shape = (ChatShape if chat else CompletionShape)(id, self.name, self._tokenizer, body.alternatives)
         return Begun(inbox, shape, body.count)
 
     def _encode(self, prompt: Any, field: str) -> list[int]:
-        tokens = prompts.read(prompt, self._tokenizer, self._vocabulary).tokens
-        most = min(self._engine.context - 1, self.limits.prompt_tokens or self._engine.context)
+        tokens = prompts.read(prompt, self._tokenizer, self.about.vocabulary).tokens
+        most = min(self.about.context - 1, self.limits.prompt_tokens or self.about.context)
         if len(tokens) > most:
             raise Refusal(
                 400, f"{field} has {len(tokens)} tokens; this server takes at most {most}, of a context of "
-                f"{self._engine.context}", "context_length_exceeded", param=field,
+                f"{self.about.context}", "context_length_exceeded", param=field,
             )  # fmt: skip
         return tokens
 
@@ -171,19 +211,19 @@ class Service:
         first = []
         if form is not None and form.type != "text":
             first.append(self._grammars.processor(form, len(tokens)))
-        sampling = sampling_of(body, self._config, len(tokens), choice, first)
+        sampling = sampling_of(body, self.about.config, len(tokens), choice, first)
         return Job(id, tokens, self._output(body, len(tokens)), sampling, task, slo_ms)
 
     def _output(self, body: ChatRequest | CompletionRequest, prompt: int) -> int:
         """Tokens that the answer may have."""
-        room = self._engine.context - prompt
+        room = self.about.context - prompt
         most = min(room, self.limits.output_tokens or room)
         if body.tokens_asked is None:
-            return min(most, self._config.max_new_tokens or self.limits.output_default)
+            return min(most, self.about.config.max_new_tokens or self.limits.output_default)
         if body.tokens_asked > most:
             raise Refusal(
                 400, f"{body.tokens_asked} new tokens after a prompt of {prompt}: at most {most} are possible, of a "
-                f"context of {self._engine.context}", "context_length_exceeded", param="max_tokens",
+                f"context of {self.about.context}", "context_length_exceeded", param="max_tokens",
             )  # fmt: skip
         return body.tokens_asked
 
@@ -223,23 +263,17 @@ class Service:
 
     async def _look(self) -> None:
         try:
-            self._seen = await self._thread.call(self._now)
+            self._seen = await self._backend.look()
             self._seen_at = time.monotonic()
         except EmoeError as error:
             logger.debug("emoe: no statistics: %s", error)
-
-    def _now(self) -> dict[str, Any]:
-        runtime = getattr(self._model, "emoe", None)
-        if runtime is None:
-            return {"engine": self._engine.stats(), "model": None, "layers": []}
-        return {"engine": self._engine.stats(), "model": runtime.stats(), "layers": runtime.residents()}
 
     async def status(self) -> dict[str, Any]:
         """What the status page shows."""
         seen = await self.snapshot()
         now = time.monotonic()
         engine, model = seen.get("engine") or {}, seen.get("model") or {}
-        records = list(self._thread.records.values())
+        records = list(self.records.values())
         tasks: dict[str, dict[str, Any]] = {name: asdict(counts) for name, counts in self.metrics.tasks.items()}
         for record in records:
             row = tasks.setdefault(record.job.task or UNKNOWN, asdict(TaskCounts()))
@@ -252,7 +286,7 @@ class Service:
             "model": self.name,
             "state": "failed" if self.fault is not None else "draining" if self.draining else "running",
             "seconds": round(time.time() - self.began, 1),
-            "context": self._engine.context,
+            "context": self.about.context,
             "way": engine.get("way"),
             "steps": engine.get("steps", 0),
             "prompt_tokens": engine.get("prompt_tokens", 0),
@@ -267,6 +301,7 @@ class Service:
             "tasks": tasks,
             "requests": [_shown(record, now) for record in records[:_SHOWN]],
             "more_requests": max(0, len(records) - _SHOWN),
+            "replicas": seen.get("replicas", []),
             "layers": [{"experts": count, "resident": resident} for count, resident in seen.get("layers") or ()],
         }
 

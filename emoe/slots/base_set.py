@@ -259,6 +259,11 @@ class BaseSet:
 
     # The base set
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tasks that the predictor knows by name."""
+        return () if self._options.predictor is None else self._options.predictor.names
+
     def expected(self, task: str | None) -> frozenset[tuple[int, int]]:
         """(layer, expert) that a request of this task will use most, as many as the base set has; empty: not known.
 

@@ -135,6 +135,10 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys, monkeypatch, c
         (["--api-key-file", "/nowhere/key"], "cannot be read"),
         (["--scheduler", "lifo", "--port", "0"], "lifo"),
         (["--kv-budget", "much", "--port", "0"], "much"),
+        (["--replicas", "3"], "--replicas is for --ray alone"),
+        (["--router", "least"], "--router is for --ray alone"),
+        (["--replica-cpus", "1"], "--replica-cpus is for --ray alone"),
+        (["--ray", "--router", "sideways"], "affinity"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_name(capsys, monkeypatch, chat_folder, words, said):
@@ -155,10 +159,19 @@ def test_a_key_that_is_given_twice_is_refused(monkeypatch, tmp_path):
 
 
 def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, chat_folder):
-    for name in [each for each in sys.modules if each.startswith("emoe.serve.") and not each.endswith(".limits")]:
+    for name in [
+        each for each in sys.modules if each.startswith("emoe.serve.") and not each.endswith((".limits", ".setup"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install 'emoe[serve]'" in _fails(capsys, monkeypatch, chat_folder)
+
+
+def test_without_ray_it_says_what_to_install(capsys, monkeypatch, chat_folder):
+    for name in [each for each in sys.modules if each.startswith("emoe.serve.on_ray")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'emoe[ray]'" in _fails(capsys, monkeypatch, chat_folder, "--ray", "--port", "0")
 
 
 def test_help_and_the_package_load_no_server():
@@ -167,7 +180,7 @@ def test_help_and_the_package_load_no_server():
         "for words in (['--help'], ['serve', '--help']):\n"
         "    try: emoe.cli.main(words)\n"
         "    except SystemExit: pass\n"
-        "found = {'fastapi', 'uvicorn', 'torch', 'pydantic'} & set(sys.modules)\n"
+        "found = {'fastapi', 'uvicorn', 'torch', 'pydantic', 'ray'} & set(sys.modules)\n"
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -10,7 +10,8 @@ import serving
 
 from emoe.engine.generation import Event
 from emoe.errors import BackendUnavailable, BudgetError, ClosedError, ConfigError, OverloadedError, ReadError
-from emoe.serve.engine_thread import FAULTS, EngineThread, Inbox
+from emoe.serve.engine_thread import FAULTS
+from emoe.serve.inbox import Inbox
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_a_request_that_is_cancelled_just_as_a_token_comes_is_cancelled():
     """`asyncio.wait_for` gives the token and forgets the cancellation, up to Python 3.11."""
 
     async def both_at_once():
-        inbox = Inbox(EngineThread(None), [])
+        inbox = Inbox([], lambda ids: None)
         waiting = asyncio.create_task(inbox.take(10))
         await asyncio.sleep(0)
         inbox.put(Event("a", (3,)))
