@@ -73,6 +73,8 @@ WITHOUT = {
     "engine/scheduler.py": {"torch", "numpy"},
     "engine/costs.py": {"torch", "numpy"},
     "engine/placement.py": {"torch", "numpy"},
+    "serve/routes.py": {"torch", "numpy", "ray"},
+    "serve/setup.py": {"torch", "ray"},
     "trace/trace.py": {"torch"},
     "cli/__init__.py": {"torch", "transformers", "fastapi", "uvicorn", "emoe.serve"},
     "cli/serve.py": {"torch", "transformers", "fastapi", "uvicorn"},

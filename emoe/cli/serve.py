@@ -20,6 +20,7 @@ from emoe.serve.setup import Setup
 KEY_VARIABLE = "EMOE_API_KEY"
 _LONGEST_KEY = 4096
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_OF_SOCKETS = ("connections", "header_seconds", "send_seconds")  # limits that the server's own sockets keep
 _EPILOG = """\
 examples:
   emoe serve --model ./Qwen3-30B-A3B --memory-budget 8GiB --port 8000
@@ -101,6 +102,10 @@ def run(args: argparse.Namespace) -> int:
         for name in ("replicas", "router", "replica_cpus"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for --ray alone")
+    else:
+        for name in _OF_SOCKETS:
+            if getattr(args, f"limit_{name}") != getattr(Limits, name):
+                raise ConfigError(f"--limit-{name.replace('_', '-')} is not for --ray: Ray's proxy has the sockets")
     try:
         from emoe.serve.listen import listen
     except ModuleNotFoundError as missing:

@@ -92,6 +92,7 @@ class Fleet:
         look: gives what each replica that runs says of itself, by its name: `EngineThread.look`.
         ended: told of each job that ends, with its last event; on the event loop.
         lost: errors that say that a replica ended.
+        patience: seconds in which a replica must take a request.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Fleet:
         look: Callable[[], Awaitable[Mapping[str, Mapping[str, Any]]]],
         ended: Callable[[Record, Event], None],
         lost: tuple[type[BaseException], ...],
+        patience: float = 600.0,
     ) -> None:
+        self._patience = patience
         self._send, self._look = send, look
         self._lost: tuple[type[BaseException], ...] = (*lost, ClosedError)
         self._deliveries = Deliveries(ended)
@@ -126,6 +129,7 @@ class Fleet:
         Raises:
             EmoeError: as `Engine.submit` of the replica.
             ClosedError: this was stopped.
+            Refusal: no replica took them in time.
         """
         if self._closed:
             raise ClosedError("no replica is asked any more")
@@ -134,20 +138,29 @@ class Fleet:
         # In a context of its own: what a client's connection brings with it does not end what runs for it here.
         task = contextvars.Context().run(asyncio.create_task, self._run(jobs, accepted))
         self._tasks.update((job.id, task) for job in jobs)
+        timer = asyncio.get_running_loop().call_later(self._patience, self._too_long, accepted)
         try:
             await accepted
         except asyncio.CancelledError:
             inbox.close()
             raise
         except BaseException:
+            task.cancel()
             self._deliveries.drop(jobs)
             raise
+        finally:
+            timer.cancel()
         return inbox
+
+    def _too_long(self, accepted: asyncio.Future[None]) -> None:
+        if not accepted.done():
+            message = f"no replica took this request within {self._patience:g} seconds"
+            accepted.set_exception(Refusal(503, message, "unavailable", retry_after=30))
 
     def forget(self, ids: Sequence[str]) -> None:
         """Cancels those of these jobs that have not ended."""
         left = self._deliveries.forget(ids)
-        tasks = {self._tasks[id] for id in left}
+        tasks = {task for id in left if (task := self._tasks.get(id)) is not None}
         self._deliveries.end(left, None, "cancelled")
         for task in tasks:
             if all(id not in self.records for id, of in self._tasks.items() if of is task):

@@ -188,7 +188,7 @@ class Front:
             return {each[0]: each[1] for each in found if not isinstance(each, BaseException)}
 
         def fleet(ended: Callable[..., None]) -> Fleet:
-            return Fleet(answers.remote, look, ended, (RayActorError,))
+            return Fleet(answers.remote, look, ended, (RayActorError,), spec.limits.request_seconds)
 
         self._replicas = replicas
         self.service = Service(
@@ -255,9 +255,9 @@ def run(spec: Spec, host: str, port: int, ready: Callable[[str], None]) -> int:
 def _run(spec: Spec, host: str, port: int, ready: Callable[[str], None]) -> int:
     mine = _connect(spec)
     try:
-        serve.start(
-            proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config=_LOGGING
-        )  # fmt: skip
+        idle = max(1, int(spec.limits.keep_alive_seconds))
+        options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=idle)
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=_LOGGING)
         try:
             handle = serve.run(application(spec), name=APP, route_prefix="/")
         except RuntimeError as error:

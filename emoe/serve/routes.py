@@ -99,44 +99,51 @@ class Books:
         if router not in CHOICES:
             raise ConfigError(f"router={router!r} is not one of: {', '.join(CHOICES)}")
         self._choose = CHOICES[router]
-        self._sent: dict[Hashable, dict[Hashable, Hint]] = {}  # by replica, then by request
+        self._sent: dict[Hashable, tuple[Hashable, Hint]] = {}  # by request: where to
         self._turn = 0
 
     def order(self, replicas: Mapping[Hashable, Published], request: Hashable, hint: Hint) -> list[Hashable]:
         """All replicas, the best for this request first; it counts as sent there until something else is told."""
         self.forget(replicas)
+        self.withdraw(request)
         expected = _expected(replicas.values())
-        states = [self._state(replica, says, expected, hint.front) for replica, says in replicas.items()]
-        found = ranked(self._choose, states, expected.get(hint.task, 0), self._turn)
-        self._turn += 1
+        states = self._states(replicas, expected, hint.front)
         keys = list(replicas)
-        self.sent(keys[found[0]], request, hint)
-        return [keys[number] for number in found]
+        found = [keys[number] for number in ranked(self._choose, states, expected.get(hint.task, 0), self._turn)]
+        self._turn += 1
+        self.sent(found[0], request, hint)
+        return found
 
     def sent(self, replica: Hashable, request: Hashable, hint: Hint) -> None:
         """The request went to this replica, and is nowhere else."""
-        for requests in self._sent.values():
-            requests.pop(request, None)
-        self._sent.setdefault(replica, {})[request] = hint
+        self._sent[request] = (replica, hint)
 
     def over(self, replica: Hashable, request: Hashable) -> None:
-        """It ended there, however."""
-        self._sent.get(replica, {}).pop(request, None)
+        """It ended there, however; it may be elsewhere by now."""
+        if self._sent.get(request, (None,))[0] == replica:
+            del self._sent[request]
+
+    def withdraw(self, request: Hashable) -> None:
+        """It is nowhere."""
+        self._sent.pop(request, None)
 
     def forget(self, replicas: Collection[Hashable]) -> None:
         """Only these replicas are left."""
-        for gone in self._sent.keys() - set(replicas):
-            del self._sent[gone]
+        for request in [request for request, (replica, _) in self._sent.items() if replica not in replicas]:
+            del self._sent[request]
 
-    def _state(self, replica: Hashable, says: Published, expected: Mapping[str, int], front: str) -> State:
-        tasks = Counter[str]()
-        for hint in self._sent.get(replica, {}).values():
-            tasks[hint.task] += hint.answers
-        for other, requests in says.requests.items():
-            if other != front:
-                tasks.update(requests)
-        sets = [expected.get(task, 0) for task, count in tasks.items() for _ in range(count)]
-        return State(len(sets), says.places, sets, says.resident)
+    def _states(self, replicas: Mapping[Hashable, Published], expected: Mapping[str, int], front: str) -> list[State]:
+        tasks = {replica: Counter[str]() for replica in replicas}
+        for replica, hint in self._sent.values():
+            tasks[replica][hint.task] += hint.answers
+        for replica, says in replicas.items():
+            for other, requests in says.requests.items():
+                if other != front:
+                    tasks[replica].update(requests)
+        sets = {replica: [expected.get(task, 0) for task in counted.elements()] for replica, counted in tasks.items()}
+        return [
+            State(len(sets[replica]), says.places, sets[replica], says.resident) for replica, says in replicas.items()
+        ]
 
 
 def _expected(replicas: Iterable[Published]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from emoe.serve.engine_thread import EngineThread
 from emoe.serve.fleet import Call, Desk, Fleet, answer
 from emoe.serve.inbox import Job
 from emoe.serve.limits import Limits
+from emoe.serve.refusals import Refusal
 from emoe.serve.routes import Hint
 from emoe.serve.service import About, Service
 
@@ -266,6 +267,19 @@ def test_a_client_that_leaves_before_it_is_accepted_leaves_nothing(engines):
                 await sending
             await until(lambda: not fleet.records and not fleet._tasks)
             await until(lambda: not engines[0].live)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_no_replica_takes_is_refused_and_leaves_nothing(engines):
+    async def main():
+        async with fleet_of(*engines) as (fleet, replicas):
+            fleet._patience = 0.01
+            replicas[0].thread.submit = lambda jobs: asyncio.Event().wait()
+            with pytest.raises(Refusal, match=r"no replica took this request within 0\.01 seconds") as raised:
+                await fleet.submit([job("x")])
+            assert raised.value.status == 503
+            await until(lambda: not fleet.records and not fleet._tasks)
 
     asyncio.run(main())
 

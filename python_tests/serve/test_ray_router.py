@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ def replica(name, **says):
 
 def pending(id, task=None):
     args = [] if task is None else [Call([], Hint("front", task))]
-    return SimpleNamespace(args=args, metadata=SimpleNamespace(internal_request_id=id))
+    return SimpleNamespace(args=args, metadata=SimpleNamespace(internal_request_id=id), future=Future())
 
 
 @pytest.fixture
@@ -66,11 +67,21 @@ def test_what_was_routed_counts_until_ray_says_that_it_is_over(router):
     assert chosen(router, replicas, pending("3", "b")) == "r0"
 
 
+def test_a_request_that_is_given_up_on_its_way_is_nobodys_load(router):
+    replicas = [replica("r0"), replica("r1")]
+    given_up = pending("1", "a")
+    assert chosen(router, replicas, given_up) == "r0"
+    given_up.future.cancel()
+    assert chosen(router, replicas, pending("2", "b")) == "r0"
+    router.on_request_completed("r1", "2")  # r0 took no more, and the client left before r1 had answered
+    assert chosen(router, replicas, pending("3", "a")) == "r0"
+
+
 def test_other_calls_and_replicas_that_published_nothing_are_no_matter(router):
     replicas = [SimpleNamespace(replica_id="r0", routing_stats={}), replica("r1")]
     assert chosen(router, replicas, pending("1")) == "r0"
     assert chosen(router, replicas, pending("2")) == "r0"  # a call that is no request is no load
-    assert chosen(router, replicas, None) == "r0"
+    assert asyncio.run(router.choose_replicas(replicas, None)) == [replicas]
     assert asyncio.run(router.choose_replicas([], pending("4", "a"))) == []
 
 

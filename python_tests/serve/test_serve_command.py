@@ -139,6 +139,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys, monkeypatch, c
         (["--router", "least"], "--router is for --ray alone"),
         (["--replica-cpus", "1"], "--replica-cpus is for --ray alone"),
         (["--ray", "--router", "sideways"], "affinity"),
+        (["--ray", "--limit-send-seconds", "3"], "--limit-send-seconds is not for --ray: Ray's proxy has the sockets"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_name(capsys, monkeypatch, chat_folder, words, said):
