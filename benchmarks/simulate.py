@@ -217,6 +217,7 @@ def figures(policy: str, domains: Domains, rate: float, args: argparse.Namespace
         "refused": mean(each["refused"] for each in runs),
         "goodput": mean(each["goodput"] for each in runs),
         "loaded_bytes_per_token": mean(each["loaded_bytes_per_token"] for each in runs),
+        "hit_rate": mean(each["hit_rate"] for each in runs),
         "ttft": {at: mean(each["ttft"][at] for each in runs) for at in runs[0]["ttft"]},
         "tpot": {at: mean(each["tpot"][at] for each in runs) for at in runs[0]["tpot"]},
         "ttlt": {at: mean(each["ttlt"][at] for each in runs) for at in runs[0]["ttlt"]},
@@ -228,7 +229,7 @@ def figures(policy: str, domains: Domains, rate: float, args: argparse.Namespace
 
 def show(results: dict[str, dict[str, Any]], rate: float, args: argparse.Namespace) -> None:
     ttft, tpot = f"TTFT p50/p90/p99, s (target {args.ttft:g})", f"TPOT p50/p90, s ({args.tpot:g})"
-    table = Table("policy", "attained", "goodput, req/s", ttft, tpot, "MB/token", "overload: tok/s", "MB/token")
+    table = Table("policy", "attained", "goodput, req/s", ttft, tpot, "hits", "MB/token", "overload: tok/s", "MB/token")
     table.title = (
         f"{args.kind}, {rate:.3g} requests/s, {args.requests} requests, {args.replicas} x {args.most_running} places, "
         f"{args.resident:.0%} resident, {args.misclassified:.0%} misclassified, {args.machine}"
@@ -242,6 +243,7 @@ def show(results: dict[str, dict[str, Any]], rate: float, args: argparse.Namespa
             f"{each['goodput']:.2f}",
             "/".join(f"{each['ttft'][at]:.1f}" for at in ("p50", "p90", "p99")),
             "/".join(f"{each['tpot'][at]:.2f}" for at in ("p50", "p90")),
+            f"{each['hit_rate']:.1%}",
             f"{each['loaded_bytes_per_token'] / 1e6:.0f}",
             f"{each['overload_tokens_per_second']:.1f}",
             f"{each['overload_bytes_per_token'] / 1e6:.0f}",

@@ -183,7 +183,7 @@ class Replica:
         self._here: dict[Hashable, _Progress] = {}
         self._sets = sets
         self._step: tuple[Step, NDArray[np.bool_]] | None = None
-        self.loaded_bytes = self.steps = self.tokens = 0
+        self.loaded_bytes = self.used = self.loads = self.steps = self.tokens = 0
         self.busy = 0.0
         self.begun: list[_Progress] = []  # gave their first token in the last step and go on
 
@@ -249,6 +249,8 @@ class Replica:
         step, _ = self._step
         self._step = None
         self.loaded_bytes += step.loaded_bytes
+        self.used += step.experts or 0
+        self.loads += step.loaded_bytes // self._expert_bytes
         self.steps += 1
         self.tokens += len(step.tokens)
         self.busy += step.seconds
@@ -305,7 +307,8 @@ class Report:
         outcomes: of every request that came.
         seconds: from the start to the last event.
         tokens: that were given, by requests that ended and others.
-        loaded_bytes, steps, busy: sums over replicas; busy in seconds.
+        loaded_bytes, used, loads, steps, busy: sums over replicas; experts that steps used, those that were loaded for
+            it; busy in seconds.
         scheduler: `Scheduler.to_dict` of each replica.
     """
 
@@ -313,6 +316,8 @@ class Report:
     seconds: float
     tokens: int
     loaded_bytes: int
+    used: int
+    loads: int
     steps: int
     busy: float
     scheduler: list[dict[str, Any]] = field(default_factory=list)
@@ -332,6 +337,7 @@ class Report:
             "goodput": met / self.seconds if self.seconds else 0.0,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
             "loaded_bytes": self.loaded_bytes,
+            "hit_rate": 1 - self.loads / self.used if self.used else 0.0,
             "loaded_bytes_per_token": self.loaded_bytes / max(1, self.tokens),
             "steps": self.steps,
             "busy": self.busy / (self.seconds * len(self.scheduler)) if self.seconds else 0.0,
@@ -423,6 +429,8 @@ def simulate(
         now,
         sum(replica.tokens for replica in replicas),
         sum(replica.loaded_bytes for replica in replicas),
+        sum(replica.used for replica in replicas),
+        sum(replica.loads for replica in replicas),
         sum(replica.steps for replica in replicas),
         sum(replica.busy for replica in replicas),
         [replica.scheduler.to_dict() for replica in replicas],

@@ -135,10 +135,9 @@ class Replica:
             resident = number_of(
                 ((layer, expert) for layer, (_, experts) in enumerate(layers) for expert in experts), width
             )
-            expected = {
-                task: number_of(runtime.base.expected(task or None), width)
-                for task in {UNKNOWN, *runtime.base.names, *self._desk.served}
-            }
+            if runtime.base.names:  # else all tasks are alike, and the fuller replica would seem the better one
+                tasks = (UNKNOWN, *runtime.base.names)
+                expected = {task: number_of(runtime.base.expected(task or None), width) for task in tasks}
         desk = self._desk
         return Published(
             self._engine.scheduler.most_running, resident, expected, dict(desk.served), desk.requests

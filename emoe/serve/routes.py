@@ -38,7 +38,8 @@ class Published:
     Attributes:
         places: requests that it runs at once.
         resident: experts in memory, as a number; None for a plain model.
-        expected: predicted set of each task that it knows, as a number; 0 where nothing is known.
+        expected: predicted set of each task that its predictor knows, as a number, and of UNKNOWN for all others; 0
+            where nothing is known.
         served: requests of each task so far.
         requests: of each front, tasks of its requests that run or wait here.
     """
@@ -109,7 +110,7 @@ class Books:
         expected = _expected(replicas.values())
         states = self._states(replicas, expected, hint.front)
         keys = list(replicas)
-        found = [keys[number] for number in ranked(self._choose, states, expected.get(hint.task, 0), self._turn)]
+        found = [keys[number] for number in ranked(self._choose, states, _set_of(hint.task, expected), self._turn)]
         self._turn += 1
         self.sent(found[0], request, hint)
         return found
@@ -140,10 +141,14 @@ class Books:
             for other, requests in says.requests.items():
                 if other != front:
                     tasks[replica].update(requests)
-        sets = {replica: [expected.get(task, 0) for task in counted.elements()] for replica, counted in tasks.items()}
+        sets = {replica: [_set_of(task, expected) for task in counted.elements()] for replica, counted in tasks.items()}
         return [
             State(len(sets[replica]), says.places, sets[replica], says.resident) for replica, says in replicas.items()
         ]
+
+
+def _set_of(task: str, expected: Mapping[str, int]) -> int:
+    return expected.get(task, expected.get(UNKNOWN, 0))
 
 
 def _expected(replicas: Iterable[Published]) -> dict[str, int]:

@@ -83,6 +83,8 @@ def test_steps_cost_what_their_rows_and_loads_do():
     assert outcome.ttft == pytest.approx(1.0 + 0.3 + prompt)
     assert outcome.tpot == pytest.approx(1.0 + 0.1 + token)
     assert report.loaded_bytes == 100 * (prompt + token) and report.steps == 2
+    used = prompt + sum(len(set(trace.experts[layer, 13])) for layer in range(2))
+    assert report.to_dict()["hit_rate"] == pytest.approx(1 - (prompt + token) / used)
     assert outcome.met == (outcome.ttft <= 9.0)
 
 

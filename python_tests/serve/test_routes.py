@@ -8,7 +8,7 @@ import pytest
 
 from emoe.engine.expert_sets import overlap
 from emoe.errors import ConfigError
-from emoe.serve.routes import PLACES, Books, Hint, Published, merged, number_of
+from emoe.serve.routes import PLACES, UNKNOWN, Books, Hint, Published, merged, number_of
 
 A, B = (number_of([(layer, expert) for layer in range(3) for expert in experts], 8) for experts in ((0, 1), (4, 5, 6)))
 EXPECTED = {"a": A, "b": B}
@@ -90,6 +90,13 @@ def test_a_task_is_predicted_by_the_replica_that_served_most_of_it():
         "r2": says(served={"a": 9}, expected={"a": 0}),  # it does not know
     }
     assert first(Books("affinity"), replicas, 0, "a") == "r0"
+
+
+def test_a_task_that_no_predictor_knows_is_as_good_as_none():
+    expected = {**EXPECTED, UNKNOWN: B}
+    replicas = {"r0": says(resident=A, expected=expected), "r1": says(resident=B, expected=expected)}
+    assert first(Books("affinity"), replicas, 0, "never heard of") == "r1"
+    assert first(Books("affinity"), replicas, 0, UNKNOWN) == "r1"
 
 
 def test_without_predictions_the_queue_alone_decides():
