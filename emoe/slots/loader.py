@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 Group = list[tuple[int, int]]  # (expert, slot), all held
 
+# Where experts wait for slots, a group holds at most this part of a layer's: the disk reads into the others meanwhile.
+GROUPS = 4
+
 
 class Queue(Protocol):
     """What the loader uses of `emoe._C.TransferQueue`."""
@@ -160,12 +163,16 @@ class Loader:
         try:
             pending = self._promote(layer, missing, running)
             self._submit(layer, pending, running)
-            if group and not together:
+            if pending:
+                # Those that may leave are computed first: their slots are the next to be read into.
+                protected = self.cache.protected(layer)
+                group.sort(key=lambda held: held[0] not in protected)
+            elif group and not together:
                 yield list(group)
                 self._release(layer, group)
-            while pending or running:
+            while pending or running or (group and not together):
                 self._submit(layer, pending, running)
-                if not running:
+                if not running and (together or not group):
                     self._make_room(layer, pending[0])
                     continue
                 self._collect(layer, group, running)
@@ -174,8 +181,9 @@ class Loader:
                     self._collect(layer, group, running)
                 if together and (pending or running):
                     continue
-                yield list(group)
-                self._release(layer, group)
+                stay = max(0, len(group) - max(1, self.capacity(layer) // GROUPS)) if pending else 0
+                yield group[stay:]
+                self._release(layer, group, stay)
         finally:
             if self._epoch == epoch:
                 self._abandon(layer, running)
@@ -437,8 +445,9 @@ class Loader:
         for expert, ticket in running:
             self._end(layer, expert, ticket)
 
-    def _release(self, layer: int, group: Group) -> None:
-        while group:
+    def _release(self, layer: int, group: Group, stay: int = 0) -> None:
+        """Releases all of the group but its first `stay`."""
+        while len(group) > stay:
             expert, _ = group.pop()
             self.cache.release(layer, expert)
 

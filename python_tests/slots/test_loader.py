@@ -109,6 +109,68 @@ def test_more_experts_than_slots_run_in_rounds_that_refill_as_slots_come_free():
     assert len(queue.log) == EXPERTS
 
 
+class _NeverDone(FakeQueue):
+    """Reads complete when the test says so; whoever waits before is told off."""
+
+    def wait(self, ticket):
+        assert self.done(ticket), "waited for a read while an expert in a slot was not computed"
+        super().wait(ticket)
+
+
+def _with_resident(experts, slots, queue):
+    """A loader with these experts in its slots."""
+    loader = Loader(CacheManager((slots,)), queue, [list(range(16))])
+    for expert in experts:
+        group = loader.rounds(0, [expert])
+        queue.eager = True
+        assert [[each for each, _ in held] for held in group] == [[expert]]
+    queue.eager = False
+    queue.log.clear()
+    return loader
+
+
+def test_experts_in_slots_are_computed_before_any_read_is_waited_for():
+    queue = _NeverDone()
+    loader = _with_resident([1, 2, 3], 8, queue)
+    with closing(loader.rounds(0, [0, 1, 2, 3, 4])) as rounds:
+        assert [expert for expert, _ in next(rounds)] == [1, 2, 3]
+        assert queue.log == [("demand", 0), ("demand", 4)]
+        queue.run_all()
+        assert sorted(expert for expert, _ in next(rounds)) == [0, 4]
+
+
+def test_where_every_slot_is_needed_experts_are_computed_in_parts_and_reads_take_the_slots_of_those_that_were():
+    queue = _NeverDone()
+    loader = _with_resident(range(8), 8, queue)
+    computed, reads = [], []
+    with closing(loader.rounds(0, range(16))) as rounds:
+        for _ in range(4):  # a quarter of the slots each; nothing has arrived
+            computed.append({expert for expert, _ in next(rounds)})
+            reads.append(len(queue.log))
+        assert set().union(*computed) == set(range(8)) and {len(part) for part in computed} == {2}
+        assert reads == [0, 2, 4, 6]  # while a part is computed, the slots of those before it are read into
+        queue.run_all()
+        rest = []
+        for group in rounds:
+            rest += [expert for expert, _ in group]
+            queue.run_all()
+    assert sorted(rest) == list(range(8, 16))
+    loader.cache.check_integrity()
+
+
+def test_of_experts_in_slots_those_that_are_to_stay_are_computed_last():
+    queue = _NeverDone()
+    loader = _with_resident(range(8), 8, queue)
+    loader.cache.protect(0, [0, 5, 6, 7])
+    with closing(loader.rounds(0, range(12))) as rounds:
+        first = {expert for expert, _ in next(rounds)} | {expert for expert, _ in next(rounds)}
+        assert first == {1, 2, 3, 4}
+        queue.run_all()
+        for _ in rounds:
+            queue.run_all()
+    assert {0, 5, 6, 7} <= set(loader.cache.resident(0))
+
+
 def test_a_miss_never_evicts_an_expert_this_forward_needs():
     loader, queue = _loader(slots=(4,))
     _run(loader, 0, [0, 1, 2, 3])
