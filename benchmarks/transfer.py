@@ -49,6 +49,7 @@ class Case:
     """Blocks of one size in the file and how each becomes a record.
 
     parts: a record's pieces, evenly spread over the file (gate, up, down lie apart in many checkpoints).
+    placed: each starts where in a page of its slot it starts in the file, as large arrays of experts do.
     """
 
     name: str
@@ -57,12 +58,14 @@ class Case:
     parts: int = 1
     src: str = "bfloat16"
     dst: str = "bfloat16"
+    placed: bool = False
 
 
 CASES = [
     *(Case("aligned", size) for size in (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB)),
     *(Case("unaligned", size, HEADER) for size in (64 * KIB, 80 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB)),
     *(Case("gate, up, down apart", size, HEADER, 3) for size in (3 * 64 * KIB, 3 * MIB, 12 * MIB)),
+    *(Case("apart, placed as in the file", size, HEADER, 3, placed=True) for size in (3 * MIB, 12 * MIB)),
     *(Case("fp32 to bf16", size, HEADER, 3, "float32") for size in (3 * MIB, 12 * MIB)),
     Case("bf16 to fp32", 3 * MIB, HEADER, 3, "bfloat16", "float32"),
 ]
@@ -150,16 +153,17 @@ class QueueSide:
         table = C.RecordTable()
         file = table.add_file(str(path))
         cols = 256
+        first, spread = (case.shift % PAGE, part * size_out + PAGE) if case.placed else (0, part * size_out)
         self.records = [
             table.add_record(
                 [
-                    (file, offset, nbytes, "t", case.src, p * part * size_out, case.dst, part // cols, cols, cols, 1)
+                    (file, offset, nbytes, "t", case.src, first + p * spread, case.dst, part // cols, cols, cols, 1)
                     for p, (offset, nbytes) in enumerate(ranges)
                 ]
             )
             for ranges in blocks.ranges
         ]
-        slot_bytes = case.block // size_in * size_out
+        slot_bytes = case.parts * spread
         self.slab = C.Slab(
             max(WINDOW, 8 * MIB // slot_bytes), slot_bytes
         )  # no slab is so small that huge pages miss it

@@ -17,7 +17,7 @@ from torch import nn
 
 from emoe.compute.device import Device
 from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part, Recording, StandIn
-from emoe.compute.records import register_records
+from emoe.compute.records import as_in_files, register_records
 from emoe.compute.slot_tables import SlotTables
 from emoe.errors import ConfigError
 from emoe.memory import format_bytes
@@ -57,7 +57,7 @@ class Bank:
 
     Args:
         model: its experts' parameters are detached.
-        layouts: where an expert of each layer lies in a slot.
+        layouts: where an expert of each layer lies in a slot, as planned.
         slots_per_layer: how many slots each layer has.
         policy: of the cache.
         reader: of the device's native module.
@@ -87,6 +87,8 @@ class Bank:
         self.cache = CacheManager(slots_per_layer, policy=policy)
         self.residency = CacheResidency(self.cache, self.experts_per_layer, lock)
         self.slab = device.slab(sum(slots_per_layer), max(each.nbytes for each in layouts))
+        modules = dict(model.named_modules())
+        layouts = as_in_files(modules, store.layers, layouts, device.slot_alignment)
         self._table, records = register_records(device.module, store, layouts)
         count = sum(self.experts_per_layer)
         self._queue = device.queue(self.slab, self._table, reader, records=count, pinned_memory=pinned_memory)
@@ -95,7 +97,6 @@ class Bank:
         # On a device whose steps may do without the host nothing leaves for a miss, and nothing is asked of it.
         learns = self.cache.learns and self.tables is None
         self.observers: list[Observer] = [_Learning(self.cache)] if learns else []
-        modules = dict(model.named_modules())
         parts = [
             Part(number, modules[layer.path], layer.form, where, self.loader, self.slab, self._queue, device.tensors,
                  ids, self.tables)
@@ -148,7 +149,7 @@ class Bank:
             WriteError: the trace cannot be written there.
             ConfigError: another recorder is open that writes to its path.
         """
-        nbytes = [layer.layout.nbytes for layer in self.layers]
+        nbytes = [layer.form.nbytes for layer in self._store.layers]
         experts = self.layers[0].num_experts
         recorder = TraceRecorder(len(self.layers), top_k, experts, path=path, model=model, expert_bytes=nbytes)
         return Block(Recording(recorder), partial(self._record, told, check), partial(self._recorded, told))

@@ -31,6 +31,7 @@ class CpuDevice(Device):
     name = "cpu"
     tensors = torch.device("cpu")
     lends = True
+    slot_alignment = 8  # unaligned loads take as long; torch's views ask for whole elements
 
     def __init__(self) -> None:
         self.module = native.load()

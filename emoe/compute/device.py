@@ -24,6 +24,7 @@ from emoe.compute.slot_tables import SlotTables
 from emoe.errors import BudgetError, ConfigError, UnsupportedModelError
 from emoe.memory import available_memory, format_bytes
 from emoe.model.layout import SlotLayout
+from emoe.model.spec import SLOT_ALIGNMENT
 from emoe.options import parse_budget
 from emoe.slots.loader import Loader
 from emoe.store import StoreLayer
@@ -40,12 +41,14 @@ class Device:
         module: the native module all objects of this device come from.
         name: as `choose.open_device` takes it.
         tensors: where torch's tensors have to be.
+        slot_alignment: bytes; kernels and torch ask that arrays start at multiples of it in a slot.
     """
 
     module: Any
     name: str
     tensors: torch.device
     lends = False
+    slot_alignment = SLOT_ALIGNMENT
 
     def free_bytes(self) -> int:
         """Bytes of its memory that nobody has."""

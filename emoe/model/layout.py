@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from emoe.model.encoding import COMPUTED, encoding
-from emoe.model.spec import ExpertForm, ParamSpec, slot_offsets
+from emoe.model.spec import ExpertForm, ParamSpec, slot_bytes, slot_offsets
 
 # A probe of few experts and channels; tokens sweep three decades, so that gates reach every clamp and both tails.
 _EXPERTS, _HIDDEN, _INTERMEDIATE, _TOKENS, _TOP_K = 3, 4, 6, 48, 2
@@ -42,8 +42,8 @@ class SlotLayout:
     """One expert in a slot.
 
     Attributes:
-        nbytes: bytes it takes, a multiple of 64.
-        offsets: byte at which each parameter starts, multiples of 64.
+        nbytes: bytes it takes, a multiple of 64; the same wherever its arrays start.
+        offsets: byte at which each array starts.
         native: the arguments of `emoe._C.MlpLayout`, or None where Transformers' own code has to serve.
         reason: why `native` is None, as a sentence; else "".
     """
@@ -54,14 +54,15 @@ class SlotLayout:
     reason: str
 
 
-def describe(module: nn.Module, form: ExpertForm) -> SlotLayout:
+def describe(module: nn.Module, form: ExpertForm, places: Mapping[str, int] | None = None) -> SlotLayout:
     """Lays out one expert of an experts module.
 
     Args:
         module: Transformers' experts module; its parameters may be on the meta device or gone.
         form: of one expert.
+        places: where in a page large arrays start; without it arrays start at multiples of 64.
     """
-    offsets, nbytes = slot_offsets(form.stored)
+    offsets, nbytes = slot_offsets(form.stored, places)[0], slot_bytes(form.stored)
     try:
         native = _native(module, form, offsets)
     except _NotNativeError as reason:

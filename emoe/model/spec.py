@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from emoe.model.encoding import EncodedMatrix, encoding
 
 SLOT_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load of the kernels
+PAGE = 4096  # bytes: what a direct read asks of file offsets, addresses and lengths
+# Bytes from which an array may start where in a page it does in its file; the room for that is below 1 % of it.
+LARGE_ARRAY = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class ParamSpec:
     def nbytes(self) -> int:
         """Bytes of it."""
         return encoding(self.dtype).nbytes(self.shape)
+
+    @property
+    def large(self) -> bool:
+        """Whether a slot has room for it to start anywhere in a page."""
+        return self.nbytes >= LARGE_ARRAY
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,24 @@ class ExpertForm:
         return tuple(dict.fromkeys(names))
 
 
-def slot_offsets(stored: Iterable[ParamSpec]) -> tuple[dict[str, int], int]:
-    """Where each array of one expert starts in a slot, and the bytes of the whole; both multiples of 64."""
+def slot_offsets(stored: Iterable[ParamSpec], places: Mapping[str, int] | None = None) -> tuple[dict[str, int], int]:
+    """Where each array of one expert starts in a slot, and the bytes of the whole.
+
+    Args:
+        stored: the arrays.
+        places: where in a page some of them have to start; the others start at the next multiple of 64.
+    """
     offsets: dict[str, int] = {}
     end = 0
     for each in stored:
-        offsets[each.name] = end
-        end += -(-each.nbytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        start = end if places is None else end + (places.get(each.name, end) - end) % PAGE
+        offsets[each.name] = start
+        end = -(-(start + each.nbytes) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
     return offsets, end
+
+
+def slot_bytes(stored: Iterable[ParamSpec]) -> int:
+    """Bytes that hold one expert wherever in a page its large arrays start; a multiple of 64."""
+    stored = tuple(stored)
+    room = sum(PAGE + SLOT_ALIGNMENT for each in stored if each.large)
+    return slot_offsets(stored)[1] + room

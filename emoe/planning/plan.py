@@ -15,7 +15,7 @@ from emoe.memory import available_memory, format_bytes
 from emoe.model import dense, layout, structure, summary
 from emoe.model.config import read_config
 from emoe.model.encoding import encoding
-from emoe.model.spec import ExpertForm
+from emoe.model.spec import PAGE, ExpertForm
 from emoe.options import Budget, Options, parse_budget, takes
 from emoe.planning import activations, bandwidth, encoded, kv_cache
 from emoe.planning.encoded import Stored
@@ -24,7 +24,6 @@ from emoe.store.checkpoint import Sizes
 
 logger = logging.getLogger(__name__)
 
-PAGE = 4096
 # Bounce buffers of the transfer workers plus scratch of the kernels (docs/transfer.md, docs/kernels.md).
 STAGING_BYTES = 24 << 20
 # What Transformers imports and touches of libraries when it runs any model, over a bare `import torch, transformers`
