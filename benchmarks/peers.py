@@ -22,8 +22,9 @@ resident: OLMoE-1B-7B's geometry with random weights as one GGUF file in DIR tha
 capped: the same file in memory cgroups of a half and a third of its size, page cache included and cold at the start.
     llama.cpp maps the file and does not repack (--repack 0; a repacked copy would not fit). `bound` is what emoe could
     do: the tokens that it computes with everything in memory, or those whose missed bytes the disk gives, if fewer (the
-    disk by direct reads of 1 MiB in four threads, in the same run). The same model in bfloat16 is in the same cgroups
-    beside it.
+    disk by direct reads of 1 MiB in four threads, in the same run). `hidden` is the overlap: of a token's computing and
+    its reads, each as long as it takes alone, the share of the shorter that is over when the longer one is. The same
+    model in bfloat16 is in the same cgroups beside it.
 --check: exit 1 where a target is missed.
 """
 
@@ -485,8 +486,18 @@ def capped(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                     row["disk_rate"] = common.direct_read_rate(files[name], MATRIX_BYTES)
                     row["bound"] = min(row["disk_rate"] / read if read else float("inf"), computed or float("inf"))
                     row["bytes_read_per_token"] = read
+                    if computed:
+                        row["hidden"] = hidden(1 / computed, read / row["disk_rate"], 1 / side["tokens_per_second"])
             rows.append(row)
     return rows
+
+
+def hidden(computing: float, reading: float, both: float) -> float:
+    """Share of the shorter of two that is hidden behind the longer one: 1 where both take as long as the longer one
+    alone, 0 where they take as long as one after the other, or longer. Seconds; 1 where one of them is 0.
+    """
+    shorter = min(computing, reading)
+    return max(0.0, min(1.0, (computing + reading - both) / shorter)) if shorter else 1.0
 
 
 def decode_in_memory(file: Path, args: argparse.Namespace) -> float:
@@ -528,7 +539,7 @@ def show_capped(console: Console, title: str, results: list[dict[str, Any]]) -> 
 
     table = Table(title=f"decode inside a memory cgroup, page cache cold, tok/s: {title}")
     table.add_column("format")
-    for column in ("cgroup", "llama.cpp", "emoe", "x llama.cpp", "missed a token", "disk", "bound", "of the bound"):
+    for column in ("cgroup", "llama.cpp", "emoe", "x llama.cpp", "missed a token", "disk", "bound", "of it", "hidden"):
         table.add_column(column, justify="right")
     missed = []
     for row in results:
@@ -542,7 +553,7 @@ def show_capped(console: Console, title: str, results: list[dict[str, Any]]) -> 
         if "bound" in row:
             reached = speeds["emoe"] / row["bound"]
             cells += [format_bytes(row["bytes_read_per_token"]), f"{row['disk_rate'] / 1e9:.2f} GB/s"]
-            cells += [f"{row['bound']:.2f}", f"{reached:.0%}"]
+            cells += [f"{row['bound']:.2f}", f"{reached:.0%}", f"{row['hidden']:.0%}" if "hidden" in row else "-"]
         table.add_row(row["format"], where, *cells)
         if row["format"] != row["of"]:
             continue
