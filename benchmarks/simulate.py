@@ -174,6 +174,7 @@ def run(policy: str, domains: Domains, rate: float, seed: int, args: argparse.Na
             BaseSet(domains.frequency, slots - domains.top_k) if predicts else None,
             args.noise,
             1000 * seed + number,
+            args.probe if affine and args.moves else None,
         )
         for number in range(args.replicas)
     ]
@@ -280,8 +281,9 @@ def main() -> None:
         "--moves",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="slo+affinity: a request whose prompt shows another task goes on at a replica of its kin",
+        help="slo+affinity: a request whose first rows show another task goes on at a replica of its kin",
     )
+    parser.add_argument("--probe", type=int, default=4, help="rows that show it, with --moves (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.1, help="of steps' seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed on (default: %(default)s)")

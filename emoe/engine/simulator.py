@@ -100,6 +100,7 @@ class BaseSet:
     def __init__(self, frequency: dict[str | None, NDArray[np.float64]], size: int) -> None:
         self._frequency, self._size = frequency, size
         self._uses: dict[Hashable, NDArray[np.float64]] = {}  # the last place has the weight of all
+        self._own: dict[Hashable, NDArray[np.float64]] = {}  # what it used, and nothing of what its task does
 
     def saw(self, id: Hashable, task: str | None, picks: NDArray[np.int32]) -> None:
         """Rows [T, layers * K] of a request ran."""
@@ -109,16 +110,20 @@ class BaseSet:
             uses = self._uses[id] = np.append(known.ravel(), 1.0) * self.PRIOR
         kept = self.FADE ** len(picks)
         weight = (1 - kept) / (1 - self.FADE)
+        counts = np.bincount(picks.ravel(), minlength=len(uses) - 1)
         uses *= kept
-        uses[:-1] += np.bincount(picks.ravel(), minlength=len(uses) - 1) * (weight / len(picks))
+        uses[:-1] += counts * (weight / len(picks))
         uses[-1] += weight
+        own = self._own.get(id)
+        self._own[id] = counts.astype(np.float64) if own is None else own + counts
 
     def ended(self, id: Hashable) -> None:
         self._uses.pop(id, None)
+        self._own.pop(id, None)
 
     def likeliest(self, id: Hashable) -> str | None:
-        """The task whose uses are most like those of a request that ran, by their cosine."""
-        own = self._uses[id][:-1]
+        """The task whose uses are most like those of a request that ran, by their cosine, whatever task it was told."""
+        own = self._own[id]
 
         def likeness(task: str) -> float:
             known = self._frequency[task].ravel()
@@ -160,6 +165,8 @@ class Replica:
         base: the base set that a predictor keeps; None for an LRU alone.
         noise: standard deviation of the logarithm of a step's seconds.
         seed: of that noise.
+        probe: rows of a request's first step at most, so that what it routes to is seen before its prompt has run; None
+            for as many as the scheduler gives.
     """
 
     def __init__(
@@ -174,7 +181,9 @@ class Replica:
         base: BaseSet | None = None,
         noise: float = 0.0,
         seed: int = 0,
+        probe: int | None = None,
     ) -> None:
+        self._probe = probe
         self._picks, self._shape, self._costs, self._expert_bytes = picks, shape, costs, expert_bytes
         self.cache = ExpertLRU(*shape, slots)
         self.scheduler = scheduler(lambda: _Resident(self.cache.resident))
@@ -185,7 +194,7 @@ class Replica:
         self._step: tuple[Step, NDArray[np.bool_]] | None = None
         self.loaded_bytes = self.used = self.loads = self.steps = self.tokens = 0
         self.busy = 0.0
-        self.begun: list[_Progress] = []  # gave their first token in the last step and go on
+        self.begun: list[_Progress] = []  # ran their first rows in the last step and go on
 
     def submit(self, arrival: Arrival, progress: _Progress, now: float) -> None:
         self.scheduler.submit(arrival.ticket, now)
@@ -200,7 +209,7 @@ class Replica:
             self._base.ended(id)
 
     def mistaken(self, progress: _Progress) -> str | None:
-        """The task that a request's prompt shows it to be of, where it is another than was told; else None."""
+        """The task that a request's first rows show it to be of, where it is another than was told; else None."""
         if self._base is None:
             return None
         task = self._base.likeliest(progress.arrival.ticket.id)
@@ -224,9 +233,12 @@ class Replica:
         if self._base is not None and self.steps % _BASE_STEPS == 0:
             self.cache.protect(self._base.chosen(self.scheduler.running))
         rows: list[NDArray[np.int64]] = []
+        counts: dict[Hashable, int] = {}
         tokens: dict[Hashable, int] = {}
-        for id, count in batch:
+        for id, given in batch:
             each = self._here[id]
+            count = given if each.shown or self._probe is None else min(given, self._probe)
+            counts[id] = count
             rows.append(np.arange(each.done, each.done + count) + each.arrival.first)
             if self._base is not None:
                 self._base.saw(id, each.arrival.ticket.task, self._picks[rows[-1] % len(self._picks)])
@@ -237,10 +249,10 @@ class Replica:
         mask = used.reshape(self._shape)
         bytes_ = int(self.cache.serve(mask).sum()) * self._expert_bytes
         experts = int(used.sum())
-        seconds = self._costs.step(sum(count for _, count in batch), bytes_, experts)
+        seconds = self._costs.step(sum(counts.values()), bytes_, experts)
         if self._noise:
             seconds *= float(np.exp(self._random.normal(0.0, self._noise)))
-        self._step = Step(seconds, dict(batch), tokens, bytes_, experts), mask
+        self._step = Step(seconds, counts, tokens, bytes_, experts), mask
         return now + seconds
 
     def end(self, now: float) -> list[_Progress]:
@@ -260,11 +272,12 @@ class Replica:
         for id, count in step.rows.items():
             each = self._here[id]
             each.done += count
+            if not each.shown:
+                each.shown = True
+                self.begun.append(each)
             if id in step.tokens:
                 each.out += 1
-                if each.first is None:
-                    each.first = now
-                    self.begun.append(each)
+                each.first = now if each.first is None else each.first
                 if each.out == each.arrival.tokens:
                     each.last = now
                     del self._here[id]
@@ -282,6 +295,7 @@ class _Progress:
     out: int = 0
     first: float | None = None
     last: float | None = None
+    shown: bool = False  # its first rows ran
 
 
 @dataclass(frozen=True)
@@ -383,8 +397,8 @@ def simulate(
         sets: what the replicas were made with.
         route: a name in `emoe.engine.placement.CHOICES`.
         until: stops there; requests that did not end count as not met.
-        experts: predicted sets by task. With them, a request whose prompt shows it to be of another task than was told
-            goes to a replica of its kin, where its tokens so far run again.
+        experts: predicted sets by task. With them, a request whose first rows show it to be of another task than was
+            told goes to a replica of its kin, where its tokens so far run again.
         told: how many requests ended since it was told last, for a progress bar.
     """
     choose = CHOICES[route]
@@ -445,23 +459,24 @@ def _move(
     choose: Choice,
     now: float,
 ) -> set[int]:
-    """Sends requests whose prompt showed another task to a replica of their kin; gives the replicas they went to."""
+    """Sends requests whose first rows showed another task to a replica of their kin; gives where they went."""
     woken = set()
     for each in replicas[here].begun:
         task = replicas[here].mistaken(each) if each.last is None else None
         if task is None:
             continue
         there = choose([replica.state for replica in replicas], sets.number(experts[task]), here)
+        ticket = each.arrival.ticket
+        each.arrival = replace(each.arrival, ticket=replace(ticket, task=task, experts=experts[task]))
         if there == here:
             continue
-        ticket = each.arrival.ticket
         ticket = replace(
             ticket,
             prompt=ticket.prompt + each.out,
             most_new=ticket.most_new - each.out,
             task=task,
             experts=experts[task],
-            ttft=None,
+            ttft=None if ticket.ttft is None or each.out else max(1e-6, each.arrival.at + ticket.ttft - now),
         )
         done, each.done = each.done, 0
         try:

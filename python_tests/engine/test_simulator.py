@@ -193,3 +193,31 @@ def test_a_request_of_another_task_than_was_told_goes_on_among_its_kin_from_its_
         assert [each.scheduler.to_dict()["finished"] for each in replicas] == ended
         assert report.tokens == 24 and all(each.met for each in report.outcomes)
         assert replicas[0].scheduler.to_dict()["cancelled"] == (0 if given is None else 1)
+
+
+def test_a_probe_shows_the_task_before_a_prompt_has_run_where_it_does_not_belong():
+    frequency = {"a": np.zeros((1, 8)), "b": np.zeros((1, 8))}
+    frequency["a"][0, :3] = frequency["b"][0, 5:] = 1.0
+    frequency[None] = (frequency["a"] + frequency["b"]) / 2
+    picks = np.concatenate([np.arange(100) % 3, 5 + np.arange(100) % 3]).astype(np.int32)[:, None]
+    experts = {task: predicted_experts(frequency[task], 3) for task in ("a", "b")}
+
+    def outcome(probe):
+        sets = ExpertSets()
+        replicas = [
+            Replica(
+                lambda resident: Scheduler("slo+affinity", costs=COSTS, resident=resident, most_running=4), picks,
+                (1, 8), 3, COSTS, 1, sets, BaseSet(frequency, 2), probe=probe,
+            ) for _ in range(2)
+        ]  # fmt: skip
+        tickets = [(0.0, "a", "a"), (0.1, "b", "b"), (0.2, "a", "b")]
+        some = [
+            Arrival(at, Ticket(n, 40, 20, 1, told, experts[told], ttft=99.0), 0 if task == "a" else 100, 8, task)
+            for n, (at, told, task) in enumerate(tickets)
+        ]
+        return simulate(some, replicas, sets=sets, route="affinity", experts=experts), replicas
+
+    (whole, _), (probed, replicas) = outcome(None), outcome(2)
+    assert whole.tokens == probed.tokens == 24 and all(each.met for each in probed.outcomes)
+    assert [each.scheduler.to_dict()["cancelled"] for each in replicas] == [1, 0]
+    assert probed.busy < whole.busy
