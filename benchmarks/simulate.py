@@ -283,7 +283,7 @@ def main() -> None:
         default=True,
         help="slo+affinity: a request whose first rows show another task goes on at a replica of its kin",
     )
-    parser.add_argument("--probe", type=int, default=4, help="rows that show it, with --moves (default: %(default)s)")
+    parser.add_argument("--probe", type=int, default=2, help="rows that show it, with --moves (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.1, help="of steps' seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed on (default: %(default)s)")

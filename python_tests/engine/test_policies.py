@@ -128,7 +128,21 @@ def test_affinity_admits_who_uses_the_experts_in_use_whatever_the_task_is_called
     scheduler.finished(0, 0.0)
     assert admitted(scheduler, 0.0) == [4]
     scheduler.finished(2, 0.0)
-    assert admitted(scheduler, 0.0) == [1]  # no kin is left: the lead goes to those who wait
+    scheduler.finished(4, 0.0)
+    assert admitted(scheduler, 0.0) == [1, 3]  # no kin is left: the lead goes to those who wait
+
+
+def test_strangers_without_a_target_wait_for_the_end_of_those_who_run_only_while_as_many_wait_as_run_at_most():
+    scheduler = make("slo+affinity", most_running=2)
+    for number, (experts, target) in enumerate([(A, None), (A, None), (B, None), (B, None), (B, 50.0)]):
+        scheduler.submit(Ticket(number, 1, 50, experts=experts, ttft=target), 0.0)
+    assert admitted(scheduler, 0.0) == [4, 2]  # who has a target leads
+    scheduler.finished(4, 0.0)
+    assert admitted(scheduler, 0.0) == [3]
+    scheduler.finished(3, 0.0)
+    assert admitted(scheduler, 0.0) == []  # as many wait as can run
+    scheduler.cancel(0, 0.0)
+    assert admitted(scheduler, 0.0) == [1]
 
 
 def test_a_stranger_whose_deadline_is_near_comes_before_kin():
