@@ -47,6 +47,7 @@ PROMPT, NEW = 64, 16  # tokens of a request in part memory
 HOT = 100.0  # temperature: a model of random weights left alone repeats one token, whose experts stay in memory
 CHUNK = 128  # rows of a step, and tokens of a prompt's chunk
 STOCK_SECONDS = 90.0  # of trying longer prompts, and more requests
+EMOE_SECONDS = 420.0  # of a share
 GROWTH = 1.15  # from one prompt that is tried to the next, where only trying tells
 ACCELERATE_SHARES = (0.6, 0.45, 0.3)  # of the memory, that accelerate may fill; the first that runs counts
 FILES = 96 * MIB  # of the cgroup, beside memory of its own: pages of files in use, and what the kernel keeps
@@ -158,7 +159,10 @@ def stock_child(args: argparse.Namespace) -> None:
 
 
 def emoe_child(args: argparse.Namespace) -> None:
-    """One share of experts: the longest prompt that was planned, the most requests, one alone."""
+    """One share of experts: the longest prompt that was planned, or the most requests and one alone.
+
+    Not one after the other: the C library keeps some of the memory that many requests gave back.
+    """
     with own_memory() as most:
         run_emoe(args)
         tell(own_bytes=most[0])
@@ -189,27 +193,25 @@ def run_emoe(args: argparse.Namespace) -> None:
             return most, now - started, now - first
 
         tell(resident_share=plan.resident_share, budget_bytes=plan.budget_bytes)
-        alone = run(1, PROMPT, NEW)
-        tell(token_seconds=alone[2] / (NEW - 1))
-        state = engine.footprint.nbytes(PROMPT + NEW, CHUNK)
-        fit = min(plan.kv_bytes // state, CHUNK)
-        most, seconds, _ = run(fit + 1, PROMPT, NEW)
-        if most != fit:
-            raise RuntimeError(
-                f"{most} requests ran at once, and not the {fit} that {plan.kv_bytes} bytes have room for"
-            )
-        tell(batch=most, tokens_per_second=(fit + 1) * NEW / seconds)
-        try:
-            engine.submit(random_ids(args.context, 0), max_new_tokens=1)
-            raise RuntimeError(f"a prompt of {args.context} tokens and one more were not refused")
-        except EmoeError as error:
-            tell(refusal=str(error))
-        tell(prompt=args.context - 1, seconds=run(1, args.context - 1, 1)[1])
+        if args.do == "prompts":
+            try:
+                engine.submit(random_ids(args.context, 0), max_new_tokens=1)
+                raise RuntimeError(f"a prompt of {args.context} tokens and one more were not refused")
+            except EmoeError as error:
+                tell(refusal=str(error))
+            tell(prompt=args.context - 1, seconds=run(1, args.context - 1, 1)[1])
+        else:
+            tell(token_seconds=run(1, PROMPT, NEW)[2] / (NEW - 1))
+            fit = min(plan.kv_bytes // engine.footprint.nbytes(PROMPT + NEW, CHUNK), CHUNK)
+            most, seconds, _ = run(fit + 1, PROMPT, NEW)
+            if most != fit:
+                raise RuntimeError(f"{most} requests ran at once, of {fit} that {plan.kv_bytes} bytes have room for")
+            tell(batch=most, tokens_per_second=(fit + 1) * NEW / seconds)
     model.emoe.close(restore=False)
 
 
 def served_child(args: argparse.Namespace) -> None:
-    """Real requests at once on the demo model, in each of the modes; `--do` on-demand or emoe."""
+    """Real requests at once on the demo model in one mode; `--do` on-demand or emoe."""
     import numpy as np
     import torch
     from quality import CONTRACTS
@@ -225,42 +227,41 @@ def served_child(args: argparse.Namespace) -> None:
     order = np.random.default_rng(0).permutation(len(found))[: args.requests]
     asked = [(found[each].task, encode(tokenizer, found[each], answered=False)[0].tolist()) for each in order]
     ours = args.do == "emoe"
-    for mode in args.modes.split(","):
-        options: dict[str, Any] = {"predictor": "recent", "period": 8} if ours else {}
-        if mode == "biased":
-            options["max_substituted_mass"] = CONTRACTS[args.share]
-        try:
-            model = emoe.from_pretrained(
-                args.model, memory_budget=args.share, context=args.context, prefill_chunk=CHUNK, routing=mode, **options
-            )
-        except EmoeError as error:
-            tell(mode=mode, refusal=str(error))
-            continue
-        plan = model.emoe.plan
-        policy = "slo+affinity" if ours else "fcfs"
-        runs = []
-        with emoe.Engine(
-            model, scheduler=policy, kv_budget=plan.kv_bytes, chunk_rows=CHUNK, most_running=WIDEST
-        ) as engine, torch.no_grad():  # fmt: skip
-            for _ in range(2):  # the first fills slots and base sets
-                before, started = model.emoe.loaded_bytes, time.perf_counter()
-                for task, ids in asked:
-                    engine.submit(ids, max_new_tokens=NEW, sampling=Sampling(eos=()), task=task)
-                ends, most = [], 0
-                while engine.busy:
-                    events = engine.step()
-                    now = time.perf_counter() - started
-                    ends += [now for event in events if event.finish_reason == "length"]
-                    most = max(most, len(engine.scheduler.running))
-                if len(ends) != len(asked):
-                    raise RuntimeError(f"{len(ends)} of {len(asked)} requests gave all their tokens")
-                tokens = NEW * len(asked)
-                runs.append(
-                    {"tokens_per_second": tokens / ends[-1], "latency": float(np.mean(ends)), "most": most,
-                     "bytes_per_token": (model.emoe.loaded_bytes - before) / tokens}
-                )  # fmt: skip
-        tell(mode=mode, share=args.share, resident_share=plan.resident_share, **runs[-1])
-        model.emoe.close(restore=False)
+    mode, options = args.mode, dict[str, Any]()
+    if ours:
+        options = {"predictor": "recent", "period": 8}
+    if mode == "biased":
+        options["max_substituted_mass"] = CONTRACTS[args.share]
+    try:
+        model = emoe.from_pretrained(
+            args.model, memory_budget=args.share, context=args.context, prefill_chunk=CHUNK, routing=mode, **options
+        )
+    except EmoeError as error:
+        tell(refusal=str(error))
+        return
+    plan = model.emoe.plan
+    policy = "slo+affinity" if ours else "fcfs"
+    with emoe.Engine(
+        model, scheduler=policy, kv_budget=plan.kv_bytes, chunk_rows=CHUNK, most_running=WIDEST
+    ) as engine, torch.no_grad():  # fmt: skip
+        for _ in range(2):  # the first fills slots and base sets
+            before, started = model.emoe.loaded_bytes, time.perf_counter()
+            for task, ids in asked:
+                engine.submit(ids, max_new_tokens=NEW, sampling=Sampling(eos=()), task=task)
+            ends, most = [], 0
+            while engine.busy:
+                events = engine.step()
+                now = time.perf_counter() - started
+                ends += [now for event in events if event.finish_reason == "length"]
+                most = max(most, len(engine.scheduler.running))
+            if len(ends) != len(asked):
+                raise RuntimeError(f"{len(ends)} of {len(asked)} requests gave all their tokens")
+        tokens = NEW * len(asked)
+        tell(
+            resident_share=plan.resident_share, tokens_per_second=tokens / ends[-1], latency=float(np.mean(ends)),
+            most=most, bytes_per_token=(model.emoe.loaded_bytes - before) / tokens,
+        )  # fmt: skip
+    model.emoe.close(restore=False)
 
 
 def quality_child(args: argparse.Namespace) -> None:
@@ -282,7 +283,7 @@ def quality_child(args: argparse.Namespace) -> None:
     bench.run("exact", scored, None)
     full = bench.last
     bench.close()
-    for share in map(float, args.shares.split(",")):
+    for share in map(float, args.only.split(",")):
         bench = quality.Bench(args.model, share, table, 0)
         for mode in args.modes.split(","):
             row = bench.run(mode, scored, full, quality.CONTRACTS[share] if mode == "biased" else None)
@@ -455,7 +456,18 @@ def in_one_cgroup(args: argparse.Namespace, place: Path, bar: Any) -> dict[str, 
         said(bar, row)
     # What is left beside an import, less what a trial takes of memory of its own beyond its budget: a budget counts
     # the pages of files too, and a cgroup drops those where it has to.
-    trial = ["--child", "emoe", "--model", str(place), "--share", str(min(args.shares)), "--context", "512"]
+    trial = [
+        "--child",
+        "emoe",
+        "--model",
+        str(place),
+        "--share",
+        str(min(args.shares)),
+        "--context",
+        "512",
+        "--do",
+        "prompts",
+    ]
     told = ask(trial, None, 300.0)
     if told.end:
         raise SystemExit(f"a trial of emoe {told.end}")
@@ -489,15 +501,20 @@ def emoe_row(share: float, budget: int, limit: int, place: Path) -> dict[str, An
     context = most_context(needed, budget, PROMPT + NEW, 32768)
     if not context:
         return {"who": who, "refusal": f"needs {needed(PROMPT + NEW) // MIB} MiB of {budget // MIB}"}
-    words = ["--child", "emoe", "--model", str(place), "--share", str(share), "--context", str(context)]
-    told = in_memory_of(limit, words, place, 420.0)
+    words = ["--child", "emoe", "--model", str(place), "--share", str(share), "--context", str(context), "--do"]
     row: dict[str, Any] = {"who": who, "planned_context": context}
-    for each in told:
-        row |= each
+    ends, own = [], []
+    for do in ("batches", "prompts"):
+        told = in_memory_of(limit, [*words, do], place, EMOE_SECONDS)
+        for each in told:
+            row |= each
+        ends += [f"{do}: {told.end}"] if told.end else []
+        own.append(told.last("own_bytes").get("own_bytes", 0))
+    row["own_bytes"] = max(own)
     if "resident_share" in row:
         row["saved"] = 1 - row["resident_share"]
-    if told.end:
-        row["refusal"] = told.end
+    if ends:
+        row["refusal"] = "; ".join(ends)
     return row
 
 
@@ -515,23 +532,25 @@ def serving_part(args: argparse.Namespace, bar: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"budget_bytes": budget, "limit_bytes": limit, "rows": [], "quality": []}
     modes = "exact,biased,resident"
     requests = str(12 if args.quick else 28)
-    settings = [(1.0, "on-demand", "exact")]
-    settings += [(share, do, modes) for share in args.shares for do in ("on-demand", "emoe")]
-    for share, do, which in settings:
-        bar.set_description(f"demo model, {share:.0%} of experts, {do}")
+    settings = [(1.0, ["on-demand"], ["exact"])]
+    settings += [(share, ["on-demand", "emoe"], modes.split(",")) for share in args.shares]
+    for share, sides, which in settings:
         context = most_context(needed_bytes(str(place), share), budget, SERVED_CONTEXT, 8192)
-        words = [
-            "--child", "served", "--model", str(place), "--share", str(share), "--context", str(context), "--do", do,
-            "--modes", which, "--requests", requests,
-        ]  # fmt: skip
-        told = in_memory_of(limit, words, place, 420.0)
-        found["rows"] += [{**each, "share": share, "do": do, "context": context} for each in told]
-        if told.end:
-            found["rows"].append({"share": share, "do": do, "mode": "-", "refusal": told.end})
-        said(bar, *found["rows"][-len(told) - bool(told.end) :])
+        words = ["--child", "served", "--model", str(place), "--share", str(share), "--context", str(context)]
+        for mode, do in [(mode, do) for mode in which for do in sides]:  # next to each other: other load meets both
+            bar.set_description(f"demo model, {share:.0%} of experts, {mode}, {do}")
+            more = ["--do", do, "--mode", mode, "--requests", requests]
+            told = in_memory_of(limit, [*words, *more], place, 420.0)
+            row: dict[str, Any] = {"share": share, "mode": mode, "do": do, "context": context}
+            for each in told:
+                row |= each
+            if told.end:
+                row["refusal"] = told.end
+            found["rows"].append(row)
+            said(bar, row)
     bar.set_description("demo model, quality")
     shares = ",".join(map(str, args.shares))
-    told = ask(["--child", "quality", "--model", str(place), "--shares", shares, "--modes", modes], None, 600.0)
+    told = ask(["--child", "quality", "--model", str(place), "--only", shares, "--modes", modes], None, 600.0)
     found["quality"] = list(told)
     found["quality_end"] = told.end
     bar.update()
@@ -624,7 +643,7 @@ def main() -> int:
     parser.add_argument("--memory", metavar="SIZE", help="part memory: what each may take, in place of the least")
     parser.add_argument("--check", action="store_true", help="exit status 1 where one of the paper's figures is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    for name in ("--child", "--model", "--do", "--setting", "--modes", "--shares"):
+    for name in ("--child", "--model", "--do", "--setting", "--mode", "--modes", "--only"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--most-bytes", type=int, default=0, help=argparse.SUPPRESS)
@@ -636,7 +655,7 @@ def main() -> int:
         return 0
     args.shares = SHARES[-1:] if args.quick else SHARES
     memory, serving = args.part in ("memory", "all"), args.part in ("serving", "all")
-    steps = memory * (3 + 1 + len(args.shares)) + serving * (2 + 2 * len(args.shares))
+    steps = memory * (3 + 1 + len(args.shares)) + serving * (2 + 6 * len(args.shares))
     found: dict[str, Any] = {}
     started = time.perf_counter()
     with tqdm(total=steps, unit="row", disable=None) as bar:
