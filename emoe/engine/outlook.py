@@ -22,6 +22,7 @@ class Outlook:
         chunk_rows: rows of a step.
         expert_bytes: of one expert.
         resident: gives the experts in memory now; None where all are.
+        places: requests that run at once.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class Outlook:
         chunk_rows: int,
         expert_bytes: int,
         resident: Callable[[], Container[Expert]] | None,
+        places: int,
     ) -> None:
+        self.places = places
         self._costs, self._chunk, self._expert_bytes, self._resident = costs, chunk_rows, expert_bytes, resident
         self.lengths = Lengths()
         self.sets = ExpertSets()

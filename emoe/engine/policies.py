@@ -117,17 +117,17 @@ class SloAffinity(Slo):
     def __init__(self, outlook: Outlook) -> None:
         super().__init__(outlook)
         self._lead = 0  # the set whose kin is admitted as long as there is any
-        self._running, self._places = 0, 1  # that run, and the most that could
+        self._running = 0
 
     def candidates(
         self, waiting: Collection[Live], running: Collection[Live], now: float, fits: Fits
     ) -> Iterator[Live]:
-        self._running, self._places = len(running), max(self._places, len(running) + 1)
+        self._running = len(running)
         return super().candidates(waiting, running, now, fits)
 
     def _preferred(self, look: list[Live], latest: dict[int, float], now: float) -> Iterable[Live]:
         kin = [live for live in look if self._is_kin(live)]
-        # With as many waiting as run at most somebody waits whatever is done, and rows that use alike experts give more
+        # With as many waiting as can run somebody waits whatever is done, and rows that use alike experts give more
         # tokens: who has no target waits until those that run are over, and then comes with its own kin.
         held = {live.number for live in look if latest[live.number] == NEVER} if self._is_full(look) else set()
         if not kin and len(look) > len(held):
@@ -140,7 +140,7 @@ class SloAffinity(Slo):
         return [*first, *kin, *(live for live in strangers if live.number not in urgent | held)]
 
     def _is_full(self, look: list[Live]) -> bool:
-        return self._running > 0 and len(look) >= self._places
+        return self._running > 0 and len(look) >= self._outlook.places
 
     def _is_kin(self, live: Live) -> bool:
         """Of a request without a prediction nothing speaks against it."""

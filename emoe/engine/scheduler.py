@@ -78,7 +78,7 @@ class Scheduler:
         self.most_passes = most_passes
         self._kv_bytes = kv_bytes
         self._kv_used = 0
-        self._outlook = Outlook(lambda: self.costs, chunk_rows, expert_bytes, resident)
+        self._outlook = Outlook(lambda: self.costs, chunk_rows, expert_bytes, resident, self.most_running)
         self._policy = policies.make(policy, self._outlook)
         self._waiting: dict[Hashable, Live] = {}  # in order of arrival
         self._running: dict[Hashable, Live] = {}  # in order of admission

@@ -145,6 +145,13 @@ def test_strangers_without_a_target_wait_for_the_end_of_those_who_run_only_while
     assert admitted(scheduler, 0.0) == [1]
 
 
+def test_strangers_do_not_wait_where_fewer_wait_than_can_run():
+    scheduler = make("slo+affinity", most_running=8)
+    for number, experts in enumerate([A, B, B, A, B]):
+        scheduler.submit(Ticket(number, 1, 50, experts=experts), 0.0)
+    assert sorted(admitted(scheduler, 0.0)) == [0, 1, 2, 3, 4]
+
+
 def test_a_stranger_whose_deadline_is_near_comes_before_kin():
     scheduler = make("slo+affinity", most_running=1)
     scheduler.submit(Ticket("a", 1, 50, experts=A), 0.0)
