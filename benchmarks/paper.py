@@ -1,6 +1,6 @@
 """The paper's headline table: what a memory gives with all experts in it, and what with a part of them.
 
-    python benchmarks/paper.py             # all of it: 20 minutes at most on two cores that nobody else uses
+    python benchmarks/paper.py             # all of it: some 20 minutes on two cores that nobody else uses
     python benchmarks/paper.py --quick     # a few minutes: one share, fewer requests
     python benchmarks/paper.py --check     # exit status 1 where the paper's figures are not reached
 
