@@ -303,8 +303,9 @@ def test_a_text_generation_pipeline_runs_on_the_model(checkpoint):
 def _recorder_of(tmp_path):
     """A bank's recorders without a model, and what tells them of requests."""
     bank = Bank.__new__(Bank)
-    layer = types.SimpleNamespace(layout=types.SimpleNamespace(nbytes=8), num_experts=4)
-    bank.layers, bank.observers, bank._lock = [layer], [], threading.RLock()
+    layer = types.SimpleNamespace(form=types.SimpleNamespace(nbytes=8), num_experts=4)
+    bank.layers, bank._store = [layer], types.SimpleNamespace(layers=[layer])
+    bank.observers, bank._lock = [], threading.RLock()
     told = [object(), object()]
     return bank, told, lambda name: bank.recorded(tmp_path / name, "model", 2, told, lambda: None)
 
