@@ -282,12 +282,15 @@ def _run(spec: Spec, host: str, port: int, ready: Callable[[str], None]) -> int:
 def _connect(spec: Spec) -> bool:
     """Connects to Ray; whether the cluster is this process's own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine that nobody asked for
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=True)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"RAY_ADDRESS={address!r}: no cluster is reached there: {one_line(error)}") from error
         return False
-    ray.init(
-        num_cpus=max(1, int(spec.replicas * spec.cpus + 0.999)), object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False, logging_level="warning",
+    ray.init(  # "local": else Ray joins a cluster that somebody else started on this machine
+        address="local", num_cpus=max(1, int(spec.replicas * spec.cpus + 0.999)),
+        object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_level="warning",
     )  # fmt: skip
     return True
 
