@@ -68,7 +68,10 @@ void NextUse::token(std::span<const std::int64_t> picks) {
 }
 
 void NextUse::follow(Expert& before, std::span<const std::int64_t> picks) {
-    if (before.followers.size() < experts_.size()) before.followers.resize(experts_.size());
+    if (before.followers.size() < experts_.size()) {
+        before.followers.reserve(experts_.size());  // no more: it is the square of the experts
+        before.followers.resize(experts_.size());
+    }
     if (before.followed == std::numeric_limits<std::uint16_t>::max()) {  // the older half counts half from here on
         before.followed /= 2;
         for (std::uint16_t& each : before.followers) each = static_cast<std::uint16_t>(each / 2);

@@ -46,18 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "predictor:FILE (default: lru,next-use,belady, with --global lru,lfu,belady); a comma in FILE is part of it "
         "unless another policy follows",
     )
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--resident",
         type=_shares,
         default="0.3",
         metavar="SHARE[,SHARE...]",
         help="of the routed experts that has a slot, such as 0.3 or 30%% (default: 0.3)",
     )
-    parser.add_argument(
+    size.add_argument(
         "--budget",
         type=_budgets,
         metavar="BYTES[,BYTES...]",
-        help="bytes of experts in slots, such as 8GiB, in the place of --resident; the trace says what an expert takes",
+        help="bytes that slots take at most, such as 8GiB, in the place of --resident; the trace says what an expert "
+        "takes",
     )
     parser.add_argument(
         "--prefill",
@@ -168,10 +170,18 @@ def _resident(args: argparse.Namespace, trace: Trace) -> list[float]:
         return list(args.resident)
     if trace.expert_bytes is None:
         raise TraceError("--budget needs a trace that says how many bytes an expert takes; give --resident")
-    whole = int(trace.expert_bytes.sum()) * trace.num_experts
-    if max(args.budget) > whole:
-        raise ConfigError(f"--budget of {format_bytes(max(args.budget))} is over all experts, {format_bytes(whole)}")
-    return [budget / whole for budget in args.budget]
+    # Slots of a layer fit its experts; one set of slots for all fits the largest.
+    one, many = int(trace.expert_bytes.sum()), trace.num_experts
+    if not args.per_layer:
+        one, many = int(trace.expert_bytes.max()), trace.num_experts * trace.layers
+    if max(args.budget) > one * many:
+        raise ConfigError(
+            f"--budget of {format_bytes(max(args.budget))} is over all experts, {format_bytes(one * many)}"
+        )
+    if min(args.budget) < one:
+        least = "one slot" if not args.per_layer else "one slot in each layer"
+        raise ConfigError(f"--budget of {format_bytes(min(args.budget))} is under {least}, {format_bytes(one)}")
+    return [(budget // one) / many for budget in args.budget]
 
 
 def run(args: argparse.Namespace) -> int:

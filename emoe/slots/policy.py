@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -133,15 +134,17 @@ class LFRU(LRU):
         super().touch(expert, step)  # last: whoever is in the order has a count, wherever this was cut off
 
     def victim(self, candidates: Collection[int]) -> int:
-        ordered = [expert for expert in self._order if expert in candidates]
-        if not ordered:
+        victim, lowest = None, math.inf
+        for expert in self._order:
+            if expert in candidates:
+                uses, last = self._uses[expert]
+                age = self._now - last
+                worth = uses * 0.5 ** (age / self.HALF_LIFE) / (age + 1)
+                if victim is None or worth < lowest:  # of equals the least recent
+                    victim, lowest = expert, worth
+        if victim is None:
             raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
-        return min(ordered, key=self._worth)  # of equals the least recent
-
-    def _worth(self, expert: int) -> float:
-        uses, last = self._uses[expert]
-        age = self._now - last
-        return uses * 0.5 ** (age / self.HALF_LIFE) / (age + 1)
+        return victim
 
 
 class NextUse(LRU):

@@ -186,6 +186,19 @@ def test_the_command_takes_budgets_in_bytes_and_a_held_out_task(tmp_path, capsys
     assert "over all experts" in capsys.readouterr().err
     assert main(["replay", "--trace", file, "--budget", "half"]) == 2
     assert "half" in capsys.readouterr().err
+    assert main(["replay", "--trace", file, "--budget", "399B"]) == 2
+    assert "under one slot in each layer, 400 bytes" in capsys.readouterr().err
+    assert main(["replay", "--trace", file, "--budget", "3200B", "--resident", "0.5"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("scope", "slots"), [("--per-layer", 7), ("--global", 10)])
+def test_slots_of_a_budget_never_take_more_than_it(scope, slots, tmp_path, capsys):
+    file = str(tmp_path / "tasks.npz")
+    save_trace(replace(task_trace(1), expert_bytes=np.array([100, 300])), file)
+    assert main(["replay", "--trace", file, "--policy", "lru", "--budget", "3199B", scope, "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["slots"] == slots  # of 100 and 300 bytes; of 300 bytes
 
 
 def test_the_command_prints_a_table(trace_file, capsys):

@@ -181,31 +181,37 @@ def served(cluster):
 
 
 def shares_beside_their_kind(cluster):
-    """How many of three short requests of each task every replica got, while each ran a long one of one task.
+    """How many requests of each task every replica got: of each a long one, and three short ones while that ran.
 
-    None where the long ones ended too early to tell.
+    None where the long ones ended too early to tell. Counts may be a second old, so it may be wrong once.
     """
     cluster.settled()
+    before = served(cluster)
     long = {"a": [], "b": []}
     threads = []
     for task, got in long.items():
         threads.append(cluster.stream(got, task, max_tokens=480))
         serving.until(lambda got=got: got, SECONDS)
-    before = served(cluster)
     for _ in range(3):
         for task in "ab":
             short = []
             cluster.stream(short, task, max_tokens=2).join(SECONDS)
             assert short[-1] == ("ended", "length")
-    after = served(cluster)
     early = any(isinstance(each[-1], tuple) for each in long.values())
     for thread in threads:
         thread.join(SECONDS)
-    return None if early else [dict(after[name] - before[name]) for name in after]
+    got = []
+
+    def counted():
+        got[:] = [counts - before[name] for name, counts in served(cluster).items()]
+        return sum(each.total() for each in got) >= 8
+
+    serving.until(counted, SECONDS)
+    return None if early else [dict(each) for each in got]
 
 
 def test_requests_go_to_the_replica_that_runs_their_kind(cluster):
-    expected = [{"a": 3}, {"b": 3}]  # as soon as the router has heard which experts the tasks use
+    expected = [{"a": 4}, {"b": 4}]  # as soon as the router has heard which experts the tasks use
     serving.until(lambda: sorted(shares_beside_their_kind(cluster) or (), key=str) == expected, SECONDS)
 
 
