@@ -253,7 +253,14 @@ def run(spec: Spec, host: str, port: int, ready: Callable[[str], None]) -> int:
 
 def _run(spec: Spec, host: str, port: int, ready: Callable[[str], None]) -> int:
     mine = _connect(spec)
+    began = mine
     try:
+        if running := serve.status().applications:
+            raise ConfigError(
+                f"the cluster of RAY_ADDRESS serves already: {', '.join(running)}; end that, or take another cluster"
+            )
+        serve.shutdown()  # one that serves nothing would keep the port that it was given
+        began = True
         idle = max(1, int(spec.limits.keep_alive_seconds))
         options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=idle)
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=_LOGGING)
@@ -274,8 +281,10 @@ def _run(spec: Spec, host: str, port: int, ready: Callable[[str], None]) -> int:
                     continue
             return EXIT_FORCED
     finally:
-        if not mine:
+        if began and not mine:
             serve.delete(APP)
+            if not serve.status().applications:
+                serve.shutdown()
         ray.shutdown()  # a cluster of this process's own ends with it: nothing is left that could be lost
 
 
