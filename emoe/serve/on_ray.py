@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ STATS_SECONDS = 1.0  # between two publications of a replica
 LOOK_SECONDS = 60.0  # for all replicas to say what they count
 STATS_PATIENCE = 2.0  # a step may take longer; then what was published last is published again
 HEALTH_SECONDS = 5.0
+REACH_SECONDS = 10.0  # for a cluster to take a connection
 _LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 OBJECT_STORE_BYTES = 80 << 20  # of a local cluster: what crosses it is small
 
@@ -292,9 +294,12 @@ def _connect(spec: Spec) -> bool:
     """Connects to Ray; whether the cluster is this process's own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine that nobody asked for
     if address := os.environ.get("RAY_ADDRESS"):
+        host, _, port = address.rpartition(":")
         try:
+            if host and port.isdigit() and "//" not in host:  # Ray itself tries for many minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
             ray.init(log_to_driver=True)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
             raise ConfigError(f"RAY_ADDRESS={address!r}: no cluster is reached there: {one_line(error)}") from error
         return False
     ray.init(  # "local": else Ray joins a cluster that somebody else started on this machine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from ray.serve.request_router import RequestRouter
 
 from emoe.errors import ConfigError
 from emoe.serve.fleet import Call
+from emoe.serve.on_ray import Spec, run
 from emoe.serve.ray_router import PlacementRouter
 from emoe.serve.routes import Hint, Published
+from emoe.serve.setup import Setup
 
 
 def replica(name, **says):
@@ -90,3 +93,12 @@ def test_a_router_without_its_argument_or_with_a_wrong_one_is_refused(router):
         router.initialize_state(router="sideways")
     with pytest.raises(KeyError):
         router.initialize_state()
+
+
+def test_a_cluster_that_nobody_answers_for_is_refused_at_once(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        spec = Spec(setup=Setup(model="none", options={}, queue=1), name="none")
+        with pytest.raises(ConfigError, match=r"RAY_ADDRESS='127\.0\.0\.1:\d+': no cluster is reached there"):
+            run(spec, "127.0.0.1", 0, lambda way: None)
