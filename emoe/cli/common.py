@@ -83,13 +83,11 @@ def share(text: str) -> float:
 
 def nbytes(text: str) -> int:
     """An argparse type: 2GiB, 1500M."""
-    try:
+    with contextlib.suppress(ConfigError):
         budget = options.parse_budget(text, "bytes")
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(one_line(error)) from None
-    if budget.kind != "bytes":
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 2GiB or 1500M")
-    return budget.nbytes
+        if budget.kind == "bytes":
+            return budget.nbytes
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 2GiB or 1500M")
 
 
 def model_path(text: str) -> str:
