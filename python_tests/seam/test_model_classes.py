@@ -167,7 +167,10 @@ def test_the_class_in_the_config_is_loaded_planned_and_computes_the_same(name, s
     assert (_output(model) - expected).abs().max() < 1e-4
     assert emoe.plan(saved(name), 0.5, calibrate=False).slots_per_layer == model.emoe.plan.slots_per_layer
     model.emoe.close()
-    assert torch.equal(_output(model), expected)
+    own, restored = plain.state_dict(), model.state_dict()
+    assert own.keys() == restored.keys() and all(torch.equal(own[key], restored[key]) for key in own)
+    # Not to the bit: torch's products go by where in memory weights lie, on some CPUs.
+    assert (_output(model) - expected).abs().max() < 1e-5
     assert (_output(emoe.wrap(plain, memory_budget=0.5)) - expected).abs().max() < 1e-4
 
 
