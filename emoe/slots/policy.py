@@ -52,6 +52,13 @@ class LRU:
                 return expert
         raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
 
+    def _among(self, candidates: Collection[int]) -> list[int]:
+        """Those of the candidates that are in slots, the least recent first; at least one."""
+        ordered = [expert for expert in self._order if expert in candidates]
+        if not ordered:
+            raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
+        return ordered
+
     def forget(self, expert: int) -> None:
         self._order.pop(expert, None)
 
@@ -102,10 +109,7 @@ class LFU(LRU):
 
     def victim(self, candidates: Collection[int]) -> int:
         # min() keeps the first of equals, which is the least recent.
-        ordered = [expert for expert in self._order if expert in candidates]
-        if not ordered:
-            raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
-        return min(ordered, key=self._count.__getitem__)
+        return min(self._among(candidates), key=self._count.__getitem__)
 
 
 class LFRU(LRU):
@@ -163,10 +167,7 @@ class NextUse(LRU):
         self.learned.saw(picks)
 
     def victim(self, candidates: Collection[int]) -> int:
-        ordered = [expert for expert in self._order if expert in candidates]
-        if not ordered:
-            raise CacheError(f"no candidate for eviction among {sorted(candidates)}")
-        return int(self.learned.least(ordered))
+        return int(self.learned.least(self._among(candidates)))
 
 
 class Belady:
