@@ -149,7 +149,7 @@ def slots_of(share: float, experts: int) -> int:
 
 
 def _run(trace: Trace, policy: str, slots: list[int], per_layer: bool, batched: bool) -> list[Counts]:
-    if not per_layer and policy in ("lfru", "next-use"):
+    if not per_layer and policy not in sequence.RUNNERS:
         raise ConfigError(f"policy '{policy}' runs with slots divided between layers, as in a running model")
     if batched or min(slots) < trace.top_k:  # a step may take several rounds, which only the cache itself tells apart
         return [reference.run(trace, policy, count, per_layer, batched=batched) for count in slots]

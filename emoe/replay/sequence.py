@@ -18,7 +18,7 @@ from emoe.trace.trace import Trace
 def run(trace: Trace, policy: str, slots: int) -> Counts:
     """One policy at one budget of at least `trace.top_k` slots."""
     counts = Counts.of(trace)
-    loads, evictions = _RUNNERS[policy](trace, slots)
+    loads, evictions = RUNNERS[policy](trace, slots)
     counts.loads[:] = loads
     counts.hits[:] = counts.picks - counts.loads
     counts.evictions = evictions
@@ -112,4 +112,4 @@ def _belady(trace: Trace, slots: int) -> tuple[list[int], int]:
     return loads, sum(loads) - len(resident)
 
 
-_RUNNERS = {"lru": _lru, "lfu": _lfu, "belady": _belady}
+RUNNERS = {"lru": _lru, "lfu": _lfu, "belady": _belady}
