@@ -180,7 +180,9 @@ void check_steps(const Layer& layer, cudaStream_t stream, const std::function<vo
         if (held[slot] < 5) slot_of[held[slot]] = -1;
         held[slot] = expert;
         slot_of[expert] = static_cast<std::int32_t>(slot);
+        emu::slow_copies(3000);  // longer than the kernels take, so that one that does not wait reads too soon
         layer.load(expert, static_cast<std::int64_t>(slot), i % 2 ? Lane::kDemand : Lane::kPrefetch);
+        emu::slow_copies(0);
         layer.set_table(slot_of, stream);
         step(layer.slots_in(slot_of));
         layer.note(i, stream);

@@ -75,7 +75,7 @@ struct State {  // never destroyed: workers may outlive static destructors
     std::map<int, Stream*> defaults;
     std::map<std::string, std::vector<std::pair<int, cudaError_t>>> faults;
     cudaError_t device_error = cudaSuccess;
-    std::atomic<unsigned> seeds{0};
+    std::atomic<unsigned> seeds{0}, copy_us{0};
     std::atomic<Recording*> recordings{nullptr};
     std::atomic<std::uint64_t> copies{0}, waits{0}, in_flight{0}, most{0};
 };
@@ -193,6 +193,9 @@ void fail(const char* function, int nth, cudaError_t code) {
 }
 
 void pretend_device_error(cudaError_t code) { state().device_error = code; }
+
+void slow_copies(unsigned us) { state().copy_us.store(us, std::memory_order_relaxed); }
+unsigned copy_us() { return state().copy_us.load(std::memory_order_relaxed); }
 
 void count_copy_begin() {
     State& all = state();

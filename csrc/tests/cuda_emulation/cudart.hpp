@@ -29,6 +29,9 @@ void fail(const char* function, int nth, cudaError_t code);
 // cudaGetDeviceCount answers this (35: no driver, 100: no device); cudaSuccess: normal.
 void pretend_device_error(cudaError_t code);
 
+// A host-to-device copy issued from now on takes this much longer; 0: no longer. So that what does not wait is seen.
+void slow_copies(unsigned us);
+
 // Device and pinned memory that was allocated while this device was current.
 std::uint64_t bytes_of_device(int device);
 

@@ -72,6 +72,7 @@ int devices();
 Stream* live_stream(cudaStream_t stream);  // nullptr: destroyed or never made
 bool injected(const char* function, cudaError_t* code);
 cudaError_t returned(cudaError_t code);
+unsigned copy_us();  // slow_copies()
 void count_copy_begin();
 void count_copy_end();
 std::uint64_t pinned_bytes();

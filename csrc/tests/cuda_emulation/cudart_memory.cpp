@@ -1,10 +1,12 @@
 // Fake CUDA runtime, second part: memory and copies. Every pointer is checked against the live allocations; fresh,
 // freed and arriving memory is poisoned with 0xFF (a NaN in every float type), and a copy arrives in two parts.
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <thread>
 
 #include "cudart_internal.hpp"
 
@@ -183,11 +185,13 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes,
     if (down && !emu::is_pinned(target, bytes)) return emu::refuse("copy target is not pinned", target, bytes);
     const bool counted = up && !emu::in_capture(on);
     if (counted) emu::count_copy_begin();
+    const unsigned longer_us = up ? emu::copy_us() : 0;
     const auto copy = [=] {
         const std::size_t half = bytes / 2;
         auto* const to = static_cast<unsigned char*>(target);
         const auto* const from = static_cast<const unsigned char*>(source);
         std::memset(to, emu::kPoison, bytes);
+        if (longer_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(longer_us));
         emu::Stream::delay();
         std::memcpy(to, from, half);
         emu::Stream::delay();
