@@ -2,8 +2,9 @@
 
 python benchmarks/overheads.py [--check] [--json FILE]
 
-Shadow LRU: a layer of a token, 48 layers of 128 experts, 8 picks. Classifiers: a prompt of 600,000 characters, of which
-they read the beginning and the end. The best of some rounds, one thread; --check: exit 1 where a bound is passed.
+Rivals: the two simulations of slots beside a predictor, a token of 48 layers of 128 experts, 8 picks. Classifiers: a
+prompt of 600,000 characters, of which they read the beginning and the end. The best of some rounds, one thread;
+--check: exit 1 where a bound is passed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from emoe import tasks
-from emoe.slots.shadow import ShadowLRU
+from emoe.slots.policy import make
+from emoe.slots.shadow import Loading
 
-SHADOW, CLASSIFIER = 20e-6, 0.05  # seconds at most
+RIVALS, CLASSIFIER = 2e-3, 0.05  # seconds at most
 TEXTS = {
     "translation": "Translate to German: The cat sleeps on the roof.",
     "code": "Write a Python function that returns the largest number in a list.",
@@ -43,12 +45,12 @@ def best_of(rounds: int, call: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def shadow() -> float:
-    """Seconds a layer of a token."""
+def rivals(policy: str) -> float:
+    """Seconds a token."""
     rng = np.random.default_rng(0)
     tokens = [np.sort(rng.permuted(np.tile(np.arange(128), (48, 1)), axis=1)[:, :8])[:, None] for _ in range(60)]
-    lru = ShadowLRU([128] * 48, [38] * 48)
-    return best_of(5, lambda: [lru.observe(picks) for picks in tokens]) / len(tokens) / 48
+    both = Loading([128] * 48, [38] * 48, make(policy))
+    return best_of(5, lambda: [both.observe(picks) for picks in tokens]) / len(tokens)
 
 
 def classifier(kind: str) -> float:
@@ -70,7 +72,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = [{"what": "shadow LRU, a layer of a token", "seconds": shadow(), "bound": SHADOW}]
+    rows: list[dict[str, Any]] = [
+        {"what": f"rivals of {policy}, a token", "seconds": rivals(policy), "bound": RIVALS}
+        for policy in ("lru", "next-use")
+    ]
     rows += [
         {"what": f"{kind} classifier, a long prompt", "seconds": classifier(kind), "bound": CLASSIFIER}
         for kind in tasks.KINDS

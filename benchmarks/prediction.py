@@ -1,4 +1,4 @@
-"""What a predictor does for a running model: hits, stalls and speed against LRU in the same budget.
+"""What policies and predictors do for a running model: hits, loads and speed against LRU in the same budget.
 
 python benchmarks/prediction.py --prompts PATH [--model DIR] [--resident 0.3 0.5] [--per-task 4] [--json FILE]
 
@@ -85,7 +85,7 @@ def measure(chats: Chats, tokenizer: Any, args: argparse.Namespace, share: float
         "refreshes": prediction["refreshes"],
         "recall": prediction["recall"],
         "milliseconds": prediction["milliseconds"],
-        "off": prediction["off"],
+        "off": {task: each["off"] for task, each in prediction["tasks"].items() if each["off"]},
     }
 
 
@@ -110,25 +110,27 @@ def main() -> None:
     profile = record(model, tokenizer, load_chats(args.prompts, "train", 2 * args.per_task, 0), args)
     model.emoe.close(restore=False)
     predictors = {
-        "lru": lambda: None,
+        "none": lambda: None,
         "recent": lambda: "recent",
         "task-table": lambda: TaskTable.profile(profile),
         "linear": lambda: LowRankLinear.fit(profile),
     }
+    cases = [("exact", "lru", "none", 1), ("exact", "next-use", "none", 1)]
+    cases += [("exact", policy, name, 1) for name in list(predictors)[1:] for policy in ("lru", "next-use")]
+    cases += [("resident", "next-use", "none", 1)]
+    cases += [("resident", "next-use", name, period) for name in list(predictors)[1:] for period in (1, "adaptive")]
     chats = load_chats(args.prompts, "test", args.per_task, 1)
     rows = []
     for share in args.resident:
-        for routing in ("exact", "resident"):
-            for name, make in predictors.items():
-                for period in (1, "adaptive") if name != "lru" else (1,):
-                    options = {"routing": routing, "predictor": make(), "period": period}
-                    rows.append(
-                        {"predictor": name, "period": period, **measure(chats, tokenizer, args, share, **options)}
-                    )
+        for routing, policy, name, period in cases:
+            options = {"routing": routing, "policy": policy, "predictor": predictors[name](), "period": period}
+            what = {"policy": policy, "predictor": name, "period": period}
+            rows.append(what | measure(chats, tokenizer, args, share, **options))
     table = Table(title=f"{len(chats)} prompts, {args.new_tokens} new tokens each", title_justify="left")
     for name in (
         "routing",
         "resident",
+        "policy",
         "predictor",
         "period",
         "hit rate",
@@ -138,11 +140,12 @@ def main() -> None:
         "mass",
         "time",
     ):
-        table.add_column(name, justify="left" if name in ("routing", "predictor") else "right")
+        table.add_column(name, justify="left" if name in ("routing", "policy", "predictor") else "right")
     for row in rows:
         first = next(each for each in rows if (each["resident"], each["routing"]) == (row["resident"], row["routing"]))
         table.add_row(
-            row["routing"], f"{row['resident']:.0%}", row["predictor"], str(row["period"]), f"{row['hit_rate']:.1%}",
+            row["routing"], f"{row['resident']:.0%}", row["policy"], row["predictor"], str(row["period"]),
+            f"{row['hit_rate']:.1%}",
             f"{row['misses_per_request']:.0f}", f"{row['loads_per_request']:.0f}", f"{row['stall_ms_per_request']:.0f}",
             f"{row['substituted_mass']:.1%}", f"{row['seconds_per_request'] / first['seconds_per_request']:.2f}",
         )  # fmt: skip

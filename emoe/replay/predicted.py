@@ -89,6 +89,8 @@ def run(trace: Trace, profile: Trace | None, policy: str, slots: list[int], opti
             "base+slack loads its misses into the slack; with miss='substitute' take task-table or trained-next-use"
         )
     table = TaskTable.profile(profile)
+    known = np.where(np.isin(trace.task, profile.task), trace.task, UNKNOWN_TASK)
+    trace = replace(trace, task=known.astype(trace.task.dtype))
     slack = [0 if policy == "task-table" else _slack(count, trace.top_k, options.slack) for count in slots]
     return [_base(trace, table, count, each, options) for count, each in zip(slots, slack, strict=True)]
 

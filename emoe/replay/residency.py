@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.predictor import ExpertPredictor, top
+from emoe.predictor import UNKNOWN_TASK, ExpertPredictor, top
 from emoe.replay.counts import Counts
 from emoe.slots.refresh import Refresh
 from emoe.trace.trace import Trace
@@ -18,6 +18,9 @@ Mask = NDArray[np.bool_]
 
 def run_base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, refresh: Refresh) -> Counts:
     """A base set of `slots - slack` experts per layer, and LRU in the rest. Without slack a miss goes without.
+
+    With slack, nothing is moved ahead: experts of the base set are kept once a miss has loaded them, and a prompt of a
+    task that the predictor does not know is left to LRU.
 
     Args:
         trace: with prompts; each begins with a chance to refresh.
@@ -41,17 +44,19 @@ def run_base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, r
             covered, rival_covered = _coverage(trace, step, base, rival)
             if refresh.due([int(trace.task[step])] if predictor.names else ()):
                 base, covered = rival, rival_covered
-                counts.loads += (base & ~in_slot[:, :E]).sum(axis=1)
-                in_slot[:, :E] |= base
-                counts.evictions += _trim(in_slot, base, last, slots)
+                if not slack:
+                    counts.loads += (base & ~in_slot[:, :E]).sum(axis=1)
+                    in_slot[:, :E] |= base
+                    counts.evictions += _trim(in_slot, base, last, slots)
+            kept = np.zeros_like(base) if predictor.names and trace.task[step] == UNKNOWN_TASK else base
         valid = picks >= 0
         missed = valid & ~in_slot[rows, picks]
         counts.hits += valid.sum(axis=1) - missed.sum(axis=1)
-        last[rows, picks] = step + 1
+        last[rows, picks] = 2 * (step + 1) + missed  # as a running model: its hits are older than its misses
         if slack and missed.any():
             counts.loads += missed.sum(axis=1)
             in_slot[rows, picks] = True
-            held = base.copy()
+            held = kept.copy()
             held[np.broadcast_to(rows, picks.shape)[valid], picks[valid]] = True
             counts.evictions += _trim(in_slot, held, last, slots)
         predictor.observe(picks[:, None])

@@ -1,4 +1,4 @@
-"""Keeps the experts in slots that a predictor names: watches requests, chooses the base set, has it loaded, reports.
+"""Keeps the experts in slots that a predictor names: watches requests, chooses the base set, keeps it, reports.
 
 docs/slots.md tells the story. Decides about ids; bytes are moved by the loader. Callers hold the runtime's lock.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -24,8 +24,9 @@ from emoe.slots.load_score import Expected, load_score
 from emoe.slots.loader import Loader
 from emoe.slots.next_layer import NextLayer
 from emoe.slots.options import insensitive_layers, require_shape
+from emoe.slots.policy import make
 from emoe.slots.refresh import Refresh
-from emoe.slots.shadow import PATIENCE, ShadowLRU, Switch
+from emoe.slots.shadow import PATIENCE, Between, Loading, Switch
 from emoe.slots.streams import Streams
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class BaseSet:
         top_k: picks of a token in a layer.
         options: the predictor and how it runs.
         loads_misses: False in mode `resident` without a contract: nothing else loads, so the base set takes all slots.
-        waits: True in mode `resident`: a request waits for its base set.
+        waits: True in mode `resident`: the base set is loaded as a request begins, which waits for it. Elsewhere its
+            experts are kept once a miss has loaded them.
         observed: layers whose router picks come by `picked`; those of the others are what they compute with.
         requests: tells of requests, and which forwards are users'.
 
@@ -75,19 +77,25 @@ class BaseSet:
         L = len(self._experts)
         slots = self._slots()
         self.sizes = self._sizes(slots)
-        self._base: Mask = np.zeros((L, max(self._experts)), dtype=bool)
+        self._base: Mask = np.zeros((L, max(self._experts)), dtype=bool)  # as chosen, kept or not
         self._scores = np.zeros(self._base.shape)  # that it was chosen by
         self._expected: dict[int, frozenset[tuple[int, int]]] = {}  # by task, as of refresh `_expected_at`
         self._expected_at = 0
         self._rival = self._base
         self._pending: list[list[int]] = [[] for _ in range(L)]
         self._refresh = Refresh(options.period)
-        self._shadow = ShadowLRU(self._experts, slots, between_requests=not loads_misses)
-        self._switch = Switch()
+        self._between = Between(self._experts, slots) if waits else None
+        self._rivals = self._between or Loading(self._experts, slots, make(options.policy))
+        self._switch = Switch(loads_misses=not waits)
+        if options.predictor is not None and options.predictor.names:
+            self._switch.start_off(UNKNOWN_TASK, "the predictor does not know the task")
+        self._kept = False  # whether the base set is, for the requests that run
         self._mean_tokens: dict[int, float] = {}
+        self._seen: set[int] = set()  # tasks that requests had
         self._strange: set[str] = set()
         self._milliseconds: deque[float] = deque(maxlen=PATIENCE)
         self._covered: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
+        self._resident: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
         self.requests = self.refreshes = self.loads = 0
         self._task = UNKNOWN_TASK
         self._request: Request | None = None  # what the base set is for
@@ -122,10 +130,11 @@ class BaseSet:
         """Layers have other numbers of slots: the base set loses those of the lowest scores, or grows by the next."""
         slots = self._slots()
         self.sizes = self._sizes(slots)
-        self._shadow.resize(slots)
+        self._rivals.resize(slots)
         if self._base.any():
             self._base = self._rival = _best(self._scores, self.sizes, self._experts)
-            self._bring()
+            if self._kept:
+                self._bring(self._base)
 
     def _layers_that_do_not_count(self) -> dict[int, NDArray[np.bool_]]:
         """[L] of each task that the predictor and the sensitivity profile know."""
@@ -168,7 +177,7 @@ class BaseSet:
         self._task = self._number(request.task)
         if predictor is None:
             return
-        self._shadow.begin()
+        self._seen.add(self._task)
         means = self._mean_tokens
         typical = means.get(self._task) or (sum(means.values()) / len(means) if means else 1.0)
         requests = [Expected(self._number(name), count) for name, count in request.others]
@@ -177,10 +186,9 @@ class BaseSet:
             self._streams.join(request, self._task)
             if not self._streams.counts(self._task):
                 return
-        if not self._switch.off:
-            self._predict(predictor, requests, typical, alone=not request.joined)
-        elif not self._loads_misses:
-            self._choose_last_used()
+        self._predict(predictor, requests, typical, alone=not request.joined)
+        self._rivals.begin(self._base)
+        self._keep(self._wanted(request))
 
     def _number(self, task: str | None) -> int:
         names = self._options.predictor.names if self._options.predictor is not None else ()
@@ -188,7 +196,11 @@ class BaseSet:
             return names.index(task)
         if task is not None and names and task not in self._strange:
             self._strange.add(task)
-            logger.warning("emoe: task %r is unknown to the predictor, which knows: %s", task, ", ".join(names))
+            logger.warning(
+                "emoe: task %r is unknown to the predictor, so no base set is kept for it; it knows: %s",
+                task,
+                ", ".join(names),
+            )
         return UNKNOWN_TASK
 
     def _predict(
@@ -211,8 +223,21 @@ class BaseSet:
         if due and self._rival.any():
             self.refreshes += 1
             self._base, self._scores = self._rival, scores
-        # Also where it stays: a prompt may have needed more slots at once than the slack has.
-        self._bring()
+
+    def _wanted(self, request: Request) -> bool:
+        """Whether a base set helps at least half of the requests that run."""
+        tasks = self._streams.tasks() if request.joined and self._streams is not None else [self._task]
+        return 2 * sum(not self._switch.off(task) for task in tasks) >= len(tasks)
+
+    def _keep(self, wanted: bool) -> None:
+        self._kept = wanted
+        if wanted:
+            # Also where it stays: a prompt may have needed more slots at once than the slack has.
+            self._bring(self._base)
+        elif self._between is not None:
+            self._bring(self._between.held())  # what was used last: nothing loads while a request runs
+        else:
+            self._bring(np.zeros_like(self._base))
 
     def end(self, request: Request, last: bool = True) -> None:
         """The last that ran ended, or one that joined: what was shown goes to predictor, shadow and drift test."""
@@ -238,13 +263,13 @@ class BaseSet:
         if predictor is None or not picks:
             self._clear()
             return
-        if not self._switch.off:
-            covered = int(self._counts[self._base].sum())
-            self._covered.append((covered, picks))
-            if self._options.period == "adaptive":
-                self._refresh.saw(covered / picks, float(self._counts[self._rival].sum()) / picks)
-            if any(self.sizes) and self._switch.saw(self._hits, self._shadow_hits, picks):
-                self._give_up(self._switch.reason)
+        covered = int(self._counts[self._base].sum())
+        self._covered.append((covered, picks))
+        self._resident.append((self._hits, picks))
+        if self._options.period == "adaptive":
+            self._refresh.saw(covered / picks, float(self._counts[self._rival].sum()) / picks)
+        if any(self.sizes) and self._switch.saw(task, *self._rivals.take()):
+            self._switched(task)
         mean = self._mean_tokens.get(task)
         self._mean_tokens[task] = tokens if mean is None else 0.9 * mean + 0.1 * tokens
         self._clear()
@@ -255,7 +280,8 @@ class BaseSet:
         self._last_layer = len(self._experts)
         self._waiting_tokens = self._tokens = 0
         self._counts = np.zeros(self._base.shape, dtype=np.int64)
-        self._hits = self._shadow_hits = 0
+        self._hits = 0
+        self._rivals.take()
 
     # The base set
 
@@ -270,7 +296,11 @@ class BaseSet:
         Between requests, or beside those that joined. As it was at the last choice of a base set, where it is known.
         """
         predictor, number = self._options.predictor, self._number(task)
-        if predictor is None or self._switch.off or (self._streams is not None and not self._streams.counts(number)):
+        if (
+            predictor is None
+            or self._switch.off(number)
+            or (self._streams is not None and not self._streams.counts(number))
+        ):
             return frozenset()
         if self._expected_at != self.refreshes:
             self._expected.clear()
@@ -281,22 +311,27 @@ class BaseSet:
             self._expected[number] = frozenset((layer, expert) for layer, expert in pairs)
         return self._expected[number]
 
-    def _bring(self) -> None:
-        """Protects the base set and has what is missing of it loaded; in `resident` waits for it."""
+    def _bring(self, wanted: Mask) -> None:
+        """Protects these experts [L, E], from when they arrive; in `resident` what is missing is loaded and waited for.
+
+        Where misses are loaded, moving experts ahead of them moves more bytes than it saves (docs/slots.md).
+        """
+        for layer in range(len(self._experts)):
+            self._cache.protect(layer, np.flatnonzero(wanted[layer]).tolist())
+        if not self._waits:
+            return
         self._loader.cancel_prefetch()
         for layer in range(len(self._experts)):
-            experts = [int(expert) for expert in np.flatnonzero(self._base[layer])]
-            self._cache.protect(layer, experts)
+            experts = sorted(self._cache.protected(layer))
             self._pending[layer] = [expert for expert in experts if self._cache.lookup(layer, expert) is None]
             self._load(layer)
-            while self._pending[layer] and self._waits:
+            while self._pending[layer]:
                 # Substitutes would be taken from what the last base set left.
                 self._loader.finish_prefetch(layer)
                 if not self._load(layer):
                     break
-        if self._waits:
-            for layer in range(len(self._experts)):
-                self._loader.finish_prefetch(layer)
+        for layer in range(len(self._experts)):
+            self._loader.finish_prefetch(layer)
 
     def _load(self, layer: int) -> int:
         """Submits what is still missing of a layer's base set, as far as the prefetch lane takes it."""
@@ -306,20 +341,15 @@ class BaseSet:
         self._pending[layer] = [expert for expert in pending if self._cache.lookup(layer, expert) is None]
         return started
 
-    def _choose_last_used(self) -> None:
-        """In `resident` nothing loads while a request runs: without a predictor, the experts used last are kept."""
-        base = np.zeros_like(self._base)
-        for layer in range(len(self._experts)):
-            base[layer, self._shadow.held(layer)] = True
-        self._base = base
-        self._bring()
+    def _name(self, task: int) -> str:
+        return self.names[task] if task != UNKNOWN_TASK else "unknown" if self.names else "any"
 
-    def _give_up(self, reason: str) -> None:
-        logger.warning("emoe: the predictor is switched off: %s", reason)
-        for layer in range(len(self._experts)):
-            self._cache.protect(layer, ())
-            self._pending[layer] = []
-        self._loader.cancel_prefetch()
+    def _switched(self, task: int) -> None:
+        reason = self._switch.off(task)
+        if reason:
+            logger.warning("emoe: no base set is kept for task '%s' from now on: %s", self._name(task), reason)
+        else:
+            logger.info("emoe: a base set is kept for task '%s' again", self._name(task))
 
     # Layers
 
@@ -370,7 +400,7 @@ class BaseSet:
                 for request, rows in spans[number]:
                     streams.observe(request, block[:, rows])
             self._hits += hits
-            self._shadow_hits += self._shadow.observe(block)
+            self._rivals.observe(block)
             blocks.append(block)
         picks = np.concatenate(blocks, axis=1)
         self._tokens += len(picks[0])
@@ -381,8 +411,6 @@ class BaseSet:
 
     def stats(self) -> dict[str, Any]:
         """Counts and states; docs/slots.md says what each means."""
-        ours, shadow = self._switch.rates()
-        covered, picks = sum(each[0] for each in self._covered), sum(each[1] for each in self._covered)
         predictor = self._options.predictor
         return {
             "predictor": type(predictor).__name__ if predictor is not None else "",
@@ -391,13 +419,29 @@ class BaseSet:
             "requests": self.requests,
             "refreshes": self.refreshes,
             "loads": self.loads,
-            "hit_rate": ours,
-            "shadow_hit_rate": shadow,
-            "recall": covered / picks if picks else 0.0,
+            "hit_rate": _share(self._resident),
+            "recall": _share(self._covered),
             "milliseconds": median(self._milliseconds) if self._milliseconds else 0.0,
-            "off": self._switch.reason,
+            "tasks": {self._name(task): self._of_task(task) for task in sorted(self._seen)},
             "next_layer": self._next_layer.state if self._next_layer is not None else "",
         }
+
+    def _of_task(self, task: int) -> dict[str, Any]:
+        ours, rival = self._switch.totals(task)
+        picks = max(1, ours.picks)
+        return {
+            "off": self._switch.off(task),
+            "hit_rate": ours.hits / picks,
+            "loads_per_pick": ours.loads / picks,
+            "hit_rate_without": rival.hits / picks,
+            "loads_per_pick_without": rival.loads / picks,
+        }
+
+
+def _share(parts: Iterable[tuple[int, int]]) -> float:
+    """Sum of the first of each pair as a share of the sum of the second."""
+    first, whole = (sum(column) for column in zip((0, 0), *parts, strict=True))
+    return first / whole if whole else 0.0
 
 
 def _best(scores: NDArray[np.float64], sizes: Sequence[int], experts: Sequence[int]) -> Mask:

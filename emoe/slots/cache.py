@@ -45,7 +45,7 @@ class CacheManager:
         for layer, count in enumerate(slots_per_layer):
             if count < 1:
                 raise ConfigError(f"layer {layer} has {count} slots; it needs at least 1")
-        make = policies.make(policy) if isinstance(policy, str) else policy
+        make = policies.make(policy)
         self._ranges: list[range] = []
         first = 0
         for count in slots_per_layer:

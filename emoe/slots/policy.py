@@ -229,13 +229,15 @@ POLICIES: Mapping[str, PolicyFactory] = {
 }
 
 
-def make(name: str) -> PolicyFactory:
-    """The factory of a policy by name.
+def make(policy: str | PolicyFactory) -> PolicyFactory:
+    """The factory of a policy by name; a factory is what it is.
 
     Raises:
         ConfigError: the name is not in POLICIES; lists them.
     """
+    if not isinstance(policy, str):
+        return policy
     try:
-        return POLICIES[name]
+        return POLICIES[policy]
     except KeyError:
-        raise ConfigError(f"policy={name!r} is not one of: {', '.join(POLICIES)}") from None
+        raise ConfigError(f"policy={policy!r} is not one of: {', '.join(POLICIES)}") from None

@@ -21,9 +21,9 @@ from emoe.predictor.linear import LowRankLinear
 from emoe.predictor.oracle import Oracle
 from emoe.predictor.prompts import prompts
 from emoe.predictor.report import evaluate, evaluate_next_layer
-from emoe.predictor.table import Recent, TaskTable, count
+from emoe.predictor.table import Recent, TaskTable
 from emoe.replay import mix
-from emoe.slots.shadow import PATIENCE, ShadowLRU, Switch
+from emoe.slots.shadow import PATIENCE, Between, Switch
 from emoe.trace.trace import load_trace
 
 CLOSED_FORM = sorted(set(KINDS) - {TRAINED})
@@ -191,17 +191,16 @@ class _Reversed:
 
 def _switched_off_after(predictor, trace):
     """Requests until the switch says off, the choice being held while a request runs; None: it never does."""
-    predictor, switch = predictor.anew(), Switch()
-    shadow = ShadowLRU([16] * 2, [SLOTS] * 2, between_requests=True)
+    predictor, switch = predictor.anew(), Switch(loads_misses=False)
+    rivals = Between([16] * 2, [SLOTS] * 2)
     for number, prompt in enumerate(prompts(trace, predictor.names), 1):
         predictor.begin(prompt.task)
-        shadow.begin()
-        uses = count(prompt.picks, 16)
-        hits = int((uses * top(predictor.rank(), SLOTS)).sum())
-        rival = sum(shadow.observe(prompt.picks[:, token : token + 1]) for token in range(prompt.picks.shape[1]))
+        rivals.begin(top(predictor.rank(), SLOTS))
+        for token in range(prompt.picks.shape[1]):
+            rivals.observe(prompt.picks[:, token : token + 1])
         predictor.observe(prompt.picks)
-        if switch.saw(hits, rival, int(uses.sum())):
-            assert "of the picks were resident" in switch.reason
+        if switch.saw("any", *rivals.take()):
+            assert "of the picks were in the base set" in switch.off("any")
             return number
     return None
 

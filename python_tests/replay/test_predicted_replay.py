@@ -102,12 +102,12 @@ def _slow_base(trace, predictor, slots, slack, period):
     hits = loads = 0
     layers = range(trace.layers)
     base, inside = [set() for _ in layers], [set() for _ in layers]
-    last = [dict.fromkeys(range(trace.num_experts), 0) for _ in layers]
+    last = [dict.fromkeys(range(trace.num_experts), (0, False)) for _ in layers]
     number, chosen_for = -1, None
 
     def trim(layer, held):
         while len(inside[layer]) > slots:
-            inside[layer].discard(min(inside[layer] - held, key=lambda expert: (last[layer][expert], expert)))
+            inside[layer].discard(min(inside[layer] - held, key=lambda expert: (*last[layer][expert], expert)))
 
     for token in range(trace.tokens):
         if token == 0 or trace.prompt[token] != trace.prompt[token - 1]:
@@ -117,6 +117,8 @@ def _slow_base(trace, predictor, slots, slack, period):
                 chosen_for = trace.task[token]
                 for layer, mask in enumerate(top(predictor.rank(), slots - slack)):
                     base[layer] = set(np.flatnonzero(mask).tolist())
+                    if slack:
+                        continue
                     loads += len(base[layer] - inside[layer])
                     inside[layer] |= base[layer]
                     trim(layer, base[layer])
@@ -124,7 +126,7 @@ def _slow_base(trace, predictor, slots, slack, period):
             picks = set(trace.experts[layer, token].tolist()) - {-1}
             missed = picks - inside[layer]
             hits += len(picks) - len(missed)
-            last[layer].update(dict.fromkeys(picks, token + 1))
+            last[layer].update({expert: (token + 1, expert in missed) for expert in picks})
             if slack:
                 loads += len(missed)
                 inside[layer] |= missed
@@ -140,6 +142,14 @@ def test_base_and_slack_count_what_sets_count(slots, slack, period):
     table = TaskTable.profile(task_trace(4))
     counts = residency.run_base(trace, table, slots, slack, Refresh(period))
     assert (int(counts.hits.sum()), int(counts.loads.sum())) == _slow_base(trace, table, slots, slack, period)
+
+
+def test_prompts_of_a_task_that_is_not_in_the_profile_are_left_to_lru():
+    trace = task_trace(3)
+    held_out = trace.task == 1
+    (ours,) = replay(trace.take(held_out), "base+slack", [0.5], profile=trace.take(~held_out))
+    (lru,) = replay(trace.take(held_out), "lru", [0.5])
+    assert (ours.hits, ours.loads) == (lru.hits, lru.loads)
 
 
 def test_a_fixed_period_refreshes_on_its_beat():

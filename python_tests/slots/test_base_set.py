@@ -26,6 +26,7 @@ from emoe.slots.cache import CacheManager
 from emoe.slots.load_score import Expected, load_score
 from emoe.slots.loader import Loader
 from emoe.slots.resident import CacheResidency
+from emoe.slots.shadow import PATIENCE
 
 
 class Favourites:
@@ -69,6 +70,12 @@ def _run(model, seed=0, **request):
         return model(_ids(seed)).logits
 
 
+def _run_token_by_token(model, seed=0, length=6):
+    with torch.no_grad(), model.emoe.request():
+        for token in _ids(seed, length)[0]:
+            model(token.reshape(1, 1))
+
+
 @pytest.fixture
 def model():
     built = families.build("qwen3_moe")
@@ -82,20 +89,25 @@ def _slots(model):
 
 
 @pytest.mark.parametrize("routing", ["exact", "biased"])
-def test_the_base_set_is_loaded_and_outlives_the_misses_of_a_request(model, routing):
+def test_experts_of_the_base_set_stay_once_a_miss_has_loaded_them_and_none_is_loaded_ahead(model, routing):
     predictor = Favourites(_scores(model, [1, 4, 5]))
     bias = 0.0 if routing == "biased" else None
     emoe.wrap(model, memory_budget=0.75, predictor=predictor, slack=0.5, routing=routing, bias=bias)
+    assert model.emoe.base.sizes == [3] * model.emoe.cache.layers
+    arrived = [set() for _ in range(model.emoe.cache.layers)]
     for seed in range(4):
-        _run(model, seed)
-    for layer, size in enumerate(model.emoe.base.sizes):
-        model.emoe.loader.finish_prefetch(layer)
-        assert size == 3
-        assert {1, 4, 5} <= set(model.emoe.cache.resident(layer))
+        _run_token_by_token(model, seed)
+        for layer, seen in enumerate(arrived):
+            resident = set(model.emoe.cache.resident(layer))
+            seen |= resident & {1, 4, 5}
+            assert seen <= resident
+    assert sum(map(len, arrived)) > 3
     model.emoe.check_integrity()
-    stats = model.emoe.stats()["prediction"]
-    assert stats["refreshes"] == 1
-    assert stats["requests"] == 4
+    stats = model.emoe.stats()
+    assert stats["loads"] == stats["misses"]
+    assert stats["prediction"]["loads"] == 0
+    assert stats["prediction"]["refreshes"] == 1
+    assert stats["prediction"]["requests"] == 4
 
 
 @pytest.mark.parametrize(
@@ -176,7 +188,8 @@ def test_a_base_set_for_several_requests_is_for_all_their_tasks(model):
 
 
 def test_what_the_queue_refuses_is_tried_again_after_the_next_forward(model, monkeypatch):
-    emoe.wrap(model, memory_budget=0.75, predictor=Favourites(_scores(model, [1, 4, 5])))
+    options = {"routing": "resident", "max_substituted_mass": 0.5, "slack": 0.5}
+    emoe.wrap(model, memory_budget=0.75, predictor=Favourites(_scores(model, [1, 4, 5])), **options)
     loader = model.emoe.loader
     monkeypatch.setattr(loader, "prefetch", lambda layer, experts: 0)
     with torch.no_grad(), model.emoe.request():
@@ -195,7 +208,8 @@ def test_loads_for_a_base_set_that_is_no_longer_wanted_are_cancelled():
     scores[:, [1, 2, 3]] = 1.0
     predictor = Favourites(scores, names=("code", "talk"))
     options = Options(predictor=predictor, slack=0.5)
-    base = BaseSet(loader, CacheResidency(cache, [8, 8]), [8, 8], 2, options, loads_misses=True, waits=False)
+    base = BaseSet(loader, CacheResidency(cache, [8, 8]), [8, 8], 2, options, loads_misses=True, waits=True)
+    loader.finish_prefetch = lambda layer: None  # as if the request had been cut off while it waits
     base.begin(Request("code"))
     assert [job.state for job in queue.jobs] == ["queued"] * 6
     predictor.scores = scores[:, ::-1]
@@ -356,33 +370,62 @@ def test_an_adaptive_period_follows_a_change_of_routing(model):
     assert model.emoe.stats()["prediction"]["refreshes"] > settled
 
 
-@pytest.mark.parametrize("routing", ["exact", "resident"])
-def test_a_bad_predictor_gives_way_to_lru_within_its_patience(model, routing, caplog):
-    from emoe.slots.shadow import PATIENCE
+def _run_with_the_worst(model, predictor, requests):
+    """Requests of one text for which the predictor always names what they do not ask for."""
+    for _ in range(requests):
+        _run_token_by_token(model)
+        picks = predictor.blocks[-1]
+        predictor.scores = -np.array([np.bincount(each[each >= 0], minlength=_shape(model)[1]) for each in picks])
+    return int((picks >= 0).sum())
 
+
+@pytest.mark.parametrize("routing", ["exact", "resident"])
+def test_a_bad_predictor_gives_way_to_the_policy_within_its_patience(model, routing, caplog):
     layers, experts = _shape(model)
     unused = Favourites(np.zeros((layers, experts)))
     emoe.wrap(model, memory_budget=0.5, predictor=unused, period=1, routing=routing, slack=0.3)
     with caplog.at_level(logging.WARNING, logger="emoe"):
-        for _ in range(PATIENCE + 1):
-            _run(model, 0)
-            used = np.zeros((layers, experts))
-            for layer, picks in enumerate(unused.blocks[-1]):
-                used[layer] = np.bincount(picks[picks >= 0], minlength=experts)
-            unused.scores = -used  # always the experts that are never asked for
-    stats = model.emoe.stats()["prediction"]
-    assert "LRU" in stats["off"]
-    assert stats["shadow_hit_rate"] > stats["hit_rate"]
-    assert any("switched off" in record.message for record in caplog.records)
-    assert not any(model.emoe.cache.protected(layer) for layer in range(layers)) or routing == "resident"
-    if routing == "resident":
-        before = model.emoe.stats()["routing"]["absent"]
-        _run(model, 0)
-        first = model.emoe.stats()["routing"]["absent"] - before
-        last_used = [sorted(model.emoe.base._shadow.held(layer)) for layer in range(layers)]
-        _run(model, 0)
-        assert [model.emoe.cache.resident(layer) for layer in range(layers)] == last_used
-        assert model.emoe.stats()["routing"]["absent"] - before - first < 0.7 * used.sum()
+        picks = _run_with_the_worst(model, unused, PATIENCE + 1)
+    assert "over the last 20 requests" in model.emoe.stats()["prediction"]["tasks"]["any"]["off"]
+    assert any("no base set is kept for task 'any'" in record.message for record in caplog.records)
+    before = model.emoe.stats()["routing"]["absent"]
+    _run_with_the_worst(model, unused, 1)
+    if routing == "exact":
+        assert not any(model.emoe.cache.protected(layer) for layer in range(layers))
+        return
+    first = model.emoe.stats()["routing"]["absent"] - before
+    last_used = [np.flatnonzero(held).tolist() for held in model.emoe.base._between.held()]
+    _run_token_by_token(model)
+    assert [model.emoe.cache.resident(layer) for layer in range(layers)] == last_used
+    assert model.emoe.stats()["routing"]["absent"] - before - first < 0.7 * picks
+
+
+def test_a_predictor_that_has_become_good_is_used_again(model, caplog):
+    layers, experts = _shape(model)
+    predictor = Favourites(np.zeros((layers, experts)))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor, period=1, slack=0.3, policy="lru")
+    _run_with_the_worst(model, predictor, PATIENCE + 1)
+    predictor.scores = -predictor.scores
+    assert model.emoe.stats()["prediction"]["tasks"]["any"]["off"]
+    with caplog.at_level(logging.INFO, logger="emoe"):
+        for _ in range(2 * PATIENCE):
+            _run_token_by_token(model)
+    assert model.emoe.stats()["prediction"]["tasks"]["any"]["off"] == ""
+    assert any("a base set is kept for task 'any' again" in record.message for record in caplog.records)
+    _run(model, 0)
+    assert all(model.emoe.cache.protected(layer) for layer in range(layers))
+
+
+def test_a_task_that_the_predictor_does_not_know_is_left_to_the_policy(model):
+    predictor = Favourites(_scores(model, [1]), names=("code",))
+    emoe.wrap(model, memory_budget=0.5, predictor=predictor, slack=0.3)
+    _run(model, 0, task="code")
+    assert model.emoe.cache.protected(0) == {1}
+    _run(model, 0, task="poem")
+    assert not model.emoe.cache.protected(0)
+    assert model.emoe.stats()["prediction"]["tasks"]["unknown"]["off"] == "the predictor does not know the task"
+    _run(model, 0, task="code")
+    assert model.emoe.cache.protected(0) == {1}
 
 
 def test_a_layer_with_no_more_slots_than_slack_has_no_base_set(model, caplog):
