@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
+from benchmark_files import benchmark
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-_spec = importlib.util.spec_from_file_location("paper_benchmark", BENCHMARKS / "paper.py")
-assert _spec is not None and _spec.loader is not None
-paper = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = paper
-_spec.loader.exec_module(paper)
+paper = benchmark("paper")
 
 
 def steps(context: int) -> int:

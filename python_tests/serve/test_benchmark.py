@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from benchmark_files import benchmark
 
 from emoe.tasks import Prompt
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-_spec = importlib.util.spec_from_file_location("serving_benchmark", BENCHMARKS / "serving.py")
-assert _spec is not None and _spec.loader is not None
-bench = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = bench  # dataclasses look there
-_spec.loader.exec_module(bench)
+bench = benchmark("serving")
 
 PROMPTS = [Prompt(task, f"{task} {n}") for task in ("code", "math", "qa") for n in range(4)]
 

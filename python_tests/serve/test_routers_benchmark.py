@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from benchmark_files import benchmark
 
 from emoe.tasks import Prompt
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-# Its import of `serving` is of the benchmark, while tests have a module of that name.
-_tests = sys.modules.pop("serving", None)
-sys.path.insert(0, str(BENCHMARKS))
-_spec = importlib.util.spec_from_file_location("routers_benchmark", BENCHMARKS / "routers.py")
-assert _spec is not None and _spec.loader is not None
-bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench)
-sys.path.remove(str(BENCHMARKS))
-sys.modules.pop("serving", None)
-if _tests is not None:
-    sys.modules["serving"] = _tests
+bench = benchmark("routers")
 
 
 def test_the_load_is_mixed_and_the_same_for_the_same_seed():
