@@ -24,7 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import emoe
-from emoe import generate
+from emoe import generate, native
 from emoe.predictor.linear import LowRankLinear
 from emoe.predictor.table import TaskTable
 from emoe.tasks import load_prompts
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    native.load().set_threads(args.threads)
     if args.model is None:
         from emoe import demo
 

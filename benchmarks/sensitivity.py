@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import emoe
 import emoe.demo
-from emoe import generate, sensitivity
+from emoe import generate, native, sensitivity
 from emoe.cli import common
 from emoe.sensitivity.online import spearman
 from emoe.tasks import load_prompts
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    native.load().set_threads(1)
     common.quiet_transformers()
     folder = args.model or str(emoe.demo.build())
     tokenizer = generate.load_tokenizer(folder)

@@ -115,9 +115,13 @@ def available_isas() -> list[str]:
     """What this CPU can run, best first: of "avx512bf16", "avx512", "avx2", "scalar"."""
 
 def set_threads(n: int) -> None:
-    """Threads of the kernels, for the whole process."""
+    """Threads of the kernels, for the whole process, from the next call on; ConfigError unless 1 to 1024."""
 
-def threads() -> int: ...
+def threads() -> int:
+    """What was set, else EMOE_THREADS, else OMP_NUM_THREADS, else the CPUs that affinity and cgroup quota leave.
+
+    ConfigError where EMOE_THREADS is no number from 1 to 1024.
+    """
 
 class Weights:
     """A matrix of an expert, encoded; planes and bias at bytes of its slot. Row r is row `first + r * step` of `rows`.

@@ -5,12 +5,19 @@ Importing this package loads neither torch nor the native module; the first use 
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from emoe import errors
 
 __version__ = "0.1.0"
+
+# Torch's OpenMP threads spin for milliseconds after each loop, on CPUs that others need (docs/kernels.md, "Threads").
+# This is read when torch is loaded; where it was loaded before, `emoe.native` does what is left to do.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from emoe.engine.engine import Engine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -13,20 +15,38 @@ from emoe.errors import BackendUnavailable, EmoeError
 def load() -> ModuleType:
     """Returns `emoe._C`.
 
-    Torch is imported first, so that both share one OpenMP runtime and their threads do not compete.
-
     Raises:
         BackendUnavailable: the extension was not built or cannot be loaded; the message says which.
+        ConfigError: EMOE_THREADS is no number of threads.
     """
-    import torch  # noqa: F401
-
     try:
         from emoe import _C
     except ImportError as error:
         raise BackendUnavailable(
             f"the native module emoe._C cannot be loaded ({error}); build it with 'pip install .' or 'make build'"
         ) from error
+    _C.threads()  # so that EMOE_THREADS is refused before anything is loaded
+    _shorten_spinning()
     return _C
+
+
+def _shorten_spinning() -> None:
+    """Has torch's OpenMP threads sleep soon after a loop, where torch was loaded before emoe could ask for that.
+
+    libgomp, in torch's wheels, spins for some microseconds only while it has more threads than there are CPUs. So a
+    thread of Python's begins a team of its own, which never works again. Where the user has said how OpenMP waits, that
+    holds.
+    """
+    import torch
+
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() or torch.get_num_threads() == 1:
+        return
+
+    def begin_a_team() -> None:
+        torch.zeros(1 << 20).add_(1)
+        threading.Event().wait()
+
+    threading.Thread(target=begin_a_team, name="emoe-openmp", daemon=True).start()
 
 
 def load_emulated() -> ModuleType:

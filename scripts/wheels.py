@@ -24,8 +24,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("80", "86", "89", "90", "100", "120")
-# libgomp stays outside: the kernels share the OpenMP runtime that torch loads under the same name.
-EXCLUDED = ("libgomp.so.1",)
 TINY = """
 import sys, tempfile
 sys.path.insert(0, sys.argv[1])
@@ -101,11 +99,7 @@ def build(kind: str, args: argparse.Namespace, folder: Path) -> Path:
     )
     [wheel] = raw.glob("*.whl")
     repaired = folder / "repaired"
-    excluded = [part for name in EXCLUDED for part in ("--exclude", name)]
-    run(
-        [sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", repaired, wheel],
-        env={**os.environ, "PATH": path},
-    )
+    run([sys.executable, "-m", "auditwheel", "repair", "-w", repaired, wheel], env={**os.environ, "PATH": path})
     [wheel] = repaired.glob("*.whl")
     args.out.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copy2(wheel, args.out))

@@ -193,7 +193,7 @@ void bind_ops(py::module_& module) {
     module.def("isa", [] { return std::string(cpu::active_kernels().name); }, "The instruction set in use.");
     module.def("available_isas", &cpu::available_isas, "What this CPU can run, best first.");
     module.def("set_threads", &set_threads, arg("n"), "Threads of the kernels, for the whole process.");
-    module.def("threads", &threads);
+    module.def("threads", &threads, "How many threads the next call of a kernel uses.");
     module.def("supports", &supports, arg("layout"));
     module.def("gather_mlp", &gather_mlp, arg("layout"), arg("slab_address"), arg("slot_bytes"), arg("slot_of"),
                arg("hidden_ptr"), arg("hidden_dtype"), arg("tokens"), arg("index_ptr"), arg("weights_ptr"),

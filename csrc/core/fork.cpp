@@ -46,7 +46,10 @@ void in_child() {
 
 }  // namespace
 
-std::uint64_t fork_generation() noexcept { return generation.load(std::memory_order_relaxed); }
+std::uint64_t fork_generation() noexcept {
+    registry();  // from here on forks are counted
+    return generation.load(std::memory_order_relaxed);
+}
 
 ForkMutex::ForkMutex(Level level) : level_(level) {
     Registry& all = registry();

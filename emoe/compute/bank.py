@@ -245,6 +245,7 @@ class Bank:
             "kernels": dict(Counter(layer.kernels for layer in self.layers)),
             "device": self._device.name,
             "isa": self._device.module.isa(),
+            "threads": self._device.module.threads(),
             "slots": self.slab.slots,
             "slot_bytes": self.slab.slot_bytes,
             "experts": self._summary(),

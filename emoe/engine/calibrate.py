@@ -99,7 +99,8 @@ def key_of(model: Any, path: str) -> str:
 
     stats = model.emoe.stats()
     where = Path(path).resolve() if Path(path).exists() else path
-    return f"{where}|{stats['budget_bytes']}|{stats['device']}|{stats['isa']}|{torch.get_num_threads()}"
+    kernels = f"{stats['device']}|{stats['isa']}|{stats['threads']}"
+    return f"{where}|{stats['budget_bytes']}|{kernels}|{torch.get_num_threads()}"
 
 
 def kept(key: str) -> Calibration | None:

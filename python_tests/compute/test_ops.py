@@ -400,10 +400,78 @@ def test_a_bad_number_of_threads_is_refused_and_a_good_one_kept() -> None:
         C.set_threads(before)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
-def test_the_kernels_share_one_openmp_runtime_with_torch() -> None:
-    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
-    assert len(libraries) <= 1, "two runtimes keep two sets of threads, which compete for the cores"
+def _threads_with(**environment: str) -> subprocess.CompletedProcess[str]:
+    """What the native module says of its threads in a process of its own, in which torch is never loaded."""
+    script = (
+        "import emoe; from emoe import _C; print(_C.threads()); assert 'libgomp' not in open('/proc/self/maps').read()"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("EMOE_THREADS", "OMP_NUM_THREADS")}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env={**kept, **environment}
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, len(os.sched_getaffinity(0))),
+        ({"OMP_NUM_THREADS": "3,2"}, 3),
+        ({"OMP_NUM_THREADS": "3", "EMOE_THREADS": "5"}, 5),
+        ({"OMP_NUM_THREADS": "3", "EMOE_THREADS": ""}, 3),
+    ],
+)
+def test_threads_are_what_the_environment_says_or_as_many_as_there_are_cpus(environment, threads) -> None:
+    done = _threads_with(**environment)
+    assert done.returncode == 0, done.stderr
+    found = int(done.stdout)
+    assert found == threads or (not environment and 1 <= found <= threads)  # fewer where a cgroup has a quota
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("0", "EMOE_THREADS=0: at least 1 thread is needed"),
+        ("-2", "EMOE_THREADS=-2: at least 1 thread is needed"),
+        ("2000", "EMOE_THREADS=2000: at most 1024 threads are possible"),
+        ("9" * 30, f"EMOE_THREADS={'9' * 30}: at most 1024 threads are possible"),
+        ("two", "EMOE_THREADS=two is not a whole number from 1 to 1024"),
+        ("2.5", "EMOE_THREADS=2.5 is not a whole number from 1 to 1024"),
+    ],
+)
+def test_a_number_of_threads_in_the_environment_that_makes_no_sense_is_refused(value: str, why: str) -> None:
+    done = _threads_with(EMOE_THREADS=value)
+    assert done.returncode != 0
+    assert f"ConfigError: {why}" in done.stderr
+
+
+# Torch's OpenMP threads are others than the kernels'; how they wait is settled before torch is loaded, or after.
+WAITS = """
+import os, sys, threading
+exec(sys.argv[1])
+import torch
+torch.set_num_threads(2)
+from emoe import native
+native.load()
+print(os.environ.get("OMP_WAIT_POLICY"), any(each.name == "emoe-openmp" for each in threading.enumerate()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "environment", "expected"),
+    [
+        ("import emoe", {}, "passive False"),
+        ("import torch", {}, "None True"),
+        ("import emoe", {"OMP_WAIT_POLICY": "active"}, "active False"),
+        ("import torch", {"OMP_WAIT_POLICY": "active"}, "active False"),
+        ("import torch", {"GOMP_SPINCOUNT": "5"}, "None False"),
+    ],
+)
+def test_threads_of_torch_are_asked_to_sleep_unless_the_user_said_how_they_wait(first, environment, expected) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS, first], capture_output=True, text=True, cwd=ROOT, env={**kept, **environment}
+    )
+    assert done.stdout.strip() == expected, done.stderr
 
 
 UNITS = sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
