@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 
 # Torch's OpenMP threads spin for milliseconds after each loop, on CPUs that others need (docs/kernels.md, "Threads").
 # This is read when torch is loaded; where it was loaded before, `emoe.native` does what is left to do.
-if "torch" not in sys.modules:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="5000")  # libgomp: some 100 us; others: none
 
 if TYPE_CHECKING:
     from emoe.engine.engine import Engine

@@ -452,18 +452,19 @@ import torch
 torch.set_num_threads(2)
 from emoe import native
 native.load()
-print(os.environ.get("OMP_WAIT_POLICY"), any(each.name == "emoe-openmp" for each in threading.enumerate()))
+waits = [os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]
+print(*waits, any(each.name == "emoe-openmp" for each in threading.enumerate()))
 """
 
 
 @pytest.mark.parametrize(
     ("first", "environment", "expected"),
     [
-        ("import emoe", {}, "passive False"),
-        ("import torch", {}, "None True"),
-        ("import emoe", {"OMP_WAIT_POLICY": "active"}, "active False"),
-        ("import torch", {"OMP_WAIT_POLICY": "active"}, "active False"),
-        ("import torch", {"GOMP_SPINCOUNT": "5"}, "None False"),
+        ("import emoe", {}, "passive 5000 False"),
+        ("import torch", {}, "None None True"),
+        ("import emoe", {"OMP_WAIT_POLICY": "active"}, "active None False"),
+        ("import torch", {"OMP_WAIT_POLICY": "active"}, "active None False"),
+        ("import torch", {"GOMP_SPINCOUNT": "5"}, "None 5 False"),
     ],
 )
 def test_threads_of_torch_are_asked_to_sleep_unless_the_user_said_how_they_wait(first, environment, expected) -> None:
