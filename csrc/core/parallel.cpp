@@ -244,7 +244,8 @@ class Pool {
         caller_sleeps_.store(false, std::memory_order_relaxed);
     }
 
-    Pool* const before_;  // of the process that this one was forked from: without threads, but not lost
+    [[maybe_unused]] Pool* const
+        before_;  // of the process that this one was forked from: without threads, but not lost
     const std::uint64_t birth_ = fork_generation();
     std::atomic<bool> busy_{false};
     int started_ = 0;       // workers; for the caller that entered
