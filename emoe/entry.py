@@ -102,7 +102,7 @@ def _prepared(options: Options, plan: Plan, device: Device, model: Any = None) -
     """Options with their files opened, after what machine and model may refuse; `model` where it is here already."""
     device.module.make_reader(options.reader)
     device.check_pinned(options.pinned_memory, sum(plan.experts_per_layer), plan.slot_bytes)
-    if model is not None and options.routing != "exact":
+    if model is not None and options.routing in ("resident", "biased"):
         find_routers(model)
     return opened(options, len(plan.experts_per_layer), max(plan.experts_per_layer), model)
 

@@ -27,6 +27,12 @@ MISSES = ("load", "cpu", "auto")
 FP8 = "e4m3-128x128-float32"
 CONVERTED = {**{name: name for name in ("q4_k", "q8_0", "q4_0", "q5_k", "q6_k", "mxfp4")}, "fp8": FP8}
 DENSE_ENCODINGS = {name: CONVERTED.get(name, name) for name in ("bfloat16", "q8_0", "q4_0", "mxfp4", "fp8")}
+# What a copy of an expert may be (routing coarse): those that kernels take fast, the names of encodings of 32 columns
+# whose last group may be cut among them.
+COPIES = {
+    "int4": "int4-32-bfloat16", "int8": "int8-1x32-bfloat16",
+    **{name: name for name in CONVERTED if name != "fp8"},
+}  # fmt: skip
 CONVERTED_REST = ("keep", "q8_0")  # what becomes of linear layers outside experts
 DEFAULT_TASK = "default"  # key of the bias for tasks that a mapping does not name
 
@@ -199,15 +205,23 @@ def _mass(name: str, value: Any) -> float | None:
 
 
 def _bias(name: str, value: Any) -> Bias | None:
-    choices = "a number of at least 0 (inf: resident experts first)"
+    return _by_task(name, value, math.inf, "a number of at least 0 (inf: resident experts first)")
+
+
+def _exact_mass(name: str, value: Any) -> Bias | None:
+    return _by_task(name, value, 1.0, "a share of router mass from 0 (all are read) to 1 (none is)")
+
+
+def _by_task(name: str, value: Any, most: float, choices: str) -> Bias | None:
+    """One number from 0 to `most`, or one for each task."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        return _number(name, value, math.inf, choices)
+        return _number(name, value, most, choices)
     for task in value:
         if not isinstance(task, str):
             raise ConfigError(f"{name} has the key {task!r}; keys are names of tasks, and 'default' for all others")
-    return {task: _number(f"{name}[{task!r}]", each, math.inf, choices) for task, each in value.items()}
+    return {task: _number(f"{name}[{task!r}]", each, most, choices) for task, each in value.items()}
 
 
 @dataclass(frozen=True)
@@ -378,9 +392,11 @@ class Options:
         ways=("load", "plan"),
     )  # fmt: skip
     routing: str = _row(
-        "exact", OneOf(("exact", "resident", "biased")),
+        "exact", OneOf(("exact", "resident", "biased", "coarse")),
         """what happens to a routed expert that is not in memory: exact reads it first, resident takes the router's next
-        choice in memory, biased prefers those in memory by `bias` and reads what is still routed (docs/routing.md)""",
+        choice in memory, biased prefers those in memory by `bias` and reads what is still routed, coarse computes a
+        copy of it in few bits, which stays in memory (docs/routing.md)""",
+        ways=("load", "wrap", "plan"),
     )  # fmt: skip
     bias: Bias | None = _row(
         None, _bias,
@@ -393,6 +409,19 @@ class Options:
         """for routing resident and biased: the largest mean share of router mass that may be substituted in a request
         (0.02 or, on the command line, 2%); beyond it experts are read""",
         "SHARE", read=_text_number,
+    )  # fmt: skip
+    coarse: str = _row(
+        "auto", OneOf(("auto", *COPIES)),
+        """for routing coarse: what the copies of all experts are encoded in; they are in the budget, and full experts
+        have the slots that are left. auto is what the budget has room for beside slots""",
+        ways=("load", "wrap", "plan"),
+    )  # fmt: skip
+    exact_mass: Bias | None = _row(
+        None, _exact_mass,
+        """for routing coarse: the share of a row's router mass from which an expert that is not in memory is read first
+        while tokens are decoded: 0 reads all, as exact does, 1 none; a number, or one per task ({"code": 0.1,
+        "default": 0.25}; on the command line code=0.1,default=25%)""",
+        "SHARE", read=_text_bias, ways=("load", "wrap", "plan"),
     )  # fmt: skip
     policy: Any = _row(
         "next-use", OneOf(("lru", "lfu", "lfru", "next-use"), or_function=True),
@@ -453,10 +482,15 @@ class Options:
     def __post_init__(self) -> None:
         for name, (_, row) in rows().items():
             object.__setattr__(self, name, row.check(name, getattr(self, name)))
-        if self.max_substituted_mass is not None and self.routing == "exact":
+        if self.max_substituted_mass is not None and self.routing in ("exact", "coarse"):
             raise ConfigError(
-                "max_substituted_mass goes with routing='resident' or 'biased'; 'exact' substitutes nothing"
+                f"max_substituted_mass goes with routing='resident' or 'biased'; {self.routing!r} substitutes nothing"
             )
+        if self.routing == "coarse":
+            self._check_coarse()
+        elif self.coarse != "auto" or self.exact_mass is not None:
+            given = f"coarse={self.coarse!r}" if self.coarse != "auto" else f"exact_mass={self.exact_mass!r}"
+            raise ConfigError(f"{given} goes with routing='coarse', not {self.routing!r}")
         if self.dense == "native" and self.device != "cpu":
             raise ConfigError(
                 f"dense='native' computes on the CPU; device={self.device!r} takes dense='auto' or 'torch'"
@@ -473,6 +507,15 @@ class Options:
                 "routing='biased' needs bias= (a number of at least 0, or one per task: {'code': 0.2, 'default': 0.5}) "
                 "or max_substituted_mass= (then the bias is found while running)"
             )
+
+    def _check_coarse(self) -> None:
+        if self.device != "cpu":
+            raise ConfigError(
+                f"routing='coarse' computes copies on the CPU; device={self.device!r} takes routing='exact', "
+                "'resident' or 'biased'"
+            )
+        if self.kernels != "native":
+            raise ConfigError(f"routing='coarse' computes copies with kernels='native', not {self.kernels!r}")
 
     @property
     def keeps_encoded(self) -> bool:

@@ -52,6 +52,8 @@ class Tally:
         substituted: picks that another expert took the place of.
         misses: picks used in the end whose expert was not resident and had to be loaded.
         mass: sum over rows of the substituted share of the row's router mass.
+        coarse: picks that were computed with a copy of their expert.
+        coarse_mass: sum over rows of their share of the row's router mass.
     """
 
     rows: int = 0
@@ -60,10 +62,13 @@ class Tally:
     substituted: int = 0
     misses: int = 0
     mass: float = 0.0
+    coarse: int = 0
+    coarse_mass: float = 0.0
 
     def add(
-        self, rows: int, picks: int, absent: int = 0, substituted: int = 0, misses: int = 0, mass: float = 0.0
-    ) -> None:
+        self, rows: int, picks: int, absent: int = 0, substituted: int = 0, misses: int = 0, mass: float = 0.0,
+        coarse: int = 0, coarse_mass: float = 0.0,
+    ) -> None:  # fmt: skip
         """Adds one call."""
         self.rows += rows
         self.picks += picks
@@ -71,17 +76,25 @@ class Tally:
         self.substituted += substituted
         self.misses += misses
         self.mass += mass
+        self.coarse += coarse
+        self.coarse_mass += coarse_mass
 
     @property
     def substituted_mass(self) -> float:
         """Mean share of router mass that was substituted, in [0, 1]."""
         return self.mass / self.rows if self.rows else 0.0
 
+    @property
+    def changed_mass(self) -> float:
+        """Mean share of router mass that was not computed as the full model does: substituted, or with copies."""
+        return (self.mass + self.coarse_mass) / self.rows if self.rows else 0.0
+
     def to_dict(self) -> dict[str, Any]:
-        """The sums, with `substituted_mass` in the place of `mass`."""
+        """The sums, with means over rows in the place of masses: `substituted_mass` and `coarse_mass`."""
         values = asdict(self)
         del values["mass"]
-        return {**values, "substituted_mass": self.substituted_mass}
+        coarse = self.coarse_mass / self.rows if self.rows else 0.0
+        return {**values, "coarse_mass": coarse, "substituted_mass": self.substituted_mass}
 
 
 @dataclass(slots=True)

@@ -68,13 +68,13 @@ class Runtime:
         device.place(model)
         routing = routing_of(options)
         # Then all that is not resident is exchanged, and nothing is read while a request runs.
-        hostless = routing.mode == "resident" and routing.bound is None
+        hostless = routing.mode == "resident" and not routing.loads_misses
         self._bank = Bank(
             model, store, device, plan.layouts, plan.slots_per_layer, policy=options.policy,
             kernels=options.kernels, miss=options.miss,
             # Readers of the emulation are of a module of its own.
             reader=(make_reader if device.module is native.load() else device.module.make_reader)(options.reader),
-            pinned_memory=options.pinned_memory, hostless=hostless, lock=self._lock,
+            pinned_memory=options.pinned_memory, hostless=hostless, lock=self._lock, coarse=plan.coarse,
         )  # fmt: skip
         self.cache, self.loader, self.layers = self._bank.cache, self._bank.loader, self._bank.layers
         self.routing = Routing(model, self._bank.residency, routing, self.requests)
@@ -84,7 +84,7 @@ class Runtime:
         self.base = BaseSet(
             self.loader, self._bank.residency, experts_per_layer, plan.top_k,
             opened(options, len(experts_per_layer), max(experts_per_layer), model),
-            loads_misses=not hostless, waits=routing.mode == "resident", requests=self.requests,
+            loads_misses=routing.loads_misses, waits=routing.mode == "resident", requests=self.requests,
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
         )  # fmt: skip
         self.lending = self._bank.lending(plan.top_k, self.base.resized)
@@ -97,6 +97,9 @@ class Runtime:
             self._bank.observers.append(self.base)
             self.routing.observer = self.base.picked
             self._attached.before_forward(self.requests.forward)
+        if self.routing.coarse is not None:
+            self._bank.choose(self.routing.coarse.full)
+            self._attached.before_forward(self.routing.coarse.forward)
         self.routing.start()
         self._bank.log_start(plan.resident_share, options.kernels)
         for warning in plan.warnings:
@@ -112,7 +115,8 @@ class Runtime:
             hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads, stall_ms
             (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
             kernels (layers served by "native", "stock" or a device), `experts` (of layers that are alike: encodings,
-            bytes_per_expert, and whether they are read in place), `decoded` (of encoded weights outside experts: bytes
+            bytes_per_expert, and whether they are read in place), `copies` (of all experts, in `coarse`: encoding and
+            bytes; None where there are none), `decoded` (of encoded weights outside experts: bytes
             as stored and in memory, and why; None where there are none), device, slots, resident_share, budget_bytes,
             encodings (of the experts), `sensitivity` (what `probe` found, or None), `routing`
             (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md), `dense` (weights

@@ -86,6 +86,7 @@ def _table(plan: Plan) -> Table:
         None,
         ("outside experts", format_bytes(plan.non_expert_bytes), _outside(plan)),
         ("expert slots", format_bytes(plan.slab_bytes), f"{_range(plan.slots_per_layer)} in each of {layers} layers"),
+        *([("copies", format_bytes(plan.copy_bytes), f"of all experts, {plan.coarse}")] if plan.coarse else []),
         ("staging", format_bytes(plan.staging_bytes), "for reads and kernels"),
         ("KV cache", format_bytes(plan.kv_bytes), tokens),
         ("activations", format_bytes(plan.activation_bytes), _chunk(plan)),

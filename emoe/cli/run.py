@@ -260,6 +260,8 @@ def _encodings_part(stats: dict[str, Any]) -> list[str]:
 def _routing_part(routing: dict[str, Any]) -> list[str]:
     if routing["mode"] == "exact":
         return []
+    if routing["mode"] == "coarse":
+        return [f"copies computed {common.percent(routing['coarse_mass'])} of router mass"]
     return [f"{routing['mode']} routing substituted {common.percent(routing['substituted_mass'])} of router mass"]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emoe.compute.coarse import Choose, Coarse, Copies
 from emoe.compute.device import Device
 from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part, Recording, StandIn
 from emoe.compute.records import as_in_files, register_records
@@ -64,6 +65,7 @@ class Bank:
         kernels, miss, pinned_memory: as in `emoe.from_pretrained`.
         hostless: routing exchanges every pick that is not resident, so that a device may do without the host.
         lock: held while any of it is used.
+        coarse: encoding of the copies that all experts have; None: they have none.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Bank:
         pinned_memory: int | str | None,
         hostless: bool,
         lock: RLock,
+        coarse: str | None = None,
     ) -> None:
         self._store, self._device, self._lock = store, device, lock
         self.experts_per_layer = [len(layer.pieces) for layer in store.layers]
@@ -88,6 +91,7 @@ class Bank:
         self.residency = CacheResidency(self.cache, self.experts_per_layer, lock)
         self.slab = device.slab(sum(slots_per_layer), max(each.nbytes for each in layouts))
         modules = dict(model.named_modules())
+        self.copies = None if coarse is None else Copies(device.module, modules, store, coarse)
         layouts = as_in_files(modules, store.layers, layouts, device.slot_alignment)
         self._table, records = register_records(device.module, store, layouts)
         count = sum(self.experts_per_layer)
@@ -102,10 +106,17 @@ class Bank:
                  ids, self.tables)
             for number, (layer, where, ids) in enumerate(zip(store.layers, layouts, records, strict=True))
         ]  # fmt: skip
+        self._parts = parts
         self.layers = [
             ExpertLayer(part, compute, lock, self.observers)
             for part, compute in zip(parts, device.computes(parts, kernels=kernels, miss=miss), strict=True)
         ]
+
+    def choose(self, full: Choose) -> None:
+        """From now on a layer computes what `full` names in slots, and the rest with copies, where there are any."""
+        if self.copies is not None:
+            for layer, part, copies in zip(self.layers, self._parts, self.copies.layers, strict=True):
+                layer.compute = Coarse(part, copies, full)
 
     def _summary(self) -> list[dict[str, Any]]:
         """How experts are stored, for `stats`: what of them is read as it lies, and what computes them."""
@@ -128,6 +139,10 @@ class Bank:
             100 * resident_share,
             self._store.description,
         )
+        if self.copies is not None:
+            logger.info(
+                "emoe: %s of copies in %s, %s", format_bytes(self.copies.nbytes), self.copies.name, self.copies.source
+            )
         if kernels == "native":
             reasons = Counter(layer.layout.reason for layer in self.layers if layer.kernels == "stock")
             for reason, count in reasons.items():
@@ -249,6 +264,7 @@ class Bank:
             "slots": self.slab.slots,
             "slot_bytes": self.slab.slot_bytes,
             "experts": self._summary(),
+            "copies": None if self.copies is None else self.copies.stats(),
             **self._device.counts(transfer, [layer.compute for layer in self.layers]),
         }
         if per_layer:
@@ -266,7 +282,8 @@ class Bank:
         self._queue.close()
         if self.tables is not None:
             self.tables.close()
-        self.slab = None
+        self.slab = self.copies = None
+        self._parts = []
 
     def give_up(self, reason: str = CLOSED) -> None:
         """A forward of a layer raises ClosedError from now on."""

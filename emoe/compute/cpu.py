@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
@@ -80,18 +80,36 @@ class Native:
         self.pair_bytes = PAIR_BYTES
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._compute(hidden, index, weights, ops.routed(index, self._experts))
+
+    def _compute(
+        self,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Sequence[int],
+        beside: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str], object] | None = None,
+    ) -> torch.Tensor:
+        """Args:
+        experts: that are computed in slots.
+        beside: adds the others to the output in the mode that it is told, while the first reads are under way.
+        """
         T, K = index.shape
         H = hidden.shape[1]
         pairs = self.pair_bytes >= T * K * H * 4
+        mode = "pairs" if pairs else "accumulate"
         out = torch.zeros((T, K, H) if pairs else (T, H), dtype=torch.float32)
         hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
         slot_of = self._slot_of
-        with closing(self._loader.rounds(self._layer, ops.routed(index, self._experts))) as rounds:
+        with closing(self._loader.rounds(self._layer, experts)) as rounds:
             for group in rounds:
                 slot_of.fill(-1)
                 for expert, slot in group:
                     slot_of[expert] = slot
-                ops.gather_mlp(
-                    self._mlp, self._slab, slot_of, hidden, index, weights, out, "pairs" if pairs else "accumulate"
-                )
+                ops.gather_mlp(self._mlp, self._slab, slot_of, hidden, index, weights, out, mode)
+                if beside is not None:
+                    beside(hidden, index, weights, out, mode)
+                    beside = None
+        if beside is not None:
+            beside(hidden, index, weights, out, mode)
         return ops.combine(out, hidden.dtype) if pairs else out.to(hidden.dtype)

@@ -16,23 +16,13 @@ from typing import Any
 
 from emoe.convert.names import Matrix, matrices
 from emoe.convert.rest import linear_tensors
-from emoe.model.encode import INT4, INT8
+from emoe.model.encode import FALLBACKS, INT4, INT8
 from emoe.model.encoding import ITEMSIZE, encoding
 from emoe.options import FP8
 from emoe.store import ExpertStore
 from emoe.store.companions import Group, grouped
 from emoe.store.headers import DTYPES, TensorEntry
 
-# Where the columns are no whole number of blocks: what takes about as many bits and whose last group may be cut. What
-# fits nothing stays as it is.
-_FALLBACKS = {
-    "q4_k": ("q4_0", INT4),
-    "q4_0": (INT4,),
-    "mxfp4": (INT4,),
-    "q5_k": ("q5_1", INT8),
-    "q6_k": ("q8_0", INT8),
-    "q8_0": (INT8,),
-}
 # In GGUF as llama.cpp does.
 IN_GGUF = {"q4_k": ("q5_0",), "q5_k": ("q5_1",), "q6_k": ("q8_0",)}
 _GROUPS = {INT4: 32, INT8: 32}  # columns that share a scale
@@ -156,7 +146,7 @@ class Conversion:
         return found.hexdigest()
 
 
-def chosen(asked: str, matrix: Matrix, plain: str, fallbacks: Mapping[str, Sequence[str]] = _FALLBACKS) -> str:
+def chosen(asked: str, matrix: Matrix, plain: str, fallbacks: Mapping[str, Sequence[str]] = FALLBACKS) -> str:
     """The encoding of a matrix: what was asked for where its rows are whole blocks, else the next that fits.
 
     Args:

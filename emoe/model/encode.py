@@ -21,6 +21,16 @@ from emoe.options import FP8
 
 # Groups of 32 along the inputs, the last of a row as long as the row is.
 INT4, INT8 = "int4-32-bfloat16", "int8-1x32-bfloat16"
+# Where the columns are no whole number of blocks: what takes about as many bits and whose last group may be cut. What
+# fits nothing stays as it is.
+FALLBACKS = {
+    "q4_k": ("q4_0", INT4),
+    "q4_0": (INT4,),
+    "mxfp4": (INT4,),
+    "q5_k": ("q5_1", INT8),
+    "q6_k": ("q8_0", INT8),
+    "q8_0": (INT8,),
+}
 _CHUNK = 1 << 18  # numbers that are encoded at once: 1 MiB of float32, and about ten times that for what is computed
 WORKSPACE = 40 << 20  # bytes that encoding takes beside the matrix and what becomes of it, for each thread
 _REFINED = 2  # more roundings of the best of a search
@@ -137,9 +147,9 @@ def _gguf_mxfp4(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _int4(numbers: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """Codes from -8 to 7 times a scale of either sign."""
+    """Codes from -8 to 7 times a scale of either sign, all numbers weighing the same: that loses a twentieth less."""
     x, groups = _cut_groups(numbers, size)
-    scale = _fit_symmetric(x, 8).bfloat16()
+    scale = _fit_symmetric(x, 8, torch.ones_like(x)).bfloat16()
     codes = (x / scale.float()).round().clamp(-8, 7).nan_to_num(0) + 8
     rows, cols = numbers.shape
     return {"codes": _words(_joined(codes, rows, cols)), "scales": scale.view(rows, groups)}
@@ -220,9 +230,12 @@ def _fit_affine(x: torch.Tensor, most: int, first: float, steps: int) -> tuple[t
     return torch.where(high > x.amin(0).clamp(max=0), scale, 0.0), -low  # all the same and not above zero: no scale
 
 
-def _fit_symmetric(x: torch.Tensor, most: int) -> torch.Tensor:
-    """The scale of each group such that scale * code is near x, with codes from -most to most - 1; of either sign."""
-    weight = x.square()
+def _fit_symmetric(x: torch.Tensor, most: int, weight: torch.Tensor) -> torch.Tensor:
+    """The scale of each group such that scale * code is near x, with codes from -most to most - 1; of either sign.
+
+    Args:
+        weight: of each number.
+    """
     weighted = weight * x
     largest = x.gather(0, x.abs().argmax(0, keepdim=True))[0]  # with its sign: there is one more code below zero
     best = torch.zeros_like(largest)
@@ -275,7 +288,7 @@ def _packed_scales(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 def _q6_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sixteen groups of 16 a block, scales in eight bits times one of the block."""
     x = _grouped(numbers, 16)
-    scale = _fit_symmetric(x, 32).view(-1, 16)
+    scale = _fit_symmetric(x, 32, x.square()).view(-1, 16)
     largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
     unit = (largest / -128).half()
     units = (scale * (-128 / largest)).round().clamp(-128, 127).nan_to_num(0)

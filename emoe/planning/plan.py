@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,11 @@ from emoe.errors import BudgetError, ConfigError
 from emoe.memory import available_memory, format_bytes
 from emoe.model import dense, layout, structure, summary
 from emoe.model.config import read_config
+from emoe.model.copies import CopyLayout
 from emoe.model.encoding import encoding
 from emoe.model.spec import PAGE, ExpertForm
 from emoe.options import Budget, Options, parse_budget, takes
-from emoe.planning import activations, bandwidth, encoded, kv_cache
+from emoe.planning import activations, bandwidth, copies, encoded, kv_cache
 from emoe.planning.encoded import Stored
 from emoe.planning.meta import meta_model
 from emoe.store.checkpoint import Sizes
@@ -50,9 +52,11 @@ class Plan:
     layers that are alike: their numbers, the encoding of gate, up and down, bytes_per_expert, and the kernels that
     compute them on a CPU ("native", or "stock" and the reason). `activation_bytes` is what a prompt's chunk of
     `prefill_chunk` tokens a sequence takes at the end of a full context; None: prompts are computed whole.
+    `coarse` names the encoding of the copies of all experts that routing coarse keeps in memory, `copy_bytes` is what
+    they take, and `copy_layouts` says how they lie; None where there are none.
     `library_bytes` of the budget are left to what torch and Transformers take when they run any model: 128 MiB, less in
     budgets under 256 MiB, and none up to 128 MiB or on a GPU. `layouts` says of each layer where an expert's parameters
-    lie in a slot; it is not in `to_dict`.
+    lie in a slot. Layouts are not in `to_dict`.
 
     What is on the disk is as `source` says: "headers" of the files, the "config" where there are none, or "model" where
     the model is in memory (`emoe.wrap`) and there is no checkpoint (None). `checkpoint_bytes` are all its tensors,
@@ -94,6 +98,9 @@ class Plan:
     kept_encodings: tuple[str, ...] = ()
     experts: tuple[dict[str, Any], ...] = ()
     layouts: tuple[layout.SlotLayout, ...] = field(default=(), repr=False)
+    coarse: str | None = None
+    copy_bytes: int = 0
+    copy_layouts: tuple[CopyLayout, ...] = field(default=(), repr=False)
 
     @property
     def model_bytes(self) -> int:
@@ -115,9 +122,9 @@ class Plan:
 
     @property
     def planned_bytes(self) -> int:
-        """What the model will take: weights outside experts, slots, staging, KV cache, activations; no libraries."""
+        """What the model will take: weights outside experts, slots, copies, staging, KV cache, activations."""
         fixed = self.non_expert_bytes + self.staging_bytes + self.kv_bytes + self.activation_bytes
-        return fixed + self.slab_bytes
+        return fixed + self.slab_bytes + self.copy_bytes
 
     @property
     def resident_share(self) -> float:
@@ -126,8 +133,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        values = asdict(replace(self, layouts=()))
-        del values["layouts"]
+        values = asdict(replace(self, layouts=(), copy_layouts=()))
+        del values["layouts"], values["copy_layouts"]
         return {
             **values,
             "model_bytes": self.model_bytes,
@@ -203,7 +210,7 @@ def _plan(
     stored: Stored | None = None,
 ) -> Plan:
     """`stored` is how the checkpoint lies on the disk; None where the model is in memory."""
-    budget = parse_budget(options.memory_budget)
+    budget, free = parse_budget(options.memory_budget), functools.cache(free)
     found = structure.find_experts(model)
     top_k = structure.top_k(model)
     specs = [structure.param_specs(module) for _, module in found]
@@ -226,6 +233,11 @@ def _plan(
     )  # fmt: skip
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     libraries = _Libraries(options.device)
+    coarse = None
+    if options.routing == "coarse" and not _all_fit(budget, fixed, slot_bytes * sum(experts), libraries, free):
+        reasons = [each.reason for each in layouts]
+        coarse = copies.choose(options.coarse, found, forms, reasons, experts)
+        fixed += coarse.nbytes
     smallest = libraries.beside(fixed + len(experts) * slot_bytes)
     notes = [note for note in (stored.note if stored else "", kv_note) if note]
     if (more := decoded_bytes - encoded_bytes) > 0:
@@ -235,7 +247,12 @@ def _plan(
             "they are"
         )
     notes += prefill.notes
-    slots, nbytes = _slots(budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare, libraries)
+    if options.routing == "coarse" and coarse is None:
+        notes.append("all experts fit into slots: routing='coarse' makes no copies, and is exact")
+    slots, nbytes = _slots(
+        budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare, libraries,
+        copies=coarse.nbytes if coarse else 0,
+    )  # fmt: skip
     warnings = []
     if min(slots) < top_k:
         enough = libraries.beside(fixed + slot_bytes * len(experts) * top_k)
@@ -276,7 +293,24 @@ def _plan(
         kept_encodings=tuple(sorted(set(kept.values()))),
         experts=_summary(forms, layouts, options.kernels),
         layouts=layouts,
+        coarse=coarse.name if coarse else None,
+        copy_bytes=coarse.nbytes if coarse else 0,
+        copy_layouts=coarse.layouts if coarse else (),
     )
+
+
+def _all_fit(budget: Budget, fixed: int, slabs: int, libraries: _Libraries, free: Callable[[], int]) -> bool:
+    """Whether every expert has a slot, so that none is ever absent."""
+    if budget.kind == "fraction":
+        return budget.share == 1
+    nbytes = _auto_bytes(free())[0] if budget.kind == "auto" else budget.nbytes
+    return nbytes - libraries.of(nbytes) - fixed >= slabs
+
+
+def _auto_bytes(there: int) -> tuple[int, int]:
+    """Of so many free bytes those that "auto" takes, and those that stay reserved."""
+    reserve = max(AUTO_RESERVE_LEAST, min(AUTO_RESERVE_BYTES, there // 8), int(AUTO_RESERVE_SHARE * there))
+    return max(0, there - reserve), reserve
 
 
 def _summary(
@@ -345,6 +379,8 @@ def _slots(
     free: Callable[[], int],
     spare: int,
     libraries: _Libraries,
+    *,
+    copies: int,
 ) -> tuple[tuple[int, ...], int]:
     """Slots of each layer, and the budget in bytes."""
     if budget.kind == "fraction":
@@ -352,8 +388,7 @@ def _slots(
         return slots, libraries.beside(fixed + sum(slots) * slot_bytes)
     if budget.kind == "auto":
         there = free()
-        reserve = max(AUTO_RESERVE_LEAST, min(AUTO_RESERVE_BYTES, there // 8), int(AUTO_RESERVE_SHARE * there))
-        nbytes = max(0, there - reserve)
+        nbytes, reserve = _auto_bytes(there)
         notes.append(
             f"auto took {format_bytes(nbytes)}: {format_bytes(there)} are free, {format_bytes(reserve)} stay reserved"
         )
@@ -367,14 +402,18 @@ def _slots(
             how += f"; prefill_chunk={activations.SMALLEST_CHUNK} takes {format_bytes(spare)} less, prompts take longer"
         raise BudgetError(
             f"{name} does not run in {format_bytes(nbytes)}: the smallest budget that works is "
-            f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed)} for weights outside experts, "
-            f"staging, KV cache and activations, and one slot of {format_bytes(slot_bytes)} in each of {len(experts)} "
-            f"layers{_beside(libraries.of(smallest))}{how}",
+            f"{format_bytes(smallest)} ({smallest} bytes): {format_bytes(fixed - copies)} for weights outside experts, "
+            f"staging, KV cache and activations, {_for_copies(copies)}and one slot of {format_bytes(slot_bytes)} in "
+            f"each of {len(experts)} layers{_beside(libraries.of(smallest))}{how}",
             needed=smallest,
             budget=nbytes,
         )
     slots = divide_slots(total, experts)
     return slots, budget.nbytes or libraries.beside(fixed + sum(slots) * slot_bytes)
+
+
+def _for_copies(nbytes: int) -> str:
+    return f"{format_bytes(nbytes)} for copies of all experts (coarse=), " if nbytes else ""
 
 
 def _beside(nbytes: int) -> str:

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import astuple
 from threading import RLock
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from emoe.errors import ConfigError, UnsupportedModelError
+from emoe.model.structure import find_experts
 from emoe.options import Bias
 from emoe.requests import Kind, Request, Requests, Span, Tally
+from emoe.routing.coarse import CoarseRouting
 from emoe.routing.contract import Contract
 from emoe.routing.host import exchange
 from emoe.routing.options import RoutingOptions, parse_options
@@ -64,12 +67,17 @@ class Routing:
         self._contract = None if options.bound is None else Contract(options.bound, adapt=options.mode == "biased")
         self._handles: list[RemovableHandle] = []
         self._settled: SettledRouting | None = None
+        self.coarse: CoarseRouting | None = None  # in that mode, which looks at no router
         self.observer: Callable[[int, torch.Tensor], None] | None = None  # told layer and the router's own picks [T, K]
         if options.mode == "exact":
             return
         if residency is None:
             raise ConfigError(f"routing={options.mode!r} needs to know which experts are resident")
         self._residency = residency
+        if options.mode == "coarse":
+            self.coarse = CoarseRouting(residency, options, self._requests, self._take)
+            self._layers = [Tally() for _ in find_experts(model)]
+            return
         self.sites = find_routers(model)
         self._layers = [Tally() for _ in self.sites]
 
@@ -275,6 +283,11 @@ class Routing:
         asked = self.options.bias_of(task)
         return asked if self._contract is None else self._contract.bias(task, asked)
 
+    def _in_force(self, task: str | None) -> dict[str, Any]:
+        if self.coarse is not None:
+            return {"exact_mass": self.options.exact_mass_of(task)}
+        return {"bias": _for_json(self._bias_of(task))}
+
     # Counting
 
     def _count_untouched(self, site: Site, spans: list[Span], present: torch.Tensor, *, all_present: bool) -> None:
@@ -330,13 +343,15 @@ class Routing:
         substituted: int,
         mass: float,
         misses: int = 0,
+        coarse: int = 0,
+        coarse_mass: float = 0.0,
     ) -> None:
         with _COUNTING:
             task = self._tasks.get(request.task)
             if task is None:
                 task = self._tasks[request.task] = Tally()
             for tally in (request.tally, task, self._layers[layer]):
-                tally.add(rows, picks, absent, substituted, misses, mass)
+                tally.add(rows, picks, absent, substituted, misses, mass, coarse, coarse_mass)
 
     def stats(self, *, per_layer: bool = False) -> dict[str, Any]:
         """Counts since the start; docs/routing.md says what each means.
@@ -346,26 +361,26 @@ class Routing:
 
         Returns:
             mode, max_substituted_mass, exact_layers (layers whose picks no mode can change), rows, picks, absent,
-            substituted, misses, substituted_mass, `tasks` (the same by task, with the bias in force; those without a
-            name under ""), and `requests` (the same for the last finished ones).
+            substituted, misses, substituted_mass, coarse, coarse_mass, `tasks` (the same by task, with the bias or
+            exact_mass in force; those without a name under ""), and `requests` (the same for the last finished ones).
         """
         if self._settled is not None:
             self._settled.read()
         total = Tally()
         tasks = dict(self._tasks)  # forwards go on
         for tally in tasks.values():
-            total.add(tally.rows, tally.picks, tally.absent, tally.substituted, tally.misses, tally.mass)
+            total.add(*astuple(tally))
         result = {
             "mode": self.options.mode,
             "max_substituted_mass": self.options.bound,
             "exact_layers": sum(site.rule is None for site in self.sites),
             **total.to_dict(),
-            "tasks": {
-                task or "": {**tally.to_dict(), "bias": _for_json(self._bias_of(task))} for task, tally in tasks.items()
-            },
+            "tasks": {task or "": {**tally.to_dict(), **self._in_force(task)} for task, tally in tasks.items()},
             "requests": [request.to_dict() for request in self._finished],
         }
-        if per_layer:
+        if per_layer and self.coarse is not None:
+            result["layers"] = [tally.to_dict() for tally in self._layers]
+        elif per_layer:
             result["layers"] = [
                 {"router": site.path, "rule": str(site.rule or "token table"), **tally.to_dict()}
                 for site, tally in zip(self.sites, self._layers, strict=True)
@@ -412,7 +427,7 @@ def attach(
     Args:
         model: a Transformers model whose experts go through the experts interface.
         residency: which experts count as resident, e.g. a `FixedResidency`.
-        routing: "exact", "resident" or "biased".
+        routing: "exact", "resident" or "biased"; "coarse" needs a runtime.
         bias: for "biased": bonus of resident experts, in ranges of the selection key; a number, or one per task.
         max_substituted_mass: largest mean share of router mass that may be substituted in a request.
 
@@ -426,6 +441,8 @@ def attach(
     own = getattr(getattr(model, "emoe", None), "routing", None)
     if own is not None and own.options.mode != "exact":
         raise ConfigError(f"this model runs with routing='{own.options.mode}' already; load it with routing='exact'")
+    if routing == "coarse":
+        raise ConfigError("routing='coarse' needs copies of experts: load or wrap the model with it")
     attached = Routing(model, residency, parse_options(routing, bias, max_substituted_mass))
     attached.start()
     return attached

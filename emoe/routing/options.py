@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from emoe.options import DEFAULT_TASK, Bias, Options
+
+EXACT_MASS = 0.25  # where none is asked for: docs/quality.md
 
 
 @dataclass(frozen=True)
@@ -14,18 +16,35 @@ class RoutingOptions:
     """A routing mode and what belongs to it.
 
     Attributes:
-        mode: "exact", "resident" or "biased".
+        mode: "exact", "resident", "biased" or "coarse".
         bias: bonus of resident experts by task, with an entry for "default"; in ranges of a row's selection key.
         bound: largest mean share of router mass that may be substituted, None for no contract.
+        exact_mass: in mode "coarse", the share of a row's mass from which an absent expert is read, by task as `bias`.
     """
 
     mode: str
     bias: Mapping[str, float]
     bound: float | None
+    exact_mass: Mapping[str, float] = field(default_factory=lambda: {DEFAULT_TASK: EXACT_MASS})
 
     def bias_of(self, task: str | None) -> float:
         """The bonus asked for a task."""
-        return self.bias[DEFAULT_TASK] if task is None else self.bias.get(task, self.bias[DEFAULT_TASK])
+        return _of(self.bias, task)
+
+    def exact_mass_of(self, task: str | None) -> float:
+        """The share from which the experts of a task are read."""
+        return _of(self.exact_mass, task)
+
+    @property
+    def loads_misses(self) -> bool:
+        """Whether a request may read experts that are not in memory, once slots are full."""
+        if self.mode == "coarse":
+            return any(mass < 1 for mass in self.exact_mass.values())
+        return self.mode != "resident" or self.bound is not None
+
+
+def _of(by_task: Mapping[str, float], task: str | None) -> float:
+    return by_task[DEFAULT_TASK] if task is None else by_task.get(task, by_task[DEFAULT_TASK])
 
 
 def parse_options(routing: str, bias: Bias | None = None, max_substituted_mass: float | None = None) -> RoutingOptions:
@@ -43,4 +62,9 @@ def routing_of(options: Options) -> RoutingOptions:
     if bias is None:
         bias = 0.0 if options.routing == "exact" else math.inf
     by_task = bias if isinstance(bias, Mapping) else {DEFAULT_TASK: bias}
-    return RoutingOptions(options.routing, {DEFAULT_TASK: 0.0, **by_task}, options.max_substituted_mass)
+    mass = EXACT_MASS if options.exact_mass is None else options.exact_mass
+    masses = mass if isinstance(mass, Mapping) else {DEFAULT_TASK: mass}
+    return RoutingOptions(
+        options.routing, {DEFAULT_TASK: 0.0, **by_task}, options.max_substituted_mass,
+        {DEFAULT_TASK: EXACT_MASS, **masses},
+    )  # fmt: skip

@@ -27,7 +27,7 @@ class Probe:
 
     Attributes:
         task: of the request.
-        substituted_mass: mean share of router mass that was substituted.
+        substituted_mass: mean share of router mass that was substituted, or computed with copies.
         logit_change: mean total variation distance, 0 to 1, of the next-token distributions with and without.
         tokens: positions compared.
         seconds: what the two forwards took.
@@ -43,9 +43,9 @@ class Probe:
 class Prober:
     """Probes requests of one model.
 
-    On a model with a runtime in mode `resident` or `biased`, the substituted pass is the mode as it is, with what is
-    resident now; it is counted, and predicted for, as one request. The exact pass then reads what is missing, which
-    moves experts in the cache: probe a few percent of the requests. Elsewhere the substituted pass goes through a
+    On a model with a runtime in mode `resident`, `biased` or `coarse`, the substituted pass is the mode as it is, with
+    what is resident now; it is counted, and predicted for, as one request. The exact pass then reads what is missing,
+    which moves experts in the cache: probe a few percent of the requests. Elsewhere the substituted pass goes through a
     residency drawn at random, mode `resident`; the n-th probe of every task draws the same one, so that tasks are
     compared alike.
 
@@ -109,7 +109,7 @@ class Prober:
             with self._exact():
                 untouched = next_token_probabilities(self._model, [row], [prompt_tokens - 1])[0]
         distance = 1 - torch.minimum(changed, untouched).sum(-1).mean().item()
-        mass = request.tally.substituted_mass
+        mass = request.tally.changed_mass
         return Probe(task, mass, min(1.0, max(0.0, distance)), len(changed), time.perf_counter() - started)
 
     def _unseen(self) -> AbstractContextManager[Any]:

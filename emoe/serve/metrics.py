@@ -133,11 +133,13 @@ class _EngineStats(Collector):
         yield _family("read_bytes", "Bytes of experts read.", "lane", lanes, counts=True)
         routing = model.get("routing", {})
         yield _gauge("substituted_mass", "Mean share of router mass substituted.", routing.get("substituted_mass"))
+        yield _gauge("coarse_mass", "Mean share of router mass computed with copies.", routing.get("coarse_mass"))
         tasks = {task or UNKNOWN: tally for task, tally in routing.get("tasks", {}).items()}
         for name, what in (
             ("picks", "Experts that tokens were routed to"),
             ("absent", "Of these, not in memory then"),
             ("substituted", "Of these, another took their place"),
+            ("coarse", "Of these, their copies were computed"),
         ):
             of_tasks = {task: tally.get(name) for task, tally in tasks.items()}
             yield _family(f"task_{name}", f"{what}, where routing looks at it.", "task", of_tasks, counts=True)

@@ -197,7 +197,7 @@ def merged(named: Mapping[str, Mapping[str, Any]], gone: Sequence[Mapping[str, A
     return {"engine": engine, "model": model, "layers": layers, "replicas": replicas}
 
 
-_TALLIED = ("rows", "picks", "absent", "substituted", "misses")
+_TALLIED = ("rows", "picks", "absent", "substituted", "coarse", "misses")
 
 
 def _routing(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -209,11 +209,13 @@ def _routing(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _tally(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums; the substituted mass is a mean over rows."""
+    """Sums; masses are means over rows."""
     found = {**parts[0], **_sums(parts, _TALLIED)}
     rows = found["rows"]
-    mass = sum(each.get("substituted_mass", 0.0) * each.get("rows", 0) for each in parts)
-    return {**found, "substituted_mass": mass / rows if rows else 0.0}
+    for name in ("substituted_mass", "coarse_mass"):
+        mass = sum(each.get(name, 0.0) * each.get("rows", 0) for each in parts)
+        found[name] = mass / rows if rows else 0.0
+    return found
 
 
 def _sums(parts: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:

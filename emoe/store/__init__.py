@@ -79,6 +79,11 @@ class ExpertStore:
         self.closed = False
         self._finalizer = weakref.finalize(self, cleanup) if cleanup else None
 
+    @property
+    def owned(self) -> bool:
+        """Whether its files are its own, and go with it."""
+        return self._finalizer is not None
+
     def files(self) -> set[str]:
         """Every file that holds a piece."""
         return {piece.file for layer in self.layers for pieces in layer.pieces for piece in pieces}

@@ -29,6 +29,7 @@ CASES = {
     "resident": {"routing": "resident"},
     "resident, predictor": {"routing": "resident", "predictor": "recent"},
     "biased": {"routing": "biased", "bias": 1.0},
+    "coarse": {"routing": "coarse", "exact_mass": 0.3},
     "contract": {"routing": "biased", "bias": 1.0, "max_substituted_mass": 0.1},
     "all": {
         "routing": "resident", "max_substituted_mass": 0.1, "predictor": "recent", "prefetch": "look-ahead",

@@ -1,0 +1,91 @@
+"""Copies of all experts in few bits, for routing coarse: which encoding, and what it takes of a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from emoe.errors import ConfigError, UnsupportedModelError
+from emoe.memory import format_bytes
+from emoe.model import copies
+from emoe.model.copies import CopyLayout
+from emoe.model.spec import ExpertForm
+from emoe.options import COPIES
+
+# "auto" takes no copy that costs more than this share of what it stands for: a slot's worth of copies is then better
+# spent on slots (docs/quality.md).
+MOST_OF_AN_EXPERT = 0.6
+AUTO = "int4"
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Attributes:
+    name: the encoding as `coarse=` names it.
+    nbytes: all of them.
+    layouts: of each layer.
+    """
+
+    name: str
+    nbytes: int
+    layouts: tuple[CopyLayout, ...]
+
+
+def choose(
+    asked: str,
+    found: Sequence[tuple[str, nn.Module]],
+    forms: Sequence[ExpertForm],
+    reasons: Sequence[str],
+    experts: Sequence[int],
+) -> Copies:
+    """The copies that `coarse=` asks for.
+
+    Args:
+        asked: one of `COPIES`, or "auto".
+        found: path and experts module of each layer.
+        forms: of an expert of each.
+        reasons: why the native kernels do not compute it as it is, or "".
+        experts: how many a layer has.
+
+    Raises:
+        ConfigError: copies would take more than they save.
+        UnsupportedModelError: a layer's experts are not computed natively, or have no such copy.
+    """
+    for (path, _), reason in zip(found, reasons, strict=True):
+        if reason:
+            raise UnsupportedModelError(
+                f"routing='coarse' needs the native kernels, and the experts of {path} run Transformers' own code: "
+                f"{reason} routing='exact' runs them"
+            )
+    whole = sum(count * form.nbytes for count, form in zip(experts, forms, strict=True))
+    if asked != "auto":
+        made = _made(asked, found, forms, experts)
+        if made.nbytes >= whole:
+            raise ConfigError(
+                f"coarse={asked!r} makes copies of {format_bytes(made.nbytes)} for experts of {format_bytes(whole)} "
+                f"({_encodings(forms)}): they save nothing; routing='exact' needs none"
+            )
+        return made
+    made = _made(AUTO, found, forms, experts)
+    if made.nbytes > MOST_OF_AN_EXPERT * whole:
+        raise ConfigError(
+            f"experts take few bits already ({_encodings(forms)}): copies in {AUTO} would take "
+            f"{format_bytes(made.nbytes)} beside experts of {format_bytes(whole)}, which is better spent on slots. "
+            f"routing='exact' and 'resident' need no copies; coarse= makes them all the same: {', '.join(COPIES)}"
+        )
+    return made
+
+
+def _made(
+    name: str, found: Sequence[tuple[str, nn.Module]], forms: Sequence[ExpertForm], experts: Sequence[int]
+) -> Copies:
+    layouts = tuple(
+        copies.describe(path, module, form.params, name) for (path, module), form in zip(found, forms, strict=True)
+    )
+    return Copies(name, sum(count * each.nbytes for count, each in zip(experts, layouts, strict=True)), layouts)
+
+
+def _encodings(forms: Sequence[ExpertForm]) -> str:
+    return ", ".join(dict.fromkeys(name for form in forms for name in form.encodings))
