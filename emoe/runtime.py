@@ -84,7 +84,8 @@ class Runtime:
         self.base = BaseSet(
             self.loader, self._bank.residency, experts_per_layer, plan.top_k,
             opened(options, len(experts_per_layer), max(experts_per_layer), model),
-            loads_misses=routing.loads_misses, waits=routing.mode == "resident", requests=self.requests,
+            loads_misses=routing.loads_misses, ahead=routing.mode in ("resident", "coarse"),
+            waits=routing.mode == "resident", requests=self.requests,
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
         )  # fmt: skip
         self.lending = self._bank.lending(plan.top_k, self.base.resized)

@@ -47,8 +47,9 @@ class BaseSet:
         top_k: picks of a token in a layer.
         options: the predictor and how it runs.
         loads_misses: False in mode `resident` without a contract: nothing else loads, so the base set takes all slots.
-        waits: True in mode `resident`: the base set is loaded as a request begins, which waits for it. Elsewhere its
-            experts are kept once a miss has loaded them.
+        ahead: True in modes `resident` and `coarse`: the base set is loaded as a request begins. Elsewhere its experts
+            are kept once a miss has loaded them.
+        waits: True in mode `resident`: the request waits for that.
         observed: layers whose router picks come by `picked`; those of the others are what they compute with.
         requests: tells of requests, and which forwards are users'.
 
@@ -65,6 +66,7 @@ class BaseSet:
         options: Options,
         *,
         loads_misses: bool,
+        ahead: bool,
         waits: bool,
         observed: Sequence[int] = (),
         requests: Requests | None = None,
@@ -72,7 +74,7 @@ class BaseSet:
         self._loader, self._cache, self._residency = loader, loader.cache, residency
         self._experts = list(experts_per_layer)
         self._options, self._top_k = options, top_k
-        self._loads_misses, self._waits = loads_misses, waits
+        self._loads_misses, self._ahead, self._waits = loads_misses, ahead, waits
         self._observed = frozenset(observed)
         L = len(self._experts)
         slots = self._slots()
@@ -84,9 +86,9 @@ class BaseSet:
         self._rival = self._base
         self._pending: list[list[int]] = [[] for _ in range(L)]
         self._refresh = Refresh(options.period)
-        self._between = Between(self._experts, slots) if waits else None
+        self._between = Between(self._experts, slots) if ahead else None
         self._rivals = self._between or Loading(self._experts, slots, make(options.policy))
-        self._switch = Switch(loads_misses=not waits)
+        self._switch = Switch(loads_misses=not ahead)
         if options.predictor is not None and options.predictor.names:
             self._switch.start_off(UNKNOWN_TASK, "the predictor does not know the task")
         self._kept = False  # whether the base set is, for the requests that run
@@ -312,25 +314,25 @@ class BaseSet:
         return self._expected[number]
 
     def _bring(self, wanted: Mask) -> None:
-        """Protects these experts [L, E], from when they arrive; in `resident` what is missing is loaded and waited for.
+        """Protects these experts [L, E], from when they arrive; what is missing is loaded where it is to be.
 
         Where misses are loaded, moving experts ahead of them moves more bytes than it saves (docs/slots.md).
         """
         for layer in range(len(self._experts)):
             self._cache.protect(layer, np.flatnonzero(wanted[layer]).tolist())
-        if not self._waits:
+        if not self._ahead:
             return
         self._loader.cancel_prefetch()
         for layer in range(len(self._experts)):
             experts = sorted(self._cache.protected(layer))
             self._pending[layer] = [expert for expert in experts if self._cache.lookup(layer, expert) is None]
             self._load(layer)
-            while self._pending[layer]:
+            while self._waits and self._pending[layer]:
                 # Substitutes would be taken from what the last base set left.
                 self._loader.finish_prefetch(layer)
                 if not self._load(layer):
                     break
-        for layer in range(len(self._experts)):
+        for layer in range(len(self._experts) if self._waits else 0):
             self._loader.finish_prefetch(layer)
 
     def _load(self, layer: int) -> int:

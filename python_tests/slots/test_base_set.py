@@ -208,8 +208,9 @@ def test_loads_for_a_base_set_that_is_no_longer_wanted_are_cancelled():
     scores[:, [1, 2, 3]] = 1.0
     predictor = Favourites(scores, names=("code", "talk"))
     options = Options(predictor=predictor, slack=0.5)
-    base = BaseSet(loader, CacheResidency(cache, [8, 8]), [8, 8], 2, options, loads_misses=True, waits=True)
-    loader.finish_prefetch = lambda layer: None  # as if the request had been cut off while it waits
+    base = BaseSet(
+        loader, CacheResidency(cache, [8, 8]), [8, 8], 2, options, loads_misses=True, ahead=True, waits=False
+    )
     base.begin(Request("code"))
     assert [job.state for job in queue.jobs] == ["queued"] * 6
     predictor.scores = scores[:, ::-1]
