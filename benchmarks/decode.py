@@ -1,6 +1,7 @@
 """Whole-model speed against Transformers' own implementations, and against accelerate's disk offload at equal memory.
 
-python benchmarks/decode.py [--part resident|busy|capped|all] [--rounds 5] [--limit 1GiB] [--checkpoint DIR] [--check]
+python benchmarks/decode.py [--part resident|busy|context|capped|all] [--rounds 5] [--limit 1GiB] \
+    [--checkpoint DIR] [--check]
 
 An OLMoE-like model of 0.86 billion parameters (8 layers, hidden 1024, 64 experts of 512, top 8, bfloat16, random
 weights). Decode is fed random tokens: a model of random weights left alone repeats one token, whose experts stay hot.
@@ -8,7 +9,8 @@ resident: everything in memory; emoe, grouped_mm, eager and batched_mm take turn
 counts; once as the CPU is, and once with both sides held to AVX2. busy: the same with emoe (--dense) and grouped_mm,
 quiet and beside one process that computes without end, in turn. capped: emoe and accelerate's disk offload, each in
 its own process inside a memory cgroup of --limit bytes, page cache included and cold at the start; accelerate gets the
-best of several memory settings.
+best of several memory settings. context: everything in memory, a token after 1024 and after 8192 others; the cache that
+emoe writes in place and one that Transformers joins take turns in one process.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from rich.table import Table
 
 PREFILL_TOKENS = 256
 DECODE_TARGET, PREFILL_TARGET, CAPPED_TARGET, BUSY_TARGET = 2.0, 2.0, 5.0, 2.5
+CONTEXTS = (1024, 8192)
 STOCK = ("grouped_mm", "eager", "batched_mm")
 # What accelerate may put into memory; it keeps room for its largest layer inside this and needs more while loading.
 ACCELERATE_SETTINGS = ("0.3GiB", "0.45GiB", "0.6GiB")
@@ -53,9 +56,9 @@ def prefill_seconds(model: Any, tokens: int) -> float:
 
 
 @torch.no_grad()
-def decode_seconds(model: Any, tokens: int, warm: int = 2) -> float:
-    """Seconds for one token: the median of `tokens` steps after `warm`."""
-    out = model(prompt(8), use_cache=True, logits_to_keep=1)
+def decode_seconds(model: Any, tokens: int, warm: int = 2, cache: Any = None) -> float:
+    """Seconds for one token: the median of `tokens` steps after `warm`, which go on from a cache where one is given."""
+    out = model(prompt(8), past_key_values=cache, use_cache=True, logits_to_keep=1)
     forced = prompt(warm + tokens, seed=1)
     times = []
     for step in range(warm + tokens):
@@ -131,6 +134,34 @@ def busy(args: argparse.Namespace) -> dict[str, Any]:
                     times[name][when].append(1e3 * decode_seconds(model, tokens))
     stats = models["emoe"].emoe.stats()
     return {"ms_a_token": times, "isa": stats["isa"], "threads": stats["threads"], "load_average": os.getloadavg()[0]}
+
+
+def context_child(args: argparse.Namespace) -> dict[str, Any]:
+    """One process, everything in memory: the median over rounds of the milliseconds of a token."""
+    from transformers import DynamicCache
+
+    import emoe
+
+    class Joined(DynamicCache):
+        """emoe leaves caches of other classes as they are."""
+
+    model = emoe.from_pretrained(args.checkpoint, memory_budget=1.0, context=max(CONTEXTS))
+    prefill_seconds(model, PREFILL_TOKENS)  # fills the slots
+    times: dict[str, list[float]] = {}
+    for _ in range(args.rounds):
+        for context in CONTEXTS:
+            for name, kind in (("joined", Joined), ("in place", DynamicCache)):
+                cache = filled(model.config, kind(config=model.config), context)
+                times.setdefault(f"{context} {name}", []).append(1e3 * decode_seconds(model, args.tokens, cache=cache))
+    return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+
+
+def filled(config: Any, cache: Any, tokens: int) -> Any:
+    """A cache of random keys and values."""
+    shape = (1, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads)
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
+    return cache
 
 
 def capped_child(args: argparse.Namespace) -> dict[str, Any]:
@@ -251,7 +282,7 @@ def show_capped(console: Console, result: dict[str, Any]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["resident", "busy", "capped", "all"], default="all")
+    parser.add_argument("--part", choices=["resident", "busy", "context", "capped", "all"], default="all")
     parser.add_argument("--dense", choices=["auto", "native"], default="auto", help="of emoe, beside a busy process")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decode steps that are timed (default: 24)")
@@ -260,11 +291,14 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="folder that the checkpoint is written to and kept in")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--json", type=Path, default=common.RESULTS / "decode.json")
-    parser.add_argument("--child", choices=["resident", "busy", "emoe", "accelerate"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", choices=["resident", "busy", "context", "emoe", "accelerate"], help=argparse.SUPPRESS
+    )
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps({"resident": resident, "busy": busy}.get(args.child, capped_child)(args)))
+        child = {"resident": resident, "busy": busy, "context": context_child}.get(args.child, capped_child)
+        print(json.dumps(child(args)))
         return 0
 
     console = Console(width=140)
@@ -293,6 +327,14 @@ def main() -> int:
             ratio = show_busy(console, results["busy"], args.dense)
             console.print(f"emoe beside a busy process {ratio:.2f} x its quiet time (target at most {BUSY_TARGET})")
             missed.append(ratio > BUSY_TARGET)
+        if args.part in ("context", "all"):
+            command = common.this_script(
+                __file__, "--child", "context", "--checkpoint", str(folder), "--rounds", str(args.rounds),
+                "--tokens", str(args.tokens),
+            )  # fmt: skip
+            results["context"] = common.run_child(command)
+            for name, milliseconds in results["context"].items():
+                console.print(f"a token after {name}: {milliseconds:.1f} ms")
         if args.part in ("capped", "all"):
             results["capped"] = capped(args)
             ratio = show_capped(console, results["capped"])

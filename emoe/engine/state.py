@@ -8,65 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from emoe.planning.kv_cache import tensors_of
-from emoe.seam.kv_room import RoomyLayer
-
-ROOM = 64  # rows that a window may take before it moves
-
-
-class WindowLayer(DynamicSlidingWindowLayer):
-    """A sliding window or a chunk, written in place: keeps window - 1 rows, and gives them with the new ones.
-
-    Args:
-        window: rows that a row sees, itself among them.
-        tokens: of the whole request; the buffers are never larger.
-    """
-
-    _layer_type = None  # not the class of a layer type in Transformers' own table
-    keys: Any
-    values: Any
-
-    def __init__(self, window: int, tokens: int) -> None:
-        super().__init__(window)
-        self._tokens = tokens
-        self._start = self._stop = 0  # rows of the buffers that are in use
-        self._buffers: list[torch.Tensor] = []
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As `DynamicSlidingWindowLayer.update`: [1, heads, T, D] are appended; what they may see is returned."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        count, window = key_states.shape[-2], self.sliding_window
-        self.cumulative_length += count
-        self._start = max(self._start, self._stop - window + 1)
-        used = self._stop - self._start
-        capacity = self._buffers[0].shape[-2] if self._buffers else 0
-        if self._stop + count > capacity:
-            capacity = max(capacity, window_rows(window, max(self._tokens, used + count), count))
-            self._buffers = [
-                self._moved(number, states, capacity) for number, states in enumerate((key_states, value_states))
-            ]
-            self._start, self._stop = 0, used
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., self._stop : self._stop + count, :] = states
-        self._stop += count
-        self.keys, self.values = (buffer[..., self._start : self._stop, :] for buffer in self._buffers)
-        return self.keys, self.values
-
-    def _moved(self, number: int, states: torch.Tensor, capacity: int) -> torch.Tensor:
-        room = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
-        if self._buffers:
-            room[..., : self._stop - self._start, :] = self._buffers[number][..., self._start : self._stop, :]
-        return room
-
-
-def window_rows(window: int, tokens: int, chunk: int) -> int:
-    """Rows of a `WindowLayer`'s buffer, for a request of so many tokens that come at most `chunk` at a time."""
-    return min(tokens, window - 1 + max(chunk, ROOM))
+from emoe.seam.kv_room import RoomyLayer, WindowLayer, give_room, window_rows
 
 
 class OwnCache:
@@ -83,11 +28,7 @@ def new_state(model: Any, tokens: int) -> State:
     if not model._supports_default_dynamic_cache():
         return OwnCache()
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[number] = RoomyLayer(layer, tokens)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[number] = WindowLayer(layer.sliding_window, tokens)
+    give_room(cache, tokens)
     return cache
 
 

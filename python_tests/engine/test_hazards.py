@@ -19,9 +19,9 @@ from emoe.engine.attention import AttentionName, PackedMask, current
 from emoe.engine.engine import Engine
 from emoe.engine.runner import Piece, Runner
 from emoe.engine.sampling import Sampling
-from emoe.engine.state import WindowLayer, held_bytes, new_state
+from emoe.engine.state import held_bytes, new_state
 from emoe.errors import ConfigError
-from emoe.seam.kv_room import RoomyLayer
+from emoe.seam.kv_room import RoomyLayer, WindowLayer
 
 
 def build(make):
@@ -205,8 +205,8 @@ def test_windows_move_and_buffers_grow_as_transformers_own():
     generator = torch.Generator().manual_seed(0)
     for ours, theirs in (
         (RoomyLayer(DynamicLayer(), 400), DynamicLayer()),
-        (WindowLayer(7, 400), DynamicSlidingWindowLayer(7)),
-        (WindowLayer(7, 4), DynamicSlidingWindowLayer(7)),
+        (WindowLayer(DynamicSlidingWindowLayer(7), 400), DynamicSlidingWindowLayer(7)),
+        (WindowLayer(DynamicSlidingWindowLayer(7), 4), DynamicSlidingWindowLayer(7)),
     ):
         for count in [3, 1, 90, *[1] * 200, 5, 80]:
             key = torch.randn(1, 2, count, 4, generator=generator)
@@ -218,7 +218,7 @@ def test_windows_move_and_buffers_grow_as_transformers_own():
 
 
 def test_a_window_takes_no_more_than_its_request():
-    layer = WindowLayer(1000, 20)
+    layer = WindowLayer(DynamicSlidingWindowLayer(1000), 20)
     layer.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
     assert layer.keys.untyped_storage().nbytes() == 20 * 2 * 4 * 4
 

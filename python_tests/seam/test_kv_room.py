@@ -6,13 +6,16 @@ import copy
 import io
 import pickle
 
+import families
 import pytest
 import torch
 from families import build
 from test_prefill import CHUNK, LENGTH, prompt
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from emoe.seam.kv_room import RoomyLayer
+import emoe
+from emoe.seam.kv_room import RoomyLayer, WindowLayer, with_room
 from emoe.seam.prefill import ChunkedPrefill
 
 
@@ -25,25 +28,109 @@ def rows(count, seed=0):
     return torch.randn(2, 2, count, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def layers(kind, tokens):
+    """A layer of Transformers, and one with room that was made from another."""
+    make = DynamicLayer if kind == "all" else lambda: DynamicSlidingWindowLayer(7)
+    return make(), with_room(make(), tokens)
+
+
+@pytest.mark.parametrize("kind", ["all", "window"])
+@pytest.mark.parametrize("tokens", [4, 400])
 @torch.no_grad()
-def test_room_in_a_cache_survives_crops_and_replaced_tensors():
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(count):
-        return torch.randn(2, 2, count, 4, generator=generator)
-
-    plain, roomy = DynamicLayer(), RoomyLayer(DynamicLayer(), 8)
-    for step, count in enumerate((3, 1, 5, 1, 2)):
-        keys, values = rows(count), rows(count)
+def test_whatever_is_done_to_a_layer_it_holds_and_gives_what_transformers_own_does(kind, tokens):
+    plain, roomy = layers(kind, tokens)
+    assert type(roomy) is (RoomyLayer if kind == "all" else WindowLayer)
+    steps = {
+        2: lambda layer: layer.crop(-2),  # the window is not full yet
+        4: lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+        5: lambda layer: layer.batch_repeat_interleave(2),
+        8: lambda layer: layer.batch_select_indices(torch.tensor([3, 0])),
+        90: lambda layer: layer.reset(),
+    }
+    batch = {6: 4, 7: 4, 8: 4}
+    for step, count in enumerate([3, 1, 2, 5, 1, 1, 90, 1, 2, *[1] * 150, 5, 80]):
+        keys = torch.randn(batch.get(step, 2), 2, count, 4, generator=torch.Generator().manual_seed(step))
+        values = torch.cat([keys, keys + 1], dim=-1)
+        for mine, reference in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
+            assert torch.equal(mine, reference)
         for layer in (plain, roomy):
-            layer.update(keys, values)
-            if step == 1:
-                layer.crop(-2)
-            if step == 2:
-                layer.reorder_cache(torch.tensor([1, 1]))
+            steps.get(step, lambda layer: None)(layer)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        assert roomy.get_mask_sizes(4) == plain.get_mask_sizes(4)
+        if plain.keys is not None:
+            assert torch.equal(roomy.keys, plain.keys)
+            assert torch.equal(roomy.values, plain.values)
+
+
+@torch.no_grad()
+def test_a_window_that_records_its_past_is_cropped_to_it_as_transformers_own():
+    plain, roomy = layers("window", 40)
+    for layer in (plain, roomy):
+        layer.activate_past_recording()
+    for step, (count, removed) in enumerate(
+        [(9, 0), (4, -3), (4, -4), (1, 0), (5, -1), (60, -2), (3, 0), (2, None)] * 3
+    ):
+        new = rows(count, step)
+        for mine, reference in zip(roomy.update(new, new), plain.update(new, new), strict=True):
+            assert torch.equal(mine, reference)
+        if removed is not None:
+            for layer in (plain, roomy):
+                layer.crop(removed)
         assert torch.equal(roomy.keys, plain.keys)
-        assert torch.equal(roomy.values, plain.values)
-    assert roomy.get_seq_length() == plain.get_seq_length()
+
+
+class Stock(DynamicCache):
+    """Of another class, and so left as it is."""
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "exaone_moe"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 8},
+    ],
+    ids=lambda how: next(iter(how), "greedy"),
+)
+def test_generate_gives_the_very_tokens_that_it_gives_with_joined_caches(family, how):
+    model = build(family)
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        chunked = ChunkedPrefill(model, None, 24)
+        cache = DynamicCache(config=model.config) if in_place else Stock(config=model.config)
+        given = {"max_new_tokens": 30, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+        ids = prompt(length=20)[: 1 if "prompt_lookup_num_tokens" in how else 2]
+        found.append(model.generate(ids, past_key_values=cache, **given | how))
+        chunked.remove()
+        kinds = {type(layer) for layer in cache.layers}
+        assert kinds <= ({RoomyLayer, WindowLayer} if in_place else {DynamicLayer, DynamicSlidingWindowLayer})
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for before, now in zip(found[0].scores, found[1].scores, strict=True):
+        torch.testing.assert_close(now, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "exaone_moe"])
+@torch.no_grad()
+def test_a_full_cache_takes_no_more_than_the_plan_leaves_for_it(family, tmp_path):
+    families.save(family, tmp_path)
+    model = emoe.from_pretrained(tmp_path, memory_budget=1.0, context=200, prefill_chunk=64)
+    plan = model.emoe.plan
+    cache = model(prompt(length=150)).past_key_values
+    for _ in range(50):
+        model(prompt(length=1), past_key_values=cache)
+    taken = sum(layer.keys.untyped_storage().nbytes() * 2 for layer in cache.layers)
+    assert plan.kv_bytes <= taken <= plan.kv_bytes + plan.activation_bytes
+    windows = [layer for layer in cache.layers if type(layer) is WindowLayer]
+    assert windows
+    for layer in windows:
+        assert (
+            layer.keys.untyped_storage().nbytes() <= layer.keys.nbytes / layer.keys.shape[-2] * 2 * layer.sliding_window
+        )
+    model.emoe.close(restore=False)
 
 
 @torch.no_grad()
@@ -72,6 +159,32 @@ def test_a_view_that_is_kept_is_not_written_to_after_a_crop_or_a_reset():
     for view, before in kept:
         assert torch.equal(view, before)
     assert torch.equal(layer.keys, rows(4, 6))
+
+
+@torch.no_grad()
+def test_a_view_of_a_window_is_not_written_to_by_later_tokens():
+    _, layer = layers("window", 400)
+    kept = []
+    for step in range(200):
+        layer.update(rows(1, step), rows(1, -step))
+        kept.append((layer.keys, layer.keys.clone(), layer.values, layer.values.clone()))
+    for keys, copied_keys, values, copied_values in kept:
+        assert torch.equal(keys, copied_keys)
+        assert torch.equal(values, copied_values)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_window_is_transformers_own_and_goes_on():
+    plain, roomy = layers("window", 400)
+    for layer in (plain, roomy):
+        layer.update(rows(20), rows(20, 1))
+    twin = copy.deepcopy(roomy)
+    assert type(twin) is DynamicSlidingWindowLayer
+    assert twin.keys.untyped_storage().nbytes() == twin.keys.numel() * 4
+    for layer in (plain, twin):
+        layer.update(rows(3, 2), rows(3, 3))
+    assert torch.equal(twin.keys, plain.keys)
+    assert twin.get_mask_sizes(1) == plain.get_mask_sizes(1)
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
