@@ -1,6 +1,6 @@
 """Whole-model speed against Transformers' own implementations, and against accelerate's disk offload at equal memory.
 
-python benchmarks/decode.py [--part resident|busy|context|capped|all] [--rounds 5] [--limit 1GiB] \
+python benchmarks/decode.py [--part resident|rest|busy|context|capped|all] [--rounds 5] [--limit 1GiB] \
     [--checkpoint DIR] [--check]
 
 An OLMoE-like model of 0.86 billion parameters (8 layers, hidden 1024, 64 experts of 512, top 8, bfloat16, random
@@ -10,7 +10,8 @@ counts; once as the CPU is, and once with both sides held to AVX2. busy: the sam
 quiet and beside one process that computes without end, in turn. capped: emoe and accelerate's disk offload, each in
 its own process inside a memory cgroup of --limit bytes, page cache included and cold at the start; accelerate gets the
 best of several memory settings. context: everything in memory, a token after 1024 and after 8192 others; the cache that
-emoe writes in place and one that Transformers joins take turns in one process.
+emoe writes in place and one that Transformers joins take turns in one process. rest: everything in
+memory, what a step does outside experts by torch and by emoe's kernels, one after the other, in turn in one process.
 """
 
 from __future__ import annotations
@@ -156,6 +157,52 @@ def context_child(args: argparse.Namespace) -> dict[str, Any]:
     return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
 
 
+REST: dict[str, dict[str, Any]] = {
+    "torch": {"dense": "torch"},
+    "linear layers": {},
+}
+
+
+def rest_child(args: argparse.Namespace) -> dict[str, Any]:
+    """One process, everything in memory: medians over rounds of the milliseconds of a token and of a prompt."""
+    from transformers import DynamicCache
+
+    import emoe
+
+    models = {
+        name: emoe.from_pretrained(args.checkpoint, memory_budget=1.0, context=2048, **options)
+        for name, options in REST.items()
+    }
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+    for model in models.values():
+        prefill_seconds(model, PREFILL_TOKENS)  # fills the slots
+    for _ in range(args.rounds):
+        for name, model in models.items():
+            found = {"prefill": prefill_seconds(model, PREFILL_TOKENS)}
+            for context in (0, CONTEXTS[0]):
+                cache = DynamicCache(config=model.config)
+                found[f"after {context}"] = decode_seconds(
+                    model, args.tokens, cache=filled(model.config, cache, context) if context else cache
+                )
+            for what, seconds in found.items():
+                times[name].setdefault(what, []).append(1e3 * seconds)
+    medians = {
+        name: {what: sorted(each)[len(each) // 2] for what, each in found.items()} for name, found in times.items()
+    }
+    return {"milliseconds": medians, "isa": next(iter(models.values())).emoe.stats()["isa"]}
+
+
+def show_rest(console: Console, what: str, result: dict[str, Any]) -> None:
+    rows = result["milliseconds"]
+    table = Table(title=f"outside experts, ms (x torch), {what}: kernels {result['isa']}")
+    columns = list(rows["torch"])
+    for column in ("computed by emoe", *columns):
+        table.add_column(column, justify="left" if column == "computed by emoe" else "right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[each]:.1f} ({rows['torch'][each] / row[each]:.2f})" for each in columns))
+    console.print(table)
+
+
 def filled(config: Any, cache: Any, tokens: int) -> Any:
     """A cache of random keys and values."""
     shape = (1, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads)
@@ -282,7 +329,7 @@ def show_capped(console: Console, result: dict[str, Any]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["resident", "busy", "context", "capped", "all"], default="all")
+    parser.add_argument("--part", choices=["resident", "rest", "busy", "context", "capped", "all"], default="all")
     parser.add_argument("--dense", choices=["auto", "native"], default="auto", help="of emoe, beside a busy process")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="decode steps that are timed (default: 24)")
@@ -292,12 +339,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--json", type=Path, default=common.RESULTS / "decode.json")
     parser.add_argument(
-        "--child", choices=["resident", "busy", "context", "emoe", "accelerate"], help=argparse.SUPPRESS
+        "--child", choices=["resident", "rest", "busy", "context", "emoe", "accelerate"], help=argparse.SUPPRESS
     )
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child = {"resident": resident, "busy": busy, "context": context_child}.get(args.child, capped_child)
+        children = {"resident": resident, "rest": rest_child, "busy": busy, "context": context_child}
+        child = children.get(args.child, capped_child)
         print(json.dumps(child(args)))
         return 0
 
@@ -335,6 +383,14 @@ def main() -> int:
             results["context"] = common.run_child(command)
             for name, milliseconds in results["context"].items():
                 console.print(f"a token after {name}: {milliseconds:.1f} ms")
+        if args.part in ("rest", "all"):
+            command = common.this_script(
+                __file__, "--child", "rest", "--checkpoint", str(folder), "--rounds", str(args.rounds),
+                "--tokens", str(args.tokens),
+            )  # fmt: skip
+            for name, environment in {"as the CPU is": {}, "both held to AVX2": common.AVX2}.items():
+                results[f"rest, {name}"] = common.run_child(command, environment=environment)
+                show_rest(console, name, results[f"rest, {name}"])
         if args.part in ("capped", "all"):
             results["capped"] = capped(args)
             ratio = show_capped(console, results["capped"])

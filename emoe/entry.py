@@ -21,6 +21,7 @@ from emoe.runtime import Runtime
 from emoe.seam import load
 from emoe.seam.elsewhere import GIVEN_UP
 from emoe.seam.linear import Dense
+from emoe.seam.plain_linear import Plain
 from emoe.slots.options import opened
 from emoe.store import ExpertStore
 from emoe.store.writer import write_store
@@ -113,7 +114,8 @@ def _start(
 ) -> Any:  # fmt: skip
     """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
     try:
-        model.emoe = Runtime(model, store, plan, options, device=device, dense=dense)
+        plain = Plain(ops.plain_linear, *ops.plain_dtypes(options.dense if options.keeps_encoded else "torch"))
+        model.emoe = Runtime(model, store, plan, options, device=device, dense=dense, plain=plain)
     except BaseException:
         if wrapped:
             load.attach_experts(model, store)

@@ -380,10 +380,11 @@ class Options:
     )  # fmt: skip
     dense: str = _row(
         "auto", OneOf(("auto", "native", "torch")),
-        """how weights of linear layers and embeddings outside experts are kept that a checkpoint has encoded: native as
-        they lie, computed by emoe's kernels, and plain linear layers by these as well; torch decoded; auto is native
-        for encoded ones and torch for the others, and torch for all on a GPU or with kernels stock""",
-        ways=("load", "plan"),
+        """who computes linear layers and embeddings outside experts: native emoe's kernels, on weights that a
+        checkpoint has encoded as they lie, and on plain ones; torch, for which encoded ones are decoded; auto is native
+        for encoded ones, for plain ones whichever is faster on this CPU (docs/kernels.md), and torch for all on a GPU
+        or with kernels stock""",
+        ways=("load", "wrap", "plan"),
     )  # fmt: skip
     dense_encoding: str = _row(
         "keep", OneOf(("keep", *DENSE_ENCODINGS)),
@@ -524,8 +525,8 @@ class Options:
 
     @property
     def dense_plain(self) -> str | None:
-        """The encoding of plain linear layers that the native kernels compute, "" for the one they have; None: none."""
-        return DENSE_ENCODINGS.get(self.dense_encoding, "" if self.dense == "native" else None)
+        """The encoding that plain linear layers get; None: they stay as they are."""
+        return DENSE_ENCODINGS.get(self.dense_encoding)
 
     @classmethod
     def split(cls, given: Mapping[str, Any], way: str) -> tuple[Options, dict[str, Any]]:

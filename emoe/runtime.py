@@ -25,6 +25,7 @@ from emoe.requests import LOST, Kind, Request, RequestObserver, Requests
 from emoe.routing import Routing, routing_of
 from emoe.seam import linear
 from emoe.seam.attached import Attached
+from emoe.seam.plain_linear import Plain
 from emoe.sensitivity.online import SHARE, OnlineSensitivity
 from emoe.sensitivity.serving import RequestProbes
 from emoe.slots.base_set import BaseSet
@@ -53,7 +54,7 @@ class Runtime:
 
     def __init__(
         self, model: Any, store: ExpertStore, plan: Plan, options: Options, *, device: Device,
-        dense: linear.Dense | None = None,
+        plain: Plain, dense: linear.Dense | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.store = plan, store
         self._model, self._device, self._dense = model, device, dense
@@ -93,6 +94,7 @@ class Runtime:
         experts.register()
         self._attached = Attached(model, store, experts.IMPLEMENTATION, {each.module: each for each in self.layers})
         self._attached.in_chunks(plan.prefill_chunk, plan.context)
+        self._plain = self._attached.plain_linear(plain)
         if self.base.watches:
             # Told of a layer's forward after the traces that are being recorded, which come before it in the list.
             self._bank.observers.append(self.base)
@@ -122,7 +124,8 @@ class Runtime:
             encodings (of the experts), `sensitivity` (what `probe` found, or None), `routing`
             (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md), `dense` (weights
             outside experts that stay encoded: bytes in memory, how many of each encoding, and what was decoded, with
-            the reason). On a GPU also: host_hits and host_misses (records in pinned memory or not), on_cpu
+            the reason; `plain`, how many plain ones the kernels compute with). On a GPU also:
+            host_hits and host_misses (records in pinned memory or not), on_cpu
             (missing experts that the CPU computed), settled (forwards of layers that asked the device for no value;
             what they used is not in hits).
 
@@ -138,7 +141,7 @@ class Runtime:
                 "encodings": self.plan.encodings,
                 "decoded": self.plan.decoded,
                 "store": self.store.description,
-                "dense": linear.stats(self._model, self._dense),
+                "dense": linear.stats(self._model, self._dense) | {"plain": self._plain},
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),
                 "sensitivity": self._probes.stats() if self._probes is not None else None,

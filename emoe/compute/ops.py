@@ -5,6 +5,7 @@ Nothing is copied or converted here: a tensor that does not fit is refused. docs
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -14,7 +15,8 @@ import torch
 
 from emoe import native
 from emoe.errors import ConfigError
-from emoe.model.held import Held
+from emoe.model.encoding import encoding
+from emoe.model.held import Held, native_arguments
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _FLOATS}
@@ -163,16 +165,53 @@ def linear(held: Held, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
     """
     if held.prepared is None:
         held.prepared = native.load().Weights(**held.native())
+    return _multiply(held.prepared, held.buffer.data_ptr(), (held.rows, held.cols), x, bias)
+
+
+def plain_linear(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear layer whose weight [outputs, inputs] is plain, and contiguous on the CPU; else as `linear`."""
+    rows, cols = weight.shape
+    return _multiply(_plain_weights(weight.dtype, rows, cols), weight.data_ptr(), (rows, cols), x, bias)
+
+
+@functools.cache
+def _plain_weights(dtype: torch.dtype, rows: int, cols: int) -> Any:
+    return native.load().Weights(**native_arguments(encoding(_NAMES[dtype]), rows, cols, {"values": 0}))
+
+
+def plain_dtypes(dense: str) -> tuple[frozenset[torch.dtype], frozenset[torch.dtype]]:
+    """Dtypes in which the kernels compute plain linear layers, for a value of the option `dense`.
+
+    "native": all. "auto": all for few rows, and for many those of 16 bits that torch has no product of its own for on
+    this machine; nothing on the scalar unit.
+
+    Returns:
+        (for up to 8 rows, for more).
+    """
+    every = frozenset(_FLOATS)
+    if dense == "native":
+        return every, every
+    if dense == "torch" or native.load().isa() == "scalar":
+        return frozenset(), frozenset()
+    known = torch.ops.mkldnn
+    own = {torch.bfloat16: known._is_mkldnn_bf16_supported(), torch.float16: known._is_mkldnn_fp16_supported()}
+    return every, frozenset(dtype for dtype, has in own.items() if not has)
+
+
+def _multiply(
+    weights: Any, address: int, shape: tuple[int, int], x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    rows, cols = shape
     T = len(x)
     if not (x.is_contiguous() and (bias is None or bias.is_contiguous())):  # a call more than a decoded token needs
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    _check("x", x, _FLOATS, (T, held.cols))
+    _check("x", x, _FLOATS, (T, cols))
     if bias is not None:
-        _check("bias", bias, _FLOATS, (held.rows,))
-    y = torch.empty((T, held.rows), dtype=x.dtype)
+        _check("bias", bias, _FLOATS, (rows,))
+    y = torch.empty((T, rows), dtype=x.dtype)
     native.load().linear(
-        held.prepared,
-        held.buffer.data_ptr(),
+        weights,
+        address,
         x.data_ptr(),
         _NAMES[x.dtype],
         T,

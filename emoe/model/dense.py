@@ -69,12 +69,11 @@ def into(module: nn.Module, plain: str | None) -> str:
     """The encoding that a layer whose weight is plain gets, "" where it stays as it is.
 
     Args:
-        plain: an encoding that is wanted, "" for the layer's own dtype, None for none.
+        plain: an encoding that is wanted, None for none.
     """
     if plain is None or not isinstance(module, nn.Linear):
         return ""
-    name = plain or str(module.weight.dtype).removeprefix("torch.")
-    return name if all(plane.holds(*module.weight.shape) for plane in encoding(name).planes) else ""
+    return plain if all(plane.holds(*module.weight.shape) for plane in encoding(plain).planes) else ""
 
 
 def saved_bytes(model: nn.Module, found: Mapping[str, str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,18 +51,7 @@ class Held:
 
     def native(self) -> dict[str, Any]:
         """The arguments of `_C.Weights`; planes are where `buffer` starts and `offsets` say."""
-        scales = self.how.plane("scales")
-        return {
-            "codes": self.how.codes,
-            "rows": self.rows,
-            "depth": self.cols,
-            "first": 0,
-            "step": 1,
-            "count": self.rows,
-            "planes": self.offsets,
-            "scale": self.how.scale,
-            "scale_block": (0, 0) if scales is None else scales.block,
-        }
+        return native_arguments(self.how, self.rows, self.cols, self.offsets)
 
     def numbers(self, dtype: torch.dtype) -> torch.Tensor:
         """[rows, cols] of what it stands for, decoded a few rows at a time."""
@@ -99,3 +89,19 @@ def _arrays(how: Encoding, rows: int, cols: int) -> list[ParamSpec]:
 def apart(how: Encoding) -> bool:
     """Whether each row is decoded by itself: none shares a block with its neighbours."""
     return all(plane.block[0] in (0, 1) and not plane.transposed for plane in how.planes)
+
+
+def native_arguments(how: Encoding, rows: int, cols: int, offsets: Mapping[str, int]) -> dict[str, Any]:
+    """The arguments of `_C.Weights` of a matrix whose planes are at these bytes."""
+    scales = how.plane("scales")
+    return {
+        "codes": how.codes,
+        "rows": rows,
+        "depth": cols,
+        "first": 0,
+        "step": 1,
+        "count": rows,
+        "planes": dict(offsets),
+        "scale": how.scale,
+        "scale_block": (0, 0) if scales is None else scales.block,
+    }

@@ -13,6 +13,7 @@ from torch import nn
 from emoe.errors import BudgetError
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import linear, load
+from emoe.seam.plain_linear import Plain, PlainWeights
 from emoe.seam.prefill import ChunkedPrefill
 from emoe.store import ExpertStore
 
@@ -40,7 +41,7 @@ class Attached:
         for module, layer in layers.items():
             vars(module)["_emoe"] = layer
         self._guard = load.guard_saving(model, store)
-        self._hooks = [hook for hook in (load.pack_last_rows(model),) if hook is not None]
+        self._hooks: list[Any] = [hook for hook in (load.pack_last_rows(model),) if hook is not None]
         self._process = os.getpid()
         self._hooks.append(model.register_forward_pre_hook(self._after_fork, prepend=True))
         self._answers = load.guard_model(model, store, implementation)
@@ -87,6 +88,12 @@ class Attached:
     def in_chunks(self, tokens: int | None, room: int) -> None:
         """From now on prompts are computed in chunks (`emoe.seam.prefill.ChunkedPrefill`)."""
         self._hooks.append(ChunkedPrefill(self._model, tokens, room))
+
+    def plain_linear(self, plain: Plain) -> int:
+        """From now on plain linear layers are computed as `plain` says; returns how many weights that may be."""
+        weights = PlainWeights(self._model, plain)
+        self._hooks.append(weights)
+        return len(weights.weights)
 
     def close(self) -> None:
         """Takes the hooks of a running model away."""

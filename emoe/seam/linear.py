@@ -286,8 +286,7 @@ class Dense:
 
     Attributes:
         product: computes linear layers with them.
-        plain: what linear layers become that the checkpoint has in a plain dtype, to be computed by it too: an
-            encoding, "" for the dtype of the model; None leaves them to torch.
+        plain: an encoding that linear layers become which the checkpoint has in a plain dtype; None leaves them so.
         decoded: encoded weights that did not stay so, by the name of the parameter, or of the tensor where a parameter
             is made of several: their encoding, and why.
     """

@@ -1,0 +1,15 @@
+"""Whether torch's operations are seen by somebody, who would miss what is computed beside torch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def operations_are_seen() -> bool:
+    """Whether a compiler, a trace, a mode or a transform of functions is to see which operations of torch run."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
