@@ -258,6 +258,36 @@ def linear(
     x and y are of `dtype`; sums are float32 and rounded once. Up to 8 rows, each has the bits that it has alone.
     """
 
+def attend(
+    *,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    keys: int,
+    depth: int,
+    value_depth: int,
+    dtype: str,
+    scale: float,
+    query_ptr: int,
+    query_strides: tuple[int, int, int],
+    key_ptr: int,
+    key_strides: tuple[int, int, int],
+    value_ptr: int,
+    value_strides: tuple[int, int, int],
+    mask_ptr: int,
+    mask_strides: tuple[int, int, int],
+    out_ptr: int,
+) -> None:
+    """Attention of one row of each sequence: docs/kernels.md has the arithmetic.
+
+    query [batch, heads, depth], key [batch, kv_heads, keys, depth], value [batch, kv_heads, keys, value_depth], out
+    [batch, heads, value_depth]; strides in elements, of sequence, head and key, those of a head follow each other.
+    `mask_ptr`: bytes [batch, heads, keys], 0 where a key is not seen, or 0: all are.
+    """
+
+def rms_norm(rows: int, width: int, dtype: str, epsilon: float, x_ptr: int, weight_ptr: int, out_ptr: int) -> None:
+    """out [rows, width] = weight [width] * x / sqrt(mean(x^2) + epsilon), rounded to `dtype` before the product too."""
+
 def combine(pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str) -> None:
     """Sums pairs [T, K, H] float32 over K in ascending order into [T, H]."""
 

@@ -386,6 +386,11 @@ class Options:
         or with kernels stock""",
         ways=("load", "wrap", "plan"),
     )  # fmt: skip
+    attention: str = _row(
+        "auto", OneOf(("auto", "torch")),
+        """who computes the attention of one token over its KV cache where a model's attention is sdpa: auto emoe's
+        kernel on the CPU, unless kernels are stock; torch Transformers' own""",
+    )  # fmt: skip
     dense_encoding: str = _row(
         "keep", OneOf(("keep", *DENSE_ENCODINGS)),
         """what plain linear layers outside experts become when they are loaded, for the native kernels; layers with an
@@ -522,6 +527,11 @@ class Options:
     def keeps_encoded(self) -> bool:
         """Whether weights outside experts that are encoded stay so."""
         return self.dense == "native" or (self.dense == "auto" and self.kernels == "native" and self.device == "cpu")
+
+    @property
+    def attends(self) -> bool:
+        """Whether emoe's kernel computes the attention of one token."""
+        return self.attention == "auto" and self.kernels == "native" and self.device == "cpu"
 
     @property
     def dense_plain(self) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from emoe import native
-from emoe.compute import experts
+from emoe.compute import attention, experts
 from emoe.compute.bank import Bank, take_down
 from emoe.compute.device import Device
 from emoe.compute.slot_tables import SlotTables
@@ -49,6 +49,7 @@ class Runtime:
         cache: the `CacheManager` that says which expert is in which slot.
         routing: the `emoe.routing.Routing` that exchanges picks; in mode `exact` it does nothing.
         base: the `emoe.slots.base_set.BaseSet` that keeps the experts a predictor names.
+        attend: computes the attention of decode steps in the place of Transformers' own; None where that does.
         lending: the `emoe.slots.lending.Lending` that takes slots out of use; None on a GPU, whose slots stay.
     """
 
@@ -95,6 +96,7 @@ class Runtime:
         self._attached = Attached(model, store, experts.IMPLEMENTATION, {each.module: each for each in self.layers})
         self._attached.in_chunks(plan.prefill_chunk, plan.context)
         self._plain = self._attached.plain_linear(plain)
+        self.attend = attention.attend if options.attends and self._attached.one_row(attention.attend) else None
         if self.base.watches:
             # Told of a layer's forward after the traces that are being recorded, which come before it in the list.
             self._bank.observers.append(self.base)
@@ -124,7 +126,8 @@ class Runtime:
             encodings (of the experts), `sensitivity` (what `probe` found, or None), `routing`
             (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md), `dense` (weights
             outside experts that stay encoded: bytes in memory, how many of each encoding, and what was decoded, with
-            the reason; `plain`, how many plain ones the kernels compute with). On a GPU also:
+            the reason; `plain`, how many plain ones the kernels compute with),
+            attention (who computes that of a decode step: "native" or "torch"). On a GPU also:
             host_hits and host_misses (records in pinned memory or not), on_cpu
             (missing experts that the CPU computed), settled (forwards of layers that asked the device for no value;
             what they used is not in hits).
@@ -142,6 +145,7 @@ class Runtime:
                 "decoded": self.plan.decoded,
                 "store": self.store.description,
                 "dense": linear.stats(self._model, self._dense) | {"plain": self._plain},
+                "attention": "native" if self.attend is not None else "torch",
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),
                 "sensitivity": self._probes.stats() if self._probes is not None else None,

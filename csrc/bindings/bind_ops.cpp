@@ -10,11 +10,13 @@
 #include <utility>
 
 #include "bindings/gather_op.hpp"
+#include "core/attention.hpp"
 #include "core/backend.hpp"
 #include "core/gather_mlp.hpp"
 #include "core/linear.hpp"
 #include "core/parallel.hpp"
 #include "core/weights.hpp"
+#include "cpu/attention.hpp"
 #include "cpu/cpu_backend.hpp"
 #include "cpu/expand.hpp"
 #include "cpu/gather_mlp.hpp"
@@ -146,6 +148,50 @@ void linear(const Weights& weights, std::uintptr_t address, std::uintptr_t x_ptr
     cpu::linear(op);
 }
 
+using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+HeadStrides strides(const Strides& given) { return {std::get<0>(given), std::get<1>(given), std::get<2>(given)}; }
+
+void attend(std::int64_t batch, std::int64_t heads, std::int64_t kv_heads, std::int64_t keys, std::int64_t depth,
+            std::int64_t value_depth, const std::string& dtype, float scale, std::uintptr_t query_ptr,
+            const Strides& query_strides, std::uintptr_t key_ptr, const Strides& key_strides, std::uintptr_t value_ptr,
+            const Strides& value_strides, std::uintptr_t mask_ptr, const Strides& mask_strides,
+            std::uintptr_t out_ptr) {
+    Attention op;
+    op.batch = batch;
+    op.heads = heads;
+    op.kv_heads = kv_heads;
+    op.keys = keys;
+    op.depth = depth;
+    op.value_depth = value_depth;
+    op.dtype = parse_dtype(dtype);
+    op.scale = scale;
+    op.query = pointer<const void>(query_ptr);
+    op.query_strides = strides(query_strides);
+    op.key = pointer<const void>(key_ptr);
+    op.key_strides = strides(key_strides);
+    op.value = pointer<const void>(value_ptr);
+    op.value_strides = strides(value_strides);
+    op.mask = pointer<const unsigned char>(mask_ptr);
+    op.mask_strides = strides(mask_strides);
+    op.out = pointer<void>(out_ptr);
+    const py::gil_scoped_release release;
+    cpu::attend(op);
+}
+
+void rms_norm(std::int64_t rows, std::int64_t width, const std::string& dtype, float epsilon, std::uintptr_t x_ptr,
+              std::uintptr_t weight_ptr, std::uintptr_t out_ptr) {
+    const RmsNorm op{rows,
+                     width,
+                     parse_dtype(dtype),
+                     epsilon,
+                     pointer<const void>(x_ptr),
+                     pointer<const void>(weight_ptr),
+                     pointer<void>(out_ptr)};
+    const py::gil_scoped_release release;
+    cpu::rms_norm(op);
+}
+
 void combine(std::uintptr_t pairs_ptr, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out,
              std::uintptr_t out_ptr, const std::string& out_dtype) {
     const DType dtype = parse_dtype(out_dtype);
@@ -200,6 +246,12 @@ void bind_ops(py::module_& module) {
                arg("weights_dtype"), arg("top_k"), arg("out_ptr"), arg("mode"));
     module.def("linear", &linear, arg("weights"), arg("address"), arg("x_ptr"), arg("dtype"), arg("tokens"),
                arg("y_ptr"), arg("bias_ptr") = 0, arg("bias_dtype") = "float32");
+    module.def("attend", &attend, py::kw_only(), arg("batch"), arg("heads"), arg("kv_heads"), arg("keys"), arg("depth"),
+               arg("value_depth"), arg("dtype"), arg("scale"), arg("query_ptr"), arg("query_strides"), arg("key_ptr"),
+               arg("key_strides"), arg("value_ptr"), arg("value_strides"), arg("mask_ptr"), arg("mask_strides"),
+               arg("out_ptr"));
+    module.def("rms_norm", &rms_norm, arg("rows"), arg("width"), arg("dtype"), arg("epsilon"), arg("x_ptr"),
+               arg("weight_ptr"), arg("out_ptr"));
     module.def("combine", &combine, arg("pairs_ptr"), arg("tokens"), arg("top_k"), arg("hidden_out"), arg("out_ptr"),
                arg("out_dtype"));
     module.def(

@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "core/attention.hpp"
 #include "core/gather_mlp.hpp"
 
 namespace emoe::cpu {
@@ -55,6 +56,21 @@ struct LinearOut {
     DType bias_dtype;
 };
 
+constexpr int64_t kAttentionKeys = 256;  // keys of one part of an attention
+constexpr int64_t kHeadPad = 16;         // heads in scratch are zero-padded to a multiple of this
+
+// An attention that runs. A set is a head of keys and values of a sequence with its group of queries; scratch in
+// floats.
+struct AttentionWork {
+    const Attention* op;
+    int64_t parts;         // of the keys
+    int64_t query_stride;  // of one head
+    int64_t sum_stride;
+    float* queries;  // [sets][group][query_stride], scaled
+    float* scores;   // [sets][parts][group][kAttentionKeys]
+    float* sums;     // [sets][parts][group][sum_stride]: largest score, sum of weights, weighted sum of values
+};
+
 struct Kernels {
     const char* name;
     int lanes;
@@ -67,6 +83,10 @@ struct Kernels {
     void (*linear)(const Job&, const Chunk&, const LinearOut&, int64_t n0, int64_t n1);     // at most kSubBlock, narrow
                                                                                             // kNarrowBlock, of `gate`
     void (*combine)(const float* pairs, int64_t top_k, int64_t n, void* out, DType dtype);  // one token
+    void (*attend_load)(const AttentionWork&, int64_t set);
+    void (*attend)(const AttentionWork&, int64_t set, int64_t part);
+    void (*attend_store)(const AttentionWork&, int64_t set);
+    void (*rms_norm)(const RmsNorm&, int64_t row);
     float (*read)(const void* data, int64_t bytes);  // loads every byte: the memory bandwidth measure
 };
 

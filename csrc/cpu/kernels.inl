@@ -221,6 +221,8 @@ struct Source {
 #include "cpu/encoded_wide.inl"
 #include "cpu/linear.inl"
 
+#include "cpu/attention.inl"
+
 namespace emoe::cpu {
 namespace {
 
@@ -345,8 +347,10 @@ constexpr bool kHasPairs = false;
 
 }  // namespace
 
-const Kernels EMOE_KERNELS = {
-    EMOE_ISA_NAME, L,   kManyRegisters ? kMostEncoded : kEncodedRows, kHasPairs, load_rows, gate_up, down, linear,
-    combine,       read};
+const Kernels EMOE_KERNELS = {EMOE_ISA_NAME, L,         kManyRegisters ? kMostEncoded : kEncodedRows,
+                              kHasPairs,     load_rows, gate_up,
+                              down,          linear,    combine,
+                              attend_load,   attend,    attend_store,
+                              rms_norm,      read};
 
 }  // namespace emoe::cpu

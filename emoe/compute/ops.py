@@ -19,7 +19,7 @@ from emoe.model.encoding import encoding
 from emoe.model.held import Held, native_arguments
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _FLOATS}
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _FLOATS}
 _MODES = ("pairs", "accumulate")
 
 
@@ -134,7 +134,7 @@ def combine(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+    return NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
@@ -176,7 +176,7 @@ def plain_linear(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | Non
 
 @functools.cache
 def _plain_weights(dtype: torch.dtype, rows: int, cols: int) -> Any:
-    return native.load().Weights(**native_arguments(encoding(_NAMES[dtype]), rows, cols, {"values": 0}))
+    return native.load().Weights(**native_arguments(encoding(NAMES[dtype]), rows, cols, {"values": 0}))
 
 
 def plain_dtypes(dense: str) -> tuple[frozenset[torch.dtype], frozenset[torch.dtype]]:
@@ -213,10 +213,10 @@ def _multiply(
         weights,
         address,
         x.data_ptr(),
-        _NAMES[x.dtype],
+        NAMES[x.dtype],
         T,
         y.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        "float32" if bias is None else _NAMES[bias.dtype],
+        "float32" if bias is None else NAMES[bias.dtype],
     )
     return y

@@ -54,6 +54,7 @@ class Batch(Cache):
     Args:
         spans: of the step, in row order.
         direct: layers whose attention takes keys and values as `update` returns them; learned, and kept by the caller.
+        attend: computes what "sdpa" does in its place; None: that does.
         forked: modules that use a cache run once a request, with its own; nothing is updated through this object.
 
     Attributes:
@@ -62,9 +63,10 @@ class Batch(Cache):
         shared: by id of a mapping that layers of one forward share, and request: the mapping, and the request's own.
     """
 
-    def __init__(self, spans: Sequence[Span], direct: dict[int, bool], *, forked: bool) -> None:
+    def __init__(self, spans: Sequence[Span], direct: dict[int, bool], *, forked: bool, attend: Any = None) -> None:
         super().__init__(layers=spans[0].state.layers)  # for what models ask of layer types
         self.spans, self.total, self.forked = list(spans), spans[-1].stop, forked
+        self.attends = attend
         self.open: dict[int, tuple[list[Any], torch.Tensor, torch.Tensor]] = {}
         self.lengths: list[int] = []
         self.shared: dict[tuple[int, int], tuple[Any, MutableMapping[Any, Any]]] = {}
@@ -186,6 +188,8 @@ def _attention(
     # A family's own eager function has what is the family's own: sinks, soft caps.
     function = ALL_ATTENTION_FUNCTIONS.get(stock) or sys.modules[type(module).__module__].eager_attention_forward
     batch = _current.batch
+    if batch is not None and stock == "sdpa" and batch.attends is not None:
+        function = batch.attends
     if batch is None or batch.forked or getattr(module, "layer_idx", None) not in batch.open:
         if isinstance(attention_mask, PackedMask):
             raise WrongWayError(f"{type(module).__name__} attends to keys that it did not put into the cache")

@@ -17,6 +17,7 @@ from emoe.engine.attention import AttentionName, Batch, Span, WrongWayError, run
 from emoe.engine.forks import Forks, decoder_layers
 from emoe.engine.state import OwnCache, State, is_plain, new_state
 from emoe.errors import ConfigError
+from emoe.runtime import Runtime
 
 Way = Literal["packed", "forked", "alone"]
 WAYS: tuple[Way, ...] = ("packed", "forked", "alone")  # the fastest first
@@ -54,6 +55,8 @@ class Runner:
 
     def __init__(self, model: Any, way: Way) -> None:
         self.model = model
+        runtime = getattr(model, "emoe", None)
+        self._attend = runtime.attend if isinstance(runtime, Runtime) else None
         self._direct: dict[int, bool] = {}
         self._name: AttentionName | None = None
         self._forks: Forks | None = None
@@ -110,7 +113,7 @@ class Runner:
             Span(piece.state, stop - len(piece.tokens), stop, piece.position)
             for piece, stop in zip(pieces, stops, strict=True)
         ]
-        batch = Batch(spans, self._direct, forked=self.way == "forked")
+        batch = Batch(spans, self._direct, forked=self.way == "forked", attend=self._attend)
         assert self._name is not None
         with running(batch, self._name):
             logits = self._forward(batch, pieces)

@@ -13,6 +13,7 @@ from torch import nn
 from emoe.errors import BudgetError
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import linear, load
+from emoe.seam.one_row import STOCK, OneRowAttention, compares_names
 from emoe.seam.plain_linear import Plain, PlainWeights
 from emoe.seam.prefill import ChunkedPrefill
 from emoe.store import ExpertStore
@@ -94,6 +95,17 @@ class Attached:
         weights = PlainWeights(self._model, plain)
         self._hooks.append(weights)
         return len(weights.weights)
+
+    def one_row(self, attend: Callable[..., Any]) -> bool:
+        """From now on `attend` computes the attention of decode steps; whether the model's code lets it."""
+        config = self._model.config.get_text_config(decoder=True)
+        if config._attn_implementation != STOCK:
+            return False
+        if other := compares_names(self._model):
+            logger.info("emoe: attention is Transformers' own: the code of %s asks for its name", other)
+            return False
+        self._hooks.append(OneRowAttention(self._model, attend))
+        return True
 
     def close(self) -> None:
         """Takes the hooks of a running model away."""
