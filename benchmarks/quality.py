@@ -2,6 +2,7 @@
 
 python benchmarks/quality.py --prompts PROMPTS.jsonl [--model DIR] [--shares 0.2,0.4,0.6,0.8] [--json FILE]
 python benchmarks/quality.py --prompts PROMPTS.jsonl --tune       # the contract of each budget, on the dev split
+python benchmarks/quality.py --prompts PROMPTS.jsonl --copies     # routing coarse beside exact, in float32
 
 Base sets are task tables of the train split, placed when the task changes; figures are of the test split. All modes run
 in emoe itself, with as many slots as the share gives, so loads are real. docs/quality.md has the results.
@@ -14,6 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ from emoe.analysis.workload import place
 from emoe.generate import load_tokenizer
 from emoe.predictor import top
 from emoe.predictor.table import TaskTable
+from emoe.requests import Kind
 from emoe.routing import attach, random_residency
 from emoe.slots.resident import CacheResidency
 from emoe.tasks import Prompt, load_prompts
@@ -40,6 +43,7 @@ TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased
 # max_substituted_mass that reaches them, found by --tune on the dev split.
 CONTRACTS = {0.8: 0.05, 0.6: 0.125, 0.4: 0.15, 0.2: 0.175}
 GRID = (0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3)
+COPIES = (("q4_k", 1.0), ("q4_k", 0.25), ("q5_k", 1.0), ("q8_0", 1.0))  # encoding and exact_mass, for --copies
 FEW = 3  # texts a task that exact is run on at each budget
 LONGEST = 160  # tokens of a text
 
@@ -59,6 +63,7 @@ class Row:
     mode: str
     share: float
     bound: float | None = None
+    bytes: float = 0.0  # of slots and copies, over those of all experts
     perplexity: float = 0.0
     ratio: float = 0.0
     ratio_error: float = 0.0
@@ -67,6 +72,7 @@ class Row:
     loads_per_prompt: float = 0.0
     moves_per_task: float = 0.0
     same_token: float | None = None
+    alone: tuple[float, float, float] | None = None  # decode after exact prompts: ratio, its error, loads a token
     decode_ratio: float | None = None
     decode_error: float | None = None
     rouge: float | None = None
@@ -115,8 +121,8 @@ class Followed(NamedTuple):
 class Bench:
     """One model at one budget; `full` is what the full model did: losses, answers, and decode along its answers."""
 
-    def __init__(self, path: str, share: float, table: TaskTable | None, new_tokens: int) -> None:
-        self.model = emoe.from_pretrained(path, memory_budget=share, context=LONGEST + new_tokens)
+    def __init__(self, path: str, share: float, table: TaskTable | None, new_tokens: int, **options: Any) -> None:
+        self.model = emoe.from_pretrained(path, memory_budget=share, context=LONGEST + new_tokens, **options)
         self.table, self.new_tokens = table, new_tokens
         runtime = self.model.emoe
         self.experts = [layer.num_experts for layer in runtime.layers]
@@ -140,7 +146,7 @@ class Bench:
         *,
         own_answers: bool = True,
     ) -> Row:
-        """Scores and answers; `mode` may be "random": resident with random sets.
+        """Scores and answers; `mode` may be "random": resident with random sets. "coarse" is how the model was loaded.
 
         Without `own_answers` it only decodes along the full model's.
         """
@@ -152,12 +158,18 @@ class Bench:
         tokens = {task: [ids.shape[1] - 1 for ids in scored] for task, scored in texts.scored.items()}
         prompts = 0
         runtime = self.model.emoe
-        routing = "resident" if mode == "random" else mode
+        plain = mode in ("exact", "coarse")  # no base sets are placed
+        routing = {"random": "resident", "coarse": "exact"}.get(mode, mode)
         residency = CacheResidency(runtime.cache, self.experts)
-        with attach(self.model, residency, routing=routing, max_substituted_mass=bound) as attached:
+        with ExitStack() as stack:
+            attached = runtime.routing
+            if mode != "coarse":
+                attached = stack.enter_context(
+                    attach(self.model, residency, routing=routing, max_substituted_mass=bound)
+                )
             for task, scored in texts.scored.items():
                 before = runtime.stats()["loads"]
-                if mode != "exact":
+                if not plain:
                     place(self.model, self.base(task, random=mode == "random"))
                 row.moves_per_task += (runtime.stats()["loads"] - before) / len(texts.scored)
                 before = runtime.stats()["loads"]
@@ -167,9 +179,10 @@ class Bench:
                         loss[task].append(_loss(self._logits(ids), ids))
                     prompts += 1
                 row.loads_per_prompt += runtime.stats()["loads"] - before
-            row.mass = attached.stats().get("substituted_mass", 0.0)
+            tally = attached.stats()
+            row.mass = tally.get("substituted_mass", 0.0) + tally.get("coarse_mass", 0.0)
             for task, asked in texts.asked.items():
-                if mode != "exact":
+                if not plain:
                     place(self.model, self.base(task, random=mode == "random"))
                 answers[task] = []
                 for number, ids in enumerate(asked):
@@ -179,10 +192,10 @@ class Bench:
                     with attached.request(task):
                         step = self._follow(ids, (answers if full is None else full["answers"])[task][number])
                     followed.setdefault(task, []).append(step)
-        row.perplexity = math.exp(sum(map(sum, loss.values())) / sum(map(sum, tokens.values())))
-        row.loads_per_prompt /= prompts
+        row.perplexity = math.exp(sum(map(sum, loss.values())) / max(1, sum(map(sum, tokens.values()))))
+        row.loads_per_prompt /= max(1, prompts)
         gaps: dict[str, np.ndarray] = {}
-        if full is not None:
+        if full is not None and any(map(len, loss.values())):
             gaps = {task: np.subtract(loss[task], full["loss"][task]) for task in loss}
             row.task_ratio = {task: math.exp(gap.sum() / sum(tokens[task])) for task, gap in gaps.items()}
             row.ratio, row.ratio_error = ratio_of(
@@ -205,6 +218,17 @@ class Bench:
         }  # fmt: skip
         return row
 
+    def after_exact_prompts(self, texts: Texts, full: dict[str, Any]) -> tuple[float, float, float]:
+        """What decode alone costs: perplexity ratio, its error, and loads a token."""
+        mine, gaps = [], []
+        for task, asked in texts.asked.items():
+            for ids, answer, theirs in zip(asked, full["answers"][task], full["followed"][task], strict=True):
+                with self.model.emoe.request(task):
+                    mine.append(self._follow(ids, answer, exact_prompt=True))
+                gaps.append(mine[-1].loss - theirs.loss)
+        ratio, error = ratio_of(np.array(gaps), [len(each.chosen) for each in mine])
+        return ratio, error, sum(each.loads for each in mine) / sum(len(each.chosen) - 1 for each in mine)
+
     def close(self) -> None:
         self.model.emoe.close(restore=False)
 
@@ -213,9 +237,10 @@ class Bench:
         return self.model(ids).logits.float()
 
     @torch.no_grad()
-    def _follow(self, ids: torch.Tensor, answer: list[int]) -> Followed:
+    def _follow(self, ids: torch.Tensor, answer: list[int], *, exact_prompt: bool = False) -> Followed:
         """Decodes along an answer, token by token, whatever the mode would have said."""
-        out = self.model(ids, use_cache=True)
+        with self.model.emoe.requests.of_kind(Kind.EXACT) if exact_prompt else nullcontext():
+            out = self.model(ids, use_cache=True)
         logits, before = [out.logits[0, -1].float()], self.model.emoe.stats()["loads"]
         for token in answer[:-1]:
             out = self.model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
@@ -284,11 +309,11 @@ class Whole(NamedTuple):
     plan: dict[str, Any]
 
 
-def whole(args: argparse.Namespace, path: str, split: str, answers: int) -> Whole:
+def whole(args: argparse.Namespace, path: str, split: str, answers: int, **options: Any) -> Whole:
     """Runs the full model on a split; `answers` prompts of each task are answered."""
     tokenizer = load_tokenizer(path)
     texts = read(args.prompts, split, tokenizer, args.per_task, answers)
-    bench = Bench(path, 1.0, None, args.new_tokens)
+    bench = Bench(path, 1.0, None, args.new_tokens, **options)
     table = profile(bench.model, read(args.prompts, "train", tokenizer, args.profile, 0))
     row = bench.run("exact", texts, None)
     plan = bench.model.emoe.plan.to_dict()
@@ -326,6 +351,43 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
 
 def _first(loss: dict[str, list[float]]) -> dict[str, list[float]]:
     return {task: each[:FEW] for task, each in loss.items()}
+
+
+def with_copies(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Routing coarse at each share of full experts, exact at as many slots, and exact at as many bytes.
+
+    In float32: rounding to bfloat16 moves the perplexity of an answer by about as much as reads do.
+    """
+    args.profile = 1  # no base sets are placed
+    texts, _, first, full, _ = whole(args, path, args.split, args.answers, dtype="float32")
+    stored = emoe.plan(path, 1.0, calibrate=False)
+    few = Texts({task: [] for task in texts.scored}, texts.asked)
+    unscored = full | {"loss": {task: [] for task in texts.scored}}
+    first.ratio, first.decode_ratio, first.bytes, first.decode_loads, first.same_token = 1.0, 1.0, 1.0, 0.0, 1.0
+    rows = [first]
+
+    def run(mode: str, share: float, which: Texts, **options: Any) -> None:
+        bench = Bench(path, share, None, args.new_tokens, dtype="float32", **options)
+        row = bench.run(mode, which, full if which is texts else unscored, own_answers=False)
+        row.alone = bench.after_exact_prompts(texts, full) if mode == "coarse" else None
+        row.bytes = sum(bench.sizes) / sum(bench.experts) + bench.model.emoe.plan.copy_bytes / stored.expert_bytes
+        if mode == "coarse":
+            row.mode, row.bound = f"coarse, {options['coarse']}", options["exact_mass"]
+        bench.close()
+        rows.append(row)
+        print(f"{share:.0%} {row.mode} {row.bound}: {row.ratio:.4f}, decode {row.decode_ratio:.4f}", flush=True)
+
+    for share in args.shares:
+        run("exact", share, few)
+        for name, mass in COPIES:
+            run("coarse", share, texts, routing="coarse", coarse=name, exact_mass=mass)
+    for equal in sorted({round(row.bytes, 2) for row in rows if row.mode.startswith("coarse")}):
+        run("exact", equal, few)
+    return {
+        "model": path, "split": args.split, "rows": [asdict(row) for row in rows],
+        "scored_tokens": sum(ids.shape[1] - 1 for each in texts.scored.values() for ids in each),
+        "prompts": sum(map(len, texts.scored.values())), "answers": sum(map(len, texts.asked.values())),
+    }  # fmt: skip
 
 
 def tune(args: argparse.Namespace, path: str) -> dict[str, Any]:
@@ -377,18 +439,50 @@ def cells(row: dict[str, Any], expert_bytes: int) -> list[str]:
     ]
 
 
+COPIES_COLUMNS = (
+    "full slots", "mode", "exact_mass", "bytes", "prefill ratio", "loads a prompt", "decode ratio", "loads a token",
+    "same token", "after exact prompts", "loads a token",
+)  # fmt: skip
+
+
+def copies_cells(row: dict[str, Any]) -> list[str]:
+    """One line of the table of --copies."""
+    scored = row["mode"] != "exact"
+    return [
+        f"{row['share']:.0%}",
+        row["mode"],
+        "-" if row["bound"] is None else f"{row['bound']:g}",
+        f"{row['bytes']:.0%}",
+        f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}" if scored else "1",
+        f"{row['loads_per_prompt']:.0f}" if scored else "-",
+        f"{row['decode_ratio']:.3f} ± {row['decode_error'] or 0:.3f}" if scored else "1",
+        f"{row['decode_loads']:.1f}",
+        f"{100 * row['same_token']:.1f} %",
+        *((f"{row['alone'][0]:.3f} ± {row['alone'][1]:.3f}", f"{row['alone'][2]:.1f}") if row["alone"] else ("-", "-")),
+    ]
+
+
+def lines(result: dict[str, Any]) -> list[Sequence[str]]:
+    """The heads of the columns, then each row."""
+    if "expert_bytes" in result:
+        return [COLUMNS, *(cells(row, result["expert_bytes"]) for row in result["rows"])]
+    return [COPIES_COLUMNS, *map(copies_cells, result["rows"])]
+
+
 def show(result: dict[str, Any]) -> Table:
     """For a terminal."""
-    table = Table(*COLUMNS, title=_title(result))
-    for row in result["rows"]:
-        table.add_row(*cells(row, result["expert_bytes"]))
+    head, *rows = lines(result)
+    table = Table(*head, title=_title(result))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One table; docs/quality.md has it in two."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row, result["expert_bytes"]) for row in result["rows"])]
-    return f"{_title(result)}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """One table; docs/quality.md has that of the modes in two."""
+    head, *rows = lines(result)
+    lined = [head, ["---"] * len(head), *rows]
+    return f"{_title(result)}:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lined)
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -420,10 +514,11 @@ def main() -> None:
     parser = arguments(__doc__, shares=[0.2, 0.4, 0.6, 0.8], answers=2)
     parser.add_argument("--contract", type=float, help="max_substituted_mass in place of each share's own")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--copies", action="store_true", help="the table of routing coarse")
     parser.add_argument("--markdown", action="store_true", help="a table, which docs/quality.md has in two")
     args = parser.parse_args()
     path = args.model or str(demo.build())
-    result = tune(args, path) if args.tune else measure(args, path)
+    result = (tune if args.tune else with_copies if args.copies else measure)(args, path)
     if not args.tune:
         if args.markdown:
             print(markdown(result))

@@ -77,7 +77,8 @@ def _form(path: str, module: Any, params: tuple[ParamSpec, ...], name: str) -> E
 def _fitting(path: str, param: str, name: str, rows: int, cols: int) -> str:
     """The encoding of a matrix [rows, cols]: the one of that name, else what takes about as many bits."""
     asked = COPIES[name]
-    for each in (asked, *FALLBACKS.get(asked, ())):
+    fallbacks = (INT4,) if asked == "q4_k" else FALLBACKS.get(asked, ())  # Q4_0 loses more in as many bits
+    for each in (asked, *fallbacks):
         if each in (INT4, INT8) and cols % 8:
             continue
         if all(plane.holds(rows, cols) for plane in encoding(each).planes):

@@ -14,10 +14,11 @@ from emoe.model.copies import CopyLayout
 from emoe.model.spec import ExpertForm
 from emoe.options import COPIES
 
-# "auto" takes no copy that costs more than this share of what it stands for: a slot's worth of copies is then better
-# spent on slots (docs/quality.md).
+# "auto" takes the first that leaves slots for the experts of a token: bits lower the harm more than slots do
+# (docs/quality.md). Where the budget is a share of the experts, slots are as asked for and the last is taken.
+LADDER = ("q8_0", "q6_k", "q5_k", "q4_k")
+# It takes no copies that cost more than this part of the experts: the bytes are then better spent on slots.
 MOST_OF_AN_EXPERT = 0.6
-AUTO = "int4"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def choose(
     forms: Sequence[ExpertForm],
     reasons: Sequence[str],
     experts: Sequence[int],
+    room: int | None,
 ) -> Copies:
     """The copies that `coarse=` asks for.
 
@@ -48,6 +50,7 @@ def choose(
         forms: of an expert of each.
         reasons: why the native kernels do not compute it as it is, or "".
         experts: how many a layer has.
+        room: bytes for copies beside the slots of a token's experts; None: as many as the fewest bits take.
 
     Raises:
         ConfigError: copies would take more than they save.
@@ -68,10 +71,13 @@ def choose(
                 f"({_encodings(forms)}): they save nothing; routing='exact' needs none"
             )
         return made
-    made = _made(AUTO, found, forms, experts)
+    for name in LADDER:
+        made = _made(name, found, forms, experts)
+        if made.nbytes <= MOST_OF_AN_EXPERT * whole and room is not None and made.nbytes <= room:
+            return made
     if made.nbytes > MOST_OF_AN_EXPERT * whole:
         raise ConfigError(
-            f"experts take few bits already ({_encodings(forms)}): copies in {AUTO} would take "
+            f"experts take few bits already ({_encodings(forms)}): copies in {name} would take "
             f"{format_bytes(made.nbytes)} beside experts of {format_bytes(whole)}, which is better spent on slots. "
             f"routing='exact' and 'resident' need no copies; coarse= makes them all the same: {', '.join(COPIES)}"
         )

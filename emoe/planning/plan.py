@@ -234,9 +234,11 @@ def _plan(
     fixed = non_expert + STAGING_BYTES + kv + prefill.nbytes
     libraries = _Libraries(options.device)
     coarse = None
-    if options.routing == "coarse" and not _all_fit(budget, fixed, slot_bytes * sum(experts), libraries, free):
+    room = _room(budget, fixed, libraries, free)
+    if options.routing == "coarse" and (budget.share < 1 if room is None else room < slot_bytes * sum(experts)):
         reasons = [each.reason for each in layouts]
-        coarse = copies.choose(options.coarse, found, forms, reasons, experts)
+        beside = None if room is None else room - slot_bytes * top_k * len(experts)
+        coarse = copies.choose(options.coarse, found, forms, reasons, experts, beside)
         fixed += coarse.nbytes
     smallest = libraries.beside(fixed + len(experts) * slot_bytes)
     notes = [note for note in (stored.note if stored else "", kv_note) if note]
@@ -299,12 +301,12 @@ def _plan(
     )
 
 
-def _all_fit(budget: Budget, fixed: int, slabs: int, libraries: _Libraries, free: Callable[[], int]) -> bool:
-    """Whether every expert has a slot, so that none is ever absent."""
+def _room(budget: Budget, fixed: int, libraries: _Libraries, free: Callable[[], int]) -> int | None:
+    """Bytes for experts; None where the budget is a share of them."""
     if budget.kind == "fraction":
-        return budget.share == 1
+        return None
     nbytes = _auto_bytes(free())[0] if budget.kind == "auto" else budget.nbytes
-    return nbytes - libraries.of(nbytes) - fixed >= slabs
+    return nbytes - libraries.of(nbytes) - fixed
 
 
 def _auto_bytes(there: int) -> tuple[int, int]:

@@ -232,6 +232,21 @@ def test_copies_are_in_the_budget_and_slots_have_the_rest(coarse, checkpoint):
     model.emoe.close(restore=False)
 
 
+def test_auto_takes_the_most_bits_that_leave_slots_for_the_experts_of_a_token(checkpoint):
+    path = checkpoint("olmoe")
+    given = {"dtype": torch.float32, "routing": "coarse", "calibrate": False}
+    share = emoe.plan(path, 0.2, **given)
+    rich, poor = (emoe.plan(path, 0.2, coarse=name, **given) for name in ("q8_0", "q4_k"))
+    assert share.coarse == "q4_k"
+    assert rich.copy_bytes > poor.copy_bytes
+    token = share.top_k * len(share.slots_per_layer) * share.slot_bytes
+    fixed = share.planned_bytes - share.slab_bytes - share.copy_bytes
+    found = [emoe.plan(path, fixed + token + copies.copy_bytes, **given) for copies in (rich, poor)]
+    assert [plan.coarse for plan in found] == ["q8_0", "q4_k"]
+    assert all(min(plan.slots_per_layer) >= plan.top_k for plan in found)
+    assert emoe.plan(path, fixed + token + rich.copy_bytes - 1, **given).coarse != "q8_0"
+
+
 def test_a_budget_that_is_too_small_names_the_copies_and_one_that_works(checkpoint):
     path = checkpoint("olmoe")
     smallest = emoe.plan(path, 0.5, dtype=torch.float32, calibrate=False).smallest_budget
@@ -264,7 +279,7 @@ def test_copies_are_made_once_and_read_after_that(checkpoint, ids, cache, monkey
     model = _load(checkpoint("olmoe"), exact_mass=1)
     expected = _steps(model, ids)
     model.emoe.close(restore=False)
-    assert len(list(cache.glob("copies-int4-*.bin"))) == 1
+    assert len(list(cache.glob("copies-q4_k-*.bin"))) == 1
     monkeypatch.setattr(store_copies, "encode_copy", _no_copies)
     model = _load(checkpoint("olmoe"), exact_mass=1)
     assert torch.equal(_steps(model, ids), expected)
