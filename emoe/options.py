@@ -391,6 +391,10 @@ class Options:
         """who computes the attention of one token over its KV cache where a model's attention is sdpa: auto emoe's
         kernel on the CPU, unless kernels are stock; torch Transformers' own""",
     )  # fmt: skip
+    norms: str = _row(
+        "auto", OneOf(("auto", "torch")),
+        """who computes RMSNorms: auto emoe's kernel on the CPU, unless kernels are stock; torch Transformers' own""",
+    )  # fmt: skip
     dense_encoding: str = _row(
         "keep", OneOf(("keep", *DENSE_ENCODINGS)),
         """what plain linear layers outside experts become when they are loaded, for the native kernels; layers with an
@@ -532,6 +536,11 @@ class Options:
     def attends(self) -> bool:
         """Whether emoe's kernel computes the attention of one token."""
         return self.attention == "auto" and self.kernels == "native" and self.device == "cpu"
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether emoe's kernel computes RMSNorms."""
+        return self.norms == "auto" and self.kernels == "native" and self.device == "cpu"
 
     @property
     def dense_plain(self) -> str | None:

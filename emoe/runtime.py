@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from emoe import native
-from emoe.compute import attention, experts
+from emoe.compute import attention, experts, ops
 from emoe.compute.bank import Bank, take_down
 from emoe.compute.device import Device
 from emoe.compute.slot_tables import SlotTables
@@ -96,6 +96,7 @@ class Runtime:
         self._attached = Attached(model, store, experts.IMPLEMENTATION, {each.module: each for each in self.layers})
         self._attached.in_chunks(plan.prefill_chunk, plan.context)
         self._plain = self._attached.plain_linear(plain)
+        self._norms = self._attached.norms(ops.rms_norm) if options.normalizes else 0
         self.attend = attention.attend if options.attends and self._attached.one_row(attention.attend) else None
         if self.base.watches:
             # Told of a layer's forward after the traces that are being recorded, which come before it in the list.
@@ -127,8 +128,8 @@ class Runtime:
             (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md), `dense` (weights
             outside experts that stay encoded: bytes in memory, how many of each encoding, and what was decoded, with
             the reason; `plain`, how many plain ones the kernels compute with),
-            attention (who computes that of a decode step: "native" or "torch"). On a GPU also:
-            host_hits and host_misses (records in pinned memory or not), on_cpu
+            attention (who computes that of a decode step: "native" or "torch"), norms (how many RMSNorms the kernels
+            compute). On a GPU also: host_hits and host_misses (records in pinned memory or not), on_cpu
             (missing experts that the CPU computed), settled (forwards of layers that asked the device for no value;
             what they used is not in hits).
 
@@ -145,6 +146,7 @@ class Runtime:
                 "decoded": self.plan.decoded,
                 "store": self.store.description,
                 "dense": linear.stats(self._model, self._dense) | {"plain": self._plain},
+                "norms": self._norms,
                 "attention": "native" if self.attend is not None else "torch",
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),

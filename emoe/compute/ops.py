@@ -198,6 +198,24 @@ def plain_dtypes(dense: str) -> tuple[frozenset[torch.dtype], frozenset[torch.dt
     return every, frozenset(dtype for dtype, has in own.items() if not has)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm of the rows of x [..., width] float32, float16 or bfloat16, with a weight [width] of the same dtype.
+
+    Raises:
+        ConfigError: a tensor is not on the CPU, or of another dtype or shape.
+    """
+    if not x.is_contiguous():
+        x = x.contiguous()
+    width = x.shape[-1]
+    _check("x", x, _FLOATS, tuple(x.shape))
+    _check("weight", weight, (x.dtype,), (width,))
+    out = torch.empty_like(x)
+    native.load().rms_norm(
+        x.numel() // width, width, NAMES[x.dtype], epsilon, x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    )
+    return out
+
+
 def _multiply(
     weights: Any, address: int, shape: tuple[int, int], x: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

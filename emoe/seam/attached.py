@@ -13,6 +13,7 @@ from torch import nn
 from emoe.errors import BudgetError
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import linear, load
+from emoe.seam.norms import Norm, Norms
 from emoe.seam.one_row import STOCK, OneRowAttention, compares_names
 from emoe.seam.plain_linear import Plain, PlainWeights
 from emoe.seam.prefill import ChunkedPrefill
@@ -95,6 +96,12 @@ class Attached:
         weights = PlainWeights(self._model, plain)
         self._hooks.append(weights)
         return len(weights.weights)
+
+    def norms(self, norm: Norm) -> int:
+        """From now on `norm` computes the model's plain RMSNorms; returns how many there are."""
+        norms = Norms(self._model, norm)
+        self._hooks.append(norms)
+        return len(norms.modules)
 
     def one_row(self, attend: Callable[..., Any]) -> bool:
         """From now on `attend` computes the attention of decode steps; whether the model's code lets it."""
