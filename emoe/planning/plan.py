@@ -283,7 +283,18 @@ def _plan(
         context=options.context,
         batch=options.batch,
         smallest_budget=smallest,
-        tokens_per_second=_forecast(rates, non_expert, bytes_of, slots, experts, top_k) if rates else None,
+        tokens_per_second=_forecast(
+            rates,
+            non_expert,
+            bytes_of,
+            slots,
+            experts,
+            top_k,
+            copies=[each.nbytes for each in coarse.layouts] if coarse else [],
+            reads=_reads(options),
+        )
+        if rates
+        else None,
         notes=tuple(notes + ([rates.note] if rates else [])),
         warnings=tuple(warnings),
         source=stored.source if stored else "model",
@@ -450,20 +461,34 @@ def _forecast(
     slots: tuple[int, ...],
     experts: tuple[int, ...],
     top_k: int,
+    *,
+    copies: Sequence[int],
+    reads: bool,
 ) -> tuple[float, float]:
     """Tokens/s of decode with routing at random, and with routing that recurs as in the public traces.
 
     Args:
         bytes_of: an expert of each layer, as it is stored.
+        copies: bytes of a copy of each, which stands in for one that is missing; none where all that miss are read.
+        reads: whether some are read all the same: the first figure is then that of reading all.
     """
 
-    def seconds(hit_rate: Any) -> float:
-        compute = (non_expert + top_k * sum(bytes_of)) / rates.memory
-        layers = zip(slots, experts, bytes_of, strict=True)
-        missed = sum(top_k * (1 - hit_rate(have / count)) * nbytes for have, count, nbytes in layers)
-        return compute + missed / rates.disk
+    def seconds(hit_rate: Any, stand_in: bool) -> float:
+        layers = zip(slots, experts, bytes_of, copies if stand_in else bytes_of, strict=True)
+        missed = [(top_k * (1 - hit_rate(have / count)), whole, used) for have, count, whole, used in layers]
+        computed = top_k * sum(bytes_of) + sum(count * (used - whole) for count, whole, used in missed)
+        read = 0.0 if stand_in else sum(count * whole for count, whole, _ in missed)
+        return (non_expert + computed) / rates.memory + read / rates.disk
 
-    return 1 / seconds(lambda share: share), 1 / seconds(recurrent_hit_rate)
+    stand_in = bool(copies)
+    random, recurs = seconds(lambda share: share, stand_in and not reads), seconds(recurrent_hit_rate, stand_in)
+    return 1 / max(random, recurs), 1 / min(random, recurs)  # a copy is sooner computed than a full expert
+
+
+def _reads(options: Options) -> bool:
+    """Whether routing coarse reads any expert that a copy could stand in for."""
+    mass = options.exact_mass
+    return min(mass.values() if isinstance(mass, Mapping) else [1.0 if mass is None else mass], default=1.0) < 1
 
 
 def recurrent_hit_rate(share: float) -> float:

@@ -43,6 +43,8 @@ class CoarseRouting:
 
     def forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A forward of the model is about to run in this thread: with a token of each sequence it is decode."""
+        if torch.compiler.is_compiling():
+            return
         text = kwargs.get("input_ids", args[0] if args else None)
         if text is None:
             text = kwargs.get("inputs_embeds")

@@ -247,6 +247,19 @@ def test_auto_takes_the_most_bits_that_leave_slots_for_the_experts_of_a_token(ch
     assert emoe.plan(path, fixed + token + rich.copy_bytes - 1, **given).coarse != "q8_0"
 
 
+def test_a_forecast_has_copies_in_the_place_of_reads(checkpoint, monkeypatch):
+    from emoe.planning import bandwidth
+
+    monkeypatch.setattr(bandwidth, "measure", lambda folder: bandwidth.Rates(1e9, 1e6, ""))
+    exact, none, some = (
+        emoe.plan(checkpoint("olmoe"), 0.3, dtype=torch.float32, **options).tokens_per_second
+        for options in ({}, {"routing": "coarse"}, {"routing": "coarse", "exact_mass": {"code": 0.2}})
+    )
+    assert none[0] > 10 * exact[0]
+    assert none[1] >= none[0]
+    assert some[0] == exact[0] < some[1]
+
+
 def test_a_budget_that_is_too_small_names_the_copies_and_one_that_works(checkpoint):
     path = checkpoint("olmoe")
     smallest = emoe.plan(path, 0.5, dtype=torch.float32, calibrate=False).smallest_budget
