@@ -19,6 +19,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from emoe.seam.frames import Known, callers, known, stack
+
 logger = logging.getLogger(__name__)
 
 STOCK, NAME = "sdpa", "emoe_one_row"
@@ -51,8 +53,10 @@ class OneRowAttention:
         AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
         self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         configs = [module.config for module in model.modules() if hasattr(module, "config")]
-        self._configs = list({id(each): each for each in configs if hasattr(each, "_attn_implementation")}.values())
-        self._running: set[int] = set()  # threads; one that was interrupted is among them until its next forward
+        # What a config of parts is told, it tells its parts, whatever name these have.
+        self._configs = list({id(each): each for each in configs if _is_whole(each)}.values())
+        # By thread, the innermost last: decode steps that run. What an interrupt leaves is told by the stack.
+        self._running: dict[int, list[frozenset[Known]]] = {}
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -61,20 +65,33 @@ class OneRowAttention:
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
+        own = callers(sys._getframe())
+        running = self._running.get(get_ident(), [])
+        if running:
+            alive = {known(frame) for frame in stack(sys._getframe(1))} - own
+            running = [each for each in running if not alive.isdisjoint(each)]
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         text = given.get("input_ids")
         if text is None:
             text = given.get("inputs_embeds")
         if isinstance(text, torch.Tensor) and text.dim() > 1 and text.shape[1] == 1:
-            self._running.add(get_ident())
+            self._running[get_ident()] = [*running, own]
             self._rename(STOCK, NAME)
-        else:
-            self._after()
+        else:  # within a decode step it may have either name: of more rows `attend` does what "sdpa" does
+            self._are(running)
 
     def _after(self, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self._running.discard(get_ident())
+        running = self._running.get(get_ident(), [])
+        own = callers(sys._getframe())
+        self._are([each for each in running if own.isdisjoint(each)])
+
+    def _are(self, running: list[frozenset[Known]]) -> None:
+        if running:
+            self._running[get_ident()] = running
+        else:
+            self._running.pop(get_ident(), None)
         if not self._running:
             self._rename(NAME, STOCK)
 
@@ -88,3 +105,7 @@ class OneRowAttention:
         for hook in self._hooks:
             hook.remove()
         self._rename(NAME, STOCK)
+
+
+def _is_whole(config: Any) -> bool:
+    return hasattr(config, "_attn_implementation") and not config.sub_configs

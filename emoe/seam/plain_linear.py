@@ -46,12 +46,19 @@ class NativeWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():  # else each attribute of the weight comes back to here
-            if func is F.linear:
-                served = _served(cls._plain, *args, **(kwargs or {}))
-                if served is not None:
-                    return served
-            return func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is F.linear:
+            served = _served(cls._plain, *args, **(kwargs or {}))
+            if served is not None:
+                return served
+        return _as_any(func, types, args, kwargs or {})
+
+
+# Calls a function that does not ask tensors of this kind. No line of Python is within, at which a signal handler could
+# run the model and find them computed by torch.
+_as_any = torch._C._disabled_torch_function_impl
 
 
 @functools.cache
@@ -70,6 +77,9 @@ def _served(plain: Plain, input: Any, weight: Any, bias: Any = None) -> torch.Te
         return None
     if bias is not None and not (type(bias) in _TENSORS or isinstance(bias, NativeWeight)):
         return None
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (input, weight, bias)):
+        return None
+    weight, bias = _ordinary(weight), _ordinary(bias)
     dtype, width = weight.dtype, weight.shape[-1]
     if input.dtype != dtype or not input.is_cpu or not weight.is_cpu or input.dim() == 0 or input.shape[-1] != width:
         return None
@@ -78,10 +88,13 @@ def _served(plain: Plain, input: Any, weight: Any, bias: Any = None) -> torch.Te
         return None
     if bias is not None and (bias.dtype != dtype or not bias.is_cpu or bias.shape != weight.shape[:1]):
         return None
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (input, weight, bias)):
-        return None
     y = plain.product(weight, input.reshape(rows, width), bias)
     return y.view(*input.shape[:-1], weight.shape[0])
+
+
+def _ordinary(tensor: Any) -> Any:
+    """The same numbers, in a tensor that nobody asks how it is computed with."""
+    return _as_any(torch.Tensor.detach, (), (tensor,), {}) if isinstance(tensor, NativeWeight) else tensor
 
 
 class PlainWeights:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -22,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from emoe.memory import LargeBlocks
 from emoe.requests import cached_tokens
+from emoe.seam.frames import Known, callers, known, stack
 from emoe.seam.kv_room import give_room
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class _Forward:
         large: it has so many rows that freed memory is given back at once.
     """
 
-    frames: frozenset[tuple[int, int]]
+    frames: frozenset[Known]
     text: torch.Tensor | None = None
     rows: list[torch.Tensor] = field(default_factory=list)
     chunk: torch.Tensor | None = None
@@ -95,7 +94,7 @@ class ChunkedPrefill:
         if not any(thread in alive for thread in list(self._open)):
             self._ends.remove()
 
-    def _end_left(self, own: frozenset[tuple[int, int]] = frozenset()) -> list[_Forward]:
+    def _end_left(self, own: frozenset[Known] = frozenset()) -> list[_Forward]:
         """Forwards that run in this thread; drops what an interrupt left of others.
 
         Args:
@@ -103,8 +102,8 @@ class ChunkedPrefill:
         """
         running = self._open.get(get_ident(), [])
         if running:
-            stack = {_known(frame) for frame in _stack(sys._getframe(1))} - own
-            running = [each for each in running if not stack.isdisjoint(each.frames)]
+            alive = {known(frame) for frame in stack(sys._getframe(1))} - own
+            running = [each for each in running if not alive.isdisjoint(each.frames)]
         return self._are(running)
 
     def _are(self, running: list[_Forward]) -> list[_Forward]:
@@ -123,8 +122,7 @@ class ChunkedPrefill:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling():  # what is compiled runs whole
             return None
-        # What calls this calls `_after` too; where the forward raises, what called that does.
-        own = _Forward(frozenset(map(_known, islice(_stack(sys._getframe(1)), 2))))
+        own = _Forward(callers(sys._getframe()))
         running = self._end_left(own.frames)
         if running:
             outer = running[-1]
@@ -248,21 +246,11 @@ def _has(kwargs: dict[str, Any], tensor: torch.Tensor | None, *args: Any) -> boo
     return tensor is not None and any(value is tensor for value in (*kwargs.values(), *args))
 
 
-def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _known(frame: FrameType) -> tuple[int, int]:
-    return id(frame), id(frame.f_code)
-
-
 def _innermost(running: list[_Forward], frame: FrameType) -> int | None:
     """Which of the forwards that run in this thread is the one whose hook `frame` calls."""
-    for each in _stack(frame):
+    for each in stack(frame):
         for number in reversed(range(len(running))):
-            if _known(each) in running[number].frames:
+            if known(each) in running[number].frames:
                 return number
     return None
 
