@@ -302,6 +302,8 @@ def _connect(spec: Spec) -> bool:
         except (OSError, OverflowError, RuntimeError, ValueError) as error:
             raise ConfigError(f"RAY_ADDRESS={address!r}: no cluster is reached there: {one_line(error)}") from error
         return False
+    # Ray's own is 15, with which replicas get next to no CPU beside any busy process.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(  # "local": else Ray joins a cluster that somebody else started on this machine
         address="local", num_cpus=max(1, int(spec.replicas * spec.cpus + 0.999)),
         object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_level="warning",

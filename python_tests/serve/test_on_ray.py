@@ -210,6 +210,11 @@ def shares_beside_their_kind(cluster):
     return None if early else [dict(each) for each in got]
 
 
+def test_replicas_have_the_priority_of_the_server(cluster):
+    own = os.getpriority(os.PRIO_PROCESS, cluster.process.pid)
+    assert [os.getpriority(os.PRIO_PROCESS, each.pid) for each in cluster.replicas()] == [own, own]
+
+
 def test_requests_go_to_the_replica_that_runs_their_kind(cluster):
     expected = [{"a": 4}, {"b": 4}]  # as soon as the router has heard which experts the tasks use
     serving.until(lambda: sorted(shares_beside_their_kind(cluster) or (), key=str) == expected, SECONDS)
