@@ -42,11 +42,17 @@ def _shorten_spinning() -> None:
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() or torch.get_num_threads() == 1:
         return
 
+    begun = threading.Event()
+
     def begin_a_team() -> None:
-        torch.zeros(1 << 20).add_(1)
+        try:
+            torch.zeros(1 << 20).add_(1)
+        finally:
+            begun.set()
         threading.Event().wait()
 
     threading.Thread(target=begin_a_team, name="emoe-openmp", daemon=True).start()
+    begun.wait(10)  # a process that ends while a thread of Python's is within torch is aborted
 
 
 def load_emulated() -> ModuleType:

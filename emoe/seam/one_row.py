@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class OneRowAttention:
         self._configs = list({id(each): each for each in configs if _is_whole(each)}.values())
         # By thread, the innermost last: decode steps that run. What an interrupt leaves is told by the stack.
         self._running: dict[int, list[frozenset[Known]]] = {}
+        self._lock = RLock()  # of both this and the names
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -75,8 +76,9 @@ class OneRowAttention:
         if text is None:
             text = given.get("inputs_embeds")
         if isinstance(text, torch.Tensor) and text.dim() > 1 and text.shape[1] == 1:
-            self._running[get_ident()] = [*running, own]
-            self._rename(STOCK, NAME)
+            with self._lock:
+                self._running[get_ident()] = [*running, own]
+                self._rename(STOCK, NAME)
         else:  # within a decode step it may have either name: of more rows `attend` does what "sdpa" does
             self._are(running)
 
@@ -88,12 +90,13 @@ class OneRowAttention:
         self._are([each for each in running if own.isdisjoint(each)])
 
     def _are(self, running: list[frozenset[Known]]) -> None:
-        if running:
-            self._running[get_ident()] = running
-        else:
-            self._running.pop(get_ident(), None)
-        if not self._running:
-            self._rename(NAME, STOCK)
+        with self._lock:
+            if running:
+                self._running[get_ident()] = running
+            else:
+                self._running.pop(get_ident(), None)
+            if not self._running:
+                self._rename(NAME, STOCK)
 
     def _rename(self, old: str, new: str) -> None:
         for config in self._configs:

@@ -86,7 +86,7 @@ class BaseSet:
         self._rival = self._base
         self._pending: list[list[int]] = [[] for _ in range(L)]
         self._refresh = Refresh(options.period)
-        self._between = Between(self._experts, slots) if ahead else None
+        self._between = Between(self._experts, self.sizes) if ahead else None
         self._rivals = self._between or Loading(self._experts, slots, make(options.policy))
         self._switch = Switch(loads_misses=not ahead)
         if options.predictor is not None and options.predictor.names:
@@ -132,7 +132,7 @@ class BaseSet:
         """Layers have other numbers of slots: the base set loses those of the lowest scores, or grows by the next."""
         slots = self._slots()
         self.sizes = self._sizes(slots)
-        self._rivals.resize(slots)
+        self._rivals.resize(slots if self._between is None else self.sizes)
         if self._base.any():
             self._base = self._rival = _best(self._scores, self.sizes, self._experts)
             if self._kept:

@@ -475,6 +475,14 @@ def test_threads_of_torch_are_asked_to_sleep_unless_the_user_said_how_they_wait(
     assert done.stdout.strip() == expected, done.stderr
 
 
+def test_a_process_that_ends_at_once_ends_well() -> None:
+    """It was aborted where a thread that emoe began was still within torch."""
+    code = "import torch; torch.set_num_threads(2); from emoe import native; native.load()"
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for _ in range(4):
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept).returncode == 0
+
+
 UNITS = sorted((ROOT / "csrc" / "cpu").glob("kernels_*.cpp"))
 
 

@@ -285,3 +285,15 @@ def test_auto_takes_few_rows_and_many_where_torch_has_no_product_of_its_own(monk
 def test_a_model_without_emoe_knows_no_other_product():
     with pytest.raises(ConfigError, match="dense='blas' is not one of: auto, native, torch"):
         emoe.wrap(families.build("olmoe"), dense="blas")
+
+
+def test_forward_mode_gradients_are_torch_s():
+    product, plain = counted()
+    own = layer()
+    x, tangent = torch.randn(2, 40), torch.randn(2, 40)
+    expected = F.linear(tangent, own.weight)
+    PlainWeights(own, plain)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        y = own(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert torch.allclose(torch.autograd.forward_ad.unpack_dual(y).tangent, expected, atol=1e-6)
+    assert not product.shapes
