@@ -87,7 +87,8 @@ class CacheManager:
 
     def resident(self, layer: int) -> list[int]:
         """Experts that are ready or held, in ascending order."""
-        return sorted(expert for expert, slot in self._slot_of[layer].items() if self._state[slot] >= 0)
+        # A list: a signal handler that runs the model may change the dict between two rounds of the loop.
+        return sorted(expert for expert, slot in list(self._slot_of[layer].items()) if self._state[slot] >= 0)
 
     def version(self, layer: int) -> int:
         """A number that changes whenever `resident(layer)` does."""
@@ -117,7 +118,7 @@ class CacheManager:
             self._state[slot] = _CLOSED
             self._free[layer].pop()
             return Admission(slot, None)
-        ready = {other for other, where in self._slot_of[layer].items() if self._state[where] == 0}
+        ready = {other for other, where in list(self._slot_of[layer].items()) if self._state[where] == 0}
         if not ready:
             return None
         evicted = self._policies[layer].victim(ready - self._protected[layer] or ready)
