@@ -125,22 +125,10 @@ def ids(rows=1, length=12):
     return torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("one_row")
-
-    def get(family):
-        if not (root / family).exists():
-            families.save(family, root / family)
-        return root / family
-
-    return get
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_decodes_what_it_decodes_with_transformers_own(family, saved, counted):
-    truth = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32).eval()
-    model = emoe.from_pretrained(saved(family), memory_budget=0.5, dtype=torch.float32)
+def test_a_model_decodes_what_it_decodes_with_transformers_own(family, checkpoint, counted):
+    truth = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32).eval()
+    model = emoe.from_pretrained(checkpoint(family), memory_budget=0.5, dtype=torch.float32)
     padded = torch.ones(2, 12, dtype=torch.long)
     padded[0, :5] = 0
     for given in (
@@ -159,18 +147,18 @@ def test_a_model_decodes_what_it_decodes_with_transformers_own(family, saved, co
     model.emoe.close(restore=False)
 
 
-def test_a_family_without_sdpa_or_that_compares_names_is_left_alone(saved, counted):
+def test_a_family_without_sdpa_or_that_compares_names_is_left_alone(checkpoint, counted):
     assert compares_names(families.build("gemma4_text"))
     assert not compares_names(families.build("qwen3_moe"))
-    model = emoe.from_pretrained(saved("gpt_oss"), memory_budget=0.5)
+    model = emoe.from_pretrained(checkpoint("gpt_oss"), memory_budget=0.5)
     model.generate(ids(), max_new_tokens=3)
     assert not counted
     model.emoe.close(restore=False)
 
 
 @pytest.mark.parametrize("options", [{"attention": "torch"}, {"kernels": "stock"}])
-def test_transformers_own_attention_runs_where_it_is_asked_for(options, saved, counted):
-    model = emoe.from_pretrained(saved("olmoe"), memory_budget=1.0, **options)
+def test_transformers_own_attention_runs_where_it_is_asked_for(options, checkpoint, counted):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=1.0, **options)
     model.generate(ids(), max_new_tokens=3)
     assert not counted
     model.emoe.close(restore=False)
@@ -227,8 +215,8 @@ def test_what_an_interrupt_left_is_gone_after_the_next_forward_or_on_closing():
         assert model.config._attn_implementation == "sdpa"
 
 
-def test_an_engine_gives_each_request_what_it_has_alone(saved, counted):
-    model = emoe.from_pretrained(saved("qwen3_moe"), memory_budget=0.5, dtype=torch.float32)
+def test_an_engine_gives_each_request_what_it_has_alone(checkpoint, counted):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, dtype=torch.float32)
     expected = [alone(model, prompt) for prompt in PROMPTS]
     counted.clear()
     with Engine(model, way="packed") as engine:
@@ -238,8 +226,8 @@ def test_an_engine_gives_each_request_what_it_has_alone(saved, counted):
     model.emoe.close(restore=False)
 
 
-def test_a_cache_of_another_class_is_attended_to_as_well(saved, counted):
-    model = emoe.from_pretrained(saved("olmoe"), memory_budget=1.0, dtype=torch.float32)
+def test_a_cache_of_another_class_is_attended_to_as_well(checkpoint, counted):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=1.0, dtype=torch.float32)
     given = {"max_new_tokens": 6, "do_sample": False}
     wanted = model.generate(ids(), past_key_values=DynamicCache(config=model.config), **given)
     assert torch.equal(model.generate(ids(), cache_implementation="static", disable_compile=True, **given), wanted)

@@ -178,22 +178,10 @@ def test_a_compiled_layer_is_torch_s():
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    root = tmp_path_factory.mktemp("plain_linear")
-
-    def get(family):
-        if not (root / family).exists():
-            families.save(family, root / family)
-        return root / family
-
-    return get
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_gives_the_logits_and_tokens_that_it_gives_with_torch_s_products(family, saved):
-    truth = AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32).eval()
-    model = emoe.from_pretrained(saved(family), memory_budget=0.5, dtype=torch.float32, dense="native")
+def test_a_model_gives_the_logits_and_tokens_that_it_gives_with_torch_s_products(family, checkpoint):
+    truth = AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32).eval()
+    model = emoe.from_pretrained(checkpoint(family), memory_budget=0.5, dtype=torch.float32, dense="native")
     native = [path for path, each in model.named_parameters() if isinstance(each, NativeWeight)]
     assert model.emoe.stats()["dense"]["plain"] == len(native)
     assert {path.rpartition(".")[0] for path in native} >= {
@@ -251,18 +239,18 @@ def test_adapters_train_merge_and_are_taken_off_again():
     model.emoe.close()
 
 
-def test_saving_while_emoe_runs_it_gives_the_weights(saved, tmp_path):
-    model = emoe.from_pretrained(saved("mixtral"), memory_budget=0.5, dtype=torch.float32, dense="native")
+def test_saving_while_emoe_runs_it_gives_the_weights(checkpoint, tmp_path):
+    model = emoe.from_pretrained(checkpoint("mixtral"), memory_budget=0.5, dtype=torch.float32, dense="native")
     model.save_pretrained(tmp_path)
     model.emoe.close(restore=False)
-    before = AutoModelForCausalLM.from_pretrained(saved("mixtral"), dtype=torch.float32).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), dtype=torch.float32).state_dict()
     for name, value in AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("options", [{"dense": "torch"}, {"dense": "auto", "kernels": "stock"}])
-def test_torch_computes_all_where_it_is_asked_to(options, saved):
-    model = emoe.from_pretrained(saved("olmoe"), memory_budget=1.0, dtype=torch.float32, **options)
+def test_torch_computes_all_where_it_is_asked_to(options, checkpoint):
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=1.0, dtype=torch.float32, **options)
     assert model.emoe.stats()["dense"]["plain"] == 0
     assert not any(isinstance(each, NativeWeight) for each in model.parameters())
     model.emoe.close(restore=False)
