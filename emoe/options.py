@@ -34,6 +34,7 @@ COPIES = {
     **{name: name for name in CONVERTED if name != "fp8"},
 }  # fmt: skip
 CONVERTED_REST = ("keep", "q8_0")  # what becomes of linear layers outside experts
+EXACT_MASS = 1.0  # none is read where none is asked for: more bits buy more than reads (docs/quality.md)
 DEFAULT_TASK = "default"  # key of the bias for tasks that a mapping does not name
 
 Bias = float | Mapping[str, float]
@@ -526,6 +527,12 @@ class Options:
             )
         if self.kernels != "native":
             raise ConfigError(f"routing='coarse' computes copies with kernels='native', not {self.kernels!r}")
+
+    @property
+    def exact_masses(self) -> Mapping[str, float]:
+        """`exact_mass` by task, with an entry for "default"."""
+        mass = EXACT_MASS if self.exact_mass is None else self.exact_mass
+        return {DEFAULT_TASK: EXACT_MASS, **(mass if isinstance(mass, Mapping) else {DEFAULT_TASK: mass})}
 
     @property
     def keeps_encoded(self) -> bool:

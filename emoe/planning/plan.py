@@ -291,7 +291,7 @@ def _plan(
             experts,
             top_k,
             copies=[each.nbytes for each in coarse.layouts] if coarse else [],
-            reads=_reads(options),
+            reads=min(options.exact_masses.values()) < 1,
         )
         if rates
         else None,
@@ -483,12 +483,6 @@ def _forecast(
     stand_in = bool(copies)
     random, recurs = seconds(lambda share: share, stand_in and not reads), seconds(recurrent_hit_rate, stand_in)
     return 1 / max(random, recurs), 1 / min(random, recurs)  # a copy is sooner computed than a full expert
-
-
-def _reads(options: Options) -> bool:
-    """Whether routing coarse reads any expert that a copy could stand in for."""
-    mass = options.exact_mass
-    return min(mass.values() if isinstance(mass, Mapping) else [1.0 if mass is None else mass], default=1.0) < 1
 
 
 def recurrent_hit_rate(share: float) -> float:

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from emoe.options import DEFAULT_TASK, Bias, Options
-
-EXACT_MASS = 1.0  # none is read where none is asked for: more bits buy more than reads (docs/quality.md)
+from emoe.options import DEFAULT_TASK, EXACT_MASS, Bias, Options
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,7 @@ def routing_of(options: Options) -> RoutingOptions:
     if bias is None:
         bias = 0.0 if options.routing == "exact" else math.inf
     by_task = bias if isinstance(bias, Mapping) else {DEFAULT_TASK: bias}
-    mass = EXACT_MASS if options.exact_mass is None else options.exact_mass
-    masses = mass if isinstance(mass, Mapping) else {DEFAULT_TASK: mass}
     return RoutingOptions(
         options.routing, {DEFAULT_TASK: 0.0, **by_task}, options.max_substituted_mass,
-        {DEFAULT_TASK: EXACT_MASS, **masses},
+        options.exact_masses,
     )  # fmt: skip
