@@ -21,6 +21,11 @@ def known(frame: FrameType) -> Known:
     return id(frame), id(frame.f_code)
 
 
+def of_stack(frame: FrameType | None) -> set[Known]:
+    """All that `stack` gives."""
+    return {known(each) for each in stack(frame)}
+
+
 def callers(frame: FrameType) -> frozenset[Known]:
     """Those of a hook that `frame` is: what calls one before a forward calls the one after it, or its caller does."""
     return frozenset(map(known, islice(stack(frame.f_back), 2)))

@@ -19,7 +19,8 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from emoe.seam.frames import Known, callers, known, stack
+from emoe.seam.frames import Known, callers, of_stack
+from emoe.seam.prefill import text_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +70,11 @@ class OneRowAttention:
         own = callers(sys._getframe())
         running = self._running.get(get_ident(), [])
         if running:
-            alive = {known(frame) for frame in stack(sys._getframe(1))} - own
+            alive = of_stack(sys._getframe(1)) - own
             running = [each for each in running if not alive.isdisjoint(each)]
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        text = given.get("input_ids")
-        if text is None:
-            text = given.get("inputs_embeds")
-        if isinstance(text, torch.Tensor) and text.dim() > 1 and text.shape[1] == 1:
+        text = text_of(given)
+        if text is not None and text.shape[1] == 1:
             with self._lock:
                 self._running[get_ident()] = [*running, own]
                 self._rename(STOCK, NAME)

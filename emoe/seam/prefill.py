@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from emoe.memory import LargeBlocks
 from emoe.requests import cached_tokens
-from emoe.seam.frames import Known, callers, known, stack
+from emoe.seam.frames import Known, callers, known, of_stack, stack
 from emoe.seam.kv_room import give_room
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class ChunkedPrefill:
         """
         running = self._open.get(get_ident(), [])
         if running:
-            alive = {known(frame) for frame in stack(sys._getframe(1))} - own
+            alive = of_stack(sys._getframe(1)) - own
             running = [each for each in running if not alive.isdisjoint(each.frames)]
         return self._are(running)
 
@@ -133,7 +133,7 @@ class ChunkedPrefill:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         give_room(given.get("past_key_values"), self._room)
-        text = _text(given)
+        text = text_of(given)
         if text is None:
             return None
         batch, length = text.shape[:2]
@@ -172,14 +172,14 @@ class ChunkedPrefill:
                 chunk["logits_to_keep"] = max(1, wanted)
             if end == length:
                 break
-            own.chunk = _text(chunk)
+            own.chunk = text_of(chunk)
             output = model(**chunk)
             given["past_key_values"] = output.past_key_values
             give_room(output.past_key_values, self._room)
             if wanted > 0:
                 rows.append(output.logits)
             del output
-        own.text, own.rows = _text(chunk), rows
+        own.text, own.rows = text_of(chunk), rows
         return chunk
 
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -233,7 +233,7 @@ class ChunkedPrefill:
         return ""
 
 
-def _text(given: dict[str, Any]) -> torch.Tensor | None:
+def text_of(given: dict[str, Any]) -> torch.Tensor | None:
     """A forward's input: ids [B, T] or embeddings [B, T, hidden]; None where it has none."""
     for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
         value = given.get(name)
