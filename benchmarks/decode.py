@@ -346,6 +346,12 @@ def show_capped(console: Console, result: dict[str, Any]) -> float:
     return ours / theirs if theirs else float("inf") if ours else 0.0
 
 
+def child_command(args: argparse.Namespace, part: str, *more: str) -> list[str]:
+    """This script, for one part in a process of its own."""
+    given = ("--checkpoint", str(args.checkpoint), "--rounds", str(args.rounds), "--tokens", str(args.tokens))
+    return common.this_script(__file__, "--child", part, *given, *more)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["resident", "rest", "busy", "context", "capped", "all"], default="all")
@@ -374,10 +380,7 @@ def main() -> int:
     with common.scratch_folder(args.checkpoint) as folder:
         args.checkpoint = common.write_checkpoint(common.small_config(), folder)
         if args.part in ("resident", "all"):
-            command = common.this_script(
-                __file__, "--child", "resident", "--checkpoint", str(folder), "--rounds", str(args.rounds),
-                "--tokens", str(args.tokens),
-            )  # fmt: skip
+            command = child_command(args, "resident")
             for name, environment in {"as the CPU is": {}, "both held to AVX2": common.AVX2}.items():
                 results[name] = common.run_child(command, environment=environment)
                 decode, prefill = show_resident(console, name, results[name])
@@ -386,27 +389,18 @@ def main() -> int:
                 )
                 missed += [decode < DECODE_TARGET, prefill < PREFILL_TARGET]
         if args.part in ("busy", "all"):
-            command = common.this_script(
-                __file__, "--child", "busy", "--checkpoint", str(folder), "--rounds", str(args.rounds),
-                "--tokens", str(args.tokens), "--dense", args.dense,
-            )  # fmt: skip
+            command = child_command(args, "busy", "--dense", args.dense)
             results["busy"] = common.run_child(command)
             ratio = show_busy(console, results["busy"], args.dense)
             console.print(f"emoe beside a busy process {ratio:.2f} x its quiet time (target at most {BUSY_TARGET})")
             missed.append(ratio > BUSY_TARGET)
         if args.part in ("context", "all"):
-            command = common.this_script(
-                __file__, "--child", "context", "--checkpoint", str(folder), "--rounds", str(args.rounds),
-                "--tokens", str(args.tokens),
-            )  # fmt: skip
+            command = child_command(args, "context")
             results["context"] = common.run_child(command)
             for name, milliseconds in results["context"].items():
                 console.print(f"a token after {name}: {milliseconds:.1f} ms")
         if args.part in ("rest", "all"):
-            command = common.this_script(
-                __file__, "--child", "rest", "--checkpoint", str(folder), "--rounds", str(args.rounds),
-                "--tokens", str(args.tokens),
-            )  # fmt: skip
+            command = child_command(args, "rest")
             for name, environment in {"as the CPU is": {}, "both held to AVX2": common.AVX2}.items():
                 results[f"rest, {name}"] = common.run_child(command, environment=environment)
                 show_rest(console, name, results[f"rest, {name}"])
