@@ -46,11 +46,11 @@ def model_class(config: Any, auto_class: Any = None) -> Any:
     )
 
 
-def from_config(cls: Any, config: Any, *, dtype: Any, trust_remote_code: bool) -> Any:
-    """A model with fresh weights, of a class that `model_class` gave."""
+def from_config(cls: Any, config: Any, *, dtype: Any, trust_remote_code: bool, **kwargs: Any) -> Any:
+    """A model with fresh weights, of a class that `model_class` gave; `kwargs` as Transformers' `from_config`."""
     if hasattr(cls, "from_config"):
-        return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return cls._from_config(part_of(config, cls), dtype=dtype)
+        return cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+    return cls._from_config(part_of(config, cls), dtype=dtype, **kwargs)
 
 
 def _named(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from emoe.errors import CheckpointError, one_line
+from emoe.errors import CheckpointError, ConfigError, one_line
 from emoe.model import auto
 from emoe.model.config import read_config, remote_code_refused, without_quantization
 from emoe.store.checkpoint import first_dtype
@@ -29,14 +29,18 @@ def meta_model(path_or_id: str | Path, *, dtype: Any = "auto", **kwargs: Any) ->
     cls = auto.model_class(config, rest.get("auto_class"))
     resolved = _resolve_dtype(dtype, config, Path(path_or_id) / (rest.get("subfolder") or ""))
     config, _ = without_quantization(config)  # a copy: Transformers writes the dtype into it
-    if rest.get("attn_implementation") == "eager":  # what it computes with is in the plan; of others load says its own
-        config._attn_implementation = "eager"
+    attention = rest.get("attn_implementation")
+    given = {} if attention is None else {"attn_implementation": attention}
     try:
         with torch.device("meta"):
-            return auto.from_config(cls, config, dtype=resolved, trust_remote_code=rest["trust_remote_code"])
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return auto.from_config(cls, config, dtype=resolved, trust_remote_code=rest["trust_remote_code"], **given)
+    except (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         if "trust_remote_code" in str(error):
             raise remote_code_refused(str(path_or_id)) from error
+        if attention is not None and "attention" in str(error).lower():
+            raise ConfigError(f"attn_implementation={attention!r}: {one_line(error)[:400]}") from error
         raise CheckpointError(
             f"{path_or_id}: Transformers makes no model of its config: {one_line(error)[:400]}", file=str(path_or_id)
         ) from error

@@ -197,3 +197,12 @@ def test_auto_takes_no_more_than_is_free_with_libraries(tmp_path):
 def test_libraries_are_not_in_the_memory_of_a_gpu(tmp_path):
     plan = emoe.plan(large(tmp_path), "1GiB", device="cuda", calibrate=False)
     assert plan.library_bytes == 0
+
+
+@pytest.mark.parametrize("way", [emoe.plan, emoe.from_pretrained])
+@pytest.mark.parametrize(
+    ("name", "told"), [("nope", "only possible arguments"), ("flash_attention_2", "be installed|not available")]
+)
+def test_attention_that_cannot_run_is_refused_before_anything_is_loaded(way, name, told, checkpoint):
+    with pytest.raises(errors.ConfigError, match=f"attn_implementation='{name}': .*({told})"):
+        way(checkpoint("olmoe"), memory_budget="1GiB", context=64, attn_implementation=name)
