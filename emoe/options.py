@@ -417,9 +417,14 @@ class Options:
     )  # fmt: skip
     max_substituted_mass: float | None = _row(
         None, _mass,
-        """for routing resident and biased: the largest mean share of router mass that may be substituted in a request
-        (0.02 or, on the command line, 2%); beyond it experts are read""",
+        """for routing resident and biased: the largest mean share of router mass that may be substituted in a request's
+        prompt, and in its answer (0.02 or, on the command line, 2%); beyond it experts are read""",
         "SHARE", read=_text_number,
+    )  # fmt: skip
+    top_pick: str = _row(
+        "auto", OneOf(("auto", "keep", "replace")),
+        """for routing resident and biased: the pick of a row with most router mass. keep reads its expert where that is
+        not in memory, replace substitutes it like others; auto keeps it under max_substituted_mass""",
     )  # fmt: skip
     coarse: str = _row(
         "auto", OneOf(("auto", *COPIES)),
@@ -462,7 +467,8 @@ class Options:
     )  # fmt: skip
     sensitivity: Any = _row(
         None, Given("insensitive", "emoe profile sensitivity"),
-        """layers in which a task does not count for a predictor: a file of `emoe profile sensitivity`, or a
+        """how much layers matter to a task: where they do not, it does not count for a predictor, and
+        max_substituted_mass is spent where they matter least; a file of `emoe profile sensitivity`, or a
         `SensitivityProfile`""",
         "FILE",
     )  # fmt: skip
@@ -496,6 +502,10 @@ class Options:
         if self.max_substituted_mass is not None and self.routing in ("exact", "coarse"):
             raise ConfigError(
                 f"max_substituted_mass goes with routing='resident' or 'biased'; {self.routing!r} substitutes nothing"
+            )
+        if self.top_pick != "auto" and self.routing not in ("resident", "biased"):
+            raise ConfigError(
+                f"top_pick={self.top_pick!r} goes with routing='resident' or 'biased', not {self.routing!r}"
             )
         if self.routing == "coarse":
             self._check_coarse()
@@ -533,6 +543,11 @@ class Options:
         """`exact_mass` by task, with an entry for "default"."""
         mass = EXACT_MASS if self.exact_mass is None else self.exact_mass
         return {DEFAULT_TASK: EXACT_MASS, **(mass if isinstance(mass, Mapping) else {DEFAULT_TASK: mass})}
+
+    @property
+    def keeps_top(self) -> bool:
+        """Whether a row's pick with the most mass is never substituted."""
+        return self.top_pick == "keep" or (self.top_pick == "auto" and self.max_substituted_mass is not None)
 
     @property
     def keeps_encoded(self) -> bool:

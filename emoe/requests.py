@@ -15,7 +15,7 @@ from enum import Enum
 from functools import partial
 from operator import attrgetter
 from threading import RLock, get_ident, local
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from emoe.errors import ClosedError, ConfigError
 
@@ -97,6 +97,20 @@ class Tally:
         return {**values, "coarse_mass": coarse, "substituted_mass": self.substituted_mass}
 
 
+class Spent(NamedTuple):
+    """What a contract has let be substituted in one phase of a request, prompt or decode.
+
+    Attributes:
+        rows: (token, layer) pairs routed.
+        mass: sum over them of the substituted share of router mass.
+        harm: the same, each layer's share times its weight.
+    """
+
+    rows: int = 0
+    mass: float = 0.0
+    harm: float = 0.0
+
+
 @dataclass(slots=True)
 class Request:
     """One request, from its first token to its last.
@@ -105,6 +119,7 @@ class Request:
         task: name of its task, None where unknown.
         name: its own name, for reports.
         tally: what was counted so far.
+        prompt, decode: what its contract has let be substituted in each.
         tokens: input and expected output, None where unknown.
         others: task and tokens of requests that run beside it or follow before the next choice of a base set.
         kind: whose it is.
@@ -116,6 +131,8 @@ class Request:
     task: str | None = None
     name: str | None = None
     tally: Tally = field(default_factory=Tally)
+    prompt: Spent = field(default=Spent(), repr=False, compare=False)
+    decode: Spent = field(default=Spent(), repr=False, compare=False)
     tokens: float | None = field(default=None, repr=False)
     others: Sequence[tuple[str | None, float]] = field(default=(), repr=False)
     kind: Kind = field(default=Kind.ASKED, repr=False)

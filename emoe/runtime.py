@@ -79,13 +79,14 @@ class Runtime:
             pinned_memory=options.pinned_memory, hostless=hostless, lock=self._lock, coarse=plan.coarse,
         )  # fmt: skip
         self.cache, self.loader, self.layers = self._bank.cache, self._bank.loader, self._bank.layers
-        self.routing = Routing(model, self._bank.residency, routing, self.requests)
+        experts_per_layer = self._bank.experts_per_layer
+        options = opened(options, len(experts_per_layer), max(experts_per_layer), model)
+        weights = getattr(options.sensitivity, "layer_weights", None)
+        self.routing = Routing(model, self._bank.residency, routing, self.requests, weights)
         if self._bank.tables is not None:
             self.routing.use(self._bank.tables)
-        experts_per_layer = self._bank.experts_per_layer
         self.base = BaseSet(
-            self.loader, self._bank.residency, experts_per_layer, plan.top_k,
-            opened(options, len(experts_per_layer), max(experts_per_layer), model),
+            self.loader, self._bank.residency, experts_per_layer, plan.top_k, options,
             loads_misses=routing.loads_misses, ahead=routing.mode in ("resident", "coarse"),
             waits=routing.mode == "resident", requests=self.requests,
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
@@ -105,7 +106,8 @@ class Runtime:
             self._attached.before_forward(self.requests.forward)
         if self.routing.coarse is not None:
             self._bank.choose(self.routing.coarse.full)
-            self._attached.before_forward(self.routing.coarse.forward)
+        if self.routing.phased:
+            self._attached.before_forward(self.routing.phases.forward)
         self.routing.start()
         self._bank.log_start(plan.resident_share, options.kernels)
         for warning in plan.warnings:
@@ -257,7 +259,7 @@ class Runtime:
 
     def _settling(self) -> SlotTables:
         self._require_open()
-        return self._bank.settling(self.routing.options.mode, self.routing.options.bound is not None)
+        return self._bank.settling(self.routing.options.mode)
 
     def record(self, path: str | Path) -> AbstractContextManager[TraceRecorder]:
         """Records routing decisions while the block runs and writes them to `path` (.npz; see docs/traces.md).

@@ -231,7 +231,7 @@ class Bank:
             give_back=lambda slot: self._device.give_back(self.slab, slot), resized=resized,
         )  # fmt: skip
 
-    def settling(self, mode: str, contract: bool) -> SlotTables:
+    def settling(self, mode: str) -> SlotTables:
         """The slot tables.
 
         Raises:
@@ -239,8 +239,8 @@ class Bank:
         """
         if self.tables is None:
             raise ConfigError(
-                f"device='{self._device.name}' with routing='{mode}'{' with max_substituted_mass' if contract else ''} "
-                "may need the host in any step; steps without it need a GPU and routing='resident' without a contract"
+                f"device='{self._device.name}' with routing='{mode}' may need the host in any step; steps without it "
+                "need a GPU and routing='resident' without max_substituted_mass and without top_pick='keep'"
             )
         return self.tables
 

@@ -5,8 +5,7 @@ Needs no router: a pick's share is its weight over the sum of its row's. Which s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from threading import local
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from emoe.requests import Requests, Span
 from emoe.routing.options import RoutingOptions
+from emoe.routing.phases import Phases
 from emoe.routing.resident import Residency
 
 NEVER = 1.0  # from this exact_mass on no pick is read
@@ -34,21 +34,15 @@ class CoarseRouting:
     residency: which experts are in slots.
     options: with `exact_mass`.
     requests: whose rows are.
+    phases: which of them are decode.
     take: counts.
     """
 
-    def __init__(self, residency: Residency, options: RoutingOptions, requests: Requests, take: Take) -> None:
+    def __init__(
+        self, residency: Residency, options: RoutingOptions, requests: Requests, phases: Phases, take: Take
+    ) -> None:
         self._residency, self._options, self._requests, self._take = residency, options, requests, take
-        self._forward = local()
-
-    def forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A forward of the model is about to run in this thread: with a token of each sequence it is decode."""
-        if torch.compiler.is_compiling():
-            return
-        text = kwargs.get("input_ids", args[0] if args else None)
-        if text is None:
-            text = kwargs.get("inputs_embeds")
-        self._forward.tokens = text.shape[1] if isinstance(text, torch.Tensor) and text.dim() > 1 else 0
+        self._phases = phases
 
     def full(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> list[int] | None:
         """Experts to compute in full, ascending: those in slots and those to be read first. None: all, as in `exact`.
@@ -83,12 +77,10 @@ class CoarseRouting:
 
     def _limits(self, spans: Sequence[Span], rows: int) -> NDArray[np.float64]:
         """[T, 1] the share from which an absent pick of a row is read: a prompt's are only where all are."""
-        decode = rows == 1 or (not self._requests.batched and getattr(self._forward, "tokens", 0) == 1)
         found = np.full((rows, 1), np.inf)
-        for request, span in spans:
+        for (request, span), decode in zip(spans, self._phases.decode(spans), strict=True):
             mass = self._options.exact_mass_of(request.task)
-            one = decode or (self._requests.batched and span.stop - span.start == 1)
-            if mass == 0 or (one and mass < NEVER):
+            if mass == 0 or (decode and mass < NEVER):
                 found[span] = mass
         return found
 

@@ -1,14 +1,14 @@
-"""The online contract `max_substituted_mass`: an allowance never overdrawn, and a bias that learns to need less."""
+"""The online contract `max_substituted_mass`: allowances never overdrawn, and a bias that learns to need less."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from emoe.requests import Request, Tally
+from emoe.requests import Request, Span, Spent
 from emoe.routing.rules import Rule
 from emoe.routing.select import DECISIVE, Choice, gaps
 
@@ -20,22 +20,45 @@ FLOOR = 1e-3
 
 
 class Contract:
-    """Keeps substituted router mass within a bound.
+    """Keeps substituted router mass within a bound, in each request's prompt and in its answer.
 
     Args:
         bound: mean share of router mass that may be substituted, in [0, 1].
         adapt: whether the bias follows (mode `biased`), or stays as asked (`resident`).
+        weights: [L] of a task, how bad substitution is in each layer; none is 0, and the mean of 1 / weight is 1, so
+            that layers which spend in proportion to 1 / weight spend the bound. None: it is as bad in all.
     """
 
-    def __init__(self, bound: float, *, adapt: bool) -> None:
+    def __init__(
+        self, bound: float, *, adapt: bool, weights: Callable[[str | None], NDArray[np.float64]] | None = None
+    ) -> None:
         self.bound = bound
         self.adapt = adapt
+        self._weights = weights
         self._factors: dict[str | None, float] = {}
         self._windows: dict[str | None, tuple[int, float]] = {}
 
-    def allowance(self, tally: Tally, rows: int) -> float:
-        """Mass that a call over `rows` rows may substitute, so that the request's mean stays within the bound."""
-        return max(0.0, self.bound * (tally.rows + rows) - tally.mass)
+    def allowance(self, request: Request, layer: int, rows: int, *, decode: bool) -> float:
+        """Mass that a call over `rows` rows of a layer may substitute.
+
+        So that the phase's mean share stays within the bound, and its mean of shares times weights as well.
+        """
+        spent = request.decode if decode else request.prompt
+        allowed = self.bound * (spent.rows + rows)
+        return max(0.0, min(allowed - spent.mass, (allowed - spent.harm) / self._weight(request.task, layer)))
+
+    def spend(self, request: Request, layer: int, rows: int, mass: float, *, decode: bool) -> None:
+        """A call was routed, and so much of its mass substituted."""
+        spent = request.decode if decode else request.prompt
+        harm = mass * self._weight(request.task, layer)
+        after = Spent(spent.rows + rows, spent.mass + mass, spent.harm + harm)
+        if decode:
+            request.decode = after
+        else:
+            request.prompt = after
+
+    def _weight(self, task: str | None, layer: int) -> float:
+        return 1.0 if self._weights is None else float(self._weights(task)[layer])
 
     def bias(self, task: str | None, asked: float) -> float:
         """The bias to use for a task now; never more than the one asked for."""
@@ -60,19 +83,23 @@ class Contract:
 
     def to_read(
         self,
+        layer: int,
         rule: Rule,
         logits: torch.Tensor,
         index: torch.Tensor,
         usable: torch.Tensor,
         choice: Choice,
-        spans: Sequence[tuple[Request, slice]],
+        spans: Sequence[Span],
+        decode: Sequence[bool],
     ) -> tuple[list[int], list[float]]:
         """What the allowances of the requests of a call do not pay for.
 
         Args:
+            layer: its number.
             rule, logits, index, usable: as `select.choose` took them.
             choice: what it gave.
             spans: whose the rows are.
+            decode: of each span, whether it is decode.
 
         Returns:
             The absent experts that have to be read, and the mass that each span would have had substituted.
@@ -84,9 +111,17 @@ class Contract:
         cells = np.repeat(np.arange(S), rows)[:, None] * E + ids
         mass = np.bincount(cells.ravel(), shares.ravel(), minlength=S * E).astype(np.float64).reshape(S, E)
         wanted = mass.sum(1).tolist()
-        # A request has one allowance, however many of the spans are its own.
-        requests = list({id(request): request for request, _ in spans}.values())
-        own = np.array([[each is request for each, _ in spans] for request in requests], dtype=np.float64)  # [R, S]
+        # A request has one allowance a phase, however many of the spans are its own.
+        purses = list(
+            {(id(each), phase): (each, phase) for (each, _), phase in zip(spans, decode, strict=True)}.values()
+        )
+        own = np.array(
+            [
+                [each is request and mine == phase for (each, _), mine in zip(spans, decode, strict=True)]
+                for request, phase in purses
+            ],
+            dtype=np.float64,
+        )  # [R, S]
         mass = own @ mass
         harm = mass.sum(0)
         if self.adapt and len(index) > 1:
@@ -95,7 +130,8 @@ class Contract:
         unavoidable = ids[absent & ~choice.replaced.cpu().numpy()]
         candidates = set(np.flatnonzero(mass.any(0)).tolist()).difference(unavoidable.tolist())
         allowances = [
-            self.allowance(request.tally, int(count)) for request, count in zip(requests, own @ rows, strict=True)
+            self.allowance(request, layer, int(count), decode=phase)
+            for (request, phase), count in zip(purses, own @ rows, strict=True)
         ]
         avoided = avoidable(mass, harm, candidates, allowances)
         return sorted(set(ids[absent].tolist()).difference(avoided)), wanted
@@ -109,13 +145,13 @@ def avoidable(
     An expert is read once however many picks it has, so a substitution pays only where it is the last of its expert.
 
     Args:
-        mass: [R, E] router mass of the picks of each expert, by request.
+        mass: [R, E] router mass of the picks of each expert, by request and phase.
         harm: [E] what the substitutions of an expert are ranked by.
         candidates: experts all of whose picks could be substituted.
-        allowances: mass that each request may substitute in this call.
+        allowances: mass that each may substitute in this call.
 
     Returns:
-        Ids; for every request the sum of their masses is within its allowance.
+        Ids; for each the sum of their masses is within its allowance.
     """
     left = np.asarray(allowances, dtype=np.float64)
     avoided = []

@@ -13,7 +13,9 @@ from dataclasses import astuple
 from threading import RLock
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,8 +25,9 @@ from emoe.options import Bias
 from emoe.requests import Kind, Request, Requests, Span, Tally
 from emoe.routing.coarse import CoarseRouting
 from emoe.routing.contract import Contract
-from emoe.routing.host import exchange
+from emoe.routing.host import exchange, shares_of
 from emoe.routing.options import RoutingOptions, parse_options
+from emoe.routing.phases import Phases
 from emoe.routing.recognise import Site, find_routers
 from emoe.routing.resident import Residency
 from emoe.routing.rules import Rule
@@ -46,6 +49,7 @@ class Routing:
         residency: which experts are in memory; not asked in mode `exact`.
         options: the mode.
         requests: whose each forward is; it tells this object of them. None: nobody's, but for `request` and `rows`.
+        weights: of layers, as `Contract` takes them.
 
     Raises:
         UnsupportedModelError: a router's rule is not known (modes other than `exact`); names family and module.
@@ -57,6 +61,7 @@ class Routing:
         residency: Residency | None,
         options: RoutingOptions,
         requests: Requests | None = None,
+        weights: Callable[[str | None], NDArray[np.float64]] | None = None,
     ) -> None:
         self.options = options
         self.sites: list[Site] = []
@@ -64,7 +69,10 @@ class Routing:
         self._tasks: dict[str | None, Tally] = {}
         self._requests = Requests([self]) if requests is None else requests
         self._finished: deque[Request] = deque(maxlen=KEPT_REQUESTS)
-        self._contract = None if options.bound is None else Contract(options.bound, adapt=options.mode == "biased")
+        self._contract: Contract | None = None
+        if options.bound is not None:
+            self._contract = Contract(options.bound, adapt=options.mode == "biased", weights=weights)
+        self.phases = Phases(self._requests)
         self._handles: list[RemovableHandle] = []
         self._settled: SettledRouting | None = None
         self.coarse: CoarseRouting | None = None  # in that mode, which looks at no router
@@ -75,7 +83,7 @@ class Routing:
             raise ConfigError(f"routing={options.mode!r} needs to know which experts are resident")
         self._residency = residency
         if options.mode == "coarse":
-            self.coarse = CoarseRouting(residency, options, self._requests, self._take)
+            self.coarse = CoarseRouting(residency, options, self._requests, self.phases, self._take)
             self._layers = [Tally() for _ in find_experts(model)]
             return
         self.sites = find_routers(model)
@@ -84,9 +92,9 @@ class Routing:
     def use(self, tables: Tables) -> None:
         """Routes by these slot tables of a device where a layer is settled: the host then reads no value.
 
-        Only mode `resident` without a contract can: in the others the host has to know what is missing.
+        Only a mode that reads nothing can: in the others the host has to know what is missing.
         """
-        assert self.options.mode == "resident" and self.options.bound is None
+        assert not self.options.loads_misses
         self._settled = SettledRouting(tables, len(self.sites), self._take)
         self._settled.current([self._requests.current], batch=False)
 
@@ -96,6 +104,11 @@ class Routing:
         for site in self.sites:
             if site.rule is not None:
                 self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
+
+    @property
+    def phased(self) -> bool:
+        """Whether prompts and decode are not treated alike: `phases` is to be told of the model's forwards."""
+        return self._contract is not None or self.coarse is not None
 
     def close(self) -> None:
         """Removes the hooks; counts stay readable. Calling it again does nothing."""
@@ -191,18 +204,23 @@ class Routing:
         absent = present.count(False)
         if absent and self._residency.room(site.layer):
             return self._route_many(site, rule, logits, weights, index, resident, torch.from_numpy(picks))
-        request = next(each for each, span in self._requests.spans(1) if span.stop)
+        spans = [span for span in self._requests.spans(1) if span[1].stop]
+        request, (decode,) = spans[0][0], self.phases.decode(spans)
         bias = self._bias_of(request.task) if absent else 0.0
         if bias == 0.0:
-            self._add(site, request, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
+            self._add(site, request, decode, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
             return None
         logits = rule.logits(logits)
+        if self.options.keep_top:
+            shares = shares_of(rule, logits, weights, index)
+            present[shares.index(max(shares))] = True  # it is read
         swap = exchange(rule, logits, weights, index, resident, present, bias)
         wanted = sum(swap.shares)
         if self._contract is not None:
-            swap = swap.affordable(self._contract.allowance(request.tally, 1))
+            swap = swap.affordable(self._contract.allowance(request, site.layer, 1, decode=decode))
         count = len(swap.positions)
-        self._add(site, request, 1, len(present), absent, count, absent - count, sum(swap.shares), wanted=wanted)
+        mass = sum(swap.shares)
+        self._add(site, request, decode, 1, len(present), absent, count, absent - count, mass, wanted=wanted)
         if not count:
             return None
         final = index.clone()
@@ -248,13 +266,18 @@ class Routing:
         bias: float | torch.Tensor,
         spans: list[Span],
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.options.keep_top:
+            tops = index.gather(1, rule.share(logits, index).argmax(1, keepdim=True)).flatten()
+            usable = usable.index_fill(0, tops, True)  # read where they are not in memory, and there for all rows
         stay = present if usable is resident else usable[index]
         if isinstance(bias, torch.Tensor):
             stay = stay | (bias == 0)
         choice = choose(rule, logits, index, usable, stay, bias)
         wanted = [0.0] * len(spans)
         if self._contract is not None:
-            read, wanted = self._contract.to_read(rule, logits, index, usable, choice, spans)
+            read, wanted = self._contract.to_read(
+                site.layer, rule, logits, index, usable, choice, spans, self.phases.decode(spans)
+            )
             if read:
                 # What is read for some rows is there for all.
                 usable = usable.index_fill(0, torch.tensor(read, device=usable.device), True)
@@ -272,8 +295,8 @@ class Routing:
         rows = [span.stop - span.start for _, span in spans]
         # A prompt's whole allowance is at hand, and the contract ranks its exchanges; in decode the bias does.
         values = [
-            self._bias_of(request.task) if count == 1 else self.options.bias_of(request.task)
-            for (request, _), count in zip(spans, rows, strict=True)
+            self._bias_of(request.task) if decode else self.options.bias_of(request.task)
+            for (request, _), decode in zip(spans, self.phases.decode(spans), strict=True)
         ]
         if all(value == values[0] for value in values):
             return values[0]
@@ -291,10 +314,10 @@ class Routing:
     # Counting
 
     def _count_untouched(self, site: Site, spans: list[Span], present: torch.Tensor, *, all_present: bool) -> None:
-        for request, span in spans:
+        for (request, span), decode in zip(spans, self.phases.decode(spans), strict=True):
             rows = span.stop - span.start
             absent = 0 if all_present else int((~present[span]).sum())
-            self._add(site, request, rows, rows * present.shape[1], absent, 0, absent, 0.0, wanted=0.0)
+            self._add(site, request, decode, rows, rows * present.shape[1], absent, 0, absent, 0.0, wanted=0.0)
 
     def _count(
         self,
@@ -307,18 +330,20 @@ class Routing:
     ) -> None:
         """`found` [T, K]: whether the final picks are resident, None where every substitute is."""
         masses = choice.mass
-        for (request, span), want in zip(spans, wanted, strict=True):
+        for (request, span), decode, want in zip(spans, self.phases.decode(spans), wanted, strict=True):
             rows = span.stop - span.start
             absent = int((~present[span]).sum())
             substituted = int(choice.replaced[span].sum())
             misses = absent - substituted if found is None else int((~found[span]).sum())
             mass = masses[span].sum(dtype=torch.float64).item()
-            self._add(site, request, rows, rows * present.shape[1], absent, substituted, misses, mass, wanted=want)
+            picks = rows * present.shape[1]
+            self._add(site, request, decode, rows, picks, absent, substituted, misses, mass, wanted=want)
 
     def _add(
         self,
         site: Site,
         request: Request,
+        decode: bool,
         rows: int,
         picks: int,
         absent: int,
@@ -330,8 +355,11 @@ class Routing:
     ) -> None:
         """Counts one call for one request; `wanted` is the mass it would have substituted without the contract."""
         self._take(request, site.layer, rows, picks, absent, substituted, mass, misses)
-        if self._contract is not None and rows == 1:
-            self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
+        if self._contract is not None:
+            with _COUNTING:
+                self._contract.spend(request, site.layer, rows, mass, decode=decode)
+            if decode:
+                self._contract.observe(request.task, self.options.bias_of(request.task), rows, wanted)
 
     def _take(
         self,
@@ -421,6 +449,8 @@ def attach(
     routing: str,
     bias: Bias | None = None,
     max_substituted_mass: float | None = None,
+    top_pick: str = "auto",
+    weights: Callable[[str | None], NDArray[np.float64]] | None = None,
 ) -> Routing:
     """Puts a routing mode on a model, with or without an emoe runtime: experiments need only a residency.
 
@@ -429,7 +459,11 @@ def attach(
         residency: which experts count as resident, e.g. a `FixedResidency`.
         routing: "exact", "resident" or "biased"; "coarse" needs a runtime.
         bias: for "biased": bonus of resident experts, in ranges of the selection key; a number, or one per task.
-        max_substituted_mass: largest mean share of router mass that may be substituted in a request.
+        max_substituted_mass: largest mean share of router mass that may be substituted in a request's prompt, and in
+            its answer.
+        top_pick: "keep": the pick of a row with the most mass is never substituted, "replace": it may be; "auto": kept
+            under max_substituted_mass.
+        weights: [L] of a task, how bad substitution is in each layer, as `emoe.routing.contract.Contract` takes them.
 
     Returns:
         The mode at work; `close()` takes it off.
@@ -443,6 +477,11 @@ def attach(
         raise ConfigError(f"this model runs with routing='{own.options.mode}' already; load it with routing='exact'")
     if routing == "coarse":
         raise ConfigError("routing='coarse' needs copies of experts: load or wrap the model with it")
-    attached = Routing(model, residency, parse_options(routing, bias, max_substituted_mass))
+    options = parse_options(routing, bias, max_substituted_mass, top_pick)
+    attached = Routing(model, residency, options, weights=weights)
     attached.start()
+    if attached.phased:
+        told = attached.phases.forward
+        handle = model.register_forward_pre_hook(lambda _, args, kwargs: told(args, kwargs), with_kwargs=True)
+        attached._handles.append(handle)
     return attached

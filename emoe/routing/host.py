@@ -35,6 +35,16 @@ class Exchange(NamedTuple):
         return Exchange(self.positions[:count], self.substitutes[:count], self.shares[:count])
 
 
+def shares_of(rule: Rule, logits: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> list[float]:
+    """[K] the shares of a row's mass that its picks have; arguments as `exchange` takes them."""
+    if rule.weights_are_shares and weights.dtype == torch.float32:
+        own: list[float] = weights[0].tolist()
+        total = sum(own)
+        return [weight / total for weight in own]
+    shares: list[float] = rule.share(logits, index)[0].tolist()
+    return shares
+
+
 def exchange(
     rule: Rule,
     logits: torch.Tensor,
@@ -76,11 +86,6 @@ def exchange(
             best = int(pool.argmax())
     if not substitutes:
         return Exchange([], [], [])
-    if rule.weights_are_shares and weights.dtype == torch.float32:
-        own = weights[0].tolist()
-        total = sum(own)
-        shares = [weight / total for weight in own]
-    else:
-        shares = rule.share(logits, index)[0].tolist()
+    shares = shares_of(rule, logits, weights, index)
     replaced = sorted((shares[where], where) for _, where in absent[kept:])
     return Exchange([where for _, where in replaced], substitutes, [share for share, _ in replaced])

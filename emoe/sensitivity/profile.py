@@ -20,6 +20,7 @@ from emoe.files import jsontext
 FORMAT = "emoe-sensitivity"
 VERSION = 1
 LEAST = 0.01  # of sensitivity, where a bias is suggested: nothing is divided by less
+LIGHTEST, HEAVIEST = 0.25, 4.0  # weights of layers: few prompts do not tell a layer that bears everything
 
 Floats = NDArray[np.float64]
 
@@ -74,6 +75,19 @@ class SensitivityProfile:
             ConfigError: the task was not profiled; names those that were.
         """
         return float((1 - self.similarity[self._row(task), 1:]).mean())
+
+    def layer_weights(self, task: str | None) -> Floats:
+        """[L] how bad wrong experts are in each layer, as `emoe.routing.contract.Contract` takes it.
+
+        What similarity loses with the layer over the mean loss, between LIGHTEST and HEAVIEST, scaled. An unknown task
+        has the mean of all; all layers are alike where nothing is lost.
+        """
+        rows = self.similarity if task not in self.tasks else self.similarity[[self.tasks.index(task)]]
+        loss = -np.diff(np.minimum.accumulate(rows, axis=1), axis=1).mean(0) if len(rows) else np.zeros(self.layers)
+        if not loss.sum() > 0:
+            return np.ones(self.layers)
+        weights = np.clip(loss / loss.mean(), LIGHTEST, HEAVIEST)
+        return np.asarray(weights * (1 / weights).mean(), dtype=np.float64)
 
     def rank(self) -> list[str]:
         """The tasks, most sensitive first."""

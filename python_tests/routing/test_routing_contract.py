@@ -130,7 +130,7 @@ def test_a_bound_that_is_never_reached_changes_nothing():
     model = _model()
     with attach(model, _residency(), routing="resident"):
         expected = _prefill(model)
-    with attach(model, _residency(), routing="resident", max_substituted_mass=1.0):
+    with attach(model, _residency(), routing="resident", max_substituted_mass=1.0, top_pick="replace"):
         assert torch.equal(_prefill(model), expected)
 
 
@@ -250,7 +250,7 @@ def test_an_expert_that_a_prompt_reads_keeps_all_its_picks(mode, bound):
         _, _, routed = gate(hidden)
         requests = [Request("code"), Request("chat")]
         with (
-            attach(model, residency, routing=mode, max_substituted_mass=bound) as routing,
+            attach(model, residency, routing=mode, max_substituted_mass=bound, top_pick="replace") as routing,
             routing.rows([(requests[0], 10), (requests[1], 14)]),
         ):
             _, _, used = gate(hidden)
@@ -269,7 +269,7 @@ def test_what_a_prompt_reads_for_one_row_is_a_substitute_for_the_others():
     # 0 and 1 are resident. Row 0 needs 2 much; row 1 would rather have 2 than 0 in the place of 3.
     logits = torch.tensor([[0.5, 0.0, 9.0, *[-9.0] * 5], [0.0, 3.0, 2.9, 3.1, *[-9.0] * 4]])
     picks = logits.topk(2).indices
-    routing = Routing(_model(), FixedResidency([E] * 3, [[0, 1]] * 3), parse_options("resident", None, 0.3))
+    routing = _routing("resident", [0, 1], 0.3)
     weights, index = routing.route(routing.sites[0], rule, logits, rule.weights(logits, picks), picks)
     assert set(index[0].tolist()) == {2, 0}
     assert set(index[1].tolist()) == {1, 2}
@@ -277,10 +277,10 @@ def test_what_a_prompt_reads_for_one_row_is_a_substitute_for_the_others():
     torch.testing.assert_close(weights, rule.weights(logits, index))
 
 
-def _routing(mode, resident, bound, room=0, bias=None):
+def _routing(mode, resident, bound, room=0, bias=None, top_pick="replace", weights=None):
     residency = FixedResidency([E] * 3, [resident] * 3)
     residency.room = lambda layer: room
-    return Routing(_model(), residency, parse_options(mode, bias, bound))
+    return Routing(_model(), residency, parse_options(mode, bias, bound, top_pick), weights=weights)
 
 
 def _route(routing, rule, logits, requests, picks):
@@ -297,7 +297,9 @@ def test_a_request_with_several_places_in_a_batch_has_one_allowance():
     few[:, 0], few[:, 1] = 0.0, -1.0
     few[0, 2] = few[1, 3] = math.log(4)  # 0.8 of their rows, where the request may substitute 1.2 in all
     picks = few.topk(2).indices
-    assert _route(routing, rule, few, [(request, 1), (Request(), 0), (request, 1)], picks) == [[0, 1], [3, 0]]
+    places = [(request, 1), (Request(), 0), (request, 1)]
+    assert _route(routing, rule, few, places, picks) == picks.tolist(), "what its prompt left is not for its answer"
+    assert _route(routing, rule, few, places, picks) == [[0, 1], [3, 0]]
     assert request.tally.mass == pytest.approx(0.8)
 
 
@@ -526,3 +528,105 @@ def test_a_residency_of_another_shape_is_refused():
         FixedResidency([4], [[4]])
     with pytest.raises(ConfigError, match="layer 1 has 4 experts, of which 5"):
         random_residency([8, 4], 5)
+
+
+@pytest.mark.parametrize("mode", ["resident", "biased"])
+@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize("rows", [1, 2, 12])
+def test_the_pick_with_most_mass_is_never_replaced_where_it_is_kept(mode, room, rows):
+    rule, request = Rule("softmax", True), Request()
+    kept = _routing(mode, [0, 1, 2], 1.0, room=room, top_pick="auto")  # as a contract asks for
+    given = _routing(mode, [0, 1, 2], 1.0, room=room, top_pick="replace")
+    generator = torch.Generator().manual_seed(7)
+    replaced = 0
+    for _ in range(40):
+        logits = 2 * torch.randn(rows, E, generator=generator)
+        picks = logits.topk(3).indices  # in the order of mass
+        used = _route(kept, rule, logits, [(request, rows)], picks)
+        for top, row in zip(picks[:, 0].tolist(), used, strict=True):
+            assert top in row
+        # What is read for one row is there for all: no other absent expert is used.
+        assert set().union(*used) - {0, 1, 2} <= set(picks[:, 0].tolist()) | _filled(rule, logits, picks, room)
+        other = _route(given, rule, logits, [(Request(), rows)], picks)
+        replaced += sum(top not in row for top, row in zip(picks[:, 0].tolist(), other, strict=True))
+    assert replaced > 0 or (rows, room) == (1, 1)  # there the free slot takes it
+    assert request.tally.substituted > 0
+
+
+def _filled(rule, logits, picks, room):
+    absent = [expert for expert in range(3, E) if (picks == expert).any()]
+    mass = {expert: float(rule.share(logits, picks)[picks == expert].sum()) for expert in absent}
+    return set(sorted(absent, key=lambda expert: -mass[expert])[:room])
+
+
+def test_resident_keeps_the_pick_with_most_mass_also_without_a_contract_and_says_that_it_reads():
+    kept = _routing("resident", [0, 1], None, top_pick="keep")
+    assert kept.options.loads_misses
+    assert not parse_options("resident").loads_misses
+    logits = torch.full((1, E), -9.0)
+    logits[0, [4, 5]] = torch.tensor([2.0, 1.0])
+    assert sorted(_route(kept, Rule("softmax", True), logits, [(Request(), 1)], logits.topk(2).indices)[0])[1] == 4
+    with pytest.raises(ConfigError, match="top_pick='keep' goes with routing='resident' or 'biased', not 'exact'"):
+        parse_options("exact", top_pick="keep")
+    with pytest.raises(ConfigError, match="top_pick='kept' is not one of: auto, keep, replace; did you mean 'keep'"):
+        parse_options("resident", top_pick="kept")
+
+
+@pytest.mark.parametrize("mode", ["resident", "biased"])
+def test_what_a_prompt_leaves_of_its_allowance_is_not_spent_in_its_answer(mode):
+    model = _model()
+    full = FixedResidency([E] * 3, [list(range(E))] * 3)
+    bound = 0.05
+    routing = attach(model, full, routing=mode, max_substituted_mass=bound, top_pick="replace")
+    with routing, torch.no_grad(), routing.request() as request:
+        out = model(_ids(64), use_cache=True)  # substitutes nothing
+        assert request.prompt == (3 * 64, 0, 0)
+        routing._residency = _residency()
+        for step in range(8):
+            before = request.tally.mass
+            out = model(_ids(1, step), past_key_values=out.past_key_values, use_cache=True)
+            assert request.tally.mass - before <= bound * 3 * (step + 1)
+            assert request.decode.mass <= bound * request.decode.rows
+    assert request.decode.rows == 3 * 8
+    assert request.prompt.rows == 3 * 64
+    assert 0 < request.decode.mass == pytest.approx(request.tally.mass)
+
+
+def test_tokens_of_a_batch_are_decode_and_a_text_of_one_token_is_a_prompt():
+    model = _model()
+    routing = attach(model, _residency(), routing="resident", max_substituted_mass=0.1)
+    with routing, torch.no_grad(), routing.request() as request:
+        ids = _ids(12).reshape(4, 3)
+        out = model(ids[:, :1], use_cache=True)
+        assert (request.prompt.rows, request.decode.rows) == (12, 0)
+        out = model(ids[:, 1:2], past_key_values=out.past_key_values, use_cache=True)
+        assert (request.prompt.rows, request.decode.rows) == (12, 12)
+        model(ids[:, 1:], past_key_values=out.past_key_values, use_cache=True)
+        assert (request.prompt.rows, request.decode.rows) == (36, 12)
+        model(ids[:, :1], use_cache=False)
+        assert (request.prompt.rows, request.decode.rows) == (48, 12)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_mass_is_spent_in_layers_where_it_harms_least(rows):
+    weights = np.array([3.0, 0.75, 0.75])
+    bound, rule, request = 0.1, Rule("softmax", True), Request("code")
+    asked = []
+    routing = _routing("resident", [0, 1, 2, 3], bound, weights=lambda task: asked.append(task) or weights)
+    generator = torch.Generator().manual_seed(3)
+    mass = np.zeros(3)
+    for _ in range(200):
+        logits = 0.3 * torch.randn(rows, E, generator=generator)
+        picks = logits.topk(4).indices
+        for layer in range(3):
+            before = request.tally.mass
+            with routing.rows([(request, rows)]):
+                routing.route(routing.sites[layer], rule, logits, rule.weights(logits, picks), picks)
+            mass[layer] += request.tally.mass - before
+            spent = request.decode if rows == 1 else request.prompt
+            assert spent.mass <= bound * spent.rows + 1e-9
+            assert spent.harm <= bound * spent.rows + 1e-9
+    assert set(asked) == {"code"}
+    assert (mass @ weights) == pytest.approx(spent.harm)
+    assert mass[0] < 0.4 * mass[1:].mean()
+    assert mass.sum() > 0.9 * bound * spent.rows
