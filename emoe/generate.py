@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextStreamer
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, TextStreamer
 
 from emoe.errors import ConfigError, one_line
 from emoe.files.gguf import open_header
@@ -67,6 +68,25 @@ class _Stream(TextStreamer):
         if text:
             self._answer.text += text
             self._write(text)
+
+
+class Along(LogitsProcessor):
+    """Has a model give an answer that is not its own, and counts the tokens that would have been.
+
+    Attributes:
+        answer: token ids.
+        same: how many of them were the likeliest at their place.
+    """
+
+    def __init__(self, answer: Sequence[int]) -> None:
+        self.answer, self.same = tuple(answer), 0
+        self._given = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self.answer[self._given]
+        self._given += 1
+        self.same += int(scores[0].argmax()) == token
+        return torch.full_like(scores, -math.inf).index_fill(1, torch.tensor([token], device=scores.device), 0.0)
 
 
 def quiet_transformers() -> None:
@@ -140,6 +160,7 @@ def answer(
     write: Callable[[str], None],
     temperature: float = 0.0,
     repetition_penalty: float = 1.0,
+    along: Along | None = None,
 ) -> Answer:
     """Generates and streams; an interrupt ends the answer early and is noted in it.
 
@@ -148,11 +169,15 @@ def answer(
         write: takes each finished piece of text.
         temperature: 0 takes the likeliest token each time.
         repetition_penalty: as in Transformers: what logits of tokens that were there are divided by; 1 changes nothing.
+        along: the answer to give in the place of its own; ends where that ends, if `max_new_tokens` reaches so far.
     """
     result = Answer(prompt_tokens=input_ids.shape[1])
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
+    if along is not None:
+        options["logits_processor"] = LogitsProcessorList([along])  # after all that `generate` itself makes
+        max_new_tokens = min(max_new_tokens, len(along.answer))
     pad = tokenizer.pad_token_id
     if pad is None:
         ends = model.generation_config.eos_token_id

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe import options
 from emoe.cli import common
+from emoe.errors import BudgetError, ConfigError, EmoeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             write(value)
 
-    def answer(budget: int | str | float, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
+    def answer(budget: int | str | float, on_event: Callable[[str, Any], None], **more: Any) -> dict[str, Any]:
         job = session.Job(
             str(folder),
             budget,
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             args.max_new_tokens,
             context=_context(args, prompts),
             repetition_penalty=REPETITION_PENALTY,
+            **more,
         )
         return session.run(job, on_event)
 
@@ -97,10 +99,17 @@ def run(args: argparse.Namespace) -> int:
         limited = answer(args.memory_budget, show)
         write("\n\nThe same prompts with every expert in memory ...\n")
         whole = answer(1.0, lambda kind, value: None)
+        along = tuple(tuple(each["token_ids"]) for each in whole["answers"])
+        coarse: dict[str, Any] | EmoeError
+        try:
+            write("The same answers with copies for absent experts ...\n")
+            coarse = answer(args.memory_budget, lambda kind, value: None, routing="coarse", along=along)
+        except (BudgetError, ConfigError) as error:  # no room for copies, or experts of few bits already
+            coarse = error
     identical = [a["token_ids"] for a in limited["answers"]] == [a["token_ids"] for a in whole["answers"]]
     plain_bytes = _expert_bytes(plain) if args.experts else None
     if args.json:
-        runs = {"limited": limited, "whole": whole}
+        runs = {"limited": limited, "whole": whole, "coarse": coarse if isinstance(coarse, dict) else str(coarse)}
         said = {"model": str(folder), "prompts": prompts, "identical_tokens": identical, "runs": runs}
         if args.experts:
             said |= {"experts": args.experts, "bfloat16_expert_bytes": plain_bytes}
@@ -109,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         out = common.console()
         out.print()
         out.print(_table(limited, whole, identical, args.experts, plain_bytes))
+        out.print(_coarse_line(coarse), soft_wrap=True)
     return 0 if identical else 1
 
 
@@ -186,6 +196,23 @@ def _table(
     row("stalled", lambda r: f"{r['stats']['stall_ms'] / 1e3:.1f} s")
     row("decode", lambda r: f"{r['tokens_per_second']:.1f} tokens/s" if r["tokens_per_second"] else "-")
     return table
+
+
+def _coarse_line(coarse: dict[str, Any] | EmoeError) -> str:
+    """What `routing="coarse"` makes of the budget: bytes, speed, and how near it is to the full model."""
+    from emoe.memory import format_bytes
+
+    if isinstance(coarse, EmoeError):
+        return f'routing="coarse": {coarse}'
+    plan, copies = coarse["plan"], coarse["stats"]["copies"]
+    if copies is None:
+        return 'routing="coarse": every expert is in memory, none needs a copy'
+    speed = f"{coarse['tokens_per_second']:.1f} tokens/s, " if coarse["tokens_per_second"] else ""
+    return (
+        f'routing="coarse", {common.percent(plan["resident_share"])} of the experts and copies of all in '
+        f"{copies['coarse']}: {format_bytes(plan['slab_bytes'] + plan['copy_bytes'])}, {speed}"
+        f"{common.percent(coarse['same_tokens'])} of the full model's tokens"
+    )
 
 
 def _weights_in_memory(plan: dict[str, Any]) -> int:

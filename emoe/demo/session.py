@@ -25,6 +25,8 @@ class Job:
         memory_budget: as in `emoe.from_pretrained`.
         context: tokens of KV cache the plan leaves room for.
         repetition_penalty: as in `generate.answer`.
+        routing: as in `emoe.from_pretrained`.
+        along: of each prompt the answer to give in the place of its own; none: its own.
     """
 
     model: str
@@ -33,6 +35,8 @@ class Job:
     max_new_tokens: int
     context: int = 512
     repetition_penalty: float = 1.0
+    routing: str = "exact"
+    along: tuple[tuple[int, ...], ...] = ()
 
 
 def run(job: Job, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
@@ -43,7 +47,8 @@ def run(job: Job, on_event: Callable[[str, Any], None]) -> dict[str, Any]:
 
     Returns:
         answers (per prompt: text, token_ids, prompt_tokens, first_token_seconds, hit_rate), tokens_per_second of
-        decode, peak_bytes (VmHWM), start_bytes (resident before loading), stats and plan of `model.emoe`.
+        decode, same_tokens (share of `along` that is the model's own, None without), peak_bytes (VmHWM), start_bytes
+        (resident before loading), stats and plan of `model.emoe`.
 
     Raises:
         EmoeError: what the child raised, by its class and message; or the child ended otherwise.
@@ -87,7 +92,8 @@ def _answer_all(job: Job, emit: Callable[[str, Any], None]) -> dict[str, Any]:
     generate.quiet_transformers()
     tokenizer = generate.load_tokenizer(job.model)
     start_bytes = process_memory()["resident"]
-    model = emoe.from_pretrained(job.model, memory_budget=job.memory_budget, context=job.context)
+    model = emoe.from_pretrained(job.model, memory_budget=job.memory_budget, context=job.context, routing=job.routing)
+    along = [generate.Along(answer) for answer in job.along]
     answers, tokens, seconds = [], 0, 0.0
     before = model.emoe.stats()
     for number, prompt in enumerate(job.prompts):
@@ -99,6 +105,7 @@ def _answer_all(job: Job, emit: Callable[[str, Any], None]) -> dict[str, Any]:
             max_new_tokens=job.max_new_tokens,
             write=lambda piece: emit("text", piece),
             repetition_penalty=job.repetition_penalty,
+            along=along[number] if along else None,
         )
         if answer.interrupted:
             raise KeyboardInterrupt
@@ -119,6 +126,7 @@ def _answer_all(job: Job, emit: Callable[[str, Any], None]) -> dict[str, Any]:
     return {
         "answers": answers,
         "tokens_per_second": tokens / seconds if seconds else None,
+        "same_tokens": sum(each.same for each in along) / sum(len(each.answer) for each in along) if along else None,
         "peak_bytes": process_memory()["peak"],
         "start_bytes": start_bytes,
         "stats": model.emoe.stats(),
@@ -135,7 +143,7 @@ def main() -> int:
         print(json.dumps([kind, value], default=str), file=out, flush=True)
 
     values = json.loads(sys.stdin.read())
-    job = Job(**values | {"prompts": tuple(values["prompts"])})
+    job = Job(**values | {"prompts": tuple(values["prompts"]), "along": tuple(map(tuple, values["along"]))})
     try:
         emit("report", _answer_all(job, emit))
     except errors.EmoeError as error:

@@ -23,7 +23,7 @@ from emoe.cli.demo import encoded
 from emoe.convert.run import convert
 from emoe.demo import builder, quality, session, source
 from emoe.demo import delta as deltas
-from emoe.errors import DemoBuildError, EmoeError
+from emoe.errors import ConfigError, DemoBuildError, EmoeError
 
 CHATS = Path(__file__).parents[1] / "data" / "demo_chats.json"
 LAYERS, HIDDEN, NEURONS, RANK = 2, 32, 80, 3
@@ -293,12 +293,21 @@ def _answered(share: float, tokens: list[int]) -> dict[str, Any]:
     return report | {"peak_bytes": 500 << 20, "start_bytes": 200 << 20}
 
 
+def _coarse(share: float) -> dict[str, Any]:
+    report = _answered(share, [5, 6])
+    report["plan"]["copy_bytes"] = 30 << 20
+    report["stats"]["copies"] = {"coarse": "q5_k"}
+    return report | {"same_tokens": 0.875}
+
+
 @pytest.mark.parametrize(("tokens", "status", "same"), [([5, 6], 0, "yes"), ([5, 7], 1, "NO")])
 def test_the_table_begins_with_the_bytes_and_whether_the_tokens_are_the_same(monkeypatch, capfd, tokens, status, same):
     jobs = []
 
     def run_job(job, on_event):
         jobs.append(job)
+        if job.routing == "coarse":
+            return _coarse(job.memory_budget)
         return _answered(job.memory_budget, [5, 6] if job.memory_budget == 1.0 else tokens)
 
     monkeypatch.setattr(demo, "build", lambda: Path("model"))
@@ -309,8 +318,13 @@ def test_the_table_begins_with_the_bytes_and_whether_the_tokens_are_the_same(mon
     assert rows[0] == ["bytes of the model", "300.0 MiB", "300.0 MiB"]
     assert rows[1] == ["of these in memory", "225.0 MiB", "300.0 MiB"]
     assert rows[2][:2] == ["same tokens", same]
-    assert [job.memory_budget for job in jobs] == [0.25, 1.0]
-    assert jobs[0].repetition_penalty == jobs[1].repetition_penalty > 1.0
+    assert [(job.memory_budget, job.routing) for job in jobs] == [(0.25, "exact"), (1.0, "exact"), (0.25, "coarse")]
+    assert jobs[0].repetition_penalty == jobs[1].repetition_penalty == jobs[2].repetition_penalty > 1.0
+    assert jobs[2].along == ((5, 6),), "along the full model's answers, not the limited run's"
+    assert lines[-1] == (
+        'routing="coarse", 25.0 % of the experts and copies of all in q5_k: 57.5 MiB, 2.0 tokens/s, 87.5 % of the full '
+        "model's tokens"
+    )
 
 
 def test_with_experts_the_table_says_their_bytes_in_bfloat16_and_encoded(monkeypatch, capfd):
@@ -318,6 +332,8 @@ def test_with_experts_the_table_says_their_bytes_in_bfloat16_and_encoded(monkeyp
 
     def run_job(job, on_event):
         jobs.append(job)
+        if job.routing == "coarse":
+            raise ConfigError("copies would take 95 % of the experts")
         return _answered(job.memory_budget, [5, 6])
 
     def encode(model, experts):
@@ -335,7 +351,8 @@ def test_with_experts_the_table_says_their_bytes_in_bfloat16_and_encoded(monkeyp
     assert rows[1] == ["the same in q4_k", "100.0 MiB (25.0 %)", "100.0 MiB (25.0 %)"]
     assert rows[4][:2] == ["same tokens", "yes"]
     assert converted == [(Path("model"), "q4_k")]
-    assert [job.model for job in jobs] == ["model-q4_k"] * 2
+    assert lines[-1] == 'routing="coarse": copies would take 95 % of the experts'
+    assert [job.model for job in jobs] == ["model-q4_k"] * 3
     assert cli.main(["demo", "--experts", "q4_k", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert (report["experts"], report["bfloat16_expert_bytes"]) == ("q4_k", 400 << 20)
