@@ -54,8 +54,8 @@ ALLOWED_IMPORTS = {
     },
     "demo": {"__init__", "generate", "files", "memory"},
     "convert": {
-        "__init__", "generate", "demo", "planning", "store", "model", "options", "memory", "files", "sensitivity",
-        "tasks",
+        "__init__", "generate", "demo", "planning", "seam", "store", "model", "options", "memory", "files",
+        "sensitivity", "tasks",
     },
     "serve": {"__init__", "engine", "generate"},
     "cli": {

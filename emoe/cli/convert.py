@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe.cli import common
 from emoe.errors import ConfigError
-from emoe.options import CONVERTED, CONVERTED_REST
+from emoe.options import CONVERTED, CONVERTED_REST, COPIES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,6 +20,7 @@ examples:
   emoe convert ./Qwen3-30B-A3B ./Qwen3-30B-A3B-q4_k --experts q4_k
   emoe convert ./OLMoE ./OLMoE-fp8 --experts fp8 --memory 1500M --perplexity text.txt
   emoe convert --verify ./Qwen3-30B-A3B-q4_k
+  emoe convert ./Qwen3-30B-A3B --coarse q4_k
   emoe run --model ./Qwen3-30B-A3B-q4_k --memory-budget 8GiB --prompt "Why is the sky blue?"
 
 Only routed experts change, and with --rest q8_0 linear layers; everything else is copied byte by byte. Bits a weight,
@@ -33,6 +34,9 @@ Rows of no multiple of 32 become int4 or int8 with a scale for 32 weights or few
 bits to the fewest layers that account for half of every task's loss: q4_k becomes q6_k, mxfp4 fp8, q4_0, q5_k and q6_k
 q8_0; what is q8_0 or fp8 stays as it is there.
 
+--coarse makes the copies of experts that 'emoe run --routing coarse' computes with, which it would else make when it
+first loads the model; they lie in the cache folder (EMOE_CACHE), and the checkpoint stays as it is.
+
 OUT appears when all is written. Until then files lie in a hidden folder beside it, and a run that was stopped goes on
 where it was: give the same command. The memory is that of the whole process; it does not depend on the model's size but
 on that of one expert. The result is a checkpoint folder for emoe; fp8, and mxfp4 of most families, are laid out and
@@ -42,7 +46,8 @@ named as in other tools too. docs/checkpoints.md says what is in it.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
-    parser.usage = "emoe convert MODEL OUT --experts ENCODING [options]\n       emoe convert --verify OUT"
+    parser.usage = "emoe convert MODEL OUT --experts ENCODING [options]\n       emoe convert --verify OUT\n"
+    parser.usage += "       emoe convert MODEL --coarse ENCODING"
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", type=common.model_path, help="checkpoint folder, or a hub id"
     )
@@ -78,10 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gguf", action="store_true", help="write GGUF for llama.cpp and emoe (families qwen3_moe, qwen2_moe, olmoe)"
     )
+    parser.add_argument(
+        "--coarse", choices=tuple(COPIES), metavar="ENCODING",
+        help="make the copies for routing coarse, and nothing else: " + ", ".join(COPIES),
+    )  # fmt: skip
     parser.add_argument("--verify", type=Path, metavar="OUT", help="check every file of a finished conversion")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.coarse is not None:
+        if args.out or args.experts or args.verify or not args.model:
+            raise ConfigError("--coarse ENCODING takes MODEL, and neither OUT nor --experts nor --verify")
+        return _keep_copies(args)
     if args.verify is not None:
         if args.model or args.out or args.experts:
             raise ConfigError("--verify OUT takes neither MODEL nor --experts")
@@ -113,6 +126,20 @@ def run(args: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     out.print(f"written to {report.out}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _keep_copies(args: argparse.Namespace) -> int:
+    from emoe import generate
+    from emoe.convert.coarse import keep_copies
+
+    generate.quiet_transformers()
+    with common.checkpoint_errors(args.model), common.stage("making copies; nothing half-made was left"):
+        kept = keep_copies(args.model, args.coarse)
+    if args.json:
+        common.print_json(kept.to_dict())
+    else:
+        print(kept)
     return 0
 
 

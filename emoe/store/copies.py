@@ -58,16 +58,45 @@ def bring(store: ExpertStore, layers: Sequence[CopyLayout], memory: torch.Tensor
         path = cache_folder() / _file_name(store, name)
         if _read(path, key, parts):
             return f"read from {path}"
-        with files.whole(path, reserve=_start(parts) + len(memory)) as file:
-            file.seek(_start(parts))
-            digests = b"".join(_make(store, layers, parts, file))
-            file.seek(0)
-            file.write(_MAGIC + key + digests)
+        _write(path, key, store, layers, parts)
         return f"made, and kept in {path}"
     except (ConfigError, WriteError) as error:
         logger.warning("emoe: copies of experts are not kept, the next start makes them anew: %s", error)
     _make(store, layers, parts)
     return "made"
+
+
+def keep(store: ExpertStore, layers: Sequence[CopyLayout], name: str) -> tuple[Path, bool]:
+    """Makes the file that `bring` reads, where there is none of this checkpoint as it is, in memory of one layer.
+
+    Args:
+        store, layers, name: as `bring` takes them.
+
+    Returns:
+        The file, and whether it was made.
+
+    Raises:
+        ReadError, CheckpointError: as `bring`; ConfigError, WriteError: there is no place for it.
+    """
+    sizes = [len(layer.pieces) * copy.nbytes for layer, copy in zip(store.layers, layers, strict=True)]
+    memory = torch.empty(max(sizes), dtype=torch.uint8)
+    parts = [memory[:size] for size in sizes]  # one after the other
+    key, path = _key(store, layers, name), cache_folder() / _file_name(store, name)
+    if _read(path, key, parts):
+        return path, False
+    _write(path, key, store, layers, parts)
+    return path, True
+
+
+def _write(
+    path: Path, key: bytes, store: ExpertStore, layers: Sequence[CopyLayout], parts: Sequence[torch.Tensor]
+) -> None:
+    start = _start(parts)
+    with files.whole(path, reserve=start + sum(map(len, parts))) as file:
+        file.seek(start)
+        digests = b"".join(_make(store, layers, parts, file))
+        file.seek(0)
+        file.write(_MAGIC + key + digests)
 
 
 def _start(parts: Sequence[torch.Tensor]) -> int:
