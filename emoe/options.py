@@ -424,7 +424,8 @@ class Options:
     top_pick: str = _row(
         "auto", OneOf(("auto", "keep", "replace")),
         """for routing resident and biased: the pick of a row with most router mass. keep reads its expert where that is
-        not in memory, replace substitutes it like others; auto keeps it under max_substituted_mass""",
+        not in memory, replace substitutes it like others; auto keeps it under max_substituted_mass while tokens are
+        decoded, and not in prompts, where every expert is some row's""",
     )  # fmt: skip
     coarse: str = _row(
         "auto", OneOf(("auto", *COPIES)),
@@ -545,9 +546,10 @@ class Options:
         return {DEFAULT_TASK: EXACT_MASS, **(mass if isinstance(mass, Mapping) else {DEFAULT_TASK: mass})}
 
     @property
-    def keeps_top(self) -> bool:
-        """Whether a row's pick with the most mass is never substituted."""
-        return self.top_pick == "keep" or (self.top_pick == "auto" and self.max_substituted_mass is not None)
+    def keeps_top(self) -> tuple[bool, bool]:
+        """Whether a row's pick with the most mass is never substituted, in prompts and in decode."""
+        keep = self.top_pick == "keep"
+        return keep, keep or (self.top_pick == "auto" and self.max_substituted_mass is not None)
 
     @property
     def keeps_encoded(self) -> bool:

@@ -211,7 +211,7 @@ class Routing:
             self._add(site, request, decode, 1, len(present), absent, 0, absent, 0.0, wanted=0.0)
             return None
         logits = rule.logits(logits)
-        if self.options.keep_top:
+        if self.options.keep_top[decode]:
             shares = shares_of(rule, logits, weights, index)
             present[shares.index(max(shares))] = True  # it is read
         swap = exchange(rule, logits, weights, index, resident, present, bias)
@@ -266,9 +266,15 @@ class Routing:
         bias: float | torch.Tensor,
         spans: list[Span],
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.options.keep_top:
-            tops = index.gather(1, rule.share(logits, index).argmax(1, keepdim=True)).flatten()
-            usable = usable.index_fill(0, tops, True)  # read where they are not in memory, and there for all rows
+        kept = [
+            span
+            for (_, span), decode in zip(spans, self.phases.decode(spans), strict=True)
+            if self.options.keep_top[decode]
+        ]
+        if kept:
+            tops = index.gather(1, rule.share(logits, index).argmax(1, keepdim=True))
+            # Read where they are not in memory, and there for all rows.
+            usable = usable.index_fill(0, torch.cat([tops[span] for span in kept]).flatten(), True)
         stay = present if usable is resident else usable[index]
         if isinstance(bias, torch.Tensor):
             stay = stay | (bias == 0)
@@ -462,7 +468,7 @@ def attach(
         max_substituted_mass: largest mean share of router mass that may be substituted in a request's prompt, and in
             its answer.
         top_pick: "keep": the pick of a row with the most mass is never substituted, "replace": it may be; "auto": kept
-            under max_substituted_mass.
+            under max_substituted_mass in decode.
         weights: [L] of a task, how bad substitution is in each layer, as `emoe.routing.contract.Contract` takes them.
 
     Returns:

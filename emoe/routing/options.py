@@ -17,14 +17,14 @@ class RoutingOptions:
         mode: "exact", "resident", "biased" or "coarse".
         bias: bonus of resident experts by task, with an entry for "default"; in ranges of a row's selection key.
         bound: largest mean share of router mass that may be substituted, None for no contract.
-        keep_top: a row's pick with the most mass is never substituted.
+        keep_top: a row's pick with the most mass is never substituted, in prompts and in decode.
         exact_mass: in mode "coarse", the share of a row's mass from which an absent expert is read, by task as `bias`.
     """
 
     mode: str
     bias: Mapping[str, float]
     bound: float | None
-    keep_top: bool = False
+    keep_top: tuple[bool, bool] = (False, False)
     exact_mass: Mapping[str, float] = field(default_factory=lambda: {DEFAULT_TASK: EXACT_MASS})
 
     def bias_of(self, task: str | None) -> float:
@@ -40,7 +40,7 @@ class RoutingOptions:
         """Whether a request may read experts that are not in memory, once slots are full."""
         if self.mode == "coarse":
             return any(mass < 1 for mass in self.exact_mass.values())
-        return self.mode != "resident" or self.bound is not None or self.keep_top
+        return self.mode != "resident" or self.bound is not None or any(self.keep_top)
 
 
 def _of(by_task: Mapping[str, float], task: str | None) -> float:

@@ -535,7 +535,7 @@ def test_a_residency_of_another_shape_is_refused():
 @pytest.mark.parametrize("rows", [1, 2, 12])
 def test_the_pick_with_most_mass_is_never_replaced_where_it_is_kept(mode, room, rows):
     rule, request = Rule("softmax", True), Request()
-    kept = _routing(mode, [0, 1, 2], 1.0, room=room, top_pick="auto")  # as a contract asks for
+    kept = _routing(mode, [0, 1, 2], 1.0, room=room, top_pick="auto" if rows == 1 else "keep")
     given = _routing(mode, [0, 1, 2], 1.0, room=room, top_pick="replace")
     generator = torch.Generator().manual_seed(7)
     replaced = 0
@@ -551,6 +551,21 @@ def test_the_pick_with_most_mass_is_never_replaced_where_it_is_kept(mode, room, 
         replaced += sum(top not in row for top, row in zip(picks[:, 0].tolist(), other, strict=True))
     assert replaced > 0 or (rows, room) == (1, 1)  # there the free slot takes it
     assert request.tally.substituted > 0
+
+
+def test_under_a_contract_it_is_kept_in_decode_and_not_in_prompts():
+    rule, prompt, answer = Rule("softmax", True), Request(), Request()
+    routing = _routing("resident", [0, 1], 1.0, top_pick="auto")
+    logits = torch.full((3, E), -9.0)
+    logits[:, 0] = 0.5
+    logits[0, 2] = logits[1, 3] = logits[2, 4] = 2.0
+    picks = logits.topk(2).indices
+    used = _route(routing, rule, logits, [(prompt, 2), (answer, 1)], picks)
+    assert [set(row) for row in used] == [{0, 1}, {0, 1}, {0, 4}]
+    assert parse_options("resident", None, 0.1).keep_top == (False, True)
+    assert parse_options("resident", None, 0.1, "keep").keep_top == (True, True)
+    assert parse_options("resident", None, 0.1, "replace").keep_top == (False, False)
+    assert parse_options("biased", 0.5).keep_top == (False, False)
 
 
 def _filled(rule, logits, picks, room):
