@@ -32,9 +32,9 @@ def measure(device: Device, quick: bool) -> list[dict[str, Any]]:
     quick = quick or device.name == "emulated"
     sizes = (64 << 10, 1 << 20) if quick else (64 << 10, 1 << 20, 4 << 20, EXPERT, 64 << 20)
     rows = []
-    for in_flight in (1, 2, 4):
-        native = device.module.CudaDevice(device.native.index, demand_in_flight=in_flight)
-        rows += [pinned(f"pinned, {in_flight} in flight", device, native, size) for size in sizes]
+    for piece in (1, 4, 16):
+        native = device.module.CudaDevice(device.native.index, piece_bytes=piece << 20)
+        rows += [pinned(f"pinned, in pieces of {piece} MiB", device, native, size) for size in sizes]
     expert = (sizes[-1] if quick else EXPERT) // PARTS * PARTS
     rows.append(pinned("one copy an expert", device, device.native, expert))
     rows.append(pinned(f"{PARTS} copies an expert", device, device.native, expert, parts=PARTS))

@@ -310,8 +310,17 @@ class CudaDevice:
     BackendUnavailable in a child of fork().
     """
 
-    def __init__(self, device: int = 0, *, demand_in_flight: int = 4, prefetch_in_flight: int = 2) -> None:
-        """BackendUnavailable says which of driver, device, build is missing; ConfigError names the devices."""
+    def __init__(
+        self,
+        device: int = 0,
+        *,
+        piece_bytes: int = 4 << 20,
+        demand_in_flight: int = 64 << 20,
+        prefetch_in_flight: int = 8 << 20,
+    ) -> None:
+        """Copies go in pieces, of which a lane has so many bytes in flight. BackendUnavailable says which of driver,
+        device, build is missing; ConfigError names the devices.
+        """
     @property
     def index(self) -> int: ...
     def slab(self, slots: int, slot_bytes: int) -> Slab:
@@ -322,6 +331,8 @@ class CudaDevice:
         """Waits for what still uses it."""
     def upload(self, dst: int, src: int, nbytes: int, stream: int) -> None:
         """Host to device, through staging; `src` may change when it returns."""
+    def write_table(self, table_ptr: int, slot_of: NDArray[Any], stream: int) -> None:
+        """A layer's slot table, for what `stream` gets next; makes no copy, so it waits for none."""
     def download(self, dst: int, src: int, nbytes: int, stream: int) -> None:
         """Device to host; blocks."""
     def copy(self, dst: int, src: int, nbytes: int, prefetch: bool = False) -> None:

@@ -46,11 +46,12 @@ MUTANTS = [
     Mutant(
         "the event of a copy is recorded before the copy",
         DEVICE,
-        "    hazards_.before_write(range, stream);\n    check(cudaMemcpyAsync",
-        "    hazards_.before_write(range, stream);\n    const Event early = events_->record(stream);\n"
-        "    hazards_.wrote(range, stream, early);\n    on.in_flight.push_back(early);\n    if (early) {\n"
-        '        check(cudaMemcpyAsync(dst.data, src.data(), src.size(), cudaMemcpyHostToDevice, stream), "early");\n'
-        "        return early;\n    }\n    check(cudaMemcpyAsync",
+        "            check(cudaMemcpyAsync(dst.data + at, src.data() + at, bytes, cudaMemcpyHostToDevice, stream), "
+        '"copying ",\n                  bytes, " of ", src.size(), " bytes to device ", device_);\n'
+        "            copied = events_->record(stream);\n",
+        "            copied = events_->record(stream);\n"
+        "            check(cudaMemcpyAsync(dst.data + at, src.data() + at, bytes, cudaMemcpyHostToDevice, stream), "
+        '"copying ",\n                  bytes, " of ", src.size(), " bytes to device ", device_);\n',
         BOTH,
         quick=True,
     ),
@@ -64,7 +65,7 @@ MUTANTS = [
     Mutant(
         "a copy waits for nobody",
         DEVICE,
-        "    hazards_.before_write(range, stream);\n",
+        "            if (at == 0) hazards_.before_write(range, stream);\n",
         "",
         BACKEND,
     ),
@@ -80,10 +81,8 @@ MUTANTS = [
         COMPUTE,
         "    begin_read(ranges, stream);\n",
         "    begin_read(ranges, stream);\n    end_read(ranges, stream);\n    if (!ranges.empty()) {\n"
-        "        std::byte* const early = staging_.next();\n"
-        "        std::memcpy(early, op.slot_of.data(), table_bytes);\n"
-        '        check(cudaMemcpyAsync(scratch.table.data, early, table_bytes, cudaMemcpyHostToDevice, stream), "");\n'
-        "        staging_.sent(events_->record(stream));\n        route(call, scratch.workspace.data, stream);\n"
+        "        cuda::write_table(op.slot_of, reinterpret_cast<std::int32_t*>(scratch.table.data), stream);\n"
+        "        route(call, scratch.workspace.data, stream);\n"
         "        cuda::gather_mlp(call, scratch.workspace.data, stream);\n        return;\n    }\n",
         BACKEND,
     ),
@@ -153,16 +152,74 @@ MUTANTS = [
         BACKEND,
     ),
     Mutant(
-        "a lane has no bound of copies in flight",
+        "a lane has no bound of bytes in flight, so that a demand waits for a whole prefetch",
         DEVICE,
-        "    while (lane.in_flight.size() >= lane.bound) {",
-        "    while (lane.in_flight.size() >= 1000 + lane.bound) {",
+        "lane.bytes + bytes <= lane.bound) return true;",
+        "lane.bytes + bytes <= 1000000 * lane.bound) return true;",
         BACKEND,
+        quick=True,
+    ),
+    Mutant(
+        "a copy is made in one piece",
+        DEVICE,
+        "std::min(options_.piece_bytes, src.size() - at)",
+        "std::max(std::min(options_.piece_bytes, src.size() - at), src.size() - at)",
+        BACKEND,
+        quick=True,
+    ),
+    Mutant(
+        "bytes in flight are never counted off",
+        DEVICE,
+        "        lane.bytes -= lane.in_flight.front().second;\n",
+        "",
+        ("test_cuda_queue",),
+    ),
+    Mutant(
+        "a slot table is a copy on the compute stream",
+        COMPUTE,
+        "        cuda::write_table(op.slot_of, reinterpret_cast<std::int32_t*>(scratch.table.data), stream);\n",
+        "        const std::lock_guard<std::mutex> staging_lock(staging_mutex_);\n"
+        "        std::byte* const chunk = staging_.next();\n"
+        "        std::memcpy(chunk, op.slot_of.data(), op.slot_of.size_bytes());\n"
+        "        check(cudaMemcpyAsync(scratch.table.data, chunk, op.slot_of.size_bytes(), cudaMemcpyHostToDevice,"
+        ' stream), "");\n'
+        "        staging_.sent(events_->record(stream));\n",
+        BACKEND,
+        quick=True,
+    ),
+    Mutant(
+        "the parts of a slot table after the first are not written",
+        "csrc/cuda/gather_mlp.cu",
+        "first < slot_of.size(); first += kTableChunk",
+        "first == 0; first += kTableChunk",
+        ("test_cuda_kernels",),
+    ),
+    Mutant(
+        "what pinned memory holds waits for a worker",
+        QUEUE,
+        "lane == Lane::kDemand ? store_->acquire_ready(record) : std::nullopt",
+        "lane == Lane::kDemand && record < 0 ? store_->acquire_ready(record) : std::nullopt",
+        ("test_cuda_queue",),
+    ),
+    Mutant(
+        "the copy that submit makes is not remembered by its pinned slot",
+        QUEUE,
+        "        store_->release(lease.slot, *copied);\n",
+        "        store_->release(lease.slot);\n",
+        ("test_cuda_queue",),
+        quick=True,
+    ),
+    Mutant(
+        "submit waits for room in the lane",
+        DEVICE,
+        "if (!one_at_a_time || src.size() > on.bound || !has_room(on, src.size())) return std::nullopt;",
+        "if (!one_at_a_time || src.size() > on.bound) return std::nullopt;",
+        ("test_cuda_queue",),
     ),
     Mutant(
         "closing does not wait for copies",
         DEVICE,
-        "        for (const Event& copied : each.in_flight) copied.synchronize();\n",
+        "        for (const auto& [copied, bytes] : each.in_flight) copied.synchronize();\n",
         "",
         BOTH,
     ),
@@ -318,6 +375,13 @@ MUTANTS = [
         "an upload gets into a graph",
         DEVICE,
         """    refuse_capture(stream, "a replay would copy what the host's memory then holds");\n""",
+        "",
+        GRAPH,
+    ),
+    Mutant(
+        "a slot table that is written gets into a graph",
+        COMPUTE,
+        '    refuse_capture(stream, "a replay would write the table as it is now");\n',
         "",
         GRAPH,
     ),

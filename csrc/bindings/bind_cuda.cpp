@@ -130,14 +130,19 @@ void bind_cuda(py::module_& module) {
                "\"\" where the GPU kernels take the layout, or why not.");
 
     py::class_<CudaBackend, std::shared_ptr<CudaBackend> >(module, "CudaDevice", "One GPU: memory, copies, kernels.")
-        .def(py::init([](int device, int demand_in_flight, int prefetch_in_flight) {
-                 cuda::CudaOptions options;
-                 options.demand_in_flight = demand_in_flight;
-                 options.prefetch_in_flight = prefetch_in_flight;
-                 return std::make_shared<CudaBackend>(device, options);
-             }),
-             arg("device") = 0, py::kw_only(), arg("demand_in_flight") = 4, arg("prefetch_in_flight") = 2,
-             "BackendUnavailable says which of driver, device, build is missing; ConfigError names the devices.")
+        .def(py::init(
+                 [](int device, std::size_t piece_bytes, std::size_t demand_in_flight, std::size_t prefetch_in_flight) {
+                     cuda::CudaOptions options;
+                     options.piece_bytes = piece_bytes;
+                     options.demand_in_flight = demand_in_flight;
+                     options.prefetch_in_flight = prefetch_in_flight;
+                     return std::make_shared<CudaBackend>(device, options);
+                 }),
+             arg("device") = 0, py::kw_only(), arg("piece_bytes") = cuda::CudaOptions{}.piece_bytes,
+             arg("demand_in_flight") = cuda::CudaOptions{}.demand_in_flight,
+             arg("prefetch_in_flight") = cuda::CudaOptions{}.prefetch_in_flight,
+             "Copies go in pieces, of which a lane has so many bytes in flight. BackendUnavailable says which of "
+             "driver, device, build is missing; ConfigError names the devices.")
         .def_property_readonly("index", &CudaBackend::device)
         .def(
             "slab",
@@ -159,6 +164,15 @@ void bind_cuda(py::module_& module) {
             },
             arg("dst"), arg("src"), arg("nbytes"), arg("stream"), release_gil(),
             "Host to device, through staging; `src` may change when it returns.")
+        .def(
+            "write_table",
+            [](CudaBackend& self, std::uintptr_t table, const py::array_t<std::int32_t, py::array::c_style>& slot_of,
+               std::uintptr_t stream) {
+                const std::span<const std::int32_t> values(slot_of.data(), static_cast<std::size_t>(slot_of.size()));
+                self.write_table({pointer<std::byte>(table), values.size_bytes(), false}, values, stream_of(stream));
+            },
+            arg("table_ptr"), arg("slot_of"), arg("stream"),
+            "A layer's slot table, for what `stream` gets next; makes no copy, so it waits for none.")
         .def(
             "download",
             [](CudaBackend& self, std::uintptr_t dst, std::uintptr_t src, std::size_t bytes, std::uintptr_t stream) {

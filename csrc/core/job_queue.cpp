@@ -85,7 +85,8 @@ void JobQueue::refuse_closed() const {
     if (closing_) throw Error(ErrorKind::kClosed, "the transfer queue is closed");
 }
 
-Ticket JobQueue::push(std::unique_lock<std::mutex> lock, JobPtr job, std::int64_t number, std::int64_t slot_bytes) {
+Ticket JobQueue::push(std::unique_lock<std::mutex> lock, JobPtr job, std::int64_t number, std::int64_t slot_bytes,
+                      bool runs) {
     job->bytes = job->record->bytes;
     if (job->record->slot_bytes > slot_bytes) {
         throw Error(ErrorKind::kConfig, "record " + std::to_string(number) + " needs a slot of " +
@@ -101,12 +102,30 @@ Ticket JobQueue::push(std::unique_lock<std::mutex> lock, JobPtr job, std::int64_
     const Ticket ticket{job->id = next_id_};
     jobs_.emplace(ticket.id, job);
     if (job->slot >= 0) newest_[job->slot] = ticket.id;
-    lanes_[index(job->lane)].push_back(job);
+    if (runs) {
+        job->state = State::kRunning;
+    } else {
+        lanes_[index(job->lane)].push_back(job);
+    }
     if (prefetch) prefetching_ += job->bytes;
     ++next_id_;
+    if (runs) return ticket;
     lock.unlock();  // or the worker would wake up to wait for the mutex
     work_.notify_one();
     return ticket;
+}
+
+void JobQueue::leave_to_worker(const JobPtr& job) {
+    {
+        const auto lock = enter();
+        job->state = State::kQueued;
+        lanes_[index(job->lane)].push_back(job);
+        if (closing_) {  // the workers may be gone
+            take_out(*job);
+            end(*job, State::kCancelled, std::nullopt);
+        }
+    }
+    work_.notify_one();
 }
 
 void JobQueue::promote(Ticket ticket) {

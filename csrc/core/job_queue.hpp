@@ -94,11 +94,14 @@ class JobQueue {
     // Cancels what is queued, calls `wake`, joins the workers when they have finished what runs.
     void stop(const std::function<void()>& wake = [] {});
 
-    // Gives the job its ticket and wakes a worker. ConfigError where the record is larger than `slot_bytes`;
-    // QueueFullError where a prefetch would bring those that are queued or running over the bound. Unlocks mutex_.
-    Ticket push(std::unique_lock<std::mutex> lock, JobPtr job, std::int64_t number, std::int64_t slot_bytes);
-    void refuse_closed() const;           // ClosedError; mutex_ held
-    JobPtr take(bool prefetches = true);  // mutex_ held; the next to run, or nullptr
+    // Gives the job its ticket and wakes a worker, or leaves it to the caller as one that runs. ConfigError where the
+    // record is larger than `slot_bytes`; QueueFullError where a prefetch would bring those that are queued or running
+    // over the bound. Unlocks mutex_.
+    Ticket push(std::unique_lock<std::mutex> lock, JobPtr job, std::int64_t number, std::int64_t slot_bytes,
+                bool runs = false);
+    void leave_to_worker(const JobPtr& job);  // one that runs
+    void refuse_closed() const;               // ClosedError; mutex_ held
+    JobPtr take(bool prefetches = true);      // mutex_ held; the next to run, or nullptr
     std::int64_t queued() const { return static_cast<std::int64_t>(lanes_[0].size() + lanes_[1].size()); }  // likewise
     void end(Job& job, State state, std::optional<Error> error);  // mutex_ held; notify finished_ afterwards
     JobPtr find(Ticket ticket) const;  // mutex_ held; nullptr: forgotten; TransferError: unknown

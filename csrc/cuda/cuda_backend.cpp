@@ -36,15 +36,11 @@ CudaBackend::CudaBackend(int device, CudaOptions options)
       options_(options),
       events_(EventPool::make(device)),
       staging_(options.staging_chunks, options.staging_chunk_bytes, device) {
-    if (options.demand_in_flight < 1 || options.prefetch_in_flight < 1) {
-        throw Error(ErrorKind::kConfig, "copies in flight: " + std::to_string(options.demand_in_flight) +
-                                            " for demand, " + std::to_string(options.prefetch_in_flight) +
-                                            " for prefetch; each must be at least 1");
-    }
-    lane(Lane::kDemand).stream = std::make_unique<Stream>(device, true);
-    lane(Lane::kDemand).bound = static_cast<std::size_t>(options.demand_in_flight);
-    lane(Lane::kPrefetch).stream = std::make_unique<Stream>(device, false);
-    lane(Lane::kPrefetch).bound = static_cast<std::size_t>(options.prefetch_in_flight);
+    if (options.piece_bytes < 1) throw Error(ErrorKind::kConfig, "piece_bytes=0; a piece has at least 1 byte");
+    lane(Lane::kDemand).stream = std::make_unique<Stream>(device);
+    lane(Lane::kDemand).bound = options.demand_in_flight;
+    lane(Lane::kPrefetch).stream = std::make_unique<Stream>(device);
+    lane(Lane::kPrefetch).bound = options.prefetch_in_flight;
 }
 
 CudaBackend::~CudaBackend() {
@@ -103,33 +99,63 @@ void CudaBackend::free(Memory memory) noexcept {
     }
 }
 
-void CudaBackend::make_room(LaneState& lane) {
-    while (!lane.in_flight.empty() && lane.in_flight.front().done()) lane.in_flight.pop_front();
-    while (lane.in_flight.size() >= lane.bound) {
-        lane.in_flight.front().synchronize();
+bool CudaBackend::has_room(LaneState& lane, std::size_t bytes, Event* oldest) {
+    const std::lock_guard<std::mutex> lock(lane.mutex);
+    while (!lane.in_flight.empty() && lane.in_flight.front().first.done()) {
+        lane.bytes -= lane.in_flight.front().second;
         lane.in_flight.pop_front();
     }
+    if (lane.in_flight.empty() || lane.bytes + bytes <= lane.bound) return true;
+    if (oldest != nullptr) *oldest = lane.in_flight.front().first;
+    return false;
+}
+
+void CudaBackend::make_room(LaneState& lane, std::size_t bytes) {
+    Event oldest;
+    while (!has_room(lane, bytes, &oldest)) oldest.synchronize();
 }
 
 Event CudaBackend::copy(Memory dst, std::span<const std::byte> src, Lane which) {
     refuse_lost_device();  // before a lock that a thread of the parent may have held
+    LaneState& on = lane(which);
+    const std::lock_guard<std::mutex> one_at_a_time(on.copying);
+    return copy_pieces(on, dst, src);
+}
+
+std::optional<Event> CudaBackend::copy_now(Memory dst, std::span<const std::byte> src) {
+    refuse_lost_device();
+    LaneState& on = lane(Lane::kDemand);
+    const std::unique_lock<std::mutex> one_at_a_time(on.copying, std::try_to_lock);
+    if (!one_at_a_time || src.size() > on.bound || !has_room(on, src.size())) return std::nullopt;
+    return copy_pieces(on, dst, src);
+}
+
+// `copying` of the lane is held.
+Event CudaBackend::copy_pieces(LaneState& on, Memory dst, std::span<const std::byte> src) {
     if (src.size() > dst.bytes) {
         throw Error(ErrorKind::kConfig, "a copy of " + std::to_string(src.size()) + " bytes does not fit into " +
                                             std::to_string(dst.bytes));
     }
     const Range range = range_of(dst.data, src.size());
-    LaneState& on = lane(which);
-    const std::lock_guard<std::mutex> lock(on.mutex);
     const DeviceScope scope(device_);
-    make_room(on);
     const cudaStream_t stream = on.stream->get();
-    hazards_.before_write(range, stream);
-    check(cudaMemcpyAsync(dst.data, src.data(), src.size(), cudaMemcpyHostToDevice, stream), "copying ", src.size(),
-          " bytes to device ", device_);
     Event copied;
-    all_or_over(stream, [&] { copied = events_->record(stream); });
+    std::size_t at = 0;
+    all_or_over(stream, [&] {
+        do {
+            const std::size_t bytes = std::min(options_.piece_bytes, src.size() - at);
+            make_room(on, bytes);
+            if (at == 0) hazards_.before_write(range, stream);
+            check(cudaMemcpyAsync(dst.data + at, src.data() + at, bytes, cudaMemcpyHostToDevice, stream), "copying ",
+                  bytes, " of ", src.size(), " bytes to device ", device_);
+            copied = events_->record(stream);
+            at += bytes;
+            const std::lock_guard<std::mutex> lock(on.mutex);
+            on.in_flight.emplace_back(copied, bytes);
+            on.bytes += bytes;
+        } while (at < src.size());
+    });
     hazards_.wrote(range, stream, copied);
-    on.in_flight.push_back(copied);
     return copied;
 }
 
@@ -154,9 +180,11 @@ double CudaBackend::copy_rate(std::size_t bytes, int copies) {
 void CudaBackend::finish_copies() {
     refuse_lost_device();  // before a lock that a thread of the parent may have held
     for (LaneState& each : lanes_) {
+        const std::lock_guard<std::mutex> one_at_a_time(each.copying);
         const std::lock_guard<std::mutex> lock(each.mutex);
-        for (const Event& copied : each.in_flight) copied.synchronize();
+        for (const auto& [copied, bytes] : each.in_flight) copied.synchronize();
         each.in_flight.clear();
+        each.bytes = 0;
     }
 }
 

@@ -9,8 +9,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/backend.hpp"
@@ -39,9 +41,12 @@ class Staging {
 };
 
 struct CudaOptions {
-    // Copies given to a lane's stream and not over. A demand copy waits at most for the prefetches that are in flight.
-    int demand_in_flight = 4;
-    int prefetch_in_flight = 2;
+    // A copy is made in pieces of so many bytes. The engine takes them in the order they are issued in, whatever the
+    // stream and its priority, so a demand waits for the pieces of prefetches that are in flight, and for no more.
+    std::size_t piece_bytes = std::size_t{4} << 20;
+    // Bytes of pieces given to a lane's stream and not over; one piece may always be.
+    std::size_t demand_in_flight = std::size_t{64} << 20;
+    std::size_t prefetch_in_flight = std::size_t{8} << 20;
     std::size_t staging_chunks = 4;
     std::size_t staging_chunk_bytes = std::size_t{1} << 20;
 };
@@ -66,8 +71,10 @@ class CudaBackend final : public Backend {
     void gather_mlp(const GatherMlp& op, void* stream) override;
 
     // Copies pinned memory into device memory on the lane's stream, after every kernel that was said to read `dst`.
-    // Blocks while the lane has too many copies in flight. `src` is free again when the event is over.
+    // Blocks while the lane has too many bytes in flight. `src` is free again when the event is over.
     Event copy(Memory dst, std::span<const std::byte> src, Lane lane);
+    // The same on the demand lane, or nothing where it would block.
+    std::optional<Event> copy_now(Memory dst, std::span<const std::byte> src);
     // Copies of pageable memory, through staging, on the demand lane: `src` may change when copy_async returns, and the
     // ticket says when the bytes are there. TransferError for a ticket that was never issued.
     Ticket copy_async(Memory dst, std::span<const std::byte> src);
@@ -84,19 +91,23 @@ class CudaBackend final : public Backend {
     void begin_read(std::span<const Range> ranges, cudaStream_t stream);
     void end_read(std::span<const Range> ranges, cudaStream_t stream);
 
+    // The slot table of a layer for what `stream` gets next, without a copy (kernels.hpp).
+    void write_table(Memory dst, std::span<const std::int32_t> slot_of, cudaStream_t stream);
     // Bytes a second of host-to-device copies of this size from pinned memory, with the lane's bound in flight.
     double copy_rate(std::size_t bytes, int copies);
     void finish_copies();  // blocks until no copy of either lane is in flight
 
-    // Small copies: slot tables, emulated tensors. On `stream`, through staging; download blocks until it is over.
+    // Small copies: emulated tensors. On `stream`, through staging; download blocks until it is over.
     void upload(Memory dst, std::span<const std::byte> src, cudaStream_t stream);
     void download(std::span<std::byte> dst, const std::byte* src, cudaStream_t stream);
 
   private:
     struct LaneState {
-        std::mutex mutex;  // held from the first wait to the event's record: a lane's copies are issued one at a time
+        std::mutex copying;  // a lane's copies are issued one at a time
+        std::mutex mutex;    // taken after `copying`; guards what follows
         std::unique_ptr<Stream> stream;
-        std::deque<Event> in_flight;
+        std::deque<std::pair<Event, std::size_t>> in_flight;  // pieces and their bytes
+        std::size_t bytes = 0;                                // of these
         std::size_t bound = 1;
     };
     struct Scratch {  // of one compute stream, which orders its uses
@@ -105,7 +116,9 @@ class CudaBackend final : public Backend {
 
     LaneState& lane(Lane which) { return lanes_[static_cast<std::size_t>(which)]; }
     Event event_of(Ticket ticket) const;
-    void make_room(LaneState& lane);
+    bool has_room(LaneState& lane, std::size_t bytes, Event* oldest = nullptr);
+    void make_room(LaneState& lane, std::size_t bytes);
+    Event copy_pieces(LaneState& on, Memory dst, std::span<const std::byte> src);
     Memory grown(Memory memory, std::size_t bytes, cudaStream_t stream);
     std::vector<Range> slots_of(const GatherMlp& op) const;
 
@@ -120,8 +133,9 @@ class CudaBackend final : public Backend {
     std::map<std::uint64_t, Event> tickets_;  // those that may not be over
     std::uint64_t next_ticket_ = 1;
 
-    std::mutex staging_mutex_;  // guards staging_ and scratch_
+    std::mutex staging_mutex_;  // guards staging_
     Staging staging_;
+    std::mutex scratch_mutex_;  // guards scratch_
     std::map<cudaStream_t, Scratch> scratch_;
 };
 

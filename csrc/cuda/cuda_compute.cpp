@@ -1,6 +1,5 @@
 // What CudaBackend gives to the caller's compute stream: calls of the kernels, between the copies before and after
-// them.
-#include <cstring>
+// them. None of it is a copy, which would wait for those of experts: a device has one engine for all streams' copies.
 #include <string>
 #include <utility>
 
@@ -75,30 +74,31 @@ void CudaBackend::gather_mlp(const GatherMlp& op, void* on) {
     }
     const std::vector<Range> ranges = slots_of(op);
     if (ranges.empty() || op.tokens == 0 || op.top_k == 0) return;
-    const std::size_t table_bytes = op.slot_of.size_bytes();
-    if (table_bytes > staging_.chunk_bytes()) {
-        throw Error(ErrorKind::kConfig, std::to_string(op.slot_of.size()) + " experts in one layer are more than the " +
-                                            std::to_string(staging_.chunk_bytes() / sizeof(std::int32_t)) +
-                                            " that fit into a staging chunk");
-    }
-    const std::lock_guard<std::mutex> lock(staging_mutex_);
+    const std::lock_guard<std::mutex> lock(scratch_mutex_);
     const DeviceScope scope(device_);
     refuse_capture(stream, "a call whose slot table is the host's cannot be in it");
     Scratch& scratch = scratch_[stream];
-    scratch.table = grown(std::exchange(scratch.table, {}), table_bytes, stream);
+    scratch.table = grown(std::exchange(scratch.table, {}), op.slot_of.size_bytes(), stream);
     Mlp call = on_device(op, scratch.table.data);
     scratch.workspace = grown(std::exchange(scratch.workspace, {}), workspace_bytes(call), stream);
     begin_read(ranges, stream);
-    std::byte* const chunk = staging_.next();
-    std::memcpy(chunk, op.slot_of.data(), table_bytes);
     all_or_over(stream, [&] {
-        check(cudaMemcpyAsync(scratch.table.data, chunk, table_bytes, cudaMemcpyHostToDevice, stream),
-              "copying a slot table of ", table_bytes, " bytes to device ", device_);
-        staging_.sent(events_->record(stream));
+        cuda::write_table(op.slot_of, reinterpret_cast<std::int32_t*>(scratch.table.data), stream);
         route(call, scratch.workspace.data, stream);
         cuda::gather_mlp(call, scratch.workspace.data, stream);
         end_read(ranges, stream);
     });
+}
+
+void CudaBackend::write_table(Memory dst, std::span<const std::int32_t> slot_of, cudaStream_t stream) {
+    refuse_lost_device();
+    if (slot_of.size_bytes() > dst.bytes) {
+        throw Error(ErrorKind::kConfig, "a slot table of " + std::to_string(slot_of.size()) +
+                                            " experts does not fit into " + std::to_string(dst.bytes) + " bytes");
+    }
+    const DeviceScope scope(device_);
+    refuse_capture(stream, "a replay would write the table as it is now");
+    all_or_over(stream, [&] { cuda::write_table(slot_of, reinterpret_cast<std::int32_t*>(dst.data), stream); });
 }
 
 void CudaBackend::gather_mlp_resident(const Mlp& op, std::span<const Range> slots, Memory workspace,

@@ -53,10 +53,48 @@ Ticket DeviceQueue::enqueue(std::int64_t record, std::optional<std::int64_t> slo
         job->place = slab_->slot(*slot);
         smallest = std::min(smallest, slab_->slot_bytes());
     }
-    if (slot) return push(std::move(lock), std::move(job), record, smallest);
+    if (slot) {
+        const auto lease = lane == Lane::kDemand ? store_->acquire_ready(record) : std::nullopt;
+        if (!lease) return push(std::move(lock), std::move(job), record, smallest);
+        return copy_at_once(std::move(lock), job, *lease, smallest);
+    }
     const Ticket ticket = push(std::move(lock), std::move(job), record, smallest);
     const std::lock_guard again(mutex_);
     host_tickets_.insert(ticket.id);
+    return ticket;
+}
+
+// What pinned memory holds needs no worker, whose waking would cost more than giving the copy to its stream.
+Ticket DeviceQueue::copy_at_once(std::unique_lock<std::mutex> lock, const std::shared_ptr<DeviceJob>& job,
+                                 const PinnedCache::Lease& lease, std::int64_t slot_bytes) {
+    Ticket ticket;
+    try {
+        ticket = push(std::move(lock), job, job->number, slot_bytes, true);
+    } catch (...) {
+        store_->release(lease.slot);
+        throw;
+    }
+    std::optional<Error> error;
+    try {
+        const auto bytes = static_cast<std::size_t>(job->record->slot_bytes);
+        const std::optional<Event> copied = backend_->copy_now(*job->place, {lease.data, bytes});
+        if (!copied) {  // it would have to wait for room
+            store_->release(lease.slot);
+            leave_to_worker(job);
+            return ticket;
+        }
+        job->copied = *copied;
+        store_->release(lease.slot, *copied);
+    } catch (const Error& thrown) {
+        error = thrown;
+        store_->release(lease.slot);
+    }
+    {
+        const std::lock_guard again(mutex_);
+        host_hits_ += !error;
+        end(*job, error ? State::kFailed : State::kReady, std::move(error));
+    }
+    finished_.notify_all();
     return ticket;
 }
 

@@ -66,6 +66,8 @@ class DeviceQueue final : public JobQueue {
 
     Ticket enqueue(std::int64_t record, std::optional<std::int64_t> slot, Lane lane);
     void restart() override;
+    Ticket copy_at_once(std::unique_lock<std::mutex> lock, const std::shared_ptr<DeviceJob>& job,
+                        const PinnedCache::Lease& lease, std::int64_t slot_bytes);
     void work(std::unique_ptr<ReadChannel> channel);
     void perform(DeviceJob& job, RecordPump& pump);
     void fill(const DeviceJob& job, const PinnedCache::Lease& lease, RecordPump& pump);

@@ -197,6 +197,18 @@ void gather_mlp(const Mlp& op, void* workspace, cudaStream_t stream) {
     }
 }
 
+void write_table(std::span<const std::int32_t> slot_of, std::int32_t* table, cudaStream_t stream) {
+    for (std::size_t first = 0; first < slot_of.size(); first += kTableChunk) {
+        TableChunk chunk;
+        const std::size_t count = std::min(slot_of.size() - first, static_cast<std::size_t>(kTableChunk));
+        std::copy_n(slot_of.begin() + static_cast<std::ptrdiff_t>(first), count, chunk.slot_of);
+        std::fill(chunk.slot_of + count, chunk.slot_of + kTableChunk, -1);
+        EMOE_LAUNCH(table_kernel, 1, kTableThreads, 0, stream, chunk, static_cast<int>(first), static_cast<int>(count),
+                    table);
+        check(cudaGetLastError(), "launching the slot table of ", slot_of.size(), " experts");
+    }
+}
+
 void combine(const float* pairs, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out, void* out,
              DType out_dtype, bool add, cudaStream_t stream) {
     const bool known = out_dtype == DType::kFloat32 || out_dtype == DType::kBFloat16 || out_dtype == DType::kFloat16;

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "core/gather_mlp.hpp"
@@ -56,6 +57,10 @@ Path path_of(const Mlp& op) noexcept;
 // Bytes that `workspace` below needs: a function of sizes, dtypes and the alignment of `hidden`. 256-byte aligned
 // memory. It is scratch of one call: calls that may overlap in time need one each.
 std::size_t workspace_bytes(const Mlp& op);
+
+// The slot table of a layer, for the calls that `stream` gets next. It travels as parameters of kernels: no copy is
+// made, and `slot_of` is free when this returns. TransferError where a launch fails.
+void write_table(std::span<const std::int32_t> slot_of, std::int32_t* table, cudaStream_t stream);
 
 // Sorts the pairs by expert on the device (ties by position) and lists the tiles; writes into `workspace`.
 void route(const Mlp& op, void* workspace, cudaStream_t stream);

@@ -34,6 +34,17 @@ PinnedCache::Slot* PinnedCache::victim() {
     return found;
 }
 
+std::optional<PinnedCache::Lease> PinnedCache::acquire_ready(std::int64_t record) {
+    const std::lock_guard lock(mutex_);
+    const auto known = slot_of_.find(record);
+    if (closed_ || known == slot_of_.end()) return std::nullopt;
+    Slot& slot = slots_[static_cast<std::size_t>(known->second)];
+    if (slot.state != State::kReady) return std::nullopt;
+    ++slot.users;
+    slot.last_use = ++clock_;
+    return Lease{known->second, memory_.data() + known->second * slot_bytes_, false};
+}
+
 PinnedCache::Lease PinnedCache::acquire(std::int64_t record) {
     std::unique_lock lock(mutex_);
     for (;;) {

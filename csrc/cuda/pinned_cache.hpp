@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -32,6 +33,8 @@ class PinnedCache {
 
     // A slot that holds `record` or is to be filled with it, used by the caller until release(). Blocks while another
     // thread fills it, while all slots are in use, and until the copies out of a slot that makes room are over.
+    // A record that is here and ready; nothing is waited for.
+    std::optional<Lease> acquire_ready(std::int64_t record);
     Lease acquire(std::int64_t record);
     void filled(std::int64_t slot);  // ready; the caller goes on using it
     void failed(std::int64_t slot);  // empty again, and no longer the caller's

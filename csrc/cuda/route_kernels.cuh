@@ -34,6 +34,19 @@ struct Sorting {
     Sorted sorted;  // out
 };
 
+// A part of a slot table as a kernel's parameter: so it needs no copy, which would wait for those of experts. With the
+// other parameters it stays below the 4 KiB that every architecture takes.
+constexpr int kTableChunk = 960;
+struct TableChunk {
+    int slot_of[kTableChunk];
+};
+constexpr int kTableThreads = 256;
+
+__global__ void __launch_bounds__(kTableThreads)
+    table_kernel(const TableChunk chunk, const int first, const int count, int* table) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kTableThreads) table[first + i] = chunk.slot_of[i];
+}
+
 constexpr int kPickThreads = 128;  // a warp a token
 constexpr int kSortThreads = 256;  // a block an expert
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;

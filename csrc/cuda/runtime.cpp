@@ -179,13 +179,9 @@ Event EventPool::record(cudaStream_t stream) {
     return event;
 }
 
-Stream::Stream(int device, bool urgent) : device_(device) {
+Stream::Stream(int device) : device_(device) {
     const DeviceScope scope(device);
-    int lowest = 0;
-    int highest = 0;
-    check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "asking device ", device, " for stream priorities");
-    check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, urgent ? highest : lowest),
-          "creating a copy stream on device ", device);
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a copy stream on device ", device);
 }
 
 Stream::~Stream() {

@@ -118,7 +118,7 @@ class EventPool : public std::enable_shared_from_this<EventPool> {
 
 class Stream {
   public:
-    Stream(int device, bool urgent);  // non-blocking; the device's highest or lowest priority
+    explicit Stream(int device);  // non-blocking
     ~Stream();
     Stream(const Stream&) = delete;
     Stream& operator=(const Stream&) = delete;

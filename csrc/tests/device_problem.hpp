@@ -19,7 +19,7 @@ namespace emoe::test {
 
 // One for all tests: on the emulation a stream is a thread, and its fibers are costly to make under ThreadSanitizer.
 inline const cuda::Stream& test_stream() {
-    static const cuda::Stream stream(0, false);
+    static const cuda::Stream stream(0);
     return stream;
 }
 
@@ -71,7 +71,7 @@ struct DeviceProblem {
 
     explicit DeviceProblem(const Problem& p)
         : slab(p.slab, stream.get()),
-          slot_of(p.slot_of, stream.get()),
+          slot_of(std::vector<std::int32_t>(p.slot_of.size(), -1), stream.get()),
           hidden(p.hidden, stream.get()),
           index(p.index, stream.get()),
           weights(p.weights, stream.get()) {
@@ -100,7 +100,7 @@ struct DeviceProblem {
         const std::vector<std::uint8_t> poison(bytes + kGuard, 0xFF);
         DeviceBytes workspace(poison, stream.get());
         for (const std::vector<std::int32_t>& table : tables) {
-            slot_of.upload(table.data());
+            cuda::write_table(table, slot_of.as<std::int32_t>(), stream.get());
             cuda::route(op, workspace.as(), stream.get());
             cuda::gather_mlp(op, workspace.as(), stream.get());
         }

@@ -203,8 +203,8 @@ TEST("slot tables and scratch of many calls in a row do not run into each other"
     }
 }
 
-TEST("no lane has more copies in flight than its bound") {
-    Fixture f(16, {.demand_in_flight = 2, .prefetch_in_flight = 1});
+TEST("no lane has more bytes in flight than its bound") {
+    Fixture f(16, {.piece_bytes = 1024, .demand_in_flight = 2 * 1024 + 1023, .prefetch_in_flight = 1});
     const Sources sources(16);
     f.backend->finish_copies();
     emu::reset_counters();
@@ -220,6 +220,127 @@ TEST("no lane has more copies in flight than its bound") {
     CHECK(emu::counters().most_in_flight <= 1);
     f.backend->finish_copies();
     CHECK_EQ(emu::counters().copies_in_flight, std::uint64_t{0});
+}
+
+TEST("a copy of any size arrives whole, in pieces") {
+    Fixture f(1, {.piece_bytes = 1000, .demand_in_flight = 2000, .prefetch_in_flight = 1000});
+    for (const Lane lane : {Lane::kDemand, Lane::kPrefetch}) {
+        for (const std::size_t bytes : {1, 999, 1000, 1001, 2000, 4095, 4096}) {
+            const PinnedBuffer source(4096, 0);
+            std::vector<std::byte> expected(bytes), back(bytes);
+            for (std::size_t i = 0; i < bytes; ++i) expected[i] = static_cast<std::byte>(i * 7 + bytes);
+            std::copy(expected.begin(), expected.end(), source.data());
+            emu::reset_counters();
+            f.backend->copy(f.slab->slot(0), {source.data(), bytes}, lane).synchronize();
+            CHECK_EQ(emu::counters().copies, std::uint64_t{(bytes + 999) / 1000});
+            f.backend->download(back, f.slab->slot(0).data, nullptr);
+            CHECK(back == expected);
+        }
+    }
+}
+
+TEST("a demand waits for a piece or two of a prefetch and not for the rest of it") {
+    constexpr std::size_t kPieces = 40, kPiece = 1024;
+    Fixture f(1, {.piece_bytes = kPiece, .demand_in_flight = 8 * kPiece, .prefetch_in_flight = 2 * kPiece});
+    const PinnedBuffer large(kPieces * kPiece, 0);
+    std::fill_n(large.data(), kPieces * kPiece, std::byte{9});
+    const Sources sources(1);
+    const Memory target = f.backend->allocate(kPieces * kPiece);
+    emu::copy_engine(2000);
+    emu::keep_timeline(true);
+    std::thread prefetch([&] { f.backend->copy(target, {large.data(), kPieces * kPiece}, Lane::kPrefetch); });
+    while (emu::timeline().size() < 3) std::this_thread::sleep_for(std::chrono::microseconds(200));
+    const std::size_t before = emu::timeline().size();
+    f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand).synchronize();
+    prefetch.join();
+    f.backend->finish_copies();
+    const std::vector<emu::Span> ran = emu::timeline();
+    emu::keep_timeline(false);
+    emu::copy_engine(0);
+    CHECK_EQ(ran.size(), kPieces + kSlotBytes / kPiece);
+    std::size_t first = 0, last = 0;
+    for (std::size_t i = 0; i < ran.size(); ++i) {
+        const bool demanded = static_cast<const std::byte*>(ran[i].target) < target.data ||
+                              static_cast<const std::byte*>(ran[i].target) >= target.data + kPieces * kPiece;
+        if (demanded && first == 0) first = i;
+        if (demanded) last = i;
+    }
+    CHECK(first <= before + 2);                       // what was in flight
+    CHECK(last - first < 2 * (kSlotBytes / kPiece));  // and a piece that was about to be issued
+    f.backend->free(target);
+}
+
+TEST("a call of the kernels makes no copy, however many experts a layer has") {
+    Fixture f(4);
+    const Sources sources(4);
+    const ComputeStream compute;
+    for (std::int32_t s = 0; s < 4; ++s) f.backend->copy(f.slab->slot(s), sources.of(s), Lane::kDemand);
+    f.backend->finish_copies();
+    emu::reset_counters();
+    const std::vector<std::int32_t> small = {-1, 2}, large = [] {
+        std::vector<std::int32_t> table(3000, -1);
+        table[0] = 0, table[959] = 1, table[960] = 2, table[2999] = 3;
+        return table;
+    }();
+    f.backend->gather_mlp(f.op(small, 0), compute);
+    f.backend->gather_mlp(f.op(large, 2), compute);
+    const Memory table = f.backend->allocate(3000 * sizeof(std::int32_t));
+    f.backend->write_table(table, large, compute);
+    CHECK_EQ(emu::counters().copies, std::uint64_t{0});
+    const std::vector<float> seen = f.results(3002, compute);
+    CHECK_EQ(seen[1], 3.0F);
+    CHECK_EQ(seen[2], 1.0F);
+    CHECK_EQ(seen[2 + 959], 2.0F);
+    CHECK_EQ(seen[2 + 960], 3.0F);
+    CHECK_EQ(seen[2 + 2999], 4.0F);
+    CHECK_ERROR(ErrorKind::kConfig, f.backend->write_table(f.inputs, large, compute));
+    std::vector<std::byte> written(table.bytes);
+    f.backend->download(written, table.data, compute);
+    CHECK(std::ranges::equal(written, std::as_bytes(std::span(large))));
+    f.backend->free(table);
+}
+
+TEST("the next layer's experts are copied while this one computes") {
+    constexpr std::size_t kLayers = 8, kExperts = 2;
+    Fixture f(2 * kExperts, {.piece_bytes = 1024, .demand_in_flight = 8192, .prefetch_in_flight = 2048});
+    const Sources sources(kLayers * kExperts);
+    const ComputeStream compute;
+    for (std::int32_t s = 0; s < 2; ++s) {
+        f.backend->copy(f.slab->slot(s), sources.of(static_cast<std::size_t>(s)), Lane::kDemand);
+    }
+    f.backend->finish_copies();
+    emu::copy_engine(1000);  // 8 ms for a layer's experts, 24 ms for its kernels
+    emu::keep_timeline(true);
+    for (std::size_t layer = 0; layer < kLayers; ++layer) {
+        const auto first = static_cast<std::int32_t>(layer % 2 * kExperts);
+        f.backend->gather_mlp(f.op({first, first + 1}, layer * kExperts), compute);
+        emu::enqueue(compute, [] { std::this_thread::sleep_for(std::chrono::milliseconds(24)); });
+        const std::array<Range, 1> range = {
+            range_of(f.slab->slot(first).data, kExperts * static_cast<std::size_t>(kSlotBytes))};
+        f.backend->end_read(range, compute);
+        if (layer + 1 == kLayers) break;
+        const auto next = static_cast<std::int32_t>((layer + 1) % 2 * kExperts);
+        for (std::size_t e = 0; e < kExperts; ++e) {
+            f.backend->copy(f.slab->slot(next + static_cast<std::int64_t>(e)), sources.of((layer + 1) * kExperts + e),
+                            Lane::kPrefetch);
+        }
+    }
+    const std::vector<float> seen = f.results(kLayers * kExperts, compute);
+    const std::vector<emu::Span> ran = emu::timeline();
+    emu::keep_timeline(false);
+    emu::copy_engine(0);
+    for (std::size_t at = 0; at < seen.size(); ++at) CHECK_EQ(seen[at], static_cast<float>(at + 1));
+    double copies = 0, kernels = 0, both = 0;
+    for (const emu::Span& copy : ran) {
+        if (!copy.copy) kernels += copy.end - copy.begin;
+        if (!copy.copy || copy.bytes != 1024) continue;
+        copies += copy.end - copy.begin;
+        for (const emu::Span& kernel : ran) {
+            if (kernel.copy) continue;
+            both += std::max(0.0, std::min(copy.end, kernel.end) - std::max(copy.begin, kernel.begin));
+        }
+    }
+    CHECK(both >= 0.8 * std::min(copies, kernels));
 }
 
 TEST("upload and download carry any size through small chunks") {
@@ -373,7 +494,7 @@ TEST("errors name the call, the sizes and the device") {
     const Error copy = ERROR_OF(f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand));
     CHECK_EQ(static_cast<int>(copy.kind), static_cast<int>(ErrorKind::kTransfer));
     CHECK_EQ(copy.message,
-             std::string("cudaErrorIllegalAddress (emulated error) while copying 4096 bytes to device 0"));
+             std::string("cudaErrorIllegalAddress (emulated error) while copying 4096 of 4096 bytes to device 0"));
     emu::fail(nullptr, 0, cudaSuccess);
     emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
     CHECK_ERROR(ErrorKind::kTransfer, f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand));
@@ -384,7 +505,7 @@ TEST("errors name the call, the sizes and the device") {
     CHECK(memory.message.find("allocating 1099511627776 bytes on device 0, which has ") != std::string::npos);
     CHECK_ERROR(ErrorKind::kBudget, PinnedBuffer(std::size_t{1} << 40, 0));
     CHECK_ERROR(ErrorKind::kConfig, f.backend->copy({f.slab->slot(0).data, 10, false}, sources.of(0), Lane::kDemand));
-    CHECK_ERROR(ErrorKind::kConfig, CudaBackend(0, {.demand_in_flight = 0}));
+    CHECK_ERROR(ErrorKind::kConfig, CudaBackend(0, {.piece_bytes = 0}));
     const std::vector<std::int32_t> table = {0};
     GatherMlp accumulate = f.op(table, 0);
     accumulate.mode = OutMode::kAccumulate;
@@ -400,11 +521,9 @@ TEST("a call that fails half-way leaves nothing behind that reads a slot or a st
     const ComputeStream compute;
     std::vector<std::byte> back(4096);
     for (std::size_t step = 0; step < 12; ++step) {
-        // Records of a call: behind the slot table, and behind the kernels.
-        const int failing = 1 + static_cast<int>(step % 2);
         f.backend->copy(f.slab->slot(0), sources.of(step), Lane::kDemand);
         f.backend->gather_mlp(f.op({0}, 2 * step), compute);
-        emu::fail("cudaEventRecord", failing, cudaErrorLaunchFailure);
+        emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
         CHECK_ERROR(ErrorKind::kTransfer, f.backend->gather_mlp(f.op({0}, 2 * step + 1), compute));
         emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
         CHECK_ERROR(ErrorKind::kTransfer, f.backend->upload(f.inputs, std::vector<std::byte>(4096), compute));
@@ -415,9 +534,26 @@ TEST("a call that fails half-way leaves nothing behind that reads a slot or a st
     const std::vector<float> seen = f.results(24, compute);
     for (std::size_t step = 0; step < 12; ++step) {
         CHECK_EQ(seen[2 * step], static_cast<float>(step + 1));
-        if (step % 2 == 1)
-            CHECK_EQ(seen[2 * step + 1], static_cast<float>(step + 1));  // its kernels had the whole slot
+        CHECK_EQ(seen[2 * step + 1], static_cast<float>(step + 1));  // its kernels had the whole slot
     }
+}
+
+TEST("a copy that fails at a later piece is over before its source may change") {
+    Fixture f(1, {.piece_bytes = 1024, .demand_in_flight = 8192, .prefetch_in_flight = 8192});
+    for (const Lane lane : {Lane::kDemand, Lane::kPrefetch}) {
+        for (const char* call : {"cudaMemcpyAsync", "cudaEventRecord"}) {
+            const Sources sources(1);
+            emu::slow_copies(2000);
+            emu::fail(call, 3, cudaErrorLaunchFailure);
+            CHECK_ERROR(ErrorKind::kTransfer, f.backend->copy(f.slab->slot(0), sources.of(0), lane));
+            emu::fail(nullptr, 0, cudaSuccess);
+            emu::slow_copies(0);
+            CHECK_EQ(emu::counters().copies_in_flight, std::uint64_t{0});
+        }
+    }
+    const Sources sources(2);
+    f.backend->copy(f.slab->slot(0), sources.of(1), Lane::kDemand).synchronize();
+    CHECK_EQ(static_cast<int>(*f.slab->slot(0).data), 2);
 }
 
 TEST("without a driver or a device the error says which is missing, and an index out of range names the choices") {

@@ -326,6 +326,7 @@ TEST("what cannot be in a graph is refused and leaves the capture as it was") {
     begin(stream);
     refused(ERROR_OF(layer.backend->gather_mlp(call, stream)), "slot table is the host's");
     refused(ERROR_OF(layer.backend->upload(layer.table, host, stream)), "replay would copy");
+    refused(ERROR_OF(layer.backend->write_table(layer.table, std::vector<std::int32_t>{1}, stream)), "as it is now");
     refused(ERROR_OF(layer.backend->download(host, layer.table.data, stream)), "host cannot wait");
     refused(ERROR_OF(layer.backend->begin_read(slots, stream)), "around its replays");
     refused(ERROR_OF(layer.backend->end_read(slots, stream)), "around its replays");

@@ -162,8 +162,8 @@ TEST("ids outside the experts and experts without a slot leave their pairs at ze
     }
 }
 
-TEST("more experts than threads of a block are routed") {
-    MlpCase c{"experts", F32, F32, F32, 20, 7, 700, 4, 4, 4, kSilu};
+TEST("more experts than threads of a block, and than a part of a slot table, are routed") {
+    MlpCase c{"experts", F32, F32, F32, 20, 7, 1000, 4, 4, 4, kSilu};
     check_case(c, 1);
 }
 

@@ -24,7 +24,8 @@ constexpr std::int64_t kBytes = 8192;  // of a record; record r is bytes [r, r +
 
 struct Fixture {
     explicit Fixture(std::int64_t records = 12, std::int64_t slots = 4, std::int64_t host_slots = 4)
-        : backend(std::make_shared<CudaBackend>(0)),
+        : backend(std::make_shared<CudaBackend>(
+              0, CudaOptions{.piece_bytes = 4096, .demand_in_flight = 8 * kBytes, .prefetch_in_flight = kBytes})),
           slab(std::make_shared<Slab>(backend, slots, kBytes)),
           store(std::make_shared<PinnedCache>(host_slots, kBytes)),
           out(backend->allocate(4096)) {
@@ -136,6 +137,68 @@ TEST("a record in pinned memory is not read again, and with a slot for each ever
     CHECK_EQ(stats.transfer.bytes[0], 18 * kBytes);
 }
 
+TEST("what pinned memory holds is copied by submit itself, also while every worker is busy") {
+    Fixture f(12, 12, 4);
+    DeviceQueue& queue = f.start(2);
+    queue.wait(queue.submit(5, 5, Lane::kDemand));
+    f.reader->close_gate();
+    queue.submit(0, 0, Lane::kDemand);
+    queue.submit(1, 1, Lane::kDemand);
+    f.reader->wait_until_asked(3);
+    const Ticket ticket = queue.submit(5, 6, Lane::kDemand);
+    CHECK(queue.issued(ticket));
+    CHECK_EQ(queue.wait(ticket), -1);
+    CHECK(f.slab->slot(6).data[17] == pattern(5 * kBytes + 17));
+    CHECK_EQ(queue.stats().host_hits, 1);
+    CHECK_EQ(f.store->used(), 2);  // of the two that are read
+    emu::fail("cudaMemcpyAsync", 1, cudaErrorIllegalAddress);
+    const Ticket failed = queue.submit(5, 7, Lane::kDemand);
+    emu::fail(nullptr, 0, cudaSuccess);
+    CHECK_ERROR(ErrorKind::kTransfer, queue.order_after(failed, f.compute));
+    CHECK_EQ(f.store->used(), 2);
+    f.reader->open_gate();
+}
+
+TEST("a pinned slot is not filled again while the copy that submit made of it is in flight") {
+    Fixture f(12, 12, 1);
+    DeviceQueue& queue = f.start(2);
+    for (std::int64_t round = 0; round < 4; ++round) {
+        const std::int64_t record = 2 * round, other = 2 * round + 1;
+        queue.wait(queue.submit(record, 0, Lane::kDemand));
+        f.backend->finish_copies();
+        emu::slow_copies(3000);
+        const Ticket copied = queue.submit(record, 1, Lane::kDemand);
+        emu::slow_copies(0);
+        CHECK(queue.issued(copied));
+        queue.wait(queue.submit(other, 2, Lane::kDemand));  // which needs the one pinned slot
+        queue.wait(copied);
+        const std::byte* const data = f.slab->slot(1).data;
+        for (std::int64_t i = 0; i < kBytes; ++i) CHECK(data[i] == pattern(record * kBytes + i));
+    }
+}
+
+TEST("what pinned memory holds is left to a worker where its lane has no room") {
+    Fixture f(12, 12, 12);
+    DeviceQueue& queue = f.start(2);
+    for (std::int64_t record = 0; record < 12; ++record) queue.wait(queue.submit(record, record, Lane::kDemand));
+    f.backend->finish_copies();
+    emu::copy_engine(500);  // 4 ms a record; the lane has room for eight
+    std::vector<Ticket> tickets;
+    bool issued = true;
+    for (std::int64_t record = 0; record < 12; ++record) {
+        tickets.push_back(queue.submit(record, 11 - record, Lane::kDemand));
+        issued = issued && queue.issued(tickets.back());
+    }
+    CHECK(!issued);  // nor did submit() wait
+    for (const Ticket ticket : tickets) queue.wait(ticket);
+    emu::copy_engine(0);
+    for (std::int64_t record = 0; record < 12; ++record) {
+        CHECK(f.slab->slot(11 - record).data[3] == pattern(record * kBytes + 3));
+    }
+    CHECK_EQ(queue.stats().host_hits, 12);
+    CHECK_EQ(f.store->used(), 0);
+}
+
 TEST("demands overtake queued prefetches, and one worker is left for them") {
     Fixture f(12, 12, 12);
     f.reader->close_gate();
@@ -232,7 +295,7 @@ TEST("a copy that the runtime refuses is thrown with its values and gives the pi
     const Error error = ERROR_OF(queue.wait(queue.submit(5, 1, Lane::kDemand)));
     emu::fail(nullptr, 0, cudaSuccess);
     CHECK_EQ(error.message,
-             std::string("cudaErrorLaunchFailure (emulated error) while copying 8192 bytes to device 0"));
+             std::string("cudaErrorLaunchFailure (emulated error) while copying 4096 of 8192 bytes to device 0"));
     CHECK_EQ(f.store->used(), 0);
     queue.wait(queue.submit(5, 1, Lane::kDemand));
 }

@@ -5,6 +5,7 @@ Every tensor is made, used and freed on torch's current stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class CudaTable:
         return self.slot_of.data_ptr()
 
     def write(self, values: _Slots) -> None:
-        self._device.native.upload(self.address, values.ctypes.data, values.nbytes, self._device.stream())
+        self._device.native.write_table(self.address, values, self._device.stream())
 
     def close(self) -> None:
         del self.slot_of
@@ -101,6 +102,21 @@ class CudaCall:
     def __exit__(self, *exc: object) -> None:
         del self.hidden, self.index, self.weights, self.out
 
+    def fetch(self) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Sends hidden states and weights to the host; the result waits until they are there, in any thread."""
+        here = [
+            torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
+            for each in (self.hidden, self.weights)
+        ]
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self.device.name))
+
+        def fetched() -> tuple[torch.Tensor, torch.Tensor]:
+            arrived.synchronize()
+            return here[0], here[1]
+
+        return fetched
+
     def gather(self, slot_of: _Slots) -> None:
         """Adds the pairs of every expert that has a slot."""
         self.device.native.gather_mlp(
@@ -124,7 +140,7 @@ class CudaCall:
 
     def add_pairs(self, pairs: torch.Tensor) -> None:
         """Adds pairs that the CPU computed: [T, K, Ho] float32, zero where the device computes."""
-        self.out += pairs.to(self.out.device)
+        self.out += pairs.pin_memory().to(self.out.device, non_blocking=True)
 
     def combine(self, dtype: torch.dtype) -> torch.Tensor:
         """[T, Ho] of `dtype`: the sum over ranks."""

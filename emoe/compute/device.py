@@ -7,7 +7,8 @@ elsewhere; the order between copies and kernels is kept in csrc/cuda.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -99,6 +100,8 @@ class Gpu(Device):
     def __init__(self, module: Any, index: int) -> None:
         self.module = module
         self.native = module.CudaDevice(index)
+        self._threads: ThreadPoolExecutor | None = None
+        self._beside: Future[torch.Tensor] | None = None
 
     def stream(self) -> int:
         """The stream that the caller's torch work is on, as an integer."""
@@ -107,6 +110,22 @@ class Gpu(Device):
     def call(self, layout: Any, slab: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
         """A context manager: one forward of one layer (`CudaCall`)."""
         raise NotImplementedError
+
+    @contextmanager
+    def beside(self, work: Callable[[], torch.Tensor]) -> Iterator[Future[torch.Tensor]]:
+        """Has a thread do CPU work of a layer while the block gives the device its own; over when the block is.
+
+        One at a time: what an interrupt left running is waited for first, as it uses the same pinned memory.
+        """
+        if self._beside is not None:
+            wait([self._beside])
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(1, "emoe-experts-on-cpu")
+        self._beside = self._threads.submit(work)
+        try:
+            yield self._beside
+        finally:
+            wait([self._beside])
 
     def table(self, experts: int) -> Any:
         """A `slot_tables.DeviceTable` of so many experts, none of which has a slot."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class EmulatedTable:
 
     def write(self, values: _Slots) -> None:
         self.slot_of.copy_(torch.from_numpy(values))
-        self._device.native.upload(self.address, values.ctypes.data, values.nbytes, 0)
+        self._device.native.write_table(self.address, values, 0)
 
     def close(self) -> None:
         self._device.native.free(self.address)
@@ -73,6 +74,7 @@ class EmulatedCall:
         self.device, self.layout, self.slab = device, layout, slab
         self.T, self.K = index.shape
         self._memory: list[int] = []
+        self._here = hidden.contiguous(), weights.contiguous()
         self._dtypes = dtype_name(hidden.dtype), dtype_name(weights.dtype)
         self._pairs = torch.zeros((self.T, self.K, layout.hidden_out), dtype=torch.float32)
         self._inputs = [self._put(tensor) for tensor in (hidden, expert_ids(index), weights)]
@@ -84,6 +86,9 @@ class EmulatedCall:
     def __exit__(self, *exc: object) -> None:
         for address in self._memory:
             self.device.native.free(address)
+
+    def fetch(self) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        return lambda: self._here
 
     def gather(self, slot_of: _Slots) -> None:
         hidden, index, weights = self._inputs

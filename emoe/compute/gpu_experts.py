@@ -6,7 +6,9 @@ What cpu.py is to the CPU. Which misses stay on the CPU is decided by misses.py,
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -59,6 +61,8 @@ class OnDevice:
         layout = part.layout.native or {}
         self._mlp = ops.make_layout(layout, device.module)
         self._cpu_mlp = ops.make_layout(layout) if miss != "load" else None
+        # What `miss="auto"` knows of how often an expert is used once it was moved.
+        self._hits = self._moved = 0
         self._slot_of = np.full(len(part.records), -1, dtype=np.int32)
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -81,17 +85,23 @@ class OnDevice:
 
     def _part(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As many rows as may go at once."""
-        load, on_cpu = self._decide(index)
+        load, on_cpu, ids = self._decide(index)
         slot_of = self._slot_of
-        with self._device.call(self._mlp, self._slab, hidden, index, weights) as call:
+        with ExitStack() as stack:
+            call = stack.enter_context(self._device.call(self._mlp, self._slab, hidden, index, weights))
+            beside = None
+            if on_cpu:  # on their way before the device gets work of this layer
+                work = partial(self._compute_here, call.fetch(), ids, on_cpu)
+                beside = stack.enter_context(self._device.beside(work))
             with closing(self._loader.rounds(self._layer, load)) as rounds:
                 for group in rounds:
                     slot_of.fill(-1)
                     for expert, slot in group:
                         slot_of[expert] = slot
                     call.gather(slot_of)
-            if on_cpu:
-                call.add_pairs(self._compute_here(hidden, index, weights, on_cpu))
+            if beside is not None:
+                call.add_pairs(beside.result())
+                self.on_cpu += len(on_cpu)
             result: torch.Tensor = call.combine(hidden.dtype)
             return result
 
@@ -115,33 +125,43 @@ class OnDevice:
                 parts.append(call.combine(hidden.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decide(self, index: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Experts for the slots, and experts for the CPU."""
-        wanted = ops.routed(index, len(self._records))
+    def _decide(self, index: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
+        """Experts for the slots, experts for the CPU, and the ids of all pairs: all that the host asks the device."""
+        ids: list[int] = index.flatten().tolist()
+        wanted = sorted({expert for expert in ids if 0 <= expert < len(self._records)})
         layer, cache = self._layer, self._loader.cache
         T, K = index.shape
         if self._miss == "load" or 4 * T * K * self._mlp.hidden_out > CPU_PAIR_BYTES:
-            return wanted, []
+            return wanted, [], ids
         missing = [expert for expert in wanted if cache.lookup(layer, expert) is None]
+        self._hits += len(wanted) - len(missing)
         if not missing:
-            return wanted, []
-        counts = Counter(index.flatten().tolist())
+            return wanted, [], ids
+        counts = Counter(ids)
         plan = misses.split(
             {expert: counts[expert] for expert in missing},
             self._rates,
             mode=self._miss,
             free_slots=cache.free(layer),
+            expected_uses=1 + self._hits / max(1, self._moved),
         )
+        self._moved += len(plan.load)
         on_cpu = set(plan.cpu)
-        return [expert for expert in wanted if expert not in on_cpu], sorted(on_cpu)
+        return [expert for expert in wanted if expert not in on_cpu], sorted(on_cpu), ids
 
     def _compute_here(
-        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: list[int]
+        self, fetched: Callable[[], tuple[torch.Tensor, torch.Tensor]], ids: list[int], experts: list[int]
     ) -> torch.Tensor:
-        """Pairs of these experts, computed by the CPU from pinned memory: [T, K, Ho] float32, zero elsewhere."""
-        T, K = index.shape
+        """Pairs of these experts, computed by the CPU from pinned memory: [T, K, Ho] float32, zero elsewhere.
+
+        Args:
+            fetched: gives hidden states and weights on the host once they are there.
+            ids: of all pairs.
+        """
+        hidden, weights = fetched()
+        T, K = weights.shape
+        index = torch.tensor(ids, dtype=torch.int64).view(T, K)
         out = torch.zeros((T, K, self._mlp.hidden_out), dtype=torch.float32)
-        hidden, index, weights = hidden.cpu().contiguous(), index.cpu().contiguous(), weights.cpu().contiguous()
         store = self._queue.store
         slot_of = np.full(len(self._records), -1, dtype=np.int32)
         at_once = max(1, store.slots // 2)  # the other half is left to the copies of other layers
@@ -151,5 +171,4 @@ class OnDevice:
                 slot_of.fill(-1)
                 slot_of[some] = slots
                 ops.gather_mlp(self._cpu_mlp, store, slot_of, hidden, index, weights, out, "pairs")
-        self.on_cpu += len(experts)
         return out

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import emoe
+from emoe.compute import misses
 from emoe.compute.choose import open_device
+from emoe.compute.emulated import EmulatedCall
+from emoe.compute.gpu_experts import OnDevice
 from emoe.errors import (
     BackendUnavailable,
     BudgetError,
@@ -19,6 +22,7 @@ from emoe.errors import (
     ConfigError,
     EmoeError,
     ReadError,
+    TransferError,
     UnsupportedModelError,
 )
 from emoe.generate import load_tokenizer
@@ -326,6 +330,78 @@ def test_misses_left_to_the_cpu_give_the_same_tokens(device, checkpoint, prompt,
         assert stats["on_cpu"] > 0
         assert stats["evictions"] == 0
     model.emoe.check_integrity()
+    model.emoe.close(restore=False)
+
+
+def test_the_cpu_computes_its_misses_while_the_device_computes_its_hits(emulated, checkpoint, prompt, monkeypatch):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.25, device="emulated", miss="cpu")
+    expected = model(prompt).logits  # fills the slots
+    enqueued, began, order = threading.Event(), threading.Event(), []
+    call, layer = EmulatedCall.gather, OnDevice._compute_here
+
+    def gather(self, slot_of):
+        order.append("gather")
+        assert began.wait(30), "the CPU had not begun when the device got its work"
+        call(self, slot_of)
+        enqueued.set()
+
+    def compute_here(self, fetched, ids, experts):
+        began.set()
+        order.append("compute")
+        assert enqueued.wait(30), "the device had nothing to do while the CPU computed"
+        return layer(self, fetched, ids, experts)
+
+    monkeypatch.setattr(EmulatedCall, "gather", gather)
+    monkeypatch.setattr(OnDevice, "_compute_here", compute_here)
+    only = model.emoe.layers[-1]
+    hidden = torch.randn(4, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(8).view(4, 2) % only.num_experts
+    weights = torch.full((4, 2), 0.5)
+    before = only.compute.on_cpu
+    mixed = only.forward(hidden, index, weights)
+    assert set(order) == {"gather", "compute"} and only.compute.on_cpu > before
+    monkeypatch.undo()
+    torch.testing.assert_close(only.forward(hidden, index, weights), mixed, rtol=0, atol=0)
+    torch.testing.assert_close(model(prompt).logits, expected, rtol=1e-4, atol=1e-5)
+    model.emoe.close(restore=False)
+
+
+@pytest.mark.parametrize("half", ["cpu", "device"])
+def test_an_error_in_either_half_leaves_nothing_held_and_the_next_forward_works(
+    half, emulated, checkpoint, prompt, monkeypatch
+):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.25, device="emulated", miss="cpu")
+    expected = model(prompt).logits
+    queue = model.emoe.loader._queue
+    broken = {"cpu": (OnDevice, "_compute_here"), "device": (EmulatedCall, "gather")}[half]
+
+    def fail(*args):
+        raise TransferError("broken on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*broken, fail)
+        with pytest.raises(TransferError, match="broken on purpose"):
+            model(prompt)
+    assert queue.store.used == 0
+    model.emoe.check_integrity()
+    torch.testing.assert_close(model(prompt).logits, expected, rtol=1e-4, atol=1e-5)
+    model.emoe.close(restore=False)
+
+
+def test_moving_an_expert_counts_by_how_often_moved_ones_are_used(emulated, checkpoint, monkeypatch):
+    seen = []
+    real = misses.split
+    monkeypatch.setattr(misses, "split", lambda *args, **kw: seen.append(kw["expected_uses"]) or real(*args, **kw))
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.5, device="emulated", miss="auto")
+    only = model.emoe.layers[0]
+    hidden, weights = torch.ones(1, model.config.hidden_size), torch.ones(1, 1)
+    slots = model.emoe.loader.capacity(0)
+    for expert in range(slots):  # as many moves
+        only.forward(hidden, torch.tensor([[expert]]), weights)
+    for _ in range(3 * slots):  # and three hits for each
+        only.forward(hidden, torch.tensor([[0]]), weights)
+    only.forward(hidden, torch.tensor([[slots]]), weights)
+    assert seen[:slots] == [1] * slots and seen[-1] == 4
     model.emoe.close(restore=False)
 
 

@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <chrono>
 #include <climits>
 #include <cstdio>
@@ -194,6 +195,96 @@ void fail(const char* function, int nth, cudaError_t code) {
 
 void pretend_device_error(cudaError_t code) { state().device_error = code; }
 
+namespace {
+
+// One in-order copy engine; waiting for a turn orders no memory, as waiting for a real one orders none.
+struct Engine {
+    std::atomic<std::uint32_t> next{0}, serving{0};
+};
+Engine& engine_of(int device) {
+    static std::array<Engine, 8> engines;
+    return engines.at(static_cast<std::size_t>(device));
+}
+std::atomic<unsigned> engine_us_per_kib{0};
+
+struct Timeline {
+    std::atomic<bool> keep{false};
+    std::mutex mutex;
+    std::vector<Span> spans;
+};
+Timeline& kept_timeline() {
+    static auto* const all = new Timeline;
+    return *all;
+}
+
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Notes what runs while it lives.
+class Kept {
+  public:
+    Kept(bool copy, const void* target, std::size_t bytes) {
+        if (!kept_timeline().keep.load(std::memory_order_relaxed)) return;
+        const Quiet quiet;
+        const std::lock_guard<std::mutex> guard(kept_timeline().mutex);
+        at_ = static_cast<std::ptrdiff_t>(kept_timeline().spans.size());
+        const double now = seconds_now();
+        kept_timeline().spans.push_back({copy, target, bytes, now, now});
+    }
+    ~Kept() {
+        if (at_ < 0) return;
+        const Quiet quiet;
+        const std::lock_guard<std::mutex> guard(kept_timeline().mutex);
+        const auto at = static_cast<std::size_t>(at_);
+        if (at < kept_timeline().spans.size()) kept_timeline().spans[at].end = seconds_now();
+    }
+    Kept(const Kept&) = delete;
+    Kept& operator=(const Kept&) = delete;
+
+  private:
+    std::ptrdiff_t at_ = -1;
+};
+
+}  // namespace
+
+void copy_engine(unsigned us_per_kib) { engine_us_per_kib.store(us_per_kib, std::memory_order_relaxed); }
+
+void keep_timeline(bool keep) {
+    const Quiet quiet;
+    const std::lock_guard<std::mutex> guard(kept_timeline().mutex);
+    kept_timeline().spans.clear();
+    kept_timeline().keep.store(keep, std::memory_order_relaxed);
+}
+
+std::vector<Span> timeline() {
+    const Quiet quiet;
+    const std::lock_guard<std::mutex> guard(kept_timeline().mutex);
+    return kept_timeline().spans;
+}
+
+void through_engine(int device, const void* target, std::size_t bytes, const std::function<void()>& copy) {
+    const unsigned us_per_kib = engine_us_per_kib.load(std::memory_order_relaxed);
+    if (us_per_kib == 0) {
+        const Kept kept(true, target, bytes);
+        return copy();
+    }
+    Engine& engine = engine_of(device);
+    const std::uint32_t mine = engine.next.fetch_add(1, std::memory_order_relaxed);
+    for (;;) {
+        const std::uint32_t serving = engine.serving.load(std::memory_order_relaxed);
+        if (serving == mine) break;
+        park(engine.serving, serving);
+    }
+    {
+        const Kept kept(true, target, bytes);
+        std::this_thread::sleep_for(std::chrono::microseconds(us_per_kib * (bytes >> 10)));
+        copy();
+    }
+    engine.serving.fetch_add(1, std::memory_order_relaxed);
+    unpark(engine.serving);
+}
+
 void slow_copies(unsigned us) { state().copy_us.store(us, std::memory_order_relaxed); }
 unsigned copy_us() { return state().copy_us.load(std::memory_order_relaxed); }
 
@@ -236,7 +327,10 @@ Stream* live_stream(cudaStream_t stream) {
 void enqueue(cudaStream_t stream, std::function<void()> work) {
     Stream* const found = live_stream(stream);
     if (found == nullptr) die("work enqueued on a stream that does not exist");
-    const cudaError_t code = give(found, std::move(work));
+    const cudaError_t code = give(found, [work = std::move(work)] {
+        const Kept kept(false, nullptr, 0);
+        work();
+    });
     if (code != cudaSuccess) note_error(code);
 }
 

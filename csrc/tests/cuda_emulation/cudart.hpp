@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace emu {
 
@@ -31,6 +32,20 @@ void pretend_device_error(cudaError_t code);
 
 // A host-to-device copy issued from now on takes this much longer; 0: no longer. So that what does not wait is seen.
 void slow_copies(unsigned us);
+
+// From now on host-to-device copies of a device go through one engine, in the order in which they reach the heads of
+// their streams, whatever the streams are, and each takes this long for its bytes; 0: no longer.
+void copy_engine(unsigned us_per_kib);
+
+// What ran, in the order in which it began. Work of enqueue() is a kernel.
+struct Span {
+    bool copy;
+    const void* target;  // of a copy
+    std::uint64_t bytes;
+    double begin, end;  // seconds
+};
+void keep_timeline(bool keep);  // from now on, or no longer; forgets what was kept
+std::vector<Span> timeline();
 
 // Device and pinned memory that was allocated while this device was current.
 std::uint64_t bytes_of_device(int device);

@@ -73,6 +73,8 @@ Stream* live_stream(cudaStream_t stream);  // nullptr: destroyed or never made
 bool injected(const char* function, cudaError_t* code);
 cudaError_t returned(cudaError_t code);
 unsigned copy_us();  // slow_copies()
+// A host-to-device copy on this device's engine: runs `copy` when its turn has come.
+void through_engine(int device, const void* target, std::size_t bytes, const std::function<void()>& copy);
 void count_copy_begin();
 void count_copy_end();
 std::uint64_t pinned_bytes();

@@ -192,10 +192,17 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t bytes,
         const auto* const from = static_cast<const unsigned char*>(source);
         std::memset(to, emu::kPoison, bytes);
         if (longer_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(longer_us));
-        emu::Stream::delay();
-        std::memcpy(to, from, half);
-        emu::Stream::delay();
-        std::memcpy(to + half, from + half, bytes - half);
+        const auto move = [&] {
+            emu::Stream::delay();
+            std::memcpy(to, from, half);
+            emu::Stream::delay();
+            std::memcpy(to + half, from + half, bytes - half);
+        };
+        if (up) {
+            emu::through_engine(on->device, to, bytes, move);
+        } else {
+            move();
+        }
         if (counted) emu::count_copy_end();
     };
     return returned(emu::give(on, copy));

@@ -2,11 +2,13 @@
 // thread, and writes down what it saw. Included by one file of an executable that links no real kernels.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <random>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "cuda/kernels.hpp"
 #include "tests/cuda_emulation/cudart.hpp"
@@ -26,6 +28,12 @@ inline int uniform_byte(const std::byte* data, std::size_t bytes) {
 std::string refusal(const MlpLayout&) { return ""; }
 bool supports(const MlpLayout&) noexcept { return true; }
 std::size_t workspace_bytes(const Mlp& op) { return static_cast<std::size_t>(op.tokens) * 4096; }
+
+void write_table(std::span<const std::int32_t> slot_of, std::int32_t* table, cudaStream_t stream) {
+    emu::enqueue(stream, [values = std::vector(slot_of.begin(), slot_of.end()), table] {
+        std::copy(values.begin(), values.end(), table);
+    });
+}
 
 void route(const Mlp& op, void* workspace, cudaStream_t stream) {
     emu::enqueue(stream, [=] { std::memset(workspace, 0x11, workspace_bytes(op)); });
