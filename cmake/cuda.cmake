@@ -8,8 +8,8 @@ set(EMOE_CUDA_KERNELS "" CACHE FILEPATH "Object file of kernels built ahead (scr
 set(EMOE_CUDA_ROOT "" CACHE STRING "With EMOE_CUDA_KERNELS: its CUDA's headers and static runtime")
 option(EMOE_EMULATED "Build emoe._C_emulated: the CUDA part on the fake runtime, for tests" OFF)
 
-# Published wheels: code for each, and PTX of the last for what comes later.
-set(EMOE_CUDA_PUBLISHED "80-real;86-real;89-real;90-real;100-real;120")
+# Published wheels: code for each, and PTX of 90 and of the last for what lies between and what comes later.
+set(EMOE_CUDA_PUBLISHED "80-real;86-real;89-real;90;100-real;120")
 
 file(GLOB EMOE_CUDA_HOST_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cpp)
 file(GLOB EMOE_CUDA_KERNEL_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)

@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc/cuda/resources.json"
 SOURCE = ROOT / "csrc/cuda/gather_mlp.cu"
-ARCHS = ("80", "86", "89", "90", "100", "120")  # and PTX of the last
+ARCHS = ("80", "86", "89", "90", "100", "120")
+PTX = ("90", "120")  # for architectures between these and later ones
 CLANG_ARCHS = ("80", "86", "89", "90")  # of clang 19
 HOST_WARNINGS = "-Wall,-Wextra,-Wshadow,-Wconversion,-Wno-sign-conversion"
 # What the SASS of a kernel has to contain: tensor cores, ldmatrix, cp.async; 16-byte loads.
@@ -109,7 +110,7 @@ def compile_nvcc(archs: tuple[str, ...], folder: Path) -> tuple[str, Table, Path
         raise MatrixError(f"{nvcc} --version names no version")
     target = folder / "gather_mlp.o"
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    targets += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs if a in PTX]
     command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings"]
     command += ["-Xptxas", "-v,--warn-on-spills,-Werror", "-Xcompiler", HOST_WARNINGS]
     text = run([*command, *targets, "-c", str(SOURCE), "-o", str(target)])
@@ -286,8 +287,8 @@ def main_nvcc(archs: tuple[str, ...], write: bool) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         version, table, target = compile_nvcc(archs, Path(folder))
-        print(f"nvcc {version}: {len(table)} kernels for {', '.join('sm_' + a for a in archs)} and PTX, "
-              f"{time.monotonic() - start:.0f} s")  # fmt: skip
+        print(f"nvcc {version}: {len(table)} kernels for {', '.join('sm_' + a for a in archs)} and PTX of "
+              f"{', '.join(PTX)}, {time.monotonic() - start:.0f} s")  # fmt: skip
         problems = problems_of(table)
         if write and not problems:
             TABLE.write_text(json.dumps({"nvcc": version, "kernels": table}, indent=1) + "\n")

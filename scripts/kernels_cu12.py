@@ -3,7 +3,7 @@
     python scripts/kernels_cu12.py --nvidia .../site-packages/nvidia --out build/kernels_cu12.o
 
 There is no nvcc 12 on PyPI, and PTX and runtime calls of nvcc 13 do not load under a CUDA 12 driver. So each half
-comes from where it can: NVRTC 12.9 compiles the device code (machine code per architecture, PTX of the last), and
+comes from where it can: NVRTC 12.9 compiles the device code (machine code per architecture, PTX of two), and
 nvcc 13 makes only the host's half of the file, the stubs that register and launch kernels by name; `fatbinary` packs
 NVRTC's output, and g++ compiles the stubs with it. The object is linked with the static runtime 12.9. What is checked
 here: every kernel that the stubs register is in every image under that name. That a GPU runs it is for
@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 ARCHS = ("80", "86", "89", "90", "100", "120")
+PTX = ("90", "120")
 
 
 def run(command: list[str], **options: object) -> str:
@@ -40,7 +41,7 @@ def run(command: list[str], **options: object) -> str:
 
 
 def device_images(nvidia: Path, archs: tuple[str, ...], folder: Path) -> list[str]:
-    """NVRTC's cubin of each architecture and PTX of the last, as arguments of `fatbinary`."""
+    """NVRTC's cubin of each architecture and PTX of those in PTX, as arguments of `fatbinary`."""
     from cuda_matrix import Nvrtc
 
     compiler = Nvrtc(nvidia)
@@ -50,9 +51,11 @@ def device_images(nvidia: Path, archs: tuple[str, ...], folder: Path) -> list[st
         cubin = folder / f"sm_{arch}.cubin"
         cubin.write_bytes(compiler.compile(f"sm_{arch}"))
         images.append(f"--image3=kind=elf,sm={arch},file={cubin}")
-    ptx = folder / "last.ptx"
-    ptx.write_bytes(compiler.compile(f"compute_{archs[-1]}").rstrip(b"\0"))
-    images.append(f"--image3=kind=ptx,sm={archs[-1]},file={ptx}")
+    for arch in archs:
+        if arch in PTX:
+            ptx = folder / f"compute_{arch}.ptx"
+            ptx.write_bytes(compiler.compile(f"compute_{arch}").rstrip(b"\0"))
+            images.append(f"--image3=kind=ptx,sm={arch},file={ptx}")
     return images
 
 
@@ -114,7 +117,7 @@ def main() -> int:
         command[place] = source
         command[command.index("-o") + 1] = str(args.out.resolve())
         run([*command, f"-I{folder}"], cwd=folder)
-    print(f"{args.out}: {len(registered)} kernels for sm_{', sm_'.join(args.archs)} and PTX of {args.archs[-1]}")
+    print(f"{args.out}: {len(registered)} kernels for sm_{', sm_'.join(args.archs)} and PTX of {', '.join(PTX)}")
     return 0
 
 

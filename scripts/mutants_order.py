@@ -147,9 +147,16 @@ MUTANTS = [
     Mutant(
         "what a failed call has enqueued is not waited for",
         "csrc/cuda/runtime.hpp",
-        "        cudaStreamSynchronize(stream);\n        throw;\n",
-        "        (void)stream;\n        throw;\n",
+        "        cudaStreamSynchronize(stream);\n",
+        "        (void)stream;\n",
         BACKEND,
+    ),
+    Mutant(
+        "an error that is left of a failed call is the next call's",
+        "csrc/cuda/runtime.hpp",
+        "        cudaGetLastError();  // or the next launch would be blamed\n",
+        "",
+        GRAPH,
     ),
     Mutant(
         "a lane has no bound of bytes in flight, so that a demand waits for a whole prefetch",

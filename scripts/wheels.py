@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("80", "86", "89", "90", "100", "120")
+PTX = ("90", "120")
 TINY = """
 import sys, tempfile
 sys.path.insert(0, sys.argv[1])
@@ -62,7 +63,7 @@ def options_of(kind: str, args: argparse.Namespace, folder: Path) -> tuple[str, 
     """Local version label and environment of one build."""
     if kind == "cpu":
         return "cpu", {"EMOE_CUDA": "0"}
-    archs = ";".join([*(f"{arch}-real" for arch in args.archs[:-1]), args.archs[-1]])  # the last with PTX
+    archs = ";".join(arch if arch in PTX else f"{arch}-real" for arch in args.archs)
     if kind == "cu13":
         return nvcc_version(), {"EMOE_CUDA": "1", "EMOE_CUDA_ARCHS": archs}
     if args.nvidia is None:

@@ -36,7 +36,8 @@ void bind_cuda_queue(py::module_& module) {
 
     py::class_<PinnedCache, std::shared_ptr<PinnedCache> >(module, "PinnedCache",
                                                            "Records in slots of pinned host memory.")
-        .def(py::init<std::int64_t, std::int64_t, int>(), arg("slots"), arg("slot_bytes"), arg("device") = 0)
+        .def(py::init<std::int64_t, std::int64_t, int>(), arg("slots"), arg("slot_bytes"), arg("device") = 0,
+             release_gil())
         .def_property_readonly("address",
                                [](const PinnedCache& store) { return reinterpret_cast<std::uintptr_t>(store.data()); })
         .def_property_readonly("slots", &PinnedCache::slots)

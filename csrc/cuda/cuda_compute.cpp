@@ -59,7 +59,7 @@ std::vector<Range> CudaBackend::slots_of(const GatherMlp& op) const {
 Memory CudaBackend::grown(Memory memory, std::size_t bytes, cudaStream_t stream) {
     if (memory.bytes >= bytes) return memory;
     check(cudaStreamSynchronize(stream), "waiting for a compute stream of device ", device_);
-    cudaFree(memory.data);
+    if (cudaFree(memory.data) != cudaSuccess) cudaGetLastError();  // or the next launch would be blamed
     void* data = nullptr;
     check(cudaMalloc(&data, bytes), "allocating ", bytes, " bytes of scratch on device ", device_);
     return {static_cast<std::byte*>(data), bytes, false};

@@ -121,7 +121,12 @@ DeviceScope::~DeviceScope() {
 
 bool capturing(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(stream, &status), "asking whether a stream captures a graph");
+    const cudaError_t code = cudaStreamIsCapturing(stream, &status);
+    if (code == cudaErrorStreamCaptureImplicit) {  // the default stream, while a blocking one captures: not this one
+        cudaGetLastError();
+        return false;
+    }
+    check(code, "asking whether a stream captures a graph");
     if (status == cudaStreamCaptureStatusInvalidated) {
         throw Error(ErrorKind::kTransfer,
                     "the stream captures a graph that an earlier error has invalidated; the capture has to be ended");

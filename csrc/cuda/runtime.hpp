@@ -77,6 +77,7 @@ void all_or_over(cudaStream_t stream, Work&& work) {
         work();
     } catch (...) {
         cudaStreamSynchronize(stream);
+        cudaGetLastError();  // or the next launch would be blamed
         throw;
     }
 }

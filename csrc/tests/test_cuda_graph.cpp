@@ -336,6 +336,25 @@ TEST("what cannot be in a graph is refused and leaves the capture as it was") {
     layer.backend->upload(layer.table, host, stream);
 }
 
+TEST("an error that a failed call leaves behind is not the next call's") {
+    const Layer layer(12, 1);
+    const ComputeStream stream;
+    layer.set_table(Table(5, -1), stream);
+    emu::fail("cudaEventRecord", 1, cudaErrorLaunchFailure);
+    emu::fail("cudaStreamSynchronize", 1, cudaErrorIllegalAddress);
+    CHECK_ERROR(ErrorKind::kTransfer, layer.compute({}, stream));
+    emu::fail(nullptr, 0, cudaSuccess);
+    layer.compute({}, stream);
+    CHECK_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+TEST("the default stream is not taken for one that captures while another, blocking one does") {
+    emu::fail("cudaStreamIsCapturing", 1, cudaErrorStreamCaptureImplicit);
+    CHECK(!capturing(nullptr));
+    emu::fail(nullptr, 0, cudaSuccess);
+    CHECK_EQ(cudaGetLastError(), cudaSuccess);
+}
+
 TEST("calls that contradict themselves are refused with the value, also in a capture") {
     const Layer layer(12, 1);
     const ComputeStream stream;

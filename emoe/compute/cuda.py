@@ -45,6 +45,7 @@ class Cuda(Gpu):
         return CudaCall(self, layout, slab, hidden, index, weights)
 
     def table(self, experts: int) -> CudaTable:
+        self.follow()  # who writes it first on another stream comes after what fills it here
         return CudaTable(self, experts)
 
     def follow(self) -> None:
@@ -104,10 +105,7 @@ class CudaCall:
 
     def fetch(self) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Sends hidden states and weights to the host; the result waits until they are there, in any thread."""
-        here = [
-            torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
-            for each in (self.hidden, self.weights)
-        ]
+        here = [pinned(each).copy_(each, non_blocking=True) for each in (self.hidden, self.weights)]
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self.device.name))
 
@@ -140,7 +138,7 @@ class CudaCall:
 
     def add_pairs(self, pairs: torch.Tensor) -> None:
         """Adds pairs that the CPU computed: [T, K, Ho] float32, zero where the device computes."""
-        self.out += pairs.pin_memory().to(self.out.device, non_blocking=True)
+        self.out += pinned(pairs).copy_(pairs).to(self.out.device, non_blocking=True)
 
     def combine(self, dtype: torch.dtype) -> torch.Tensor:
         """[T, Ho] of `dtype`: the sum over ranks."""
@@ -162,6 +160,11 @@ def expert_ids(index: torch.Tensor) -> torch.Tensor:
     if index.dtype != torch.int64:
         raise ConfigError(f"index is {index.dtype}; expert ids are torch.int64")
     return index
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned memory of the host for a tensor like this one; torch keeps it until copies on its streams are over."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

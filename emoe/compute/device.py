@@ -6,6 +6,7 @@ elsewhere; the order between copies and kernels is kept in csrc/cuda.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -29,6 +30,8 @@ from emoe.model.spec import SLOT_ALIGNMENT
 from emoe.options import parse_budget
 from emoe.slots.loader import Loader
 from emoe.store import StoreLayer
+
+logger = logging.getLogger(__name__)
 
 # One each for the workers of the queue, one for an expert that the CPU computes.
 SMALLEST_PINNED_SLOTS = 3
@@ -167,10 +170,25 @@ class Gpu(Device):
     ) -> DeviceQueue:
         """A queue that fills the slab through pinned memory of the host."""
         pinned = pinned_slots(pinned_memory, records, slab.slot_bytes)
-        store = self.module.PinnedCache(pinned, slab.slot_bytes, self.native.index)
+        store = self._pinned(pinned, slab.slot_bytes)
         bound = prefetch_bytes(slab.slot_bytes)
         queue = self.module.DeviceQueue(self.native, slab, table, reader, store, prefetch_bytes=bound)
         return DeviceQueue(self, queue, store)
+
+    def _pinned(self, slots: int, slot_bytes: int) -> Any:
+        """A pinned cache of so many slots, or of half, a quarter, ... where the system pins no more at once."""
+        while True:
+            try:
+                return self.module.PinnedCache(slots, slot_bytes, self.native.index)
+            except BudgetError as error:
+                fewer = max(SMALLEST_PINNED_SLOTS, slots // 2)
+                if fewer == slots:
+                    raise
+                logger.warning(
+                    "emoe: %d experts of %s are pinned in place of %d: %s",
+                    fewer, format_bytes(slot_bytes), slots, error,
+                )  # fmt: skip
+                slots = fewer
 
     def tables(
         self, loader: Loader, experts_per_layer: Sequence[int], lock: AbstractContextManager[Any]
