@@ -47,7 +47,7 @@ RUN
 printf '%s\n' "${packages[@]}" >"$work/packages.txt"
 size=$(du -sm "$work" | cut -f1)
 if ((size >= limit)); then
-  du -m "$work"/* "$work"/wheels/* | sort -rn | sed -n 1,8p >&2
+  du -m "$work"/wheels/* "$work/emoe" | sort -rn | sed -n 1,8p >&2
   echo "gpu_bundle.sh: the folder has $size MiB, and $limit are allowed" >&2
   exit 1
 fi
