@@ -126,6 +126,7 @@ void JobQueue::leave_to_worker(const JobPtr& job) {
         }
     }
     work_.notify_one();
+    finished_.notify_all();
 }
 
 void JobQueue::promote(Ticket ticket) {

@@ -68,10 +68,13 @@ Ticket DeviceQueue::enqueue(std::int64_t record, std::optional<std::int64_t> slo
 Ticket DeviceQueue::copy_at_once(std::unique_lock<std::mutex> lock, const std::shared_ptr<DeviceJob>& job,
                                  const PinnedCache::Lease& lease, std::int64_t slot_bytes) {
     Ticket ticket;
+    ++at_once_;
     try {
         ticket = push(std::move(lock), job, job->number, slot_bytes, true);
     } catch (...) {
         store_->release(lease.slot);
+        const std::lock_guard again(mutex_);
+        --at_once_;
         throw;
     }
     std::optional<Error> error;
@@ -81,6 +84,9 @@ Ticket DeviceQueue::copy_at_once(std::unique_lock<std::mutex> lock, const std::s
         if (!copied) {  // it would have to wait for room
             store_->release(lease.slot);
             leave_to_worker(job);
+            const std::lock_guard again(mutex_);
+            --at_once_;
+            finished_.notify_all();
             return ticket;
         }
         job->copied = *copied;
@@ -91,6 +97,7 @@ Ticket DeviceQueue::copy_at_once(std::unique_lock<std::mutex> lock, const std::s
     }
     {
         const std::lock_guard again(mutex_);
+        --at_once_;
         host_hits_ += !error;
         end(*job, error ? State::kFailed : State::kReady, std::move(error));
     }
@@ -187,6 +194,10 @@ void DeviceQueue::close() {
     stop([this] {
         if (store_) store_->close();  // a worker may wait for a host slot that its holder will not give back
     });
+    {
+        std::unique_lock<std::mutex> lock(mutex_);
+        finished_.wait(lock, [this] { return at_once_ == 0; });
+    }
     files_.reset();
     table_.reset();
     reader_.reset();

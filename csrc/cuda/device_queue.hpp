@@ -82,6 +82,7 @@ class DeviceQueue final : public JobQueue {
     // Guarded by mutex_.
     std::set<std::uint64_t> host_tickets_;  // of submit_host(), not waited for
     std::multiset<std::int64_t> held_;      // host slots that wait() gave out
+    int at_once_ = 0;                       // copies that submit() makes now
     int prefetch_workers_ = 0;              // workers busy with one; one worker is always left for demand
     std::int64_t file_bytes_ = 0;
     std::int64_t host_hits_ = 0;

@@ -177,6 +177,31 @@ TEST("a pinned slot is not filled again while the copy that submit made of it is
     }
 }
 
+TEST("a queue may be closed while another thread submits what pinned memory holds") {
+    for (int round = 0; round < 6; ++round) {
+        Fixture f(12, 12, 12);
+        DeviceQueue& queue = f.start(2);
+        for (std::int64_t record = 0; record < 12; ++record) queue.wait(queue.submit(record, record, Lane::kDemand));
+        std::atomic<bool> closed{false};
+        std::atomic<int> submitted{0};
+        std::thread other([&] {
+            try {
+                for (std::int64_t record = 0;; record = (record + 1) % 12) {
+                    queue.submit(record, record, Lane::kDemand);
+                    ++submitted;
+                }
+            } catch (const Error& error) {
+                closed = error.kind == ErrorKind::kClosed;
+            }
+        });
+        while (submitted < 20 + 7 * round) std::this_thread::yield();
+        queue.close();
+        other.join();
+        CHECK(closed);
+        CHECK_EQ(emu::counters().copies_in_flight, std::uint64_t{0});
+    }
+}
+
 TEST("what pinned memory holds is left to a worker where its lane has no room") {
     Fixture f(12, 12, 12);
     DeviceQueue& queue = f.start(2);
