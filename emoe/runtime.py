@@ -232,6 +232,23 @@ class Runtime:
             cache = self._bank.cache
             return [(len(layer.pieces), cache.resident(number)) for number, layer in enumerate(self.store.layers)]
 
+    def preload(self, *, progress: bool = True) -> int:
+        """Reads experts into free slots, and with a GPU into pinned memory, so that the first prompts find them there.
+
+        Experts with the lowest ids; a predictor's come with its first request all the same.
+
+        Args:
+            progress: a bar on standard error, where that is a terminal.
+
+        Returns:
+            How many experts were read.
+
+        Raises:
+            ClosedError: the runtime was closed; ReadError: an expert could not be read, the others are there.
+        """
+        self._require_open()
+        return self._bank.preload(progress)
+
     def settle(self) -> None:
         """Fills free slots and writes the slot tables: until experts in memory change, steps do not need the host.
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from emoe.compute.coarse import Choose, Coarse, Copies
 from emoe.compute.device import Device
 from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part, Recording, StandIn
 from emoe.compute.records import as_in_files, register_records
 from emoe.compute.slot_tables import SlotTables
-from emoe.errors import ConfigError
+from emoe.errors import ConfigError, ReadError
 from emoe.memory import format_bytes
 from emoe.model import summary
 from emoe.model.layout import SlotLayout
@@ -230,6 +231,28 @@ class Bank:
             self.loader, [min(least, count) for count in slots], lock=self._lock,
             give_back=lambda slot: self._device.give_back(self.slab, slot), resized=resized,
         )  # fmt: skip
+
+    def preload(self, progress: bool) -> int:
+        """Fills free slots with the experts of the lowest ids, and what the device has in front of the disk."""
+        read = 0
+        free = [self.cache.free(layer) for layer in range(len(self.layers))]
+        with tqdm(total=sum(free), desc="Loading experts", unit="expert", disable=None if progress else True) as bar:
+            for layer, experts in enumerate(self.experts_per_layer):
+                while True:
+                    with self._lock:
+                        before = self.cache.free(layer)
+                        absent = [each for each in range(experts) if self.cache.lookup(layer, each) is None]
+                        started = self.loader.prefetch(layer, absent[:before])
+                        self.loader.finish_prefetch(layer)
+                        arrived = before - self.cache.free(layer)
+                    if arrived < started:
+                        raise ReadError(f"{started - arrived} experts of layer {layer} could not be read; see the log")
+                    if not started:
+                        break
+                    read += started
+                    bar.update(started)
+        with self._lock:
+            return read + self._device.preload(self._queue, sum(self.experts_per_layer), progress)
 
     def settling(self, mode: str) -> SlotTables:
         """The slot tables.

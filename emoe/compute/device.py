@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from emoe import native
 from emoe.compute import ops
@@ -91,6 +92,10 @@ class Device:
     def computes(self, parts: Sequence[Part], *, kernels: str, miss: str) -> Sequence[Compute]:
         """What computes the experts of each layer."""
         raise NotImplementedError
+
+    def preload(self, queue: Any, records: int, progress: bool) -> int:
+        """Brings records into what lies between disk and slots, where there is such a thing; how many were read."""
+        return 0
 
     def counts(self, transfer: dict[str, Any], computes: Sequence[Any]) -> dict[str, Any]:
         """What `stats` says of it, from its queue's own numbers and what `computes` gave."""
@@ -199,6 +204,13 @@ class Gpu(Device):
         first = parts[0]
         rates = self.miss_rates(first.layout.native, first.slab.slot_bytes) if miss == "auto" else None
         return [OnDevice(self, part, miss=miss, rates=rates) for part in parts]
+
+    def preload(self, queue: DeviceQueue, records: int, progress: bool) -> int:
+        wanted = [record for record in range(min(records, queue.store.slots)) if not queue.store.holds(record)]
+        for record in tqdm(wanted, "Pinning experts", unit="expert", disable=None if progress else True):
+            with queue.on_host([record]):
+                pass
+        return len(wanted)
 
     def counts(self, transfer: dict[str, Any], computes: Sequence[Any]) -> dict[str, Any]:
         return {
