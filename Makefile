@@ -53,12 +53,15 @@ emulated: build
 # The CUDA part under host emulation: native tests and models, plain and under sanitizers, some minutes; a few mutants.
 cuda-test: emulated
 	PATH="$(CURDIR)/$(BIN):$$PATH" EMOE_TEST_CUDA=only bash scripts/native_tests.sh
-	$(BIN)/python -m pytest -n auto $(EMULATED) python_tests/csrc/test_gpu_acceptance.py
+	$(BIN)/python -m pytest -n auto $(EMULATED)
+	$(BIN)/python -m pytest -n auto $(ALSO_EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh address -n auto $(EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/emulated.sh thread -n auto $(EMULATED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/cuda_mutants.py --quick
 EMULATED := python_tests/compute/test_device.py python_tests/compute/test_ops.py python_tests/csrc/test_cuda_scripts.py \
   -k "test_device or emulated or transfer_benchmark"
+ALSO_EMULATED := python_tests/csrc/test_gpu_acceptance.py python_tests/csrc/test_stub.py \
+  python_tests/compute/test_choose.py python_tests/compute/test_preload.py
 
 # Every kernel for every published architecture: registers, shared memory, spills, tensor-core instructions. Needs nvcc.
 cuda-matrix: build
