@@ -239,36 +239,41 @@ TEST("a copy of any size arrives whole, in pieces") {
     }
 }
 
-TEST("a demand waits for a piece or two of a prefetch and not for the rest of it") {
+TEST("of a prefetch two pieces are in flight, and a demand is done long before the rest") {
     constexpr std::size_t kPieces = 40, kPiece = 1024;
     Fixture f(1, {.piece_bytes = kPiece, .demand_in_flight = 8 * kPiece, .prefetch_in_flight = 2 * kPiece});
     const PinnedBuffer large(kPieces * kPiece, 0);
     std::fill_n(large.data(), kPieces * kPiece, std::byte{9});
     const Sources sources(1);
     const Memory target = f.backend->allocate(kPieces * kPiece);
+    const auto until = [](const auto& holds) {
+        for (int i = 0; i < 100000 && !holds(); ++i) std::this_thread::sleep_for(std::chrono::microseconds(100));
+    };
     emu::copy_engine(2000);
+    emu::hold_engines(true);
     emu::keep_timeline(true);
+    emu::reset_counters();
     std::thread prefetch([&] { f.backend->copy(target, {large.data(), kPieces * kPiece}, Lane::kPrefetch); });
-    for (int i = 0; i < 20000 && emu::timeline().size() < 3; ++i) {
-        std::this_thread::sleep_for(std::chrono::microseconds(200));
-    }
-    const std::size_t before = emu::timeline().size();
-    f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand).synchronize();
+    until([] { return emu::counters().copies >= 2; });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // time enough for a third
+    CHECK_EQ(emu::counters().copies, std::uint64_t{2});
+    const Event demanded = f.backend->copy(f.slab->slot(0), sources.of(0), Lane::kDemand);
+    CHECK_EQ(emu::counters().copies, std::uint64_t{2 + kSlotBytes / kPiece});
+    until([] { return emu::waiting_for_engine(0) >= 2; });
+    emu::hold_engines(false);
+    demanded.synchronize();
+    CHECK(emu::counters().copies < 2 + kSlotBytes / kPiece + kPieces / 2);
     prefetch.join();
     f.backend->finish_copies();
     const std::vector<emu::Span> ran = emu::timeline();
     emu::keep_timeline(false);
     emu::copy_engine(0);
     CHECK_EQ(ran.size(), kPieces + kSlotBytes / kPiece);
-    std::size_t first = 0, last = 0;
-    for (std::size_t i = 0; i < ran.size(); ++i) {
-        const bool demanded = static_cast<const std::byte*>(ran[i].target) < target.data ||
-                              static_cast<const std::byte*>(ran[i].target) >= target.data + kPieces * kPiece;
-        if (demanded && first == 0) first = i;
-        if (demanded) last = i;
-    }
-    CHECK(first <= before + 2);                       // what was in flight
-    CHECK(last - first < 2 * (kSlotBytes / kPiece));  // and a piece that was about to be issued
+    CHECK(ran[0].target == target.data);
+    CHECK(ran[1].target == f.slab->slot(0).data);  // between two pieces of the prefetch
+    std::vector<std::byte> back(kPieces * kPiece);
+    f.backend->download(back, target.data, nullptr);
+    CHECK(std::ranges::all_of(back, [](std::byte each) { return each == std::byte{9}; }));
     f.backend->free(target);
 }
 
@@ -302,7 +307,11 @@ TEST("a call of the kernels makes no copy, however many experts a layer has") {
     f.backend->free(table);
 }
 
-TEST("the next layer's experts are copied while this one computes") {
+namespace {
+
+// How much of the shorter of copies and kernels runs beside the other: eight layers, whose experts take `ms` * 8 to
+// copy and `ms` * 24 to compute with, while those of the next are prefetched.
+double overlap(unsigned ms) {
     constexpr std::size_t kLayers = 8, kExperts = 2;
     Fixture f(2 * kExperts, {.piece_bytes = 1024, .demand_in_flight = 8192, .prefetch_in_flight = 2048});
     const Sources sources(kLayers * kExperts);
@@ -311,12 +320,12 @@ TEST("the next layer's experts are copied while this one computes") {
         f.backend->copy(f.slab->slot(s), sources.of(static_cast<std::size_t>(s)), Lane::kDemand);
     }
     f.backend->finish_copies();
-    emu::copy_engine(1000);  // 8 ms for a layer's experts, 24 ms for its kernels
+    emu::copy_engine(1000 * ms);
     emu::keep_timeline(true);
     for (std::size_t layer = 0; layer < kLayers; ++layer) {
         const auto first = static_cast<std::int32_t>(layer % 2 * kExperts);
         f.backend->gather_mlp(f.op({first, first + 1}, layer * kExperts), compute);
-        emu::enqueue(compute, [] { std::this_thread::sleep_for(std::chrono::milliseconds(24)); });
+        emu::enqueue(compute, [=] { std::this_thread::sleep_for(std::chrono::milliseconds(24 * ms)); });
         const std::array<Range, 1> range = {
             range_of(f.slab->slot(first).data, kExperts * static_cast<std::size_t>(kSlotBytes))};
         f.backend->end_read(range, compute);
@@ -342,7 +351,16 @@ TEST("the next layer's experts are copied while this one computes") {
             both += std::max(0.0, std::min(copy.end, kernel.end) - std::max(copy.begin, kernel.begin));
         }
     }
-    CHECK(both >= 0.8 * std::min(copies, kernels));
+    return both / std::min(copies, kernels);
+}
+
+}  // namespace
+
+TEST("the next layer's experts are copied while this one computes") {
+    // A busy machine holds up threads for some milliseconds: then the same is tried with longer ones.
+    double most = 0;
+    for (unsigned ms = 1; ms <= 12 && most < 0.8; ++ms) most = std::max(most, overlap(ms));
+    CHECK(most >= 0.8);
 }
 
 TEST("upload and download carry any size through small chunks") {

@@ -159,6 +159,23 @@ TEST("what pinned memory holds is copied by submit itself, also while every work
     f.reader->open_gate();
 }
 
+TEST("a record that is being read into pinned memory is not copied before it is there") {
+    Fixture f(12, 12, 4);
+    f.reader->close_gate();
+    DeviceQueue& queue = f.start(2);
+    const Ticket first = queue.submit(3, 0, Lane::kDemand);
+    f.reader->wait_until_asked(1);
+    const Ticket second = queue.submit(3, 1, Lane::kDemand);
+    CHECK(!queue.issued(second));
+    f.reader->open_gate();
+    queue.wait(first);
+    queue.wait(second);
+    for (const std::int64_t slot : {0, 1}) {
+        const std::byte* const data = f.slab->slot(slot).data;
+        for (std::int64_t i = 0; i < kBytes; ++i) CHECK(data[i] == pattern(3 * kBytes + i));
+    }
+}
+
 TEST("a pinned slot is not filled again while the copy that submit made of it is in flight") {
     Fixture f(12, 12, 1);
     DeviceQueue& queue = f.start(2);
@@ -206,13 +223,13 @@ TEST("what pinned memory holds is left to a worker where its lane has no room") 
     Fixture f(12, 12, 12);
     DeviceQueue& queue = f.start(2);
     for (std::int64_t record = 0; record < 12; ++record) queue.wait(queue.submit(record, record, Lane::kDemand));
-    f.backend->finish_copies();
     emu::copy_engine(500);  // 4 ms a record; the lane has room for eight
     std::vector<Ticket> tickets;
     bool issued = true;
     for (std::int64_t record = 0; record < 12; ++record) {
         tickets.push_back(queue.submit(record, 11 - record, Lane::kDemand));
         issued = issued && queue.issued(tickets.back());
+        if (record == 1) CHECK(issued);  // what was copied before takes no room
     }
     CHECK(!issued);  // nor did submit() wait
     for (const Ticket ticket : tickets) queue.wait(ticket);

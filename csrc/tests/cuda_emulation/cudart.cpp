@@ -206,6 +206,7 @@ Engine& engine_of(int device) {
     return engines.at(static_cast<std::size_t>(device));
 }
 std::atomic<unsigned> engine_us_per_kib{0};
+std::atomic<std::uint32_t> engines_held{0};
 
 struct Timeline {
     std::atomic<bool> keep{false};
@@ -250,6 +251,16 @@ class Kept {
 
 void copy_engine(unsigned us_per_kib) { engine_us_per_kib.store(us_per_kib, std::memory_order_relaxed); }
 
+void hold_engines(bool hold) {
+    engines_held.store(hold ? 1 : 0, std::memory_order_relaxed);
+    unpark(engines_held);
+}
+
+unsigned waiting_for_engine(int device) {
+    Engine& engine = engine_of(device);
+    return engine.next.load(std::memory_order_relaxed) - engine.serving.load(std::memory_order_relaxed);
+}
+
 void keep_timeline(bool keep) {
     const Quiet quiet;
     const std::lock_guard<std::mutex> guard(kept_timeline().mutex);
@@ -276,6 +287,7 @@ void through_engine(int device, const void* target, std::size_t bytes, const std
         if (serving == mine) break;
         park(engine.serving, serving);
     }
+    while (engines_held.load(std::memory_order_relaxed) != 0) park(engines_held, 1);
     {
         const Kept kept(true, target, bytes);
         std::this_thread::sleep_for(std::chrono::microseconds(us_per_kib * (bytes >> 10)));

@@ -36,6 +36,8 @@ void slow_copies(unsigned us);
 // From now on host-to-device copies of a device go through one engine, in the order in which they reach the heads of
 // their streams, whatever the streams are, and each takes this long for its bytes; 0: no longer.
 void copy_engine(unsigned us_per_kib);
+void hold_engines(bool hold);             // whose turn has come waits, or no longer
+unsigned waiting_for_engine(int device);  // copies at the heads of their streams that have not begun
 
 // What ran, in the order in which it began. Work of enqueue() is a kernel.
 struct Span {
