@@ -225,7 +225,8 @@ def test_a_killed_replica_loses_no_request_that_had_not_begun(cluster):
     before = cluster.metric("emoe_retried_answers_total")
     got = [[] for _ in range(12)]  # of which two run on each replica, and four wait there
     threads = [cluster.stream(each, max_tokens=300) for each in got]
-    serving.until(lambda: sum(bool(each) for each in got) >= 2, SECONDS)
+    # Both replicas are at work, and both have others that wait: whichever is killed, some have not begun.
+    serving.until(lambda: sum(map(bool, got)) >= 4 and cluster.metric("emoe_waiting_requests") >= 6, SECONDS)
     victim = cluster.replicas()[0]
     victim.send_signal(signal.SIGKILL)
     for thread in threads:
