@@ -238,20 +238,21 @@ class Routing:
         present: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         spans = self._requests.spans(len(index))
+        decode = self.phases.decode(spans)
         if present.all():
-            self._count_untouched(site, spans, present, all_present=True)
+            self._count_untouched(site, spans, decode, present, all_present=True)
             return None
-        bias = self._bias(spans, index)
+        bias = self._bias(spans, decode, index)
         room = self._residency.room(site.layer)
         if (isinstance(bias, float) and bias == 0.0) or (room and index[~present].unique().numel() <= room):
-            self._count_untouched(site, spans, present, all_present=False)
+            self._count_untouched(site, spans, decode, present, all_present=False)
             return None
         logits = rule.logits(logits)
         usable = resident
         if room:
             filled = to_fill(rule.share(logits, index), index, present, len(resident), room)
             usable = resident.index_fill(0, filled, True)
-        return self._substitute(site, rule, logits, weights, index, resident, usable, present, bias, spans)
+        return self._substitute(site, rule, logits, weights, index, resident, usable, present, bias, spans, decode)
 
     def _substitute(
         self,
@@ -265,12 +266,9 @@ class Routing:
         present: torch.Tensor,
         bias: float | torch.Tensor,
         spans: list[Span],
+        decode: list[bool],
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        kept = [
-            span
-            for (_, span), decode in zip(spans, self.phases.decode(spans), strict=True)
-            if self.options.keep_top[decode]
-        ]
+        kept = [span for (_, span), phase in zip(spans, decode, strict=True) if self.options.keep_top[phase]]
         if kept:
             tops = index.gather(1, rule.share(logits, index).argmax(1, keepdim=True))
             # Read where they are not in memory, and there for all rows.
@@ -281,28 +279,26 @@ class Routing:
         choice = choose(rule, logits, index, usable, stay, bias)
         wanted = [0.0] * len(spans)
         if self._contract is not None:
-            read, wanted = self._contract.to_read(
-                site.layer, rule, logits, index, usable, choice, spans, self.phases.decode(spans)
-            )
+            read, wanted = self._contract.to_read(site.layer, rule, logits, index, usable, choice, spans, decode)
             if read:
                 # What is read for some rows is there for all.
                 usable = usable.index_fill(0, torch.tensor(read, device=usable.device), True)
                 choice = choose(rule, logits, index, usable, stay | usable[index], bias)
         changed = choice.replaced.any(-1, keepdim=True)  # [T, 1]
         final = torch.where(changed, choice.index, index)
-        self._count(site, spans, present, choice, None if usable is resident else resident[final], wanted)
+        self._count(site, spans, decode, present, choice, None if usable is resident else resident[final], wanted)
         if not changed.any():
             return None
         # Rows that keep their picks keep their weights to the bit.
         own = rule.weights(logits, final).to(weights.dtype)
         return torch.where(changed, own, weights), final
 
-    def _bias(self, spans: list[Span], index: torch.Tensor) -> float | torch.Tensor:
+    def _bias(self, spans: list[Span], decode: list[bool], index: torch.Tensor) -> float | torch.Tensor:
         rows = [span.stop - span.start for _, span in spans]
         # A prompt's whole allowance is at hand, and the contract ranks its exchanges; in decode the bias does.
         values = [
-            self._bias_of(request.task) if decode else self.options.bias_of(request.task)
-            for (request, _), decode in zip(spans, self.phases.decode(spans), strict=True)
+            self._bias_of(request.task) if phase else self.options.bias_of(request.task)
+            for (request, _), phase in zip(spans, decode, strict=True)
         ]
         if all(value == values[0] for value in values):
             return values[0]
@@ -319,16 +315,19 @@ class Routing:
 
     # Counting
 
-    def _count_untouched(self, site: Site, spans: list[Span], present: torch.Tensor, *, all_present: bool) -> None:
-        for (request, span), decode in zip(spans, self.phases.decode(spans), strict=True):
+    def _count_untouched(
+        self, site: Site, spans: list[Span], decode: list[bool], present: torch.Tensor, *, all_present: bool
+    ) -> None:
+        for (request, span), phase in zip(spans, decode, strict=True):
             rows = span.stop - span.start
             absent = 0 if all_present else int((~present[span]).sum())
-            self._add(site, request, decode, rows, rows * present.shape[1], absent, 0, absent, 0.0, wanted=0.0)
+            self._add(site, request, phase, rows, rows * present.shape[1], absent, 0, absent, 0.0, wanted=0.0)
 
     def _count(
         self,
         site: Site,
         spans: list[Span],
+        decode: list[bool],
         present: torch.Tensor,
         choice: Choice,
         found: torch.Tensor | None,
@@ -336,14 +335,14 @@ class Routing:
     ) -> None:
         """`found` [T, K]: whether the final picks are resident, None where every substitute is."""
         masses = choice.mass
-        for (request, span), decode, want in zip(spans, self.phases.decode(spans), wanted, strict=True):
+        for (request, span), phase, want in zip(spans, decode, wanted, strict=True):
             rows = span.stop - span.start
             absent = int((~present[span]).sum())
             substituted = int(choice.replaced[span].sum())
             misses = absent - substituted if found is None else int((~found[span]).sum())
             mass = masses[span].sum(dtype=torch.float64).item()
             picks = rows * present.shape[1]
-            self._add(site, request, decode, rows, picks, absent, substituted, misses, mass, wanted=want)
+            self._add(site, request, phase, rows, picks, absent, substituted, misses, mass, wanted=want)
 
     def _add(
         self,
