@@ -128,7 +128,7 @@ class OnDevice:
     def _decide(self, index: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
         """Experts for the slots, experts for the CPU, and the ids of all pairs: all that the host asks the device."""
         ids: list[int] = index.flatten().tolist()
-        wanted = sorted({expert for expert in ids if 0 <= expert < len(self._records)})
+        wanted = ops.distinct(ids, len(self._records))
         layer, cache = self._layer, self._loader.cache
         T, K = index.shape
         if self._miss == "load" or 4 * T * K * self._mlp.hidden_out > CPU_PAIR_BYTES:

@@ -6,7 +6,7 @@ Nothing is copied or converted here: a tensor that does not fit is refused. docs
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,7 +56,12 @@ def make_layout(native_layout: Mapping[str, Any] | Any, module: Any = None) -> A
 
 def routed(index: torch.Tensor, experts: int) -> list[int]:
     """The distinct experts of [T, K] ids, ascending; ids outside [0, experts) are none."""
-    return sorted({e for e in index.flatten().tolist() if 0 <= e < experts})
+    return distinct(index.flatten().tolist(), experts)
+
+
+def distinct(ids: Iterable[int], experts: int) -> list[int]:
+    """As `routed`, of ids that the host has."""
+    return sorted({expert for expert in ids if 0 <= expert < experts})
 
 
 def gather_mlp(
