@@ -63,6 +63,14 @@ struct Fixture {
         });
         backend->end_read(range, stream);
     }
+    // Whether the slot holds the record now: the emulation lets the host look.
+    bool holds(std::int64_t slot, std::int64_t record) const {
+        const std::byte* const data = slab->slot(slot).data;
+        for (std::int64_t i = 0; i < kBytes; ++i) {
+            if (data[i] != pattern(record * kBytes + i)) return false;
+        }
+        return true;
+    }
     bool all_right(std::size_t count) const {
         std::vector<std::byte> seen(count);
         backend->download(seen, out.data, compute);
@@ -115,8 +123,7 @@ TEST("wait returns when the slot holds the record") {
     for (std::int64_t record = 0; record < 12; ++record) {
         const Ticket ticket = queue.submit(record, record % 4, Lane::kDemand);
         CHECK_EQ(queue.wait(ticket), -1);
-        const std::byte* const data = f.slab->slot(record % 4).data;  // the emulation lets the host look
-        for (std::int64_t i = 0; i < kBytes; ++i) CHECK(data[i] == pattern(record * kBytes + i));
+        CHECK(f.holds(record % 4, record));
         CHECK(queue.done(ticket));
         CHECK_ERROR(ErrorKind::kTransfer, queue.wait(ticket));
     }
@@ -170,10 +177,7 @@ TEST("a record that is being read into pinned memory is not copied before it is 
     f.reader->open_gate();
     queue.wait(first);
     queue.wait(second);
-    for (const std::int64_t slot : {0, 1}) {
-        const std::byte* const data = f.slab->slot(slot).data;
-        for (std::int64_t i = 0; i < kBytes; ++i) CHECK(data[i] == pattern(3 * kBytes + i));
-    }
+    for (const std::int64_t slot : {0, 1}) CHECK(f.holds(slot, 3));
 }
 
 TEST("a pinned slot is not filled again while the copy that submit made of it is in flight") {
@@ -189,8 +193,7 @@ TEST("a pinned slot is not filled again while the copy that submit made of it is
         CHECK(queue.issued(copied));
         queue.wait(queue.submit(other, 2, Lane::kDemand));  // which needs the one pinned slot
         queue.wait(copied);
-        const std::byte* const data = f.slab->slot(1).data;
-        for (std::int64_t i = 0; i < kBytes; ++i) CHECK(data[i] == pattern(record * kBytes + i));
+        CHECK(f.holds(1, record));
     }
 }
 
@@ -234,9 +237,7 @@ TEST("what pinned memory holds is left to a worker where its lane has no room") 
     CHECK(!issued);  // nor did submit() wait
     for (const Ticket ticket : tickets) queue.wait(ticket);
     emu::copy_engine(0);
-    for (std::int64_t record = 0; record < 12; ++record) {
-        CHECK(f.slab->slot(11 - record).data[3] == pattern(record * kBytes + 3));
-    }
+    for (std::int64_t record = 0; record < 12; ++record) CHECK(f.holds(11 - record, record));
     CHECK_EQ(queue.stats().host_hits, 12);
     CHECK_EQ(f.store->used(), 0);
 }
