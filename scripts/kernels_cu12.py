@@ -20,10 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cuda_matrix import ARCHS, PTX, Nvrtc
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
-ARCHS = ("80", "86", "89", "90", "100", "120")
-PTX = ("90", "120")
 
 
 def run(command: list[str], **options: object) -> str:
@@ -42,8 +41,6 @@ def run(command: list[str], **options: object) -> str:
 
 def device_images(nvidia: Path, archs: tuple[str, ...], folder: Path) -> list[str]:
     """NVRTC's cubin of each architecture and PTX of those in PTX, as arguments of `fatbinary`."""
-    from cuda_matrix import Nvrtc
-
     compiler = Nvrtc(nvidia)
     print(f"NVRTC {compiler.version}")
     images = []

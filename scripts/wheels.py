@@ -22,9 +22,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cuda_matrix import ARCHS, PTX
+
 ROOT = Path(__file__).resolve().parent.parent
-ARCHS = ("80", "86", "89", "90", "100", "120")
-PTX = ("90", "120")
 TINY = """
 import sys, tempfile
 sys.path.insert(0, sys.argv[1])
