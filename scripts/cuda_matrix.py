@@ -35,6 +35,7 @@ HOST_WARNINGS = "-Wall,-Wextra,-Wshadow,-Wconversion,-Wno-sign-conversion"
 # What the SASS of a kernel has to contain: tensor cores, ldmatrix, cp.async; 16-byte loads.
 EXPECTED_SASS = {
     "tiles_kernel": ("HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS"),
+    "encoded_tiles_kernel": ("HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS"),
     "rows_kernel<float, true": ("LDG.E.NA.128",),
     "rows_kernel<half, true": ("LDG.E.NA.128",),
     "rows_kernel<bf16, true": ("LDG.E.NA.128",),
@@ -65,7 +66,7 @@ def run(command: list[str], path: Path | None = None) -> str:
 def short_name(demangled: str) -> str:
     """ "rows_kernel<bf16, true, false, true>" from what c++filt prints."""
     name = demangled.replace("void emoe::cuda::", "").replace("emoe::cuda::", "").split("(emoe")[0].split("(void")[0]
-    name = re.sub(r"\(const .*|\(float const.*|\((Product|Picking|Sorting)\).*", "", name)
+    name = re.sub(r"\(const .*|\(float const.*|\(((?:Encoded)?Product|Picking|Sorting)\).*", "", name)
     name = name.replace("__nv_bfloat16", "bf16").replace("__half", "half")
     return name.replace("(bool)1", "true").replace("(bool)0", "false").strip()
 

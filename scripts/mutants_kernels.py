@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from cuda_mutants import Mutant
 
-SUITE = ("test_cuda_kernels",)
+SUITE, ENCODED_SUITE = ("test_cuda_kernels",), ("test_cuda_encoded",)
 TILES, ROWS, ROUTE = "csrc/cuda/tiles_kernel.cuh", "csrc/cuda/rows_kernel.cuh", "csrc/cuda/route_kernels.cuh"
+ENCODED, DECODE = "csrc/cuda/encoded_kernels.cuh", "csrc/cuda/decode.cuh"
+PLANES, BLOCKS = "csrc/cuda/decode_planes.cuh", "csrc/cuda/decode_blocks.cuh"
 ELEMENTS, COMBINE, PLAN = "csrc/cuda/elements.cuh", "csrc/cuda/combine_kernel.cuh", "csrc/cuda/plan.cpp"
 
 # (name, file, find, replace, quick)
@@ -41,8 +43,8 @@ EDITS = [
     (
         "tiles: no barrier before the sums are read",
         TILES,
-        "    __syncthreads();\n\n    const long long bias_at",
-        "    const long long bias_at",
+        "    __syncthreads();  // the sums are there for all\n",
+        "",
         False,
     ),
     (
@@ -215,6 +217,54 @@ EDITS = [
         "    parts.bytes = parts.hidden;\n",
         False,
     ),
+    (
+        "encoded tiles: no barrier between a step's weights and their use",
+        ENCODED,
+        "        __syncthreads();  // the step is there for all, and the one before it has been read by all\n",
+        "",
+        True,
+    ),
+    (
+        "encoded tiles: weights are decoded where they are read",
+        ENCODED,
+        "ring_b + (step + 1) % 2 * Source::kStageB",
+        "ring_b + step % 2 * Source::kStageB",
+        False,
+    ),
+    (
+        "encoded tiles: the depth's end is not checked",
+        ENCODED,
+        "if (row >= 0 && k < depth) {",
+        "if (row >= 0) {",
+        False,
+    ),
+    ("encoded: up is gate", ENCODED, "return second ? op.second : op.first;", "return op.first;", False),
+    (
+        "encoded rows: no barrier between the warps' partial sums of columns",
+        ENCODED,
+        "    __syncthreads();\n    for (int i = tid; i < kRows * EncodedCut::kLocal",
+        "    for (int i = tid; i < kRows * EncodedCut::kLocal",
+        False,
+    ),
+    (
+        "decode: even and odd nibbles exchanged",
+        DECODE,
+        "__byte_perm(even, odd, 0x5140U)",
+        "__byte_perm(even, odd, 0x1504U)",
+        True,
+    ),
+    ("decode: the second half of a block is its first", BLOCKS, "i / 16 * 4, kLow4);", "0, kLow4);", False),
+    ("decode: the first block for all", BLOCKS, "+ k / kValues) * kBytes", ") * kBytes", False),
+    ("decode: the scale of the first group for all", DECODE, "? k >> m.scale_shift :", "? 0 :", False),
+    ("decode: the scale of each row where rows share one", PLANES, ": at / m.scale_rows;", ": at;", False),
+    ("decode: six bits of the first group for all", BLOCKS, "head.w, g)", "head.w, 0)", False),
+    ("decode: zeros of gptq are not one more", PLANES, "zero += 1;", "zero += 0;", False),
+    ("decode: unaligned words are not put together", DECODE, "if (off == 0) return", "if (off < 4) return", False),
+    ("decode: the upper half of a table is its lower", DECODE, "(four & 0x8888U) >> 1", "(four & 0x0000U) >> 1", False),
+    ("plan: encoded rows are not realigned", PLAN, "op.layout.encoded && !aligned(op.hidden);", "false;", False),
 ]
 
-MUTANTS = [Mutant(name, file, find, replace, SUITE, quick) for name, file, find, replace, quick in EDITS]
+MUTANTS = [
+    Mutant(name, file, find, replace, ENCODED_SUITE if "encode" in name or "decode" in name else SUITE, quick)
+    for name, file, find, replace, quick in EDITS
+]

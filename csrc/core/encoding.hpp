@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "core/codes.hpp"
 #include "core/dtype.hpp"
 
 namespace emoe {
@@ -32,36 +33,6 @@ inline constexpr Encoding kEncodings[] = {
     encoding_of(DType::kFloat32),
     encoding_of(DType::kFloat16),
     encoding_of(DType::kBFloat16),
-};
-
-// How the weights of a matrix are coded: emoe/model/encoding.py has the same words, emoe/model/decode.py what they
-// mean.
-enum class Codes : std::uint8_t {
-    kFloat32,
-    kFloat16,
-    kBFloat16,
-    kE4M3,
-    kE5M2,
-    kInt8,
-    kE2M1,
-    kE2M1Divided,
-    kInt4,
-    kAwq,
-    kGptq,
-    kGptqV2,
-    kQ8_0,
-    kQ4_0,
-    kQ4_1,
-    kQ5_0,
-    kQ5_1,
-    kQ2_K,
-    kQ3_K,
-    kQ4_K,
-    kQ5_K,
-    kQ6_K,
-    kIq4Nl,
-    kIq4Xs,
-    kMxfp4Blocks,
 };
 
 // Which arrays the codes lie in.

@@ -6,12 +6,11 @@
 #include <string>
 #include <string_view>
 
+#include "core/codes.hpp"
 #include "core/dtype.hpp"
 #include "core/encoding.hpp"
 
 namespace emoe {
-
-enum class ScaleType : std::uint8_t { kNone, kFloat32, kBFloat16, kFloat16, kE8M0, kE4M3 };
 
 // Both throw ConfigError naming the choices.
 Codes parse_codes(std::string_view name);

@@ -261,10 +261,11 @@ struct Q5_1 : Affine<24> {
 };
 
 // Tables of 16 values that nibbles are looked up in.
-inline __m128i e2m1_doubled() { return _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12); }
-inline __m128i iq4_values() {
-    return _mm_setr_epi8(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+inline __m128i table_of(const signed char (&values)[16]) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
 }
+inline __m128i e2m1_doubled() { return table_of(kE2M1Doubled); }
+inline __m128i iq4_values() { return table_of(kIq4Values); }
 struct Iq4Nl : Small<18> {
     template <int>
     static Codes32 codes(const RowAt& row, int64_t g) {

@@ -2,20 +2,13 @@
 #include "cpu/expand.hpp"
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
 #include <cstring>
-#include <limits>
 
 namespace emoe::cpu {
 namespace {
 
 constexpr int kMostValues = 256;  // of a block
-
-// Twice the value, so that it is whole (gguf_mxfp4 halves its scale).
-constexpr std::int8_t kE2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-constexpr std::int8_t kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-// Which of eight neighbouring outputs the nibbles of a word of AWQ hold, by output.
-constexpr int kAwqNibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 template <typename T>
 T load(const unsigned char* p) {
@@ -25,18 +18,9 @@ T load(const unsigned char* p) {
 }
 
 float half(const unsigned char* p) { return f16_to_float(load<std::uint16_t>(p)); }
-float e4m3(std::uint8_t byte) {
-    const float sign = (byte & 0x80) != 0 ? -1.0F : 1.0F;
-    const int exponent = (byte >> 3) & 15;
-    const int mantissa = byte & 7;
-    if ((byte & 0x7F) == 0x7F) return std::numeric_limits<float>::quiet_NaN();
-    if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -9);
-    return sign * std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-}
+float e4m3(std::uint8_t byte) { return f16_to_float(half_of_e4m3(byte)) * 256.0F; }
 float e5m2(std::uint8_t byte) { return f16_to_float(static_cast<std::uint16_t>(byte << 8)); }
-float e8m0(std::uint8_t byte) {
-    return byte == 0xFF ? std::numeric_limits<float>::quiet_NaN() : std::ldexp(1.0F, byte - 127);
-}
+float e8m0(std::uint8_t byte) { return std::bit_cast<float>(float_of_e8m0(byte)); }
 
 float float_at(const unsigned char* p, std::int64_t i, DType dtype) {
     if (dtype == DType::kFloat32) return load<float>(p + 4 * i);
@@ -69,17 +53,6 @@ int halves(const unsigned char* p, int i) { return i < 16 ? p[i] & 15 : p[i - 16
 
 int fifth(const unsigned char* bits, int i) { return ((bits[i / 8] >> (i % 8)) & 1) << 4; }
 
-// Scale (first) and minimum of group g of q4_k and q5_k, six bits each in twelve bytes.
-void scale_and_min(const unsigned char* p, int g, int& scale, int& minimum) {
-    if (g < 4) {
-        scale = p[g] & 63;
-        minimum = p[g + 4] & 63;
-    } else {
-        scale = (p[g + 4] & 15) | ((p[g - 4] >> 6) << 4);
-        minimum = (p[g + 4] >> 4) | ((p[g] >> 6) << 4);
-    }
-}
-
 void q_k_with_minimum(Codes codes, const unsigned char* p, float* out) {
     const float d = half(p);
     const float dmin = half(p + 2);
@@ -87,9 +60,7 @@ void q_k_with_minimum(Codes codes, const unsigned char* p, float* out) {
     const unsigned char* high = p + 16;
     const unsigned char* low = p + (five ? 48 : 16);
     for (int g = 0; g < 8; ++g) {
-        int scale = 0;
-        int minimum = 0;
-        scale_and_min(p + 4, g, scale, minimum);
+        const auto [scale, minimum] = six_bits(load<unsigned>(p + 4), load<unsigned>(p + 8), load<unsigned>(p + 12), g);
         const float s = d * static_cast<float>(scale);
         const float m = dmin * static_cast<float>(minimum);
         for (int i = 0; i < 32; ++i) {
@@ -112,11 +83,8 @@ void q2_k(const unsigned char* p, float* out) {
 
 void q3_k(const unsigned char* p, float* out) {
     const float d = half(p + 108);
-    const unsigned char* scales = p + 96;
     for (int i = 0; i < 256; ++i) {
-        const int j = i / 16;
-        const int low = j < 8 ? scales[j] & 15 : scales[j - 8] >> 4;
-        const int scale = (low | ((scales[8 + j % 4] >> (j / 4 * 2)) & 3) << 4) - 32;
+        const int scale = q3_k_scale(p + 96, i / 16);
         const int high = (p[i % 32] >> (i / 32)) & 1;
         const int q = ((p[32 + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2)) & 3) - (high != 0 ? 0 : 4);
         out[i] = d * static_cast<float>(scale) * static_cast<float>(q);
@@ -136,17 +104,15 @@ void q6_k(const unsigned char* p, float* out) {
 
 void iq4_xs(const unsigned char* p, float* out) {
     const float d = half(p);
-    const auto high = load<std::uint16_t>(p + 2);
     for (int g = 0; g < 8; ++g) {
-        const int scale = (((p[4 + g / 2] >> (g % 2 * 4)) & 15) | ((high >> (2 * g)) & 3) << 4) - 32;
-        const float s = d * static_cast<float>(scale);
-        for (int i = 0; i < 32; ++i) out[g * 32 + i] = s * static_cast<float>(kIq4[halves(p + 8 + g * 16, i)]);
+        const float s = d * static_cast<float>(iq4_xs_scale(p, g));
+        for (int i = 0; i < 32; ++i) out[g * 32 + i] = s * static_cast<float>(kIq4Values[halves(p + 8 + g * 16, i)]);
     }
 }
 
 // One block of 32.
 void small_block(Codes codes, const unsigned char* p, float* out) {
-    const float d = codes == Codes::kMxfp4Blocks ? std::ldexp(1.0F, p[0] - 128) : half(p);
+    const float d = codes == Codes::kMxfp4Blocks ? std::bit_cast<float>(half_of_e8m0(p[0])) : half(p);
     for (int i = 0; i < 32; ++i) {
         switch (codes) {
             case Codes::kQ8_0:
@@ -165,10 +131,10 @@ void small_block(Codes codes, const unsigned char* p, float* out) {
                 out[i] = d * static_cast<float>(halves(p + 8, i) | fifth(p + 4, i)) + half(p + 2);
                 break;
             case Codes::kIq4Nl:
-                out[i] = d * static_cast<float>(kIq4[halves(p + 2, i)]);
+                out[i] = d * static_cast<float>(kIq4Values[halves(p + 2, i)]);
                 break;
             default:
-                out[i] = d * static_cast<float>(kE2M1[halves(p + 1, i)]);
+                out[i] = d * static_cast<float>(kE2M1Doubled[halves(p + 1, i)]);
         }
     }
 }
@@ -223,7 +189,7 @@ float scaled_code(const Weights& w, const unsigned char* slot, std::int64_t at, 
         }
         case Codes::kE2M1:
         case Codes::kE2M1Divided: {
-            const float value = 0.5F * static_cast<float>(kE2M1[nibble(codes + at * (w.depth / 2), k)]) *
+            const float value = 0.5F * static_cast<float>(kE2M1Doubled[nibble(codes + at * (w.depth / 2), k)]) *
                                 scale_at(scales, at * groups + group, w.scale);
             if (w.factor < 0) return value;
             const auto factor = load<float>(slot + w.factor);
@@ -235,7 +201,7 @@ float scaled_code(const Weights& w, const unsigned char* slot, std::int64_t at, 
             return static_cast<float>(code - zero) * scale_at(scales, at * groups + group, w.scale);
         }
         case Codes::kAwq: {
-            const int place = kAwqNibble[at % 8];
+            const int place = awq_nibble(static_cast<int>(at % 8));
             const int code = nibble(codes + (k * (w.rows / 8) + at / 8) * 4, place);
             const int zero = nibble(zeros + (group * (w.rows / 8) + at / 8) * 4, place);
             return static_cast<float>(code - zero) * scale_at(scales, group * w.rows + at, w.scale);

@@ -1,11 +1,12 @@
 // Launches of the kernels: which instance, which grid. The kernels are the .cuh files beside this one; sizes are
-// plan.cpp. Quantized slots come in as a further element type of elements.cuh's loads, chosen in `with_weights`.
+// plan.cpp; encoded weights are launched in launch_encoded.cuh.
 #include <algorithm>
 #include <string>
 
 #include "core/error.hpp"
 #include "cuda/combine_kernel.cuh"
 #include "cuda/kernels.hpp"
+#include "cuda/launch_encoded.cuh"
 #include "cuda/plan.hpp"
 #include "cuda/route_kernels.cuh"
 #include "cuda/rows_kernel.cuh"
@@ -21,22 +22,6 @@ static_assert(static_cast<int>(Activation::kSilu) == 0 && static_cast<int>(Activ
               static_cast<int>(Activation::kRelu2) == 4 && static_cast<int>(Activation::kIdentity) == 5 &&
               static_cast<int>(Activation::kSwigluClamped) == 6 && static_cast<int>(Activation::kSiluClamped) == 7);
 static_assert(sizeof(Tile) == 12 && kRowsPerTile == 4 && kTileRows == 64, "plan.cpp counts with these");
-
-constexpr std::int64_t kLoopBlocks = 4096;  // of kernels that loop over their elements
-
-int row_type(DType dtype) { return dtype == DType::kFloat32 ? kRowF32 : dtype == DType::kFloat16 ? kRowF16 : kRowBF16; }
-
-std::int64_t pieces(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit; }
-
-unsigned grid_size(std::int64_t blocks) {
-    if (blocks < (1LL << 31)) return static_cast<unsigned>(blocks);
-    throw Error(ErrorKind::kConfig, "a call of " + std::to_string(blocks) + " blocks; a grid has at most 2^31 - 1");
-}
-
-template <class T>
-T* part(void* workspace, std::size_t offset) {
-    return reinterpret_cast<T*>(static_cast<std::byte*>(workspace) + offset);
-}
 
 Sorted sorted_in(const Plan& made, void* workspace) {
     const Parts& parts = made.parts;
@@ -117,14 +102,7 @@ void launch(const Mlp& op, const Plan& made, Product product, void* workspace, c
         return;
     }
     if constexpr (sizeof(W) == 2) {
-        if (made.narrow) {
-            W* hidden = part<W>(workspace, made.parts.hidden);
-            const std::int64_t count = op.tokens * op.layout.hidden;
-            EMOE_LAUNCH((narrow_kernel<W>), grid_size(std::min(pieces(count, 256), kLoopBlocks)), 256, 0, stream,
-                        op.hidden, row_type(op.hidden_dtype), count, hidden);
-            check(cudaGetLastError(), "launching the conversion of ", op.tokens, " tokens");
-            product.rows = hidden;
-        }
+        if (made.narrow) product.rows = narrowed<W>(op, made, workspace, stream);
         (transposed ? launch_tiles<W, true> : launch_tiles<W, false>)(op, made, product, activations, stream);
     }
 }
@@ -187,6 +165,7 @@ void gather_mlp(const Mlp& op, void* workspace, cudaStream_t stream) {
     product.sorted = sorted_in(made, workspace);
     product.rows = op.hidden;
     product.row_type = row_type(op.hidden_dtype);
+    if (op.layout.encoded) return launch_encoded(op, made, product, workspace, stream);
     switch (op.layout.dtype) {
         case DType::kFloat32:
             return launch<float>(op, made, product, workspace, stream);

@@ -18,7 +18,8 @@ namespace emoe::cuda {
 // are spread over calls.
 enum class Path : std::uint8_t {
     kRows,   // few tokens: reads each weight once, 16 bytes a load, fp32 throughout
-    kTiles,  // many tokens: tensor cores; hidden states and activations are rounded to the weights' dtype
+    kTiles,  // many tokens: tensor cores; hidden states and activations are rounded to the weights' dtype, weights
+             // that are encoded to that of the hidden states
 };
 
 // One call. `slot_of` is read on the device when the kernels run: changing its contents between replays of a captured
@@ -49,7 +50,8 @@ struct Mlp {
 std::string refusal(const MlpLayout& layout);
 bool supports(const MlpLayout& layout) noexcept;
 
-// True where tensor cores can serve the layout: bf16 or fp16, sizes and offsets in multiples of 16 bytes.
+// True where tensor cores can serve the layout: bf16 or fp16, sizes and offsets in multiples of 16 bytes; or encoded
+// (for hidden states of 16 bits).
 // Others run on the rows path however many tokens there are.
 bool tiles_possible(const MlpLayout& layout, std::int64_t slot_bytes) noexcept;
 Path path_of(const Mlp& op) noexcept;

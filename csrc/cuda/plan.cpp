@@ -17,6 +17,7 @@ constexpr std::int64_t kTilesTileRows = 64;
 constexpr std::int64_t kMostExperts = 8192;     // counted in a block's shared memory
 constexpr std::int64_t kMostWidth = 1LL << 24;  // kernels count elements of a row in 32 bits
 constexpr std::int64_t kMostPairs = 1LL << 30;  // positions are 32-bit
+constexpr std::int64_t kSlotUnit = 16;          // bytes; of slots with encoded experts
 constexpr std::size_t kPartAlignment = 256;
 
 bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
@@ -54,9 +55,29 @@ void require_aligned(const char* name, std::int64_t offset, std::int64_t unit) {
     }
 }
 
+// What the eight inputs that a GPU decodes at a time ask of a matrix.
+void check_weights(const char* name, const Weights& w) {
+    const auto multiple = [&](const std::string& what, std::int64_t value, std::int64_t unit) {
+        if (value < 0 || value % unit == 0) return;
+        refuse("its " + std::string(name) + " is " + std::string(codes_row(w.codes).name) + " with " + what + " " +
+               std::to_string(value) + "; a GPU takes multiples of " + std::to_string(unit));
+    };
+    multiple("rows of length", w.depth, 8);
+    multiple("groups of columns of size", w.scale_cols, 8);
+    multiple("codes at byte", w.data, kSlotUnit);
+    multiple("scales at byte", w.scales, 4);
+    multiple("zeros at byte", w.zeros, 4);
+    multiple("its factor at byte", w.factor, 4);
+    multiple("a bias at byte", w.bias, itemsize(w.bias_dtype));
+}
+
 void check_layout(const MlpLayout& layout) {
     validate(layout);
-    if (layout.encoded) refuse("its experts are encoded, and kernels for encoded experts run on the CPU only");
+    if (layout.encoded) {
+        check_weights("gate", layout.gate);
+        if (layout.has_gate) check_weights("up", layout.up);
+        return check_weights("down", layout.down);
+    }
     require_float("the layout's dtype", layout.dtype);
     const std::pair<const char*, std::int64_t> sizes[] = {
         {"hidden", layout.hidden}, {"intermediate", layout.intermediate}, {"hidden_out", layout.hidden_out}};
@@ -88,11 +109,13 @@ bool supports(const MlpLayout& layout) noexcept {
 }
 
 bool tiles_possible(const MlpLayout& layout, std::int64_t slot_bytes) noexcept {
+    if (layout.encoded) return supports(layout);
     return supports(layout) && encoding_of(layout.dtype).bytes == 2 && sixteen_bytes(layout, slot_bytes);
 }
 
 Path path_of(const Mlp& op) noexcept {
-    return op.tokens > kDecodeTokens && tiles_possible(op.layout, op.slot_bytes) ? Path::kTiles : Path::kRows;
+    if (op.tokens <= kDecodeTokens || !tiles_possible(op.layout, op.slot_bytes)) return Path::kRows;
+    return op.layout.encoded && op.hidden_dtype == DType::kFloat32 ? Path::kRows : Path::kTiles;
 }
 
 Plan plan(const Mlp& op) {
@@ -101,8 +124,12 @@ Plan plan(const Mlp& op) {
     require_float("weights_dtype", op.weights_dtype);
     const std::int64_t extent = slot_extent(op.layout);
     require(op.slot_bytes >= extent, "slot_bytes", op.slot_bytes, "smaller than an expert of this layout");
-    require(encoding_of(op.layout.dtype).partial(op.slot_bytes) == 0, "slot_bytes", op.slot_bytes,
-            "cuts elements in two");
+    if (op.layout.encoded) {
+        require(op.slot_bytes % kSlotUnit == 0, "slot_bytes", op.slot_bytes, "must be a multiple of 16 on a GPU");
+    } else {
+        require(encoding_of(op.layout.dtype).partial(op.slot_bytes) == 0, "slot_bytes", op.slot_bytes,
+                "cuts elements in two");
+    }
     require(op.experts >= 1 && op.experts <= kMostExperts, "experts", op.experts, "must be 1 to 8192");
     require(op.tokens >= 0, "tokens", op.tokens, "must be at least 0");
     require(op.top_k >= 1, "top_k", op.top_k, "must be at least 1");
@@ -114,8 +141,10 @@ Plan plan(const Mlp& op) {
     require(op.tokens <= kMostPairs / made.candidates, "tokens", op.tokens, "tokens * candidates is above 2^30");
     made.path = path_of(op);
     made.pairs = op.tokens * op.top_k;
-    made.vector = sixteen_bytes(op.layout, op.slot_bytes) && aligned(op.hidden);
-    made.narrow = made.path == Path::kTiles && (op.hidden_dtype != op.layout.dtype || !aligned(op.hidden));
+    made.vector = !op.layout.encoded && sixteen_bytes(op.layout, op.slot_bytes) && aligned(op.hidden);
+    made.rows = made.path == Path::kRows ? DType::kFloat32 : op.layout.encoded ? op.hidden_dtype : op.layout.dtype;
+    made.narrow = made.path == Path::kTiles ? op.hidden_dtype != made.rows || !aligned(op.hidden)
+                                            : op.layout.encoded && !aligned(op.hidden);
     made.tile_rows = made.path == Path::kRows ? kRowsTileRows : kTilesTileRows;
     made.tiles_bound = made.pairs / made.tile_rows + std::min(made.pairs, op.experts);
 
@@ -134,8 +163,9 @@ Plan plan(const Mlp& op) {
     parts.sorted_weight = place(made.pairs, 4);
     parts.tiles = place(made.tiles_bound, 12);
     parts.tile_count = place(1, 4);
-    parts.activations = place(made.pairs * op.layout.intermediate, made.path == Path::kRows ? 4 : 2);
-    parts.hidden = place(made.narrow ? op.tokens * op.layout.hidden : 0, 2);
+    const auto size = static_cast<std::size_t>(itemsize(made.rows));
+    parts.activations = place(made.pairs * op.layout.intermediate, size);
+    parts.hidden = place(made.narrow ? op.tokens * op.layout.hidden : 0, size);
     parts.bytes = at;
     return made;
 }

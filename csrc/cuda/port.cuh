@@ -11,7 +11,8 @@
 
 // Before a loop; macros, since g++ refuses the pragma as unknown.
 #define EMOE_UNROLL _Pragma("unroll")
-#define EMOE_UNROLL_BY_2 _Pragma("unroll 2")
+#define EMOE_PRAGMA(text) _Pragma(#text)
+#define EMOE_UNROLL_BY(count) EMOE_PRAGMA(unroll count)
 // A block's shared array; several in one kernel need different names.
 #define EMOE_SHARED(type, name, count) __shared__ __align__(128) type name[count]
 // The array whose size the launch gives.

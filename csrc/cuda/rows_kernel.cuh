@@ -102,7 +102,7 @@ __device__ __forceinline__ void products_transposed(const W* matrix, int depth, 
     float sum[kRows][kPer] = {};
     if (l < local.total) {
         const W* weights = matrix + local.matrix_row(l);
-        EMOE_UNROLL_BY_2
+        EMOE_UNROLL_BY(2)
         for (int k = part; k < depth; k += Cut::kWarps * kLanes) {
             float w[kPer];
             load_weights(weights + static_cast<long long>(k) * width, w);
@@ -132,6 +132,39 @@ __device__ __forceinline__ void products_transposed(const W* matrix, int depth, 
     }
 }
 
+// Where the tile's rows begin, in elements. Those past it repeat its last one; what they give is not stored.
+template <bool kDown>
+__device__ __forceinline__ void find_rows(const Product& op, const Tile& tile, int depth,
+                                          long long (&row_at)[kRowsPerTile]) {
+    EMOE_UNROLL
+    for (int r = 0; r < kRowsPerTile; ++r) {
+        const int pair = tile.first + (r < tile.rows ? r : tile.rows - 1);
+        row_at[r] = static_cast<long long>(kDown ? pair : op.sorted.token[pair]) * depth;
+    }
+}
+
+// Writes outputs from .. from + count - 1 of the tile's rows; value(r, l) is the product of local row l with its bias.
+template <bool kDown, class Value>
+__device__ __forceinline__ void store_rows(const Product& op, const Tile& tile, const LocalRows& local, int from,
+                                           int count, const Value& value) {
+    const Shape& shape = op.shape;
+    const int outputs = kDown ? shape.hidden_out : shape.intermediate;
+    for (int i = static_cast<int>(threadIdx.x); i < tile.rows * count; i += kRowsThreads) {
+        const int r = i / count;
+        const int j = i % count;
+        const int pair = tile.first + r;
+        auto* result = static_cast<float*>(op.result);
+        if constexpr (kDown) {
+            result[static_cast<long long>(op.sorted.out_row[pair]) * outputs + from + j] =
+                op.sorted.weight[pair] * value(r, j);
+        } else {
+            const float gate = value(r, j * local.step);
+            const float up = shape.has_gate ? value(r, j * local.step + local.up) : 1.0F;
+            result[static_cast<long long>(pair) * outputs + from + j] = activate(shape, gate, up);
+        }
+    }
+}
+
 template <class W, bool kVector, bool kTransposed, bool kDown>
 __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const Product op) {
     using Cut = RowsCut<W, kVector, kTransposed>;
@@ -150,13 +183,8 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const Product op) {
     const char* slot = op.slab + tile.slot * op.slot_bytes;
     const W* matrix = reinterpret_cast<const W*>(slot + (kDown ? shape.down : shape.gate_up));
 
-    // Rows past the tile's repeat its last one; what they give is not stored.
     long long row_at[kRowsPerTile];
-    EMOE_UNROLL
-    for (int r = 0; r < kRowsPerTile; ++r) {
-        const int pair = tile.first + (r < tile.rows ? r : tile.rows - 1);
-        row_at[r] = static_cast<long long>(kDown ? pair : op.sorted.token[pair]) * depth;
-    }
+    find_rows<kDown>(op, tile, depth, row_at);
     if constexpr (kTransposed) {
         const int width = !kDown && shape.has_gate ? 2 * outputs : outputs;
         if (tile.rows == 1) {
@@ -176,24 +204,10 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const Product op) {
 
     const long long bias_at = kDown ? shape.down_bias : shape.gate_up_bias;
     const W* bias = bias_at < 0 ? nullptr : reinterpret_cast<const W*>(slot + bias_at);
-    const auto value = [&](int r, int l) {
+    store_rows<kDown>(op, tile, local, from, count, [&](int r, int l) {
         const float product = z[r * Cut::kLocal + l];
         return bias == nullptr ? product : product + to_float(bias[local.matrix_row(l)]);
-    };
-    for (int i = static_cast<int>(threadIdx.x); i < tile.rows * count; i += kRowsThreads) {
-        const int r = i / count;
-        const int j = i % count;
-        const int pair = tile.first + r;
-        auto* result = static_cast<float*>(op.result);
-        if constexpr (kDown) {
-            result[static_cast<long long>(op.sorted.out_row[pair]) * outputs + from + j] =
-                op.sorted.weight[pair] * value(r, j);
-        } else {
-            const float gate = value(r, j * local.step);
-            const float up = shape.has_gate ? value(r, j * local.step + local.up) : 1.0F;
-            result[static_cast<long long>(pair) * outputs + from + j] = activate(shape, gate, up);
-        }
-    }
+    });
 }
 
 }  // namespace emoe::cuda

@@ -28,17 +28,37 @@ struct TileSource {
     int depth;
     int width;  // of a transposed matrix
 
-    // Chunk i of A is row tid / 4 + 32 i; of B the same, or, transposed, depth tid / 16 + 8 i.
-    __device__ __forceinline__ void load(int step, W* stage_a, W* stage_b, const void* anywhere) const {
-        const int tid = static_cast<int>(threadIdx.x);
-        const int r = tid / 4;
-        const int c = tid % 4 * 8;
+    template <bool kDown>
+    __device__ __forceinline__ void find_rows(const Product& op, const Tile& tile) {
+        EMOE_UNROLL
+        for (int i = 0; i < kA; ++i) {
+            const int r = static_cast<int>(threadIdx.x) / 4 + 32 * i;
+            a[i] = nullptr;
+            if (r < tile.rows) {
+                const int row = kDown ? tile.first + r : op.sorted.token[tile.first + r];
+                a[i] = static_cast<const W*>(op.rows) + static_cast<long long>(row) * depth;
+            }
+        }
+    }
+
+    // Chunk i of A is row tid / 4 + 32 i.
+    __device__ __forceinline__ void load_a(int step, W* stage_a, const void* anywhere) const {
+        const int r = static_cast<int>(threadIdx.x) / 4;
+        const int c = static_cast<int>(threadIdx.x) % 4 * 8;
         const int k = step * kTileDepth + c;
         EMOE_UNROLL
         for (int i = 0; i < kA; ++i) {
             const bool take = a[i] != nullptr && k < depth;
             copy_async16(stage_a + (r + 32 * i) * kRowStride + c, take ? a[i] + k : anywhere, take);
         }
+    }
+
+    // Chunk i of B is row tid / 4 + 32 i, or, transposed, depth tid / 16 + 8 i.
+    __device__ __forceinline__ void load_b(int step, W* stage_b, const void* anywhere) const {
+        const int tid = static_cast<int>(threadIdx.x);
+        const int r = tid / 4;
+        const int c = tid % 4 * 8;
+        const int k = step * kTileDepth + c;
         EMOE_UNROLL
         for (int i = 0; i < kB; ++i) {
             if constexpr (kTransposed) {
@@ -105,6 +125,53 @@ __device__ __forceinline__ void multiply_stage(const W* stage_a, const W* stage_
     }
 }
 
+// The sums change from mma's layout to rows in shared memory, in the place of the ring.
+__device__ __forceinline__ void spread_sums(const float (&sums)[2][8][4], int warp_row, int warp_column, float* z) {
+    __syncthreads();  // the last stage has been read by all
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    EMOE_UNROLL
+    for (int m = 0; m < 2; ++m) {
+        EMOE_UNROLL
+        for (int j = 0; j < 8; ++j) {
+            EMOE_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int r = warp_row + 16 * m + lane / 4 + 8 * half;
+                const int l = warp_column + 8 * j + lane % 4 * 2;
+                const float2 two = {sums[m][j][2 * half], sums[m][j][2 * half + 1]};
+                *reinterpret_cast<float2*>(z + r * kSumStride + l) = two;
+            }
+        }
+    }
+    __syncthreads();  // the sums are there for all
+}
+
+// Writes the block's outputs of the tile's rows; value(r, local) is a sum with its bias. `adjacent`: up lies one behind
+// its gate.
+template <class W, bool kDown, class Value>
+__device__ __forceinline__ void store_tile(const Product& op, const Tile& tile, int block, bool adjacent,
+                                           const Value& value) {
+    const Shape& shape = op.shape;
+    const bool gated = !kDown && shape.has_gate;
+    const int outputs = kDown ? shape.hidden_out : shape.intermediate;
+    const int each = gated ? kTileColumns / 2 : kTileColumns;
+    const int from = block * each;
+    const int count = outputs - from < each ? outputs - from : each;
+    for (int r = static_cast<int>(threadIdx.x) / 32; r < tile.rows; r += kTileThreads / 32) {
+        const int pair = tile.first + r;
+        for (int j = static_cast<int>(threadIdx.x) % 32; j < count; j += 32) {
+            if constexpr (kDown) {
+                static_cast<float*>(op.result)[static_cast<long long>(op.sorted.out_row[pair]) * outputs + from + j] =
+                    op.sorted.weight[pair] * value(r, j);
+            } else {
+                const int gate = !gated ? j : adjacent ? 2 * j : j / 8 * 16 + j % 8;
+                const float up = gated ? value(r, gate + (adjacent ? 1 : 8)) : 1.0F;
+                static_cast<W*>(op.result)[static_cast<long long>(pair) * outputs + from + j] =
+                    from_float<W>(activate(shape, value(r, gate), up));
+            }
+        }
+    }
+}
+
 template <class W, bool kTransposed, bool kDown>
 __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
     using Source = TileSource<W, kTransposed>;
@@ -124,15 +191,7 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
     Source source;
     source.depth = kDown ? shape.intermediate : shape.hidden;
     source.width = kDown ? shape.hidden_out : (shape.has_gate ? 2 : 1) * shape.intermediate;
-    EMOE_UNROLL
-    for (int i = 0; i < Source::kA; ++i) {
-        const int r = tid / 4 + 32 * i;
-        source.a[i] = nullptr;
-        if (r < tile.rows) {
-            const int row = kDown ? tile.first + r : op.sorted.token[tile.first + r];
-            source.a[i] = static_cast<const W*>(op.rows) + static_cast<long long>(row) * source.depth;
-        }
-    }
+    source.template find_rows<kDown>(op, tile);
     EMOE_UNROLL
     for (int i = 0; i < Source::kB; ++i) {
         const int local = kTransposed ? tid % 16 * 8 : tid / 4 + 32 * i;
@@ -147,7 +206,10 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
     const int steps = (source.depth + kTileDepth - 1) / kTileDepth;
     const auto load = [&](int step) {
         const int at = step % kStages;
-        if (step < steps) source.load(step, ring_a + at * Source::kStageA, ring_b + at * Source::kStageB, matrix);
+        if (step < steps) {
+            source.load_a(step, ring_a + at * Source::kStageA, matrix);
+            source.load_b(step, ring_b + at * Source::kStageB, matrix);
+        }
         copy_async_commit();  // also an empty group: the count of groups tells stages apart
     };
     EMOE_UNROLL
@@ -161,51 +223,14 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Product op) {
                                        warp_column, tile.rows, sums);
     }
 
-    // The sums change from mma's layout to rows in shared memory, in the place of the ring.
-    __syncthreads();  // the last stage has been read by all
     float* z = reinterpret_cast<float*>(ring);
-    const int lane = tid % 32;
-    EMOE_UNROLL
-    for (int m = 0; m < 2; ++m) {
-        EMOE_UNROLL
-        for (int j = 0; j < 8; ++j) {
-            EMOE_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int r = warp_row + 16 * m + lane / 4 + 8 * half;
-                const int l = warp_column + 8 * j + lane % 4 * 2;
-                const float2 two = {sums[m][j][2 * half], sums[m][j][2 * half + 1]};
-                *reinterpret_cast<float2*>(z + r * kSumStride + l) = two;
-            }
-        }
-    }
-    __syncthreads();
-
+    spread_sums(sums, warp_row, warp_column, z);
     const long long bias_at = kDown ? shape.down_bias : shape.gate_up_bias;
     const W* bias = bias_at < 0 ? nullptr : reinterpret_cast<const W*>(slot + bias_at);
-    const auto value = [&](int r, int local) {
+    store_tile<W, kDown>(op, tile, block, kTransposed && shape.interleaved, [&](int r, int local) {
         const float sum = z[r * kSumStride + local];
         return bias == nullptr ? sum : sum + to_float(bias[matrix_row_of<kTransposed, kDown>(shape, block, local)]);
-    };
-    const bool gated = !kDown && shape.has_gate;
-    const bool adjacent = kTransposed && shape.interleaved;
-    const int outputs = kDown ? shape.hidden_out : shape.intermediate;
-    const int each = gated ? kTileColumns / 2 : kTileColumns;
-    const int from = block * each;
-    const int count = outputs - from < each ? outputs - from : each;
-    for (int r = tid / 32; r < tile.rows; r += kTileThreads / 32) {
-        const int pair = tile.first + r;
-        for (int j = lane; j < count; j += 32) {
-            if constexpr (kDown) {
-                static_cast<float*>(op.result)[static_cast<long long>(op.sorted.out_row[pair]) * outputs + from + j] =
-                    op.sorted.weight[pair] * value(r, j);
-            } else {
-                const int gate = !gated ? j : adjacent ? 2 * j : j / 8 * 16 + j % 8;
-                const float up = gated ? value(r, gate + (adjacent ? 1 : 8)) : 1.0F;
-                static_cast<W*>(op.result)[static_cast<long long>(pair) * outputs + from + j] =
-                    from_float<W>(activate(shape, value(r, gate), up));
-            }
-        }
-    }
+    });
 }
 
 // Hidden states in the weights' type, where they come in another one or unaligned.

@@ -69,7 +69,8 @@ struct DeviceProblem {
     DeviceBytes slab, slot_of, hidden, index, weights;
     cuda::Mlp op;
 
-    explicit DeviceProblem(const Problem& p)
+    template <class P>  // Problem or EncodedProblem
+    explicit DeviceProblem(const P& p)
         : slab(p.slab, stream.get()),
           slot_of(std::vector<std::int32_t>(p.slot_of.size(), -1), stream.get()),
           hidden(p.hidden, stream.get()),
@@ -85,7 +86,7 @@ struct DeviceProblem {
         op.tokens = p.c.T;
         op.index = index.as<std::int64_t>();
         op.weights = weights.as();
-        op.weights_dtype = p.c.routing;
+        if constexpr (requires { p.c.routing; }) op.weights_dtype = p.c.routing;
         op.top_k = p.c.K;
     }
 
@@ -117,6 +118,9 @@ struct DeviceProblem {
     }
 };
 
-inline std::vector<float> run_on_device(const Problem& p) { return DeviceProblem(p).run(p.slot_of); }
+template <class P>
+std::vector<float> run_on_device(const P& p) {
+    return DeviceProblem(p).run(p.slot_of);
+}
 
 }  // namespace emoe::test

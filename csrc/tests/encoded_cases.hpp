@@ -60,21 +60,24 @@ struct EncodedProblem {
     std::vector<float> weights;
     std::vector<std::int64_t> index;
     std::vector<std::int32_t> slot_of;
+    std::int64_t unit;
     std::mt19937 random;
 
-    explicit EncodedProblem(const EncodedCase& which, unsigned seed = 1) : c(which), random(seed) {
+    // Arrays start at multiples of `alignment`, and so do slots; 1: at odd addresses.
+    explicit EncodedProblem(const EncodedCase& which, unsigned seed = 1, std::int64_t alignment = 1)
+        : c(which), unit(alignment), random(seed) {
         layout.hidden = c.H;
         layout.intermediate = c.I;
         layout.hidden_out = c.Ho;
         layout.has_gate = c.has_gate;
         layout.interleaved = c.interleaved;
         layout.encoded = true;
-        std::int64_t at = 1;  // odd addresses
+        std::int64_t at = 1;
         const std::int64_t step = c.interleaved ? 2 : 1;
         layout.gate = place(c.gate, step * c.I, c.H, c.I, step, at);
         if (c.has_gate) layout.up = place(c.up, step * c.I, c.H, c.I, step, at);
         layout.down = place(c.down, c.Ho, c.I, c.Ho, 1, at);
-        slot_bytes = at;
+        slot_bytes = aligned(at);
         slab.assign(static_cast<std::size_t>(slot_bytes * c.E), std::byte{0xFF});
         for (std::int64_t e = 0; e < c.E; ++e) {
             std::byte* slot = slab.data() + e * slot_bytes;
@@ -91,6 +94,7 @@ struct EncodedProblem {
         }
     }
 
+    std::int64_t aligned(std::int64_t at) const { return (at + unit - 1) / unit * unit; }
     float normal() { return std::normal_distribution<float>()(random); }
 
     Weights place(const CodesCase& codes, std::int64_t rows, std::int64_t depth, std::int64_t count, std::int64_t step,
@@ -107,7 +111,7 @@ struct EncodedProblem {
         w.scale_cols = codes.scale_cols;
         const CodesIn in = codes_row(codes.codes).in;
         const auto next = [&](std::int64_t& offset) {
-            offset = at;
+            offset = aligned(at);
             at = extent(w) + 3;
         };
         next(w.data);

@@ -162,7 +162,10 @@ class Gpu(Device):
         for layer, where in zip(layers, layouts, strict=True):
             reason = where.reason or self.refusal(ops.make_layout(where.native or {}, self.module))
             if reason:
-                raise UnsupportedModelError(f"the experts of {layer.path} cannot be computed on {self.name}: {reason}")
+                raise UnsupportedModelError(
+                    f"the experts of {layer.path} cannot be computed on {self.name}: {reason.rstrip('.')}; "
+                    "device='cpu' computes them"
+                )
 
     def check_pinned(self, pinned_memory: int | str | None, records: int, slot_bytes: int) -> None:
         pinned_slots(pinned_memory, records, slot_bytes)

@@ -366,10 +366,27 @@ def test_matrices_that_do_not_fit_the_expert_are_refused():
         run(experts, *inputs(1))
 
 
-def test_a_gpu_says_that_encoded_experts_run_on_the_cpu():
+@pytest.fixture
+def emulated():
+    """The native module of the emulation."""
     try:
-        module = native.load_emulated()
+        return native.load_emulated()
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    layout = ops.make_layout(build("q4_k").native, module)
-    assert "run on the CPU only" in module.cuda_refusal(layout)
+
+
+@pytest.mark.parametrize("make", [mixtral, gpt_oss, nemotron_h])
+def test_a_gpu_takes_every_encoding_and_says_what_it_does_not(emulated, make):
+    for name in NAMES:
+        experts = build(name, make=make)
+        native = {key: on_gpu(value) if isinstance(value, dict) else value for key, value in experts.native.items()}
+        assert emulated.cuda_refusal(ops.make_layout(native, emulated)) == ""
+    odd = ops.make_layout(build("int8-5x7-float32", make=make, hidden=203, inner=77).native, emulated)
+    assert "its gate is int8 with rows of length 203; a GPU takes multiples of 8" in emulated.cuda_refusal(odd)
+
+
+def on_gpu(weights):
+    """With arrays at multiples of 64, as slots have them."""
+    planes = {plane: at // 64 * 64 for plane, at in weights["planes"].items()}
+    bias = {"bias": (weights["bias"][0] // 64 * 64, *weights["bias"][1:])} if "bias" in weights else {}
+    return {**weights, "planes": planes, **bias}

@@ -63,7 +63,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_byte
 #define __syncthreads() ::emu::sync_threads()
 #define __syncwarp() ::emu::sync_warp()
 #define EMOE_UNROLL
-#define EMOE_UNROLL_BY_2
+#define EMOE_UNROLL_BY(count) static_assert((count) > 0);
 #define EMOE_SHARED(type, name, count) \
     type* const name = static_cast<type*>(::emu::shared(__COUNTER__, sizeof(type) * static_cast<std::size_t>(count)))
 #define EMOE_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::emu::dynamic_shared())
@@ -74,6 +74,16 @@ inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+// The four bytes of b, a that the nibbles of `select` name; no sign is spread.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned select) {
+    const std::uint64_t bytes = static_cast<std::uint64_t>(b) << 32 | a;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (select >> 4 * i & 7U) * 8 & 255U) << 8 * i;
+    return result;
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return static_cast<unsigned>((static_cast<std::uint64_t>(high) << 32 | low) >> (shift & 31U));
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __ballot_sync(unsigned, bool value) { return emu::ballot(value); }
