@@ -394,11 +394,11 @@ def graph(bench: Bench) -> dict[str, Any]:
 
     with torch.inference_mode():
         fill()
-        model.emoe.settle()
+        model.emoe.graphs.settle()
         eager = model(**step).logits.clone()
         fill()
         if not bench.on_gpu:
-            with model.emoe.replaying():
+            with model.emoe.graphs.replaying():
                 replayed = None
             again = model(**step).logits
             _close(again, eager.float(), "a step after the block of replays")
@@ -412,12 +412,12 @@ def graph(bench: Bench) -> dict[str, Any]:
         with torch.cuda.graph(captured, stream=stream):
             out = model(**step).logits
         fill()
-        with model.emoe.replaying():
+        with model.emoe.graphs.replaying():
             captured.replay()
         bench.wait()
         _close(out, eager.float().cpu(), "a replay")
         plain = bench.seconds([lambda: model(**step)] * 4)
-        with model.emoe.replaying():
+        with model.emoe.graphs.replaying():
             fast = bench.seconds([captured.replay] * 4)
     del captured
     model.emoe.close(restore=False)

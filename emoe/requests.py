@@ -126,6 +126,9 @@ class Request:
         within: the request of its thread that it is a part of.
         joined: it runs among others, by `Requests.begin`: its forwards are those of `rows` blocks that name it.
         failed: its block raised.
+
+    Raises:
+        ConfigError: tokens below 1.
     """
 
     task: str | None = None
@@ -139,6 +142,11 @@ class Request:
     within: Request | None = field(default=None, repr=False, compare=False)
     joined: bool = field(default=False, repr=False)
     failed: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for count in (self.tokens, *(each for _, each in self.others)):
+            if count is not None and not count >= 1:
+                raise ConfigError(f"tokens={count} of a request is not a number of at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         return {"task": self.task, "name": self.name, **self.tally.to_dict()}
@@ -362,16 +370,7 @@ class Requests:
             first = not self._asked
             if first:
                 self._end_implied()
-            told: list[RequestObserver] = []
-            self._joined = (*self._joined, request)
-            try:
-                for observer in self._observers:
-                    observer.begin(request, first)
-                    told.append(observer)
-            except BaseException:
-                request.failed = True
-                self._end_joined(request, told)
-                raise
+            self._tell_begin(request, first, partial(self._join, request), partial(self._end_joined, request))
 
     def end(self, request: Request, *, failed: bool = False) -> None:
         """A request that `begin` began is over; ending it again does nothing."""
@@ -379,6 +378,9 @@ class Requests:
             if any(each is request for each in self._joined):
                 request.failed |= failed
                 self._end_joined(request, self._observers)
+
+    def _join(self, request: Request) -> None:
+        self._joined = (*self._joined, request)
 
     def _end_joined(self, request: Request, told: Sequence[RequestObserver]) -> None:
         self._joined = tuple(each for each in self._joined if each is not request)
@@ -439,17 +441,23 @@ class Requests:
                 self._end_implied()
             own = _innermost(self._open)
             request.within = None if own is None else own.requests[0]
-            told: list[RequestObserver] = []
-            try:
-                self._open = (*self._open, entry)
-                for observer in self._observers:
-                    observer.begin(request, first)
-                    told.append(observer)
-            except BaseException:
-                request.failed = True
-                self._end(entry, told)
-                raise
+            self._tell_begin(request, first, partial(self._announce, entry), partial(self._end, entry))
             return request
+
+    def _tell_begin(
+        self, request: Request, first: bool, enter: Callable[[], None], undo: Callable[[list[RequestObserver]], None]
+    ) -> None:
+        """Runs `enter` and tells observers; where either raises, `undo` gets those that were told before."""
+        told: list[RequestObserver] = []
+        try:
+            enter()
+            for observer in self._observers:
+                observer.begin(request, first)
+                told.append(observer)
+        except BaseException:
+            request.failed = True
+            undo(told)
+            raise
 
     def _leave(self, entry: _Open, *raised: object) -> None:
         if raised[0] is not None:

@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from emoe import native
 from emoe.compute import attention, experts, ops
 from emoe.compute.bank import Bank, take_down
 from emoe.compute.device import Device
-from emoe.compute.slot_tables import SlotTables
+from emoe.compute.graphs import Graphs
 from emoe.errors import ClosedError, ConfigError, SaveError
 from emoe.options import Options
 from emoe.planning.plan import Plan
@@ -36,11 +35,6 @@ from emoe.trace.trace import TraceRecorder
 logger = logging.getLogger(__name__)
 
 
-def make_reader(kind: str) -> Any:
-    """The native reader of that name; fault injection in tests puts its own in this place."""
-    return native.load().make_reader(kind)
-
-
 class Runtime:
     """Everything emoe holds for one model; reached as `model.emoe`.
 
@@ -50,6 +44,7 @@ class Runtime:
         routing: the `emoe.routing.Routing` that exchanges picks; in mode `exact` it does nothing.
         base: the `emoe.slots.base_set.BaseSet` that keeps the experts a predictor names.
         attend: computes the attention of decode steps in the place of Transformers' own; None where that does.
+        graphs: the `emoe.compute.graphs.Graphs` of steps that do not need the host.
         lending: the `emoe.slots.lending.Lending` that takes slots out of use; None on a GPU, whose slots stay.
     """
 
@@ -72,19 +67,16 @@ class Runtime:
         # Then all that is not resident is exchanged, and nothing is read while a request runs.
         hostless = routing.mode == "resident" and not routing.loads_misses
         self._bank = Bank(
-            model, store, device, plan.layouts, plan.slots_per_layer, policy=options.policy,
-            kernels=options.kernels, miss=options.miss,
-            # Readers of the emulation are of a module of its own.
-            reader=(make_reader if device.module is native.load() else device.module.make_reader)(options.reader),
-            pinned_memory=options.pinned_memory, hostless=hostless, lock=self._lock, coarse=plan.coarse,
+            model, store, device, plan.layouts, plan.slots_per_layer, options,
+            hostless=hostless, lock=self._lock, coarse=plan.coarse,
         )  # fmt: skip
         self.cache, self.loader, self.layers = self._bank.cache, self._bank.loader, self._bank.layers
         experts_per_layer = self._bank.experts_per_layer
         options = opened(options, len(experts_per_layer), max(experts_per_layer), model)
         weights = getattr(options.sensitivity, "layer_weights", None)
         self.routing = Routing(model, self._bank.residency, routing, self.requests, weights)
-        if self._bank.tables is not None:
-            self.routing.use(self._bank.tables)
+        self.routing.use(self._bank.tables)
+        self.graphs = Graphs(self._bank, routing.mode, plan.top_k, self._require_open)
         self.base = BaseSet(
             self.loader, self._bank.residency, experts_per_layer, plan.top_k, options,
             loads_misses=routing.loads_misses, ahead=routing.mode in ("resident", "coarse"),
@@ -106,8 +98,6 @@ class Runtime:
             self._attached.before_forward(self.requests.forward)
         if self.routing.coarse is not None:
             self._bank.choose(self.routing.coarse.full)
-        if self.routing.phased:
-            self._attached.before_forward(self.routing.phases.forward)
         self.routing.start()
         self._bank.log_start(plan.resident_share, options.kernels)
         for warning in plan.warnings:
@@ -120,20 +110,17 @@ class Runtime:
             per_layer: adds a list `layers`, one dict a layer.
 
         Returns:
-            hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads, stall_ms
-            (time the computation waited for bytes), bytes_read and its split `demand_bytes`, `prefetch_bytes`, reader,
-            kernels (layers served by "native", "stock" or a device), `experts` (of layers that are alike: encodings,
-            bytes_per_expert, and whether they are read in place), `copies` (of all experts, in `coarse`: encoding and
-            bytes; None where there are none), `decoded` (of encoded weights outside experts: bytes
-            as stored and in memory, and why; None where there are none), device, slots, resident_share, budget_bytes,
-            encodings (of the experts), `sensitivity` (what `probe` found, or None), `routing`
-            (`emoe.routing.Routing.stats`), `prediction` (what the predictor did: docs/slots.md), `dense` (weights
-            outside experts that stay encoded: bytes in memory, how many of each encoding, and what was decoded, with
-            the reason; `plain`, how many plain ones the kernels compute with),
-            attention (who computes that of a decode step: "native" or "torch"), norms (how many RMSNorms the kernels
-            compute). On a GPU also: host_hits and host_misses (records in pinned memory or not), on_cpu
-            (missing experts that the CPU computed), settled (forwards of layers that asked the device for no value;
-            what they used is not in hits).
+            Of experts: hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
+            stall_ms (time the computation waited for bytes), bytes_read and its split demand_bytes, prefetch_bytes;
+            slots, resident_share, budget_bytes. How they run: reader, device, encodings, `kernels` (layers served by
+            "native", "stock" or a device), `experts` (of layers that are alike: encodings, bytes_per_expert, and
+            whether they are read in place), `copies` (of all experts, in `coarse`). Outside experts: `decoded` (bytes
+            as stored and in memory, and why), `dense` (what stays encoded, and how many `plain` ones kernels compute
+            with), `attention` of a decode step, `norms` that kernels compute. Of requests: `routing`
+            (`emoe.routing.Routing.stats`), `prediction` (docs/slots.md), `sensitivity` (what `probe` found). None where
+            there is none. On a GPU also host_hits and host_misses (records in pinned memory or not), on_cpu (missing
+            experts that the CPU computed), settled (forwards of layers that asked the device for no value; what they
+            used is not in hits).
 
         Raises:
             ClosedError: the runtime was closed; so does all that follows, but for `close`.
@@ -202,9 +189,6 @@ class Runtime:
         Raises:
             ConfigError: tokens below 1.
         """
-        for count in (tokens, *(each for _, each in others)):
-            if count is not None and not count >= 1:
-                raise ConfigError(f"tokens={count} of a request is not a number of at least 1")
         return self.requests.request(Request(task, name, tokens=tokens, others=others))
 
     @contextmanager
@@ -249,35 +233,6 @@ class Runtime:
         self._require_open()
         return self._bank.preload(progress)
 
-    def settle(self) -> None:
-        """Fills free slots and writes the slot tables: until experts in memory change, steps do not need the host.
-
-        For a CUDA graph of `routing="resident"` (docs/cuda.md): settle, run a step, capture one, and `replaying` it.
-        Free slots get the experts with the lowest ids; a prompt that ran before has filled them with its own. Layers
-        with a token table for router (`stats()["routing"]["exact_layers"]`) need the host in each step all the same.
-
-        Raises:
-            ConfigError: no GPU, or any step may load experts; a layer has fewer slots than a token has experts.
-            ReadError: the bytes of an expert could not be read; the others are loaded.
-        """
-        with self._lock:
-            self._settling().settle(self.plan.top_k)
-
-    def replaying(self) -> AbstractContextManager[None]:
-        """In the block, graphs captured of this model are replayed on the current stream.
-
-        Their slot tables are those of the experts in memory now, and no slot is filled before the replays have read it.
-        Only replays belong in it: a load that the block itself begins does not wait for those before it.
-
-        Raises:
-            ConfigError: as `settle`; EmoeError: a layer has a free slot or a prefetch under way (`settle` ends both).
-        """
-        return self._settling().replaying(self._bank.slab, self.plan.top_k)
-
-    def _settling(self) -> SlotTables:
-        self._require_open()
-        return self._bank.settling(self.routing.options.mode)
-
     def record(self, path: str | Path) -> AbstractContextManager[TraceRecorder]:
         """Records routing decisions while the block runs and writes them to `path` (.npz; see docs/traces.md).
 
@@ -314,16 +269,12 @@ class Runtime:
             self.loader.require_idle()
             if self._steps is None:
                 read = self._attached.read(restore)
+                hooks = [each.close for each in (self._attached, self._probes, self.routing) if each is not None]
                 self._steps = [
-                    self.requests.close, self._unhook, self._bank.close, lambda: self._attached.leave(read),
+                    self.requests.close, *hooks, self._bank.close, lambda: self._attached.leave(read),
                     self.store.close, lambda: self._attached.let_go(self),
                 ]  # fmt: skip
             take_down(self._steps)
-
-    def _unhook(self) -> None:
-        for each in (self._attached, self._probes, self.routing):
-            if each is not None:
-                each.close()
 
     @property
     def closed(self) -> bool:

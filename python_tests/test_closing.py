@@ -198,10 +198,10 @@ def test_every_call_after_a_close_says_that_it_is_closed(checkpoint, tmp_path):
             raise AssertionError
 
     def replaying():
-        with runtime.replaying():
+        with runtime.graphs.replaying():
             raise AssertionError
 
-    calls = [runtime.stats, runtime.settle, replaying, runtime.probe, runtime.check_integrity, record, request]
+    calls = [runtime.stats, runtime.graphs.settle, replaying, runtime.probe, runtime.check_integrity, record, request]
     for call in [*calls, lambda: model.generate(IDS, max_new_tokens=2)]:
         with pytest.raises(ClosedError):
             call()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emoe
-from emoe import errors, native, runtime
+from emoe import errors, native
 
 
 @pytest.fixture
@@ -17,10 +17,8 @@ def faulty(monkeypatch):
     """faulty(**faults): the next model reads through a reader with these faults."""
 
     def arrange(**faults):
-        module = native.load()
-        monkeypatch.setattr(
-            runtime, "make_reader", lambda kind: module.FaultyReader(module.make_reader(kind), **faults)
-        )
+        module, make = native.load(), native.load().make_reader
+        monkeypatch.setattr(module, "make_reader", lambda kind: module.FaultyReader(make(kind), **faults))
 
     return arrange
 

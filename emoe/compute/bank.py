@@ -20,11 +20,11 @@ from emoe.compute.coarse import Choose, Coarse, Copies
 from emoe.compute.device import Device
 from emoe.compute.experts import CLOSED, ExpertLayer, Observer, Part, Recording, StandIn
 from emoe.compute.records import as_in_files, register_records
-from emoe.compute.slot_tables import SlotTables
 from emoe.errors import ConfigError, ReadError
 from emoe.memory import format_bytes
 from emoe.model import summary
 from emoe.model.layout import SlotLayout
+from emoe.options import Options
 from emoe.requests import Block, RequestObserver
 from emoe.slots.cache import CacheManager
 from emoe.slots.lending import Lending
@@ -56,14 +56,14 @@ class Bank:
         tables: slot tables of a device, None where steps need the host.
         layers: what Transformers calls, one for each experts module.
         observers: told of every forward of a layer in this order.
+        device: where it computes.
+        lock: held while any of it is used.
 
     Args:
         model: its experts' parameters are detached.
         layouts: where an expert of each layer lies in a slot, as planned.
         slots_per_layer: how many slots each layer has.
-        policy: of the cache.
-        reader: of the device's native module.
-        kernels, miss, pinned_memory: as in `emoe.from_pretrained`.
+        options: policy of the cache, reader, kernels, miss, pinned_memory.
         hostless: routing exchanges every pick that is not resident, so that a device may do without the host.
         lock: held while any of it is used.
         coarse: encoding of the copies that all experts have; None: they have none.
@@ -76,19 +76,15 @@ class Bank:
         device: Device,
         layouts: Sequence[SlotLayout],
         slots_per_layer: Sequence[int],
+        options: Options,
         *,
-        policy: str,
-        reader: Any,
-        kernels: str,
-        miss: str,
-        pinned_memory: int | str | None,
         hostless: bool,
         lock: RLock,
         coarse: str | None = None,
     ) -> None:
-        self._store, self._device, self._lock = store, device, lock
+        self._store, self.device, self.lock = store, device, lock
         self.experts_per_layer = [len(layer.pieces) for layer in store.layers]
-        self.cache = CacheManager(slots_per_layer, policy=policy)
+        self.cache = CacheManager(slots_per_layer, policy=options.policy)
         self.residency = CacheResidency(self.cache, self.experts_per_layer, lock)
         self.slab = device.slab(sum(slots_per_layer), max(each.nbytes for each in layouts))
         modules = dict(model.named_modules())
@@ -96,7 +92,10 @@ class Bank:
         layouts = as_in_files(modules, store.layers, layouts, device.slot_alignment)
         self._table, records = register_records(device.module, store, layouts)
         count = sum(self.experts_per_layer)
-        self._queue = device.queue(self.slab, self._table, reader, records=count, pinned_memory=pinned_memory)
+        self._queue = device.queue(
+            self.slab, self._table, device.module.make_reader(options.reader), records=count,
+            pinned_memory=options.pinned_memory,
+        )  # fmt: skip
         self.loader = Loader(self.cache, self._queue, records)
         self.tables = device.tables(self.loader, self.experts_per_layer, lock) if hostless else None
         # On a device whose steps may do without the host nothing leaves for a miss, and nothing is asked of it.
@@ -110,7 +109,9 @@ class Bank:
         self._parts = parts
         self.layers = [
             ExpertLayer(part, compute, lock, self.observers)
-            for part, compute in zip(parts, device.computes(parts, kernels=kernels, miss=miss), strict=True)
+            for part, compute in zip(
+                parts, device.computes(parts, kernels=options.kernels, miss=options.miss), strict=True
+            )
         ]
 
     def choose(self, full: Choose) -> None:
@@ -175,7 +176,7 @@ class Bank:
         try:
             recording.file = recorder.saving()
             recording.file.__enter__()
-            with self._lock:
+            with self.lock:
                 check()
                 for each in self._recordings():
                     if each.over:  # an interrupt came before its end
@@ -195,7 +196,7 @@ class Bank:
         return [each for each in self.observers if isinstance(each, Recording)]
 
     def _recorded(self, told: list[RequestObserver], recording: Recording, *raised: Any) -> None:
-        with self._lock:
+        with self.lock:
             told[:] = [each for each in told if each is not recording]
             # Last, as `_recordings` looks here for what was cut off.
             self.observers[:] = [each for each in self.observers if each is not recording]
@@ -224,12 +225,12 @@ class Bank:
 
     def lending(self, least: int, resized: Callable[[], object]) -> Lending | None:
         """What takes slots out of use, at least so many in each layer staying; None where their memory stays taken."""
-        if not self._device.lends:
+        if not self.device.lends:
             return None
         slots = (len(self.cache.slots(layer)) for layer in range(self.cache.layers))
         return Lending(
-            self.loader, [min(least, count) for count in slots], lock=self._lock,
-            give_back=lambda slot: self._device.give_back(self.slab, slot), resized=resized,
+            self.loader, [min(least, count) for count in slots], lock=self.lock,
+            give_back=lambda slot: self.device.give_back(self.slab, slot), resized=resized,
         )  # fmt: skip
 
     def preload(self, progress: bool) -> int:
@@ -239,7 +240,7 @@ class Bank:
         with tqdm(total=sum(free), desc="Loading experts", unit="expert", disable=None if progress else True) as bar:
             for layer, experts in enumerate(self.experts_per_layer):
                 while True:
-                    with self._lock:
+                    with self.lock:
                         before = self.cache.free(layer)
                         absent = [each for each in range(experts) if self.cache.lookup(layer, each) is None]
                         started = self.loader.prefetch(layer, absent[:before])
@@ -251,21 +252,8 @@ class Bank:
                         break
                     read += started
                     bar.update(started)
-        with self._lock:
-            return read + self._device.preload(self._queue, sum(self.experts_per_layer), progress)
-
-    def settling(self, mode: str) -> SlotTables:
-        """The slot tables.
-
-        Raises:
-            ConfigError: a step may need the host.
-        """
-        if self.tables is None:
-            raise ConfigError(
-                f"device='{self._device.name}' with routing='{mode}' may need the host in any step; steps without it "
-                "need a GPU and routing='resident' without max_substituted_mass and without top_pick='keep'"
-            )
-        return self.tables
+        with self.lock:
+            return read + self.device.preload(self._queue, sum(self.experts_per_layer), progress)
 
     def stats(self, *, per_layer: bool) -> dict[str, Any]:
         """Its part of `Runtime.stats`."""
@@ -281,14 +269,14 @@ class Bank:
             "read_ms": 1e3 * transfer["read_seconds"],
             "reader": transfer["reader"],
             "kernels": dict(Counter(layer.kernels for layer in self.layers)),
-            "device": self._device.name,
-            "isa": self._device.module.isa(),
-            "threads": self._device.module.threads(),
+            "device": self.device.name,
+            "isa": self.device.module.isa(),
+            "threads": self.device.module.threads(),
             "slots": self.slab.slots,
             "slot_bytes": self.slab.slot_bytes,
             "experts": self._summary(),
             "copies": None if self.copies is None else self.copies.stats(),
-            **self._device.counts(transfer, [layer.compute for layer in self.layers]),
+            **self.device.counts(transfer, [layer.compute for layer in self.layers]),
         }
         if per_layer:
             result["layers"] = [

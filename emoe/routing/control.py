@@ -63,7 +63,7 @@ class Routing:
         requests: Requests | None = None,
         weights: Callable[[str | None], NDArray[np.float64]] | None = None,
     ) -> None:
-        self.options = options
+        self.options, self._model = options, model
         self.sites: list[Site] = []
         self._layers: list[Tally] = []
         self._tasks: dict[str | None, Tally] = {}
@@ -89,21 +89,27 @@ class Routing:
         self.sites = find_routers(model)
         self._layers = [Tally() for _ in self.sites]
 
-    def use(self, tables: Tables) -> None:
+    def use(self, tables: Tables | None) -> None:
         """Routes by these slot tables of a device where a layer is settled: the host then reads no value.
 
         Only a mode that reads nothing can: in the others the host has to know what is missing.
         """
+        if tables is None:
+            return
         assert not self.options.loads_misses
         self._settled = SettledRouting(tables, len(self.sites), self._take)
         self._settled.current([self._requests.current], batch=False)
 
     def start(self) -> None:
-        """Puts the hooks on the routers."""
+        """Puts the hooks on the routers, and on the model where it matters what a forward is of."""
         self.close()  # hooks that an interrupt left there
         for site in self.sites:
             if site.rule is not None:
                 self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
+        if self.phased:
+            told = self.phases.forward
+            hook = self._model.register_forward_pre_hook(lambda _, args, kwargs: told(args, kwargs), with_kwargs=True)
+            self._handles.append(hook)
 
     @property
     def phased(self) -> bool:
@@ -485,8 +491,4 @@ def attach(
     options = parse_options(routing, bias, max_substituted_mass, top_pick)
     attached = Routing(model, residency, options, weights=weights)
     attached.start()
-    if attached.phased:
-        told = attached.phases.forward
-        handle = model.register_forward_pre_hook(lambda _, args, kwargs: told(args, kwargs), with_kwargs=True)
-        attached._handles.append(handle)
     return attached

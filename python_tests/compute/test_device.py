@@ -104,7 +104,7 @@ def test_resident_routing_on_the_device_gives_the_tokens_and_counts_of_the_cpu(d
 def test_full_slots_take_the_host_out_of_every_step_and_a_change_of_experts_is_seen(device, checkpoint, prompt):
     model = resident(checkpoint("qwen3_moe"), device)
     with torch.no_grad():
-        model.emoe.settle()
+        model.emoe.graphs.settle()
         for _ in range(2):
             before = model.emoe.stats()["settled"]
             model(prompt.to(model.device))
@@ -132,13 +132,13 @@ def test_full_slots_take_the_host_out_of_every_step_and_a_change_of_experts_is_s
 def test_a_prefetch_under_way_brings_the_host_back_until_it_is_over(device, checkpoint, prompt):
     model = resident(checkpoint("qwen3_moe"), device)
     with torch.no_grad():
-        model.emoe.settle()
+        model.emoe.graphs.settle()
         absent = next(e for e in range(8) if model.emoe.cache.lookup(1, e) is None)
         assert model.emoe.loader.prefetch(1, [absent]) == 1
         before = model.emoe.stats()["settled"]
         model(prompt.to(model.device))
         assert model.emoe.stats()["settled"] == before + len(model.emoe.layers) - 1
-        model.emoe.settle()
+        model.emoe.graphs.settle()
         before = model.emoe.stats()["settled"]
         model(prompt.to(model.device))
         assert model.emoe.stats()["settled"] == before + len(model.emoe.layers)
@@ -148,18 +148,18 @@ def test_a_prefetch_under_way_brings_the_host_back_until_it_is_over(device, chec
 
 def test_replays_are_refused_before_layers_are_settled_and_where_a_step_may_load(device, checkpoint, prompt):
     model = resident(checkpoint("qwen3_moe"), device)
-    with pytest.raises(EmoeError, match=r"layer 0 is not settled; call settle\(\)"), model.emoe.replaying():
+    with pytest.raises(EmoeError, match=r"layer 0 is not settled; call settle\(\)"), model.emoe.graphs.replaying():
         pass
-    model.emoe.settle()
-    with model.emoe.replaying():
+    model.emoe.graphs.settle()
+    with model.emoe.graphs.replaying():
         pass
     model.emoe.close(restore=False)
     with pytest.raises(ClosedError):
-        model.emoe.settle()
+        model.emoe.graphs.settle()
     for where, options in (("cpu", {}), (device, {"max_substituted_mass": 0.1})):
         model = resident(checkpoint("qwen3_moe"), where, **options)
         with pytest.raises(ConfigError, match="may need the host in any step"):
-            model.emoe.settle()
+            model.emoe.graphs.settle()
         model.emoe.close(restore=False)
 
 
@@ -168,13 +168,13 @@ def test_a_layer_with_fewer_slots_than_picks_is_said_to_need_the_host(device, ch
     slots = len(model.emoe.cache.slots(0))
     model.emoe.plan = dataclasses.replace(model.emoe.plan, top_k=slots + 1)
     with pytest.raises(ConfigError, match=f"layer 0 has {slots} slots, fewer than the {slots + 1} experts"):
-        model.emoe.settle()
+        model.emoe.graphs.settle()
     model.emoe.close(restore=False)
 
 
 def test_replays_run_between_the_reads_of_every_slot_and_nobody_loads_meanwhile(device, checkpoint):
     model = resident(checkpoint("qwen3_moe"), device)
-    model.emoe.settle()
+    model.emoe.graphs.settle()
     native, calls, taken = model.emoe._device.native, [], []
 
     class Watched:
@@ -190,7 +190,7 @@ def test_replays_run_between_the_reads_of_every_slot_and_nobody_loads_meanwhile(
 
     model.emoe._device.native = Watched()
     slots = list(range(model.emoe.stats()["slots"]))
-    with pytest.raises(KeyError), model.emoe.replaying():
+    with pytest.raises(KeyError), model.emoe.graphs.replaying():
         calls.append("replay")
         other = threading.Thread(target=lambda: taken.append(model.emoe._lock.acquire(blocking=False)))
         other.start()
@@ -204,7 +204,7 @@ def test_replays_run_between_the_reads_of_every_slot_and_nobody_loads_meanwhile(
 
 def test_a_settled_call_in_parts_or_without_rows_is_the_one_of_the_host(device, checkpoint):
     model = resident(checkpoint("qwen3_moe"), device)
-    model.emoe.settle()
+    model.emoe.graphs.settle()
     block = moe_block(model)
     hidden = torch.randn(1, 9, model.config.hidden_size, device=model.device)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_a_settled_call_in_parts_or_without_rows_is_the_one_of_the_host(device, 
 
 def test_picks_that_a_later_hook_puts_in_the_place_of_the_routers_are_loaded_and_not_left_out(device, checkpoint):
     model = resident(checkpoint("qwen3_moe"), device)
-    model.emoe.settle()
+    model.emoe.graphs.settle()
     block = moe_block(model)
     absent = [e for e in range(8) if model.emoe.cache.lookup(0, e) is None]
     picks = torch.tensor(absent, device=model.device).repeat(3, 1)[:, : model.config.num_experts_per_tok]
@@ -243,7 +243,7 @@ def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(dev
     hidden = torch.randn(1, 5, model.config.hidden_size, device=device)
     with torch.no_grad(), torch.cuda.device(device):
         model(prompt.to(device))
-        model.emoe.settle()
+        model.emoe.graphs.settle()
         before = model.emoe.stats()["settled"]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -264,7 +264,7 @@ def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(dev
                 for _ in model.emoe.loader.rounds(0, absent):
                     pass
             hidden.normal_()
-            with model.emoe.replaying():
+            with model.emoe.graphs.replaying():
                 graph.replay()
             torch.testing.assert_close(captured, moe(hidden))
         assert model.emoe.stats()["settled"] == before + 5, "the capture is one of them"
