@@ -61,7 +61,7 @@ cuda-test: emulated
 EMULATED := python_tests/compute/test_device.py python_tests/compute/test_ops.py python_tests/csrc/test_cuda_scripts.py \
   -k "test_device or emulated or transfer_benchmark"
 ALSO_EMULATED := python_tests/csrc/test_gpu_acceptance.py python_tests/csrc/test_stub.py \
-  python_tests/compute/test_choose.py python_tests/compute/test_preload.py
+  python_tests/compute/test_choose.py python_tests/compute/test_preload.py python_tests/compute/test_device_encoded.py
 
 # Every kernel for every published architecture: registers, shared memory, spills, tensor-core instructions. Needs nvcc.
 cuda-matrix: build

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from emoe import native
 from emoe.compute import attention, experts, ops
 from emoe.compute.bank import Bank, take_down
 from emoe.compute.device import Device
@@ -33,6 +34,11 @@ from emoe.store import ExpertStore
 from emoe.trace.trace import TraceRecorder
 
 logger = logging.getLogger(__name__)
+
+
+def make_reader(kind: str) -> Any:
+    """The native reader of that name; fault injection in tests puts its own in this place."""
+    return native.load().make_reader(kind)
 
 
 class Runtime:
@@ -66,8 +72,10 @@ class Runtime:
         routing = routing_of(options)
         # Then all that is not resident is exchanged, and nothing is read while a request runs.
         hostless = routing.mode == "resident" and not routing.loads_misses
+        # Readers of the emulation are of a module of its own.
+        make = make_reader if device.module is native.load() else device.module.make_reader
         self._bank = Bank(
-            model, store, device, plan.layouts, plan.slots_per_layer, options,
+            model, store, device, plan.layouts, plan.slots_per_layer, options, make(options.reader),
             hostless=hostless, lock=self._lock, coarse=plan.coarse,
         )  # fmt: skip
         self.cache, self.loader, self.layers = self._bank.cache, self._bank.loader, self._bank.layers

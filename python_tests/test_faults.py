@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emoe
-from emoe import errors, native
+from emoe import errors, native, runtime
 
 
 @pytest.fixture
@@ -17,8 +17,10 @@ def faulty(monkeypatch):
     """faulty(**faults): the next model reads through a reader with these faults."""
 
     def arrange(**faults):
-        module, make = native.load(), native.load().make_reader
-        monkeypatch.setattr(module, "make_reader", lambda kind: module.FaultyReader(make(kind), **faults))
+        module = native.load()
+        monkeypatch.setattr(
+            runtime, "make_reader", lambda kind: module.FaultyReader(module.make_reader(kind), **faults)
+        )
 
     return arrange
 

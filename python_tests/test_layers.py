@@ -38,7 +38,8 @@ ALLOWED_IMPORTS = {
     "compute": {"slots", "store", "trace", "model", "options", "requests", "native", "memory"},
     "replay": {"slots", "predictor", "trace"},
     "runtime": {
-        "compute", "planning", "slots", "seam", "routing", "store", "sensitivity", "trace", "requests", "options",
+        "compute", "planning", "slots", "seam", "routing", "store", "sensitivity", "trace", "requests", "native",
+        "options",
     },
     "entry": {
         "runtime", "compute", "planning", "slots", "seam", "routing", "store", "model", "options",

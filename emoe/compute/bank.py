@@ -63,7 +63,8 @@ class Bank:
         model: its experts' parameters are detached.
         layouts: where an expert of each layer lies in a slot, as planned.
         slots_per_layer: how many slots each layer has.
-        options: policy of the cache, reader, kernels, miss, pinned_memory.
+        options: policy of the cache, kernels, miss, pinned_memory.
+        reader: of the device's native module.
         hostless: routing exchanges every pick that is not resident, so that a device may do without the host.
         lock: held while any of it is used.
         coarse: encoding of the copies that all experts have; None: they have none.
@@ -77,6 +78,7 @@ class Bank:
         layouts: Sequence[SlotLayout],
         slots_per_layer: Sequence[int],
         options: Options,
+        reader: Any,
         *,
         hostless: bool,
         lock: RLock,
@@ -92,10 +94,7 @@ class Bank:
         layouts = as_in_files(modules, store.layers, layouts, device.slot_alignment)
         self._table, records = register_records(device.module, store, layouts)
         count = sum(self.experts_per_layer)
-        self._queue = device.queue(
-            self.slab, self._table, device.module.make_reader(options.reader), records=count,
-            pinned_memory=options.pinned_memory,
-        )  # fmt: skip
+        self._queue = device.queue(self.slab, self._table, reader, records=count, pinned_memory=options.pinned_memory)
         self.loader = Loader(self.cache, self._queue, records)
         self.tables = device.tables(self.loader, self.experts_per_layer, lock) if hostless else None
         # On a device whose steps may do without the host nothing leaves for a miss, and nothing is asked of it.

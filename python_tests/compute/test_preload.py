@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import emoe
-from emoe import native
+from emoe import native, runtime
 from emoe.errors import ClosedError, ReadError
 
 
@@ -52,8 +52,8 @@ def test_what_a_prompt_brought_stays(checkpoint, prompt):
 
 
 def test_an_expert_that_cannot_be_read_is_an_error_and_the_next_call_goes_on(checkpoint, monkeypatch):
-    module, make = native.load(), native.load().make_reader
-    monkeypatch.setattr(module, "make_reader", lambda kind: module.FaultyReader(make(kind), fail_at=3))
+    module = native.load()
+    monkeypatch.setattr(runtime, "make_reader", lambda kind: module.FaultyReader(module.make_reader(kind), fail_at=3))
     model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, context=64)
     with pytest.raises(ReadError, match="of layer 0 could not be read"):
         model.emoe.preload()

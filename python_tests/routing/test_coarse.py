@@ -13,7 +13,7 @@ from interrupts import interrupted
 from transformers import AutoModelForCausalLM
 
 import emoe
-from emoe import cli, errors, files, native
+from emoe import cli, errors, files, native, runtime
 from emoe.errors import BudgetError, ConfigError, UnsupportedModelError
 from emoe.model import copies, structure
 from emoe.model.decode import parameter
@@ -391,8 +391,12 @@ def test_a_number_that_is_not_finite_is_named(tmp_path):
 
 
 def test_a_failed_read_is_named_and_the_next_attempt_goes_on(checkpoint, ids, monkeypatch):
-    module, make = native.load(), native.load().make_reader
-    monkeypatch.setattr(module, "make_reader", lambda kind: module.FaultyReader(make(kind), fail_at=2, errno=errno.EIO))
+    module = native.load()
+    monkeypatch.setattr(
+        runtime,
+        "make_reader",
+        lambda kind: module.FaultyReader(module.make_reader(kind), fail_at=2, errno=errno.EIO),
+    )
     model = _load(checkpoint("olmoe"), exact_mass=0.3)
     with pytest.raises(errors.ReadError, match=os.strerror(errno.EIO)):
         _logits(model, ids)

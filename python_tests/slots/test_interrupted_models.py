@@ -12,7 +12,7 @@ import torch
 from interrupts import handled, interrupted
 
 import emoe
-from emoe import native
+from emoe import native, runtime
 from emoe.compute import records
 from emoe.errors import EmoeError
 from emoe.requests import Kind
@@ -287,8 +287,8 @@ def test_an_interrupt_inside_a_native_call_never_gives_a_slot_away_that_is_writt
     call, checkpoint, truth, monkeypatch
 ):
     logits, expected = truth
-    module, make = native.load(), native.load().make_reader
-    monkeypatch.setattr(module, "make_reader", lambda kind: module.FaultyReader(make(kind), delay_ms=2))
+    module, make = native.load(), runtime.make_reader
+    monkeypatch.setattr(runtime, "make_reader", lambda kind: module.FaultyReader(make(kind), delay_ms=2))
     options = {"memory_budget": 0.1} if call == "demand" else {"prefetch": "look-ahead"}
     model = _load(checkpoint("qwen3_moe"), **options)
     losing = model.emoe.loader._queue = _Losing(model.emoe.loader._queue)
