@@ -45,8 +45,7 @@ enum class ScaleType : unsigned char { kNone, kFloat32, kBFloat16, kFloat16, kE8
 // Numbers by their nibble; of e2m1 twice the value, so that it is whole (gguf_mxfp4 halves its scale).
 // Not inline: a unit of one instruction set exports its table of kernels and nothing else.
 constexpr signed char kE2M1Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-constexpr signed char kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                               1,    13,   25,  38,  53,  69,  89,  113};
+constexpr signed char kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 // Which nibble of a word of AWQ holds the output `at` of eight neighbours: 0, 4, 1, 5, 2, 6, 3, 7.
 EMOE_HOST_DEVICE constexpr int awq_nibble(int at) { return at / 2 + at % 2 * 4; }
