@@ -1,7 +1,8 @@
 // How codes become small whole numbers, 32 at a time, and their scales, 8 groups of 32 at a time. For the x86 units.
 //
 // A codec has: kScales, scales of a group (2: one for either half); kMinimum, whether a value has an addend;
-// kStep, whether rows are made of whole steps of 8 groups; kApart, whether the codes of a group come in the order 0, 2,
+// whether that of its first half is another (kHalfMinima); kStep, whether rows are made of whole steps of 8 groups;
+// kApart, whether the codes of a group come in the order 0, 2,
 // ... 30, 1, 3, ... 31; row() and the two functions of a row.
 namespace emoe::cpu {
 namespace {
@@ -28,6 +29,13 @@ struct Scales {
     __m256 scale[kScales];
     __m256 minimum;
 };
+
+// Where the first half of a group has an addend of its own: that of the second is `minimum`.
+struct ScalesOfHalves : Scales<2> {
+    __m256 first;  // what the first half's is larger by
+};
+template <class Q>
+constexpr bool kHalfMinima = requires(const Source& a, const RowAt& row) { Q::scales(a, row, 0, 0).first; };
 
 inline __m256 floats_of_f16(__m128i halves) { return _mm256_cvtph_ps(halves); }
 inline float one_of_f16(const unsigned char* p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half_at(p)))); }
@@ -336,6 +344,108 @@ struct WithMinima : Large<kBytes, 1> {
                 _mm256_mul_ps(floats(_mm_srli_si128(six, 8)), _mm256_broadcastss_ps(_mm_movehdup_ps(both)))};
     }
 };
+// kTo - kFrom to the left; what other bits of a 16-bit lane move in is masked off by the caller.
+template <int kBy>
+inline __m256i shift(__m256i bytes) {
+    if constexpr (kBy > 0) return _mm256_slli_epi16(bytes, kBy);
+    if constexpr (kBy < 0) return _mm256_srli_epi16(bytes, -kBy);
+    return bytes;
+}
+// Blocks whose sixteen groups of 16 have a scale each: of two bits, those of 128 values in the same 32 bytes.
+template <int kBytes, int kBits>  // kBits: where they begin
+struct TwoBits : Large<kBytes, 2> {
+    template <int j>
+    static __m256i two_bits(const unsigned char* block) {
+        const __m256i bytes = load_bytes32(block + kBits + j / 4 * 32);
+        return _mm256_and_si256(shift<j % 4 * -2>(bytes), _mm256_set1_epi8(3));
+    }
+#if defined(EMOE_QUADS)
+    static constexpr Order kOrder = kPairOrder;
+    // Groups 4 q + i and 4 q + i + 2.
+    template <int q, int i>
+    static __m512i two_groups(const unsigned char* block) {
+        const __m512i twice = _mm512_broadcast_i64x4(load_bytes32(block + kBits + q * 32));
+        constexpr int by = 2 * i;
+        const __m512i turn = _mm512_setr_epi64(by, by, by, by, by + 4, by + 4, by + 4, by + 4);
+        return _mm512_and_si512(_mm512_srlv_epi64(twice, turn), _mm512_set1_epi8(3));
+    }
+#endif
+};
+struct Q2_K : TwoBits<84, 16> {
+    static constexpr bool kMinimum = true;
+    template <int j>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        return widen_unsigned(two_bits<j>(block(row, g)));
+    }
+    static ScalesOfHalves scales(const Source&, const RowAt& row, int64_t g0, int64_t) {
+        const unsigned char* p = block(row, g0);
+        const __m128i bytes = load_bytes16(p);
+        const __m128i scale = _mm_and_si128(bytes, _mm_set1_epi8(15));
+        const __m128i minimum = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+        const __m256 d = _mm256_set1_ps(one_of_f16(p + 80));
+        const __m256 less = _mm256_set1_ps(-one_of_f16(p + 82));
+        const auto of_bytes = [&](__m128i eight) {
+            return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)), d);
+        };
+        const __m256i first = _mm256_cvtepu16_epi32(_mm_and_si128(minimum, _mm_set1_epi16(15)));
+        const __m256i second = _mm256_cvtepu16_epi32(_mm_srli_epi16(minimum, 8));
+        ScalesOfHalves found;
+        found.scale[0] = of_bytes(scale);
+        found.scale[1] = of_bytes(_mm_srli_si128(scale, 8));
+        found.minimum = _mm256_mul_ps(_mm256_cvtepi32_ps(second), less);
+        found.first = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(first, second)), less);
+        return found;
+    }
+#if defined(EMOE_QUADS)
+    static __m256 quad_factor() { return _mm256_set1_ps(1.0F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        split_unsigned(two_groups<q, 0>(block(row, g)), parts[0], parts[1]);
+        split_unsigned(two_groups<q, 1>(block(row, g)), parts[2], parts[3]);
+    }
+#endif
+};
+struct Q3_K : TwoBits<110, 32> {
+    // Four less where the high bit is not set.
+    template <int j>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        const unsigned char* p = block(row, g);
+        const __m256i high = _mm256_and_si256(shift<2 - j>(load_bytes32(p)), _mm256_set1_epi8(4));
+        return widen_signed(_mm256_sub_epi8(_mm256_or_si256(two_bits<j>(p), high), _mm256_set1_epi8(4)));
+    }
+    static Scales<2> scales(const Source&, const RowAt& row, int64_t g0, int64_t) {
+        const unsigned char* p = block(row, g0) + 96;
+        const __m128i nibbles = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+        int pairs;
+        __builtin_memcpy(&pairs, p + 8, 4);
+        const __m128i low = _mm_and_si128(_mm_unpacklo_epi64(nibbles, _mm_srli_epi16(nibbles, 4)), _mm_set1_epi8(15));
+        const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(pairs), _mm_setr_epi32(0, 2, 4, 6));
+        const __m128i six = _mm_or_si128(low, _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4));
+        const __m128i scale = _mm_sub_epi8(six, _mm_set1_epi8(32));
+        const __m256 d = _mm256_set1_ps(one_of_f16(p + 12));
+        const auto of_bytes = [&](__m128i eight) {
+            return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), d);
+        };
+        return {{of_bytes(scale), of_bytes(_mm_srli_si128(scale, 8))}, _mm256_setzero_ps()};
+    }
+#if defined(EMOE_QUADS)
+    static __m256 quad_factor() { return _mm256_set1_ps(0x1p-8F); }
+    template <int q>
+    static void quad(const RowAt& row, int64_t g, __m512i (&parts)[4]) {
+        const unsigned char* p = block(row, g);
+        const __m512i bits = _mm512_broadcast_i64x4(load_bytes32(p));
+        const auto less = [&](__m512i codes, int i) {
+            const __m256i one = _mm256_set1_epi8((char)(1 << (4 * q + i)));
+            const __m256i other = _mm256_set1_epi8((char)(4 << (4 * q + i)));
+            const __mmask64 low =
+                _mm512_testn_epi8_mask(bits, _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1));
+            return _mm512_mask_sub_epi8(codes, low, codes, _mm512_set1_epi8(4));
+        };
+        split_large(less(two_groups<q, 0>(p), 0), parts[0], parts[1]);
+        split_large(less(two_groups<q, 1>(p), 1), parts[2], parts[3]);
+    }
+#endif
+};
 struct Q4_K : WithMinima<144> {
     template <int j>
     static Codes32 codes(const RowAt& row, int64_t g) {
@@ -355,13 +465,6 @@ struct Q4_K : WithMinima<144> {
     }
 #endif
 };
-// kTo - kFrom to the left; what other bits of a 16-bit lane move in is masked off by the caller.
-template <int kBy>
-inline __m256i shift(__m256i bytes) {
-    if constexpr (kBy > 0) return _mm256_slli_epi16(bytes, kBy);
-    if constexpr (kBy < 0) return _mm256_srli_epi16(bytes, -kBy);
-    return bytes;
-}
 struct Q5_K : WithMinima<176> {
     template <int j>
     static Codes32 codes(const RowAt& row, int64_t g) {

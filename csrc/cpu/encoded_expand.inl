@@ -34,11 +34,13 @@ void expand_groups(const Source& a, int64_t first, int64_t count, int64_t k0, in
         for (int64_t g0 = k0 / kGroup; g0 < g1; g0 += kGroups) {
             constexpr int S = Q::kScales;
             const int64_t n = least(kGroups, g1 - g0);
-            const Scales<S> found = Q::scales(a, row, g0, n);
+            const auto found = Q::scales(a, row, g0, n);
             alignas(32) float scale[kGroups * S];
-            alignas(32) float minimum[kGroups];
+            alignas(32) float minimum[kGroups] = {};  // of either half
+            alignas(32) float more[kGroups] = {};     // what that of the first has more
             for (int s = 0; s < S; ++s) _mm256_store_ps(scale + s * kGroups, found.scale[s]);
             if constexpr (Q::kMinimum) _mm256_store_ps(minimum, found.minimum);
+            if constexpr (kHalfMinima<Q>) _mm256_store_ps(more, found.first);
             const auto group = [&]<int j>(int64_t at) __attribute__((always_inline)) {
                 float* values = out + (g0 + at) * kGroup;
                 if constexpr (requires { &Q::values; }) {
@@ -48,7 +50,7 @@ void expand_groups(const Source& a, int64_t first, int64_t count, int64_t k0, in
                 } else {
                     Codes32 codes = Q::template codes<j>(row, g0 + at);
                     if constexpr (Q::kApart) codes = together(codes);
-                    store_values<S>(values, codes, scale + at * S, Q::kMinimum ? minimum[at] : 0.0F);
+                    store_values<S>(values, codes, scale + at * S, minimum[at] + more[at], minimum[at]);
                 }
             };
             if (Q::kStep || n == kGroups) {
@@ -146,6 +148,10 @@ inline Fast fast_of(const Weights& w) {
             return kFast<Q5_0>;
         case Codes::kQ5_1:
             return kFast<Q5_1>;
+        case Codes::kQ2_K:
+            return kFast<Q2_K>;
+        case Codes::kQ3_K:
+            return kFast<Q3_K>;
         case Codes::kQ4_K:
             return kFast<Q4_K>;
         case Codes::kQ5_K:

@@ -3,7 +3,8 @@
 namespace emoe::cpu {
 namespace {
 
-// Where the parts of a narrow row lie: floats, 16-bit integers in each order, and a scale and a sum for each group.
+// Where the parts of a narrow row lie: floats, 16-bit integers in each order, and for each group a scale, a sum, and
+// the sum of its first half.
 inline int64_t padded_depth(int64_t depth) { return pad_up(depth, kEncodedPad); }
 inline const int16_t* whole_of(const uint32_t* x, int64_t depth, Order order = kPlain) {
     return reinterpret_cast<const int16_t*>(x + padded_depth(depth)) + order * padded_depth(depth);
@@ -13,6 +14,9 @@ inline const float* scale_of(const uint32_t* x, int64_t depth) {
 }
 inline const float* sum_of(const uint32_t* x, int64_t depth) {
     return scale_of(x, depth) + padded_depth(depth) / kGroup;
+}
+inline const float* first_of(const uint32_t* x, int64_t depth) {
+    return sum_of(x, depth) + padded_depth(depth) / kGroup;
 }
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
@@ -30,6 +34,15 @@ inline void store_sums(const __m256 (&rows)[R], int64_t count, float* y) {
 
 // Below this a group counts as zero, since its inverse would be infinite.
 constexpr float kLeast = 0x1p-100F;
+
+// Of sixteen.
+inline int sum_of_whole(__m256i values) {
+    const __m256i pairs = _mm256_madd_epi16(values, _mm256_set1_epi16(1));
+    __m128i two = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0x4E));
+    two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1));
+    return _mm_cvtsi128_si32(two);
+}
 
 // What is of even place into the first, of odd place into the second.
 inline void take_apart(__m256i (&both)[2]) {
@@ -71,6 +84,7 @@ inline void quantize(uint32_t* x, int64_t depth, int64_t g0, int64_t g1) {
     auto* apart = const_cast<int16_t*>(whole_of(x, depth, kApartOrder));
     auto* scale = const_cast<float*>(scale_of(x, depth));
     auto* sum = const_cast<float*>(sum_of(x, depth));
+    auto* first = const_cast<float*>(first_of(x, depth));
     const __m256i size = _mm256_set1_epi32(0x7FFFFFFF);
     for (int64_t g = g0; g < g1; ++g) {
         const float* from = reinterpret_cast<const float*>(x) + g * kGroup;
@@ -93,14 +107,14 @@ inline void quantize(uint32_t* x, int64_t depth, int64_t g0, int64_t g1) {
             const __m256 value = usual ? _mm256_mul_ps(part[i], by) : _mm256_setzero_ps();
             rounded[i] = _mm256_cvtps_epi32(value);
         }
-        __m256i total = _mm256_setzero_si256();
+        float total[2];
         __m256i both[2];
         for (int i = 0; i < 2; ++i) {
             const __m256i packed =
                 _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded[2 * i], rounded[2 * i + 1]), 0xD8);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + g * kGroup + 16 * i), packed);
             both[i] = packed;
-            total = _mm256_add_epi32(total, _mm256_madd_epi16(packed, _mm256_set1_epi16(1)));
+            total[i] = (float)sum_of_whole(packed);
         }
         take_apart(both);
         for (int i = 0; i < 2; ++i) {
@@ -109,10 +123,8 @@ inline void quantize(uint32_t* x, int64_t depth, int64_t g0, int64_t g1) {
 #if defined(EMOE_QUADS)
         store_quads(x, depth, g, both);
 #endif
-        __m128i two = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-        two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0x4E));
-        two = _mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1));
-        sum[g] = scale[g] * (float)_mm_cvtsi128_si32(two);
+        sum[g] = scale[g] * (total[0] + total[1]);
+        first[g] = scale[g] * total[0];
     }
 }
 
@@ -122,6 +134,7 @@ struct Narrow {
     const int16_t* whole;
     const float* scale;
     const float* sum;
+    const float* first;
     int64_t stride;
 };
 
@@ -134,6 +147,7 @@ inline void quad_step(const Source& a, const RowAt (&row)[R], int64_t g0, const 
     const int16_t* whole = x.whole + g0 * kGroup;
     const float* x_scale = x.scale + g0;
     const float* x_sum = x.sum + g0;
+    const float* x_first = x.first + g0;
     __m512 its_scale[M];  // eight, or each twice
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -148,7 +162,7 @@ inline void quad_step(const Source& a, const RowAt (&row)[R], int64_t g0, const 
     for (int r = 0; r < R; ++r) {
         const unsigned char* ahead = row[r].codes + g0 / kGroups * Q::kLine + ahead_by;
         for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
-        const Scales<S> scales = Q::scales(a, row[r], g0, kGroups);
+        const auto scales = Q::scales(a, row[r], g0, kGroups);
         __m512 t[M];
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
@@ -157,6 +171,9 @@ inline void quad_step(const Source& a, const RowAt (&row)[R], int64_t g0, const 
             t[m] = _mm512_mul_ps(both, its_scale[m]);
             if constexpr (Q::kMinimum) {
                 low[m][r] = _mm256_fmadd_ps(scales.minimum, load8(x_sum + m * stride), low[m][r]);
+            }
+            if constexpr (kHalfMinima<Q>) {
+                low[m][r] = _mm256_fmadd_ps(scales.first, load8(x_first + m * stride), low[m][r]);
             }
         }
         const auto quad = [&]<int q>() __attribute__((always_inline)) {
@@ -184,13 +201,14 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
     const int16_t* whole = whole_of(x, depth, Q::kApart ? kApartOrder : kPlain);
     const float* x_scale = scale_of(x, depth);
     const float* x_sum = sum_of(x, depth);
+    const float* x_first = first_of(x, depth);
     const int64_t line = depth / kGroup * (Q::kLine / kGroups) * a.w.step;
 #if defined(EMOE_QUADS)
     constexpr Order kOrder = [] {
         if constexpr (requires { Q::kOrder; }) return Q::kOrder;
         return kPlain;
     }();
-    const Narrow quads{whole_of(x, depth, kOrder), x_scale, x_sum, stride};
+    const Narrow quads{whole_of(x, depth, kOrder), x_scale, x_sum, x_first, stride};
 #endif
     RowAt row[R];
     V acc[M][R];
@@ -219,7 +237,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
         for (int r = 0; r < R; ++r) {
             const unsigned char* ahead = row[r].codes + g0 / kGroups * Q::kLine + R * line;
             for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
-            const Scales<S> scales = Q::scales(a, row[r], g0, n);
+            const auto scales = Q::scales(a, row[r], g0, n);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 const __m256 its_scale = load8(x_scale + m * stride + g0);
@@ -235,6 +253,9 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
                 }
                 if constexpr (Q::kMinimum) {
                     low[m][r] = _mm256_fmadd_ps(scales.minimum, load8(x_sum + m * stride + g0), low[m][r]);
+                }
+                if constexpr (kHalfMinima<Q>) {
+                    low[m][r] = _mm256_fmadd_ps(scales.first, load8(x_first + m * stride + g0), low[m][r]);
                 }
             }
         }

@@ -130,14 +130,15 @@ inline Words word_dot(Words sum, Words codes, int pair) {
 }
 inline V word_floats(Words a) { return {_mm256_cvtepi32_ps(a)}; }
 
-// to[0..32): scale * code + minimum, with a scale for either half where there are two.
+// to[0..32): scale * code + minimum, with a scale for either half where there are two; `low` and `high` are the
+// minima of the halves.
 template <int kScales>
-inline void store_values(float* to, Codes32 codes, const float* scales, float minimum) {
+inline void store_values(float* to, Codes32 codes, const float* scales, float low, float high) {
     for (int i = 0; i < 4; ++i) {
         const __m256i half = i < 2 ? codes.a : codes.b;
         const __m128i eight = i % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1);
         const V value = {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(eight))};
-        vstore(to + 8 * i, vfma(value, vset(scales[kScales == 2 ? i / 2 : 0]), vset(minimum)));
+        vstore(to + 8 * i, vfma(value, vset(scales[kScales == 2 ? i / 2 : 0]), vset(i < 2 ? low : high)));
     }
 }
 

@@ -187,11 +187,11 @@ inline V word_floats(Words a) { return {_mm512_cvtepi32_ps(a)}; }
 
 // to[0..32): scale * code + minimum, with a scale for either half where there are two.
 template <int kScales>
-inline void store_values(float* to, Codes32 codes, const float* scales, float minimum) {
+inline void store_values(float* to, Codes32 codes, const float* scales, float low, float high) {
     const V first = {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(codes.v)))};
     const V second = {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(codes.v, 1)))};
-    vstore(to, vfma(first, vset(scales[0]), vset(minimum)));
-    vstore(to + 16, vfma(second, vset(scales[kScales == 2 ? 1 : 0]), vset(minimum)));
+    vstore(to, vfma(first, vset(scales[0]), vset(low)));
+    vstore(to + 16, vfma(second, vset(scales[kScales == 2 ? 1 : 0]), vset(high)));
 }
 
 }  // namespace
