@@ -95,13 +95,15 @@ class Experts:
 HALVES = {
     "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2),
     "q6_k": (208,), "iq4_nl": (0,), "iq4_xs": (0,), "gguf_mxfp4": (), "q2_k": (80, 82), "q3_k": (108,),
+    "iq1_s": (0,), "iq1_m": (), "iq2_xxs": (0,), "iq2_xs": (0,),
+    "iq2_s": (0,), "iq3_xxs": (0,), "iq3_s": (0,),
 }  # fmt: skip
 ENCODED = (
     *HALVES, "mxfp4", "nvfp4", "e4m3-128x128-float32", "int8-row-float32", "int4-32-bfloat16", "int4-128-float16-zeros",
     "awq-128-float16", "gptq-128-float16",
 )  # fmt: skip
 IN_CACHE = "1 row of one expert in cache"
-WITH_TARGET = [name for name in ENCODED if name not in ("q2_k", "q3_k")]
+WITH_TARGET = [name for name in ENCODED if not name.startswith(("q2", "q3", "iq1", "iq2", "iq3"))]
 
 
 class Encoded:
@@ -132,6 +134,8 @@ class Encoded:
                 blocks = array.view(-1, how.planes[0].count)
                 for at in HALVES[name]:
                     blocks[:, at : at + 2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+                if name == "iq1_m":  # its scale is 0x1...
+                    blocks[:, 55] = blocks[:, 55] & 15 | 16
                 if name == "gguf_mxfp4":
                     blocks[:, 0] = 120
         self.memory = one.repeat(E)

@@ -25,7 +25,7 @@ LOOK_AHEAD = "look-ahead"
 MISSES = ("load", "cpu", "auto")
 # What encodings are called that emoe writes: of experts by `emoe convert`, of linear layers as a model is loaded.
 FP8 = "e4m3-128x128-float32"
-CONVERTED = {**{name: name for name in ("q4_k", "q8_0", "q4_0", "q5_k", "q6_k", "mxfp4")}, "fp8": FP8}
+CONVERTED = {**{name: name for name in ("q4_k", "q8_0", "q4_0", "q5_k", "q6_k", "mxfp4", "q3_k", "q2_k")}, "fp8": FP8}
 DENSE_ENCODINGS = {name: CONVERTED.get(name, name) for name in ("bfloat16", "q8_0", "q4_0", "mxfp4", "fp8")}
 # What a copy of an expert may be (routing coarse): those that kernels take fast, the names of encodings of 32 columns
 # whose last group may be cut among them.

@@ -256,9 +256,12 @@ def blocks(shape: tuple[int, ...], kind: str, seed: int = 0) -> tuple[np.ndarray
         "Q6_K": (208,),
         "Q4_1": (0, 2),
         "Q5_1": (0, 2),
+        "IQ1_M": (),
     }
     for at in halves.get(kind, (0,)):
         raw[:, at : at + 2] = (random.uniform(0.5, 1.5, (len(raw), 1)) / 2000).astype(np.float16).view(np.uint8)
+    if kind == "IQ1_M":  # its scale is 0x1...
+        raw[:, 55] = raw[:, 55] & 15 | 16
     if kind == "MXFP4":
         raw[:, 0] = random.integers(118, 124, len(raw))
     data = raw.reshape(*shape[:-1], -1)

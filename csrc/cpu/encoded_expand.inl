@@ -158,6 +158,20 @@ inline Fast fast_of(const Weights& w) {
             return kFast<Q5_K>;
         case Codes::kQ6_K:
             return kFast<Q6_K>;
+        case Codes::kIq1S:
+            return kFast<OfGrid<iq::Iq1S>>;
+        case Codes::kIq1M:
+            return kFast<OfGrid<iq::Iq1M>>;
+        case Codes::kIq2Xxs:
+            return kFast<OfGrid<iq::Iq2Xxs>>;
+        case Codes::kIq2Xs:
+            return kFast<OfGrid<iq::Iq2Xs>>;
+        case Codes::kIq2S:
+            return kFast<OfGrid<iq::Iq2S>>;
+        case Codes::kIq3Xxs:
+            return kFast<OfGrid<iq::Iq3Xxs>>;
+        case Codes::kIq3S:
+            return kFast<OfGrid<iq::Iq3S>>;
         case Codes::kIq4Nl:
             return kFast<Iq4Nl>;
         case Codes::kIq4Xs:

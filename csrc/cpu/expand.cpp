@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstring>
 
+#include "core/iq.hpp"
+
 namespace emoe::cpu {
 namespace {
 
@@ -110,6 +112,23 @@ void iq4_xs(const unsigned char* p, float* out) {
     }
 }
 
+template <class Q>
+void iq_block(const unsigned char* p, float* out) {
+    constexpr int kValues = sizeof(typename Q::Entry);
+    const float unit = f16_to_float(static_cast<std::uint16_t>(Q::unit(p))) * Q::kBy;
+    for (int i = 0; i < 256; ++i) {
+        const int g = i / 32;
+        const int l = i % 32 / kValues;
+        int level = static_cast<std::int8_t>(Q::entry(p, g, l) >> (i % kValues * 8) & 255U);
+        if constexpr (requires { &Q::offset; }) {
+            level += Q::offset(p, g, l);
+        } else {
+            level = Q::signs(p, g) >> (i % 32) & 1U ? -level : level;
+        }
+        out[i] = unit * static_cast<float>(Q::scale(p, i / 16) * level);
+    }
+}
+
 // One block of 32.
 void small_block(Codes codes, const unsigned char* p, float* out) {
     const float d = codes == Codes::kMxfp4Blocks ? std::bit_cast<float>(half_of_e8m0(p[0])) : half(p);
@@ -152,6 +171,20 @@ void expand_block(Codes codes, const unsigned char* p, float* out) {
             return q6_k(p, out);
         case Codes::kIq4Xs:
             return iq4_xs(p, out);
+        case Codes::kIq1S:
+            return iq_block<iq::Iq1S>(p, out);
+        case Codes::kIq1M:
+            return iq_block<iq::Iq1M>(p, out);
+        case Codes::kIq2Xxs:
+            return iq_block<iq::Iq2Xxs>(p, out);
+        case Codes::kIq2Xs:
+            return iq_block<iq::Iq2Xs>(p, out);
+        case Codes::kIq2S:
+            return iq_block<iq::Iq2S>(p, out);
+        case Codes::kIq3Xxs:
+            return iq_block<iq::Iq3Xxs>(p, out);
+        case Codes::kIq3S:
+            return iq_block<iq::Iq3S>(p, out);
         default:
             return small_block(codes, p, out);
     }

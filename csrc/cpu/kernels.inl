@@ -4,6 +4,7 @@
 // here could be the copy that a CPU without these instructions runs.
 #include <math.h>
 
+#include "core/iq.hpp"
 #include "cpu/expand.hpp"
 
 namespace emoe::cpu {

@@ -42,6 +42,13 @@ __device__ __forceinline__ void AnyCodes::decode(const Matrix& m, const unsigned
         EMOE_CODES(kQ6_K, Q6_K)
         EMOE_CODES(kIq4Nl, Iq4Nl)
         EMOE_CODES(kIq4Xs, Iq4Xs)
+        case Codes::kIq1S:
+        case Codes::kIq1M:
+        case Codes::kIq2Xxs:
+        case Codes::kIq2Xs:
+        case Codes::kIq2S:
+        case Codes::kIq3Xxs:
+        case Codes::kIq3S:  // refused by plan.cpp
         case Codes::kMxfp4Blocks:
             break;
     }

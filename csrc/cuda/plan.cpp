@@ -62,6 +62,10 @@ void check_weights(const char* name, const Weights& w) {
         refuse("its " + std::string(name) + " is " + std::string(codes_row(w.codes).name) + " with " + what + " " +
                std::to_string(value) + "; a GPU takes multiples of " + std::to_string(unit));
     };
+    if (w.codes >= Codes::kIq1S && w.codes <= Codes::kIq3S) {  // their grids are not on the device
+        refuse("its " + std::string(name) + " is " + std::string(codes_row(w.codes).name) +
+               ", which a GPU's kernels do not decode");
+    }
     multiple("rows of length", w.depth, 8);
     multiple("groups of columns of size", w.scale_cols, 8);
     multiple("codes at byte", w.data, kSlotUnit);

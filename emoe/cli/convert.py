@@ -26,13 +26,15 @@ examples:
 Only routed experts change, and with --rest q8_0 linear layers; everything else is copied byte by byte. Bits a weight,
 and the share of the numbers' size that is lost where they are spread like a bell (relative RMS):
   q8_0 8.5, 0.5 %    q6_k 6.6, 1.8 %    q5_k 5.5, 3.6 %    q4_k 4.5, 7.1 %    q4_0 4.5, 8.6 %    mxfp4 4.25, 11 %
+  q3_k 3.4, 15 %     q2_k 2.6, 27 %
   fp8  8 with a scale for each 128 x 128, 2.6 %; a tile's outliers cost it nothing
-q4_k, q5_k and q6_k take rows of a multiple of 256; others become q4_0, q5_1 and q8_0 (in GGUF q5_0, as in llama.cpp).
+q2_k to q6_k take rows of a multiple of 256; others of q2_k to q4_k become q4_0 (in GGUF of q4_k q5_0, as in llama.cpp),
+of q5_k q5_1 and of q6_k q8_0.
 Rows of no multiple of 32 become int4 or int8 with a scale for 32 weights or fewer. The report says where.
 
 --keep-tasks measures, as 'emoe profile sensitivity' does, what the tasks' answers lose with each layer, and gives more
-bits to the fewest layers that account for half of every task's loss: q4_k becomes q6_k, mxfp4 fp8, q4_0, q5_k and q6_k
-q8_0; what is q8_0 or fp8 stays as it is there.
+bits to the fewest layers that account for half of every task's loss: q2_k becomes q4_k, q3_k q5_k, q4_k q6_k, mxfp4
+fp8, q4_0, q5_k and q6_k q8_0; what is q8_0 or fp8 stays as it is there.
 
 --coarse makes the copies of experts that 'emoe run --routing coarse' computes with, which it would else make when it
 first loads the model; they lie in the cache folder (EMOE_CACHE), and the checkpoint stays as it is.

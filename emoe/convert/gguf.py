@@ -66,7 +66,7 @@ def conversion(
         )
     asked = "gguf_mxfp4" if asked == "mxfp4" else asked
     if encoding(asked).plane("blocks") is None:
-        raise ConfigError("GGUF holds no FP8; choose one of q8_0, q6_k, q5_k, q4_k, q4_0, mxfp4")
+        raise ConfigError("GGUF holds no FP8; choose one of q8_0, q6_k, q5_k, q4_k, q4_0, q3_k, q2_k, mxfp4")
     architecture = ARCHITECTURES[config.model_type][0]
     _require_same_model(config)
     names = TensorNames(architecture, config.num_hidden_layers, ())

@@ -23,11 +23,13 @@ from emoe.store import ExpertStore
 from emoe.store.companions import Group, grouped
 from emoe.store.headers import DTYPES, TensorEntry
 
-# In GGUF as llama.cpp does.
-IN_GGUF = {"q4_k": ("q5_0",), "q5_k": ("q5_1",), "q6_k": ("q8_0",)}
+# In GGUF as llama.cpp does; IQ4_NL, which it takes for the two last, is not written.
+IN_GGUF = {"q4_k": ("q5_0",), "q5_k": ("q5_1",), "q6_k": ("q8_0",), "q3_k": ("q4_0",), "q2_k": ("q4_0",)}
 _GROUPS = {INT4: 32, INT8: 32}  # columns that share a scale
 # What has more bits, for layers that tasks need; "" stands for what it was.
 MORE = {
+    "q2_k": "q4_k",
+    "q3_k": "q5_k",
     "q4_k": "q6_k",
     "q4_0": "q8_0",
     "q5_k": "q8_0",

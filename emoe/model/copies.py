@@ -77,15 +77,18 @@ def _form(path: str, module: Any, params: tuple[ParamSpec, ...], name: str) -> E
 def _fitting(path: str, param: str, name: str, rows: int, cols: int) -> str:
     """The encoding of a matrix [rows, cols]: the one of that name, else what takes about as many bits."""
     asked = COPIES[name]
-    fallbacks = (INT4,) if asked == "q4_k" else FALLBACKS.get(asked, ())  # Q4_0 loses more in as many bits
+    # Q4_0 loses more than INT4 in as many bits; nothing has as few bits as Q2_K and Q3_K.
+    fallbacks = {"q4_k": (INT4,), "q3_k": (), "q2_k": ()}.get(asked, FALLBACKS.get(asked, ()))
     for each in (asked, *fallbacks):
         if each in (INT4, INT8) and cols % 8:
             continue
         if all(plane.holds(rows, cols) for plane in encoding(each).planes):
             return each
     raise UnsupportedModelError(
-        f"coarse={name!r} cannot hold {param} of {path}: its rows have {cols} numbers, no multiple of 8; "
-        "routing='exact' needs no copies"
+        f"coarse={name!r} cannot hold {param} of {path}: its rows have {cols} numbers, no multiple of "
+        f"{8 if fallbacks else encoding(asked).planes[0].block[1]}; "
+        + ("coarse='int4' can, " if not cols % 8 else "")
+        + "routing='exact' needs no copies"
     )
 
 

@@ -1,6 +1,6 @@
 """Bytes for numbers: a matrix in an encoding, and what that loses. decode.py is the way back.
 
-Q4_K, Q5_K and Q6_K search their scales as llama.cpp does (ggml-quants.c): several roundings of a group are tried, each
+Q2_K to Q6_K search their scales as llama.cpp does (ggml-quants.c): several roundings of a group are tried, each
 with the scale (and offset) that fits it best in weighted least squares. Groups lie along the last axis here, numbers of
 a group along the first, so that every step runs over whole groups at once.
 """
@@ -24,6 +24,8 @@ INT4, INT8 = "int4-32-bfloat16", "int8-1x32-bfloat16"
 # Where the columns are no whole number of blocks: what takes about as many bits and whose last group may be cut. What
 # fits nothing stays as it is.
 FALLBACKS = {
+    "q2_k": ("q4_0", INT4),
+    "q3_k": ("q4_0", INT4),
     "q4_k": ("q4_0", INT4),
     "q4_0": (INT4,),
     "mxfp4": (INT4,),
@@ -256,8 +258,8 @@ def _affine_blocks(numbers: torch.Tensor, most: int, first: float, steps: int) -
     """Q4_K and Q5_K: eight groups of 32 a block, scales and offsets in six bits times one of the block each."""
     x = _grouped(numbers, 32)
     scale, offset = (each.view(-1, 8) for each in _fit_affine(x, most, first, steps))
-    unit, units = _six_bits(scale)
-    low_unit, low_units = _six_bits(offset)
+    unit, units = _units(scale, 63)
+    low_unit, low_units = _units(offset, 63)
     step, low = (unit.float() * units).flatten(), (low_unit.float() * low_units).flatten()
     codes = ((x + low) / step).round().clamp(0, most).nan_to_num(0)  # a group without a step is flat
     codes = codes.to(torch.uint8).T.reshape(-1, 4, 2, 32)  # [blocks, pairs of groups, 2, 32]
@@ -270,11 +272,18 @@ def _affine_blocks(numbers: torch.Tensor, most: int, first: float, steps: int) -
     return {"blocks": torch.cat(parts, 1).view(numbers.shape[0], -1)}
 
 
-def _six_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[blocks, 8] -> a float16 each block, [blocks, 1], and how many of it, 0 to 63."""
+def _units(values: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[blocks, groups] -> a float16 each block, [blocks, 1], and how many of it, 0 to `most`."""
     largest = values.amax(1, keepdim=True).clamp(min=0)
-    units = (values * (63 / largest)).round().clamp(0, 63).nan_to_num(0)
-    return (largest / 63).half(), units
+    units = (values * (most / largest)).round().clamp(0, most).nan_to_num(0)
+    return (largest / most).half(), units
+
+
+def _signed_units(values: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, from -most to most - 1: there is one more of the sign that the largest has."""
+    largest = values.gather(1, values.abs().argmax(1, keepdim=True))
+    units = (values * (-most / largest)).round().clamp(-most, most - 1).nan_to_num(0)
+    return (largest / -most).half(), units
 
 
 def _packed_scales(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -285,13 +294,71 @@ def _packed_scales(scales: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return torch.cat((first, second, third), 1)
 
 
+def _q2_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sixteen groups of 16 a block, scales and offsets in four bits times one of the block each.
+
+    Few bits are left for a scale, so both numbers of the block are fitted again to the codes.
+    """
+    x = _grouped(numbers, 16)
+    scale, offset = (each.view(-1, 16) for each in _fit_affine(x, 3, -0.5, 15))
+    unit, units = _units(scale, 15)
+    low_unit, low_units = _units(offset, 15)
+
+    def codes_of() -> torch.Tensor:
+        step, low = (unit.float() * units).flatten(), (low_unit.float() * low_units).flatten()
+        return ((x + low) / step).round().clamp(0, 3).nan_to_num(0)
+
+    for _ in range(_REFINED):
+        blocks = len(units)
+        by_scale = _of_block(codes_of() * units.flatten(), blocks)
+        by_offset = _of_block(low_units.flatten().expand_as(x), blocks)
+        given = _of_block(x, blocks)
+        ss, so, oo = (by_scale * by_scale).sum(1), (by_scale * by_offset).sum(1), (by_offset * by_offset).sum(1)
+        sx, ox = (by_scale * given).sum(1), (by_offset * given).sum(1)
+        determinant = ss * oo - so * so
+        fitted = (sx * oo - ox * so) / determinant
+        fitted_low = (sx * so - ox * ss) / determinant
+        good = (determinant > 0) & (fitted > 0) & (fitted_low > 0)
+        unit = torch.where(good, fitted, unit[:, 0].float()).half()[:, None]
+        low_unit = torch.where(good, fitted_low, low_unit[:, 0].float()).half()[:, None]
+    parts = (
+        units.to(torch.uint8) | low_units.to(torch.uint8) << 4, _two_bits(codes_of().to(torch.uint8)),
+        _as_bytes(unit), _as_bytes(low_unit),
+    )  # fmt: skip
+    return {"blocks": torch.cat(parts, 1).view(numbers.shape[0], -1)}
+
+
+def _q3_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sixteen groups of 16 a block, scales in six bits times one of the block."""
+    x = _grouped(numbers, 16)
+    scale = _fit_symmetric(x, 4, x.square()).view(-1, 16)
+    unit, units = _signed_units(scale, 32)
+    codes = (x / (unit.float() * units).flatten()).round().clamp(-4, 3).nan_to_num(0)
+    codes = (codes + 4).to(torch.uint8)
+    high = (codes >> 2).T.reshape(-1, 8, 32) << torch.arange(8, dtype=torch.uint8)[:, None]
+    six = (units + 32).to(torch.uint8)
+    pairs = (six >> 4).view(-1, 4, 4) << torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    scales = torch.cat(((six[:, :8] & 15) | six[:, 8:] << 4, pairs.sum(1, dtype=torch.uint8)), 1)
+    parts = (high.sum(1, dtype=torch.uint8), _two_bits(codes & 3), scales, _as_bytes(unit))
+    return {"blocks": torch.cat(parts, 1).view(numbers.shape[0], -1)}
+
+
+def _of_block(values: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[16, groups] -> [blocks, 256], in float64."""
+    return values.T.reshape(blocks, -1).double()
+
+
+def _two_bits(codes: torch.Tensor) -> torch.Tensor:
+    """[16, groups] -> [blocks, 64]: those of 128 values in the same 32 bytes."""
+    four = codes.T.reshape(-1, 2, 4, 32) << torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    return four.sum(2, dtype=torch.uint8).flatten(1)
+
+
 def _q6_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sixteen groups of 16 a block, scales in eight bits times one of the block."""
     x = _grouped(numbers, 16)
     scale = _fit_symmetric(x, 32, x.square()).view(-1, 16)
-    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-    unit = (largest / -128).half()
-    units = (scale * (-128 / largest)).round().clamp(-128, 127).nan_to_num(0)
+    unit, units = _signed_units(scale, 128)
     step = (unit.float() * units).flatten()
     codes = (x / step).round().clamp(-32, 31).nan_to_num(0) + 32
     codes = codes.to(torch.uint8).T.reshape(-1, 2, 4, 32)  # [blocks, halves, quarters of a half, 32]
@@ -312,6 +379,8 @@ ENCODERS: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {
     "q4_0": _library("Q4_0"),
     "q5_0": _library("Q5_0"),
     "q5_1": _library("Q5_1"),
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
     "q4_k": lambda numbers: _affine_blocks(numbers, 15, -1.0, 20),
     "q5_k": lambda numbers: _affine_blocks(numbers, 31, -0.5, 15),
     "q6_k": _q6_k,

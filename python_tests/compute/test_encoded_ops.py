@@ -30,6 +30,8 @@ LIMIT = 1.5
 HALVES = {
     "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "iq4_nl": (0,), "q2_k": (80, 82),
     "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,), "gguf_mxfp4": (),
+    "iq1_s": (0,), "iq1_m": (), "iq2_xxs": (0,), "iq2_xs": (0,),
+    "iq2_s": (0,), "iq3_xxs": (0,), "iq3_s": (0,),
 }  # fmt: skip
 NAMES = (
     "float32", "float16", "bfloat16", *HALVES, "mxfp4", "nvfp4", "nvfp4_divided",
@@ -65,6 +67,8 @@ def random_planes(name: str, rows: int, cols: int, generator: torch.Generator) -
         for at in HALVES[name]:
             value = (torch.rand(blocks.shape[:2], generator=generator) + 0.5) * size / 8
             blocks[..., at : at + 2] = value.to(torch.float16)[..., None].view(torch.uint8)
+        if name == "iq1_m":  # its scale is 0x1...
+            blocks[..., 55] = blocks[..., 55] & 15 | 16
         if name == "gguf_mxfp4":
             blocks[..., 0] = torch.randint(115, 121, blocks.shape[:2], generator=generator)
     return planes
@@ -382,7 +386,9 @@ def test_a_gpu_takes_every_encoding_and_says_what_it_does_not(emulated, make):
     for name in NAMES:
         experts = build(name, make=make)
         native = {key: on_gpu(value) if isinstance(value, dict) else value for key, value in experts.native.items()}
-        assert emulated.cuda_refusal(ops.make_layout(native, emulated)) == ""
+        grid = f"its gate is {name}, which a GPU's kernels do not decode" if name[:3] in ("iq1", "iq2", "iq3") else ""
+        assert grid in emulated.cuda_refusal(ops.make_layout(native, emulated))
+        assert grid or emulated.cuda_refusal(ops.make_layout(native, emulated)) == ""
     odd = ops.make_layout(build("int8-5x7-float32", make=make, hidden=203, inner=77).native, emulated)
     assert "its gate is int8 with rows of length 203; a GPU takes multiples of 8" in emulated.cuda_refusal(odd)
 

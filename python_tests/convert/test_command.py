@@ -89,7 +89,7 @@ def test_verify_says_whether_files_are_as_they_were_written(model_folder, tmp_pa
     [
         ((), "MODEL and OUT and --experts must be given"),
         (("{model}", "{out}"), "--experts must be given"),
-        (("{model}", "{out}", "--experts", "q3_k"), "q4_k"),
+        (("{model}", "{out}", "--experts", "iq2_xs"), "q4_k"),
         (("{model}", "{out}", "--experts", "q4_k", "--rest", "q4_0"), "keep"),
         (("{model}", "{out}", "--experts", "q4_k", "--memory", "25%"), "no number of bytes"),
         (

@@ -362,7 +362,7 @@ def test_a_dense_model_and_an_unknown_encoding_are_refused_before_anything_is_wr
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     with pytest.raises(UnsupportedModelError):
         convert(tmp_path / "dense", tmp_path / "out", "q4_k")
-    for options in ({"experts": "q3_k"}, {"experts": "q4_k", "rest": "q2"}):
+    for options in ({"experts": "iq2_xs"}, {"experts": "q4_k", "rest": "q2"}):
         with pytest.raises(ConfigError, match="is not one of"):
             convert(tmp_path / "dense", tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -43,6 +43,8 @@ MOST = {
     "q4_0": (0.0863, 0.0864, 0.1390, 0.1260, 0.0855, 0.0855),
     "q5_0": (0.0429, 0.0429, 0.0830, 0.0870, 0.0427, 0.0427),
     "q5_1": (0.0381, 0.0381, 0.0510, 0.0560, 0.0215, 0.0215),
+    "q2_k": (0.2680, 0.2680, 0.2340, 0.2080, 0.1800, 0.1570),
+    "q3_k": (0.1540, 0.1540, 0.1510, 0.1180, 0.1470, 0.1470),
     "q4_k": (0.0718, 0.0718, 0.0960, 0.0950, 0.0428, 0.0412),
     "q5_k": (0.0363, 0.0363, 0.0490, 0.0530, 0.0210, 0.0213),
     "q6_k": (0.0179, 0.0179, 0.0312, 0.0345, 0.0179, 0.0179),
@@ -119,7 +121,7 @@ def test_numbers_that_are_representable_come_back_as_they_were(name):
     assert _error(name, once) <= most
 
 
-@pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
 def test_the_blocks_are_those_that_the_gguf_library_reads(name):
     matrix = _matrix("weights", 8, 512)
     blocks = encode(name, matrix).planes["blocks"].numpy()

@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 from interrupts import interrupted
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import emoe
 from emoe import cli, errors, files, native, runtime
@@ -86,6 +86,29 @@ def test_absent_experts_are_what_their_copies_stand_for(name, coarse, checkpoint
     model.emoe.close(restore=False)
     expected = _steps(_with_copies(checkpoint(name), residents, coarse), ids)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("coarse", ["q2_k", "q3_k", "q6_k"])
+def test_copies_may_lie_in_blocks_of_256_numbers(coarse, tmp_path, ids):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_experts_per_tok": 2, "vocab_size": 128}
+    config = families._config(
+        Qwen3MoeConfig, sizes, moe_intermediate_size=256, intermediate_size=256, num_experts=8, head_dim=32
+    )()
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    model = _load(tmp_path, coarse=coarse, exact_mass=1)
+    _logits(model, ids)  # fills the slots, which then stay
+    got = _steps(model, ids)
+    want = _steps(_with_copies(tmp_path, model.emoe.residents(), coarse), ids)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert model.emoe.plan.coarse == coarse
+    assert model.emoe.stats()["routing"]["coarse"] > 0
+
+
+@pytest.mark.parametrize("coarse", ["q2_k", "q3_k"])
+def test_copies_in_two_or_three_bits_of_other_rows_are_refused(coarse, checkpoint):
+    with pytest.raises(UnsupportedModelError, match=f"coarse='{coarse}'.*no multiple of 256; coarse='int4' can"):
+        _load(checkpoint("olmoe"), coarse=coarse)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,7 +21,10 @@ from emoe.files.gguf import open_header, parts
 from emoe.store import read_layer
 from emoe.store.gguf import GgufCheckpoint
 
-BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+BLOCKS = (
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS",
+    "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4",
+)  # fmt: skip
 E, WIDTH = 4, 256
 _SIZES = {"hidden_size": 256, "num_hidden_layers": 2, "num_experts_per_tok": 2, "vocab_size": 64}
 
@@ -294,16 +297,16 @@ def test_experts_in_types_without_an_encoding_are_refused_by_name(tmp_path):
     model, _ = write(tmp_path / "m.gguf", qwen3moe(), _PLAIN)
     tensors = gg.arrays(model, "qwen3moe")
     name = "blk.1.ffn_up_exps.weight"
-    raw = {name: np.zeros((E, WIDTH, 66), np.uint8)}
+    raw = {name: np.zeros((E, WIDTH, 54), np.uint8)}
     path = gg.write(
         tmp_path / "m.gguf", "qwen3moe", tensors, said(model.config), raw=raw,
-        kinds=lambda each: "IQ2_XXS" if each == name else "F32",
+        kinds=lambda each: "TQ1_0" if each == name else "F32",
     )  # fmt: skip
     for call in (emoe.plan, emoe.from_pretrained):
-        with pytest.raises(errors.CheckpointError, match=rf"{name} \(iq2_xxs.*reads no experts in; it reads q8_0") as e:
+        with pytest.raises(errors.CheckpointError, match=rf"{name} \(tq1_0.*reads no experts in; it reads q8_0") as e:
             call(path)
         assert e.value.tensor == name
-        assert e.value.nbytes == E * WIDTH * 66
+        assert e.value.nbytes == E * WIDTH * 54
 
 
 def _of_kind(kind: str, shape: tuple[int, ...]) -> np.ndarray:
