@@ -37,6 +37,7 @@ inline const CodesCase kCodesCases[] = {
     {Codes::kAwq, ScaleType::kFloat16, 1, 128}, {Codes::kAwq, ScaleType::kBFloat16, 1, 32},
     {Codes::kGptq, ScaleType::kFloat16, 1, 128}, {Codes::kGptq, ScaleType::kFloat16, 1, 0},
     {Codes::kGptqV2, ScaleType::kFloat32, 1, 64},
+    {Codes::kIq1S}, {Codes::kIq1M}, {Codes::kIq2Xxs}, {Codes::kIq2Xs}, {Codes::kIq2S}, {Codes::kIq3Xxs}, {Codes::kIq3S},
 };
 // clang-format on
 
@@ -143,6 +144,9 @@ struct EncodedProblem {
             switch (w.codes) {
                 case Codes::kMxfp4Blocks:
                     slot[i] = static_cast<std::byte>(115 + random() % 6);
+                    break;
+                case Codes::kIq1M:  // a scale of 0x1...
+                    slot[i + 55] = (slot[i + 55] & std::byte{0x0F}) | std::byte{0x10};
                     break;
                 case Codes::kQ2_K:
                     half(80), half(82);

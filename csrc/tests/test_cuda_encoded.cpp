@@ -43,7 +43,8 @@ EncodedCase all(const CodesCase& codes, DType hidden, std::int64_t T, std::int64
 std::vector<CodesCase> cases() {
     std::vector<CodesCase> chosen;
     for (std::size_t i = 0; i < std::size(kCodesCases); i += kEvery) {
-        if (kCodesCases[i].scale_cols % 8 == 0) chosen.push_back(kCodesCases[i]);
+        const bool grid = kCodesCases[i].codes >= Codes::kIq1S && kCodesCases[i].codes <= Codes::kIq3S;
+        if (kCodesCases[i].scale_cols % 8 == 0 && !grid) chosen.push_back(kCodesCases[i]);
     }
     return chosen;
 }

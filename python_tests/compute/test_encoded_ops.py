@@ -263,8 +263,10 @@ def test_experts_of_every_encoding_agree_with_float64(name, tokens):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize(
-    "name", ["q4_0", "q6_k", "q2_k", "q3_k", "mxfp4", "e4m3-128x128-float32", "awq-128-float16", "bfloat16"]
-)
+    "name",
+    ["q4_0", "q6_k", "q2_k", "q3_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "mxfp4",
+     "e4m3-128x128-float32", "awq-128-float16", "bfloat16"],
+)  # fmt: skip
 def test_hidden_states_of_two_bytes(name, tokens, dtype):
     check(build(name), tokens, dtype)
 
