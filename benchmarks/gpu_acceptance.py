@@ -17,6 +17,7 @@ nothing can be measured here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -36,6 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 OUTSIDE = ("build", "tests", "sanitizer")
 MEASURED = ("transfer", "overlap", "kernels", "decode-olmoe", "decode-qwen3", "graph")
 STEPS = (*OUTSIDE, *MEASURED)
+SUITES = ("test_cuda_kernels", "test_cuda_encoded")  # native tests that run on a GPU as on the emulation
 CHECKS = ("memcheck", "racecheck", "synccheck", "initcheck")
 OK, FAILED, NO_TIME, DRY = "ok", "failed", "out of time", "needs a GPU"
 OLDEST = {"torch": (2, 6), "transformers": (5, 20)}  # pyproject.toml
@@ -100,7 +102,7 @@ def build(args: argparse.Namespace, until: float) -> dict[str, Any]:
     )  # fmt: skip
     options = ["-DEMOE_TESTS=ON", "-DEMOE_CUDA=1", f"-DEMOE_CUDA_ARCHS={arch}", "-DCMAKE_BUILD_TYPE=Release"]
     run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", NATIVE_TESTS, *options], until - time.monotonic())
-    run(["cmake", "--build", NATIVE_TESTS, "--target", "test_cuda_kernels"], until - time.monotonic())
+    run(["cmake", "--build", NATIVE_TESTS, "--target", *SUITES], until - time.monotonic())
     doctor = subprocess.run(
         [sys.executable, "-m", "emoe", "doctor", "--json"], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT
     )
@@ -115,14 +117,17 @@ def skipped(summary: str) -> list[str]:
 def tests(args: argparse.Namespace, until: float) -> dict[str, Any]:
     """Kernels against the fp64 reference; models end to end against the CPU path."""
     alone = visible(args.device, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    native = run([NATIVE_TESTS / "test_cuda_kernels"], until - time.monotonic(), CUDA_VISIBLE_DEVICES=alone)
+    native = [run([NATIVE_TESTS / each], until - time.monotonic(), CUDA_VISIBLE_DEVICES=alone) for each in SUITES]
     out = run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "python_tests"],
         until - time.monotonic(), EMOE_TEST_DEVICE=f"cuda:{args.device}",
     )  # fmt: skip
     if skips := skipped(out):
         raise RuntimeError("tests that need this GPU were skipped:\n" + "\n".join(skips))
-    return {"native": native.strip().splitlines()[-1], "python": out.strip().splitlines()[-1]}
+    return {
+        "native": "; ".join(each.strip().splitlines()[-1] for each in native),
+        "python": out.strip().splitlines()[-1],
+    }
 
 
 def sanitizer(args: argparse.Namespace, until: float) -> dict[str, Any]:
@@ -130,9 +135,9 @@ def sanitizer(args: argparse.Namespace, until: float) -> dict[str, Any]:
     if tool is None:
         raise RuntimeError("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
     alone = visible(args.device, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    for check in CHECKS:
+    for check, suite in itertools.product(CHECKS, SUITES):
         run(
-            [tool, "--tool", check, "--error-exitcode", "9", NATIVE_TESTS / "test_cuda_kernels"],
+            [tool, "--tool", check, "--error-exitcode", "9", NATIVE_TESTS / suite],
             until - time.monotonic(), CUDA_VISIBLE_DEVICES=alone,
         )  # fmt: skip
     return dict.fromkeys(CHECKS, "no report")

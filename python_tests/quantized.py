@@ -129,10 +129,20 @@ def _words(codes: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> tor
     return (eights << (4 * torch.arange(8))).sum(-1).to(torch.int32)
 
 
-def int4(group: int, scale: torch.dtype = torch.bfloat16, zeros: bool = False, shape: bool = True) -> Encoder:
-    """compressed-tensors pack-quantized; group 0: a scale for a row."""
+def int4(
+    group: int, scale: torch.dtype = torch.bfloat16, zeros: bool = False, shape: bool = True, order: bool = False
+) -> Encoder:
+    """compressed-tensors pack-quantized; group 0: a scale for a row; `order` as in `along_inputs`."""
 
     def encode(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        if order:  # columns of a group are brought together, and all goes back
+            own = _generator(f"order {zlib.crc32(weight.numpy().tobytes())}")
+            apart = torch.randperm(weight.shape[1], generator=own)
+            parts, truth = int4(group, scale, zeros, shape)(weight[:, apart].contiguous())
+            back = apart.argsort()
+            codes = (parts["_packed"][..., None] >> (4 * torch.arange(8)) & 15).flatten(-2)
+            index = (torch.arange(weight.shape[1]) // group)[back].to(torch.int32)
+            return {**parts, "_packed": _words(codes[:, back]), "_g_idx": index}, truth[:, back].contiguous()
         size = group or weight.shape[1]
         scales = (grid(weight, 1, size) / 7).to(scale)
         each = spread(scales.float(), weight.shape, 1, size)
@@ -359,6 +369,11 @@ FORMATS: dict[str, Format] = {
         int4(32, zeros=True), "int4-32-bfloat16-zeros",
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
     ),
+    "int4 order": _everywhere(
+        int4(32, order=True), "int4-32-bfloat16-order",
+        compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, actorder="group"),
+    ),
+    "int4 zeros order": _everywhere(int4(32, HALF, zeros=True, order=True), "int4-32-float16-zeros-order"),
     "int4 rows": _everywhere(
         int4(0, shape=False), "int4-row-bfloat16",
         compressed("pack-quantized", num_bits=4, type="int", strategy="channel", group_size=None),

@@ -133,7 +133,7 @@ def _integers(how: Encoding, rows: int, cols: int, arrays: Mapping[str, torch.Te
         zeros = _words(arrays["zeros"]).T
         if how.codes == "gptq":  # stored less one, in four bits: 15 stands for 16, as its kernels have it
             zeros = zeros + 1
-    if zeros is None:
+    if zeros is None:  # of int4 alone
         return (codes - 8).float()
     if how.ordered:
         return (codes - zeros[:, _order(arrays)]).float()

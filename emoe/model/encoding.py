@@ -164,7 +164,7 @@ ENCODINGS = {
 _SCALE_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "e8m0": "uint8"}
 _SCALE = "|".join(_SCALE_DTYPES)
 _BYTES = re.compile(rf"(e4m3|e5m2|int8)-(row|tensor|[1-9]\d{{0,5}}x[1-9]\d{{0,5}})-({_SCALE})")
-_BITS = re.compile(rf"(int4|awq|gptq|gptq_v2)-(row|[1-9]\d{{0,5}})-({_SCALE})(-zeros|-order)?")
+_BITS = re.compile(rf"(int4|awq|gptq|gptq_v2)-(row|[1-9]\d{{0,5}})-({_SCALE})(-zeros)?(-order)?")
 _BYTE_DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "int8": "int8"}
 
 
@@ -174,8 +174,8 @@ def encoding(name: str) -> Encoding:
 
     A byte each, times a scale: "e4m3-128x128-float32", "e4m3-row-bfloat16", "int8-tensor-float32", "e4m3-1x32-e8m0".
     Four bits each, in groups along the inputs: "int4-32-bfloat16", "int4-32-float16-zeros" (compressed-tensors),
-    "awq-128-float16", "gptq-128-float16" (zeros stored less one), "gptq_v2-128-float16", "gptq-128-float16-order" (a
-    group of each input, as desc_act=True makes them).
+    "awq-128-float16", "gptq-128-float16" (zeros stored less one), "gptq_v2-128-float16"; "gptq-128-float16-order",
+    "int4-128-bfloat16-zeros-order" (a group of each input, as act order makes them).
 
     Raises:
         UnsupportedModelError: there is none; names the choices.
@@ -188,26 +188,26 @@ def encoding(name: str) -> Encoding:
         scales = Plane("scales", _SCALE_DTYPES[scale], (sizes[0], sizes[1]), cut=True)
         return Encoding(name, codes, (Plane("codes", _BYTE_DTYPES[codes]), scales), scale)
     if found := _BITS.fullmatch(name):
-        codes, group, scale, more = found.groups()
-        may_have = {"int4": "-zeros", "awq": "", "gptq": "-order", "gptq_v2": "-order"}[codes]
-        if not more or (more == may_have and (group, more) != ("row", "-order")):  # one group has no order
-            return _four_bits(name, codes, 0 if group == "row" else int(group), scale, more or "")
+        codes, group, scale, zeros, order = found.groups()
+        ordered = codes != "awq" and group != "row"  # one group has no order
+        if (not zeros or codes == "int4") and (not order or ordered):
+            return _four_bits(name, codes, 0 if group == "row" else int(group), scale, bool(zeros), bool(order))
     raise UnsupportedModelError(
         f"encoding {name!r} is not one of: {', '.join(ENCODINGS)}, nor like e4m3-128x128-float32, int8-row-bfloat16, "
         "int4-32-bfloat16, awq-128-float16, gptq-128-float16"
     )
 
 
-def _four_bits(name: str, codes: str, group: int, scale: str, more: str) -> Encoding:
+def _four_bits(name: str, codes: str, group: int, scale: str, zeros: bool, order: bool) -> Encoding:
     """Eight codes in an int32, along the inputs (int4, gptq) or outputs (awq); zeros are packed along the outputs."""
     along = codes != "int4"
     planes = [
         Plane("codes", "int32", (8, 1) if codes == "awq" else (1, 8), transposed=along, cut=codes == "int4"),
         Plane("scales", _SCALE_DTYPES[scale], (1, group), transposed=along, cut=codes == "int4"),
     ]
-    if along or more == "-zeros":
+    if along or zeros:
         planes.append(Plane("zeros", "int32", (8, group), transposed=along, cut=codes == "int4"))
-    if more == "-order":
+    if order:
         planes.append(Plane("order", "int32", (0, 1)))
     return Encoding(name, codes, tuple(planes), scale)
 

@@ -94,7 +94,7 @@ def _native(module: Any, form: ExpertForm, offsets: dict[str, int]) -> dict[str,
         raise _NotNativeError("Its encoded weights have a row for each input, not output.")
     if any(encoding(matrix.encoding).ordered for matrix in form.matrices):
         raise _NotNativeError(
-            "Inputs of its weights lie in groups in an order of their own (act order, desc_act=True), which the native "
+            "Inputs of its weights lie in groups in an order of their own (act order), which the native "
             "kernels do not follow."
         )
     if form.matrices:

@@ -238,9 +238,8 @@ def _of_group(weights: Any, format: str, made: Formats) -> str | None:
     if kind == "int" and not zeros and bits == 8 and block is not None and format != "pack-quantized":
         return f"int8-{_size(block)}-bfloat16"
     if kind == "int" and bits == 4 and block is not None and block[0] == 1 and format in ("pack-quantized", ""):
-        if weights.get("actorder") not in (None, False, "static", "weight"):
-            raise _open(made.where, f"columns are in an order of their own (actorder={weights['actorder']!r})")
-        return f"int4-{block[1] or 'row'}-bfloat16{'-zeros' if zeros else ''}"
+        order = weights.get("actorder") not in (None, False, "static", "weight") and block[1]
+        return f"int4-{block[1] or 'row'}-bfloat16{'-zeros' if zeros else ''}{'-order' if order else ''}"
     shown = {name: weights.get(name) for name in ("num_bits", "type", "strategy", "group_size", "symmetric")}
     raise _open(made.where, f"weights are {format or 'compressed'} with {shown}")
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from emoe.errors import CheckpointError, UnsupportedEncodingError
-from emoe.model.encoding import ENCODINGS, ITEMSIZE, encoding
+from emoe.model.encoding import ENCODINGS, ITEMSIZE, Encoding, encoding
 from emoe.store.declared import ROW, TENSOR, Block, Declared, shown
 from emoe.store.headers import TensorEntry
 
@@ -222,8 +222,12 @@ def zeros_said(found: Mapping[str, TensorEntry | Group], said: Declared) -> Decl
     return replace(said, symmetric=frozenset([False]), where=said.where or "another weight of the checkpoint")
 
 
+# Which tensor has the group of each input.
+_ORDERED = {"gptq": ".g_idx", "gptq_v2": ".g_idx", "int4": "_g_idx"}
+
+
 def in_one_order(groups: Mapping[str, Group], weights: Mapping[str, EncodedWeight]) -> dict[str, EncodedWeight]:
-    """`weights`, and where GPTQ has put inputs of one into groups in an order of their own, all have such an order.
+    """`weights`, and where inputs of one lie in groups in an order of their own, all have such an order.
 
     That of one expert may happen to be ascending, and experts of a layer are encoded alike.
 
@@ -240,13 +244,21 @@ def in_one_order(groups: Mapping[str, Group], weights: Mapping[str, EncodedWeigh
     result = dict(weights)
     for name, each in weights.items():
         how, group = encoding(each.encoding), groups[name]
-        if how.ordered or not how.codes.startswith("gptq") or how.shapes(*each.shape[-2:])["scales"][0] == 1:
+        if how.ordered or how.codes not in _ORDERED or _groups(how, each.shape) == 1:
             continue
-        if ".g_idx" not in group.parts:
-            raise group.lacks(f"the groups of its inputs, {_named(group, '.g_idx')}, as {first.name} has them")
-        planes = {**each.planes, "order": group.parts[".g_idx"]}
+        part = _ORDERED[how.codes]
+        if part not in group.parts:
+            raise group.lacks(f"the groups of its inputs, {_named(group, part)}, as {first.name} has them")
+        planes = {**each.planes, "order": group.parts[part]}
         result[name] = _made(group, f"{each.encoding}-order", each.shape, planes, by_rows=True)
     return result
+
+
+def _groups(how: Encoding, shape: tuple[int, ...]) -> int:
+    """Of a row."""
+    scales = how.plane("scales")
+    assert scales is not None
+    return how.shapes(*shape[-2:])["scales"][0 if scales.transposed else 1]
 
 
 def is_encoded(found: Mapping[str, TensorEntry | Group]) -> bool:
@@ -533,9 +545,13 @@ def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWei
         planes["zeros"] = group.parts["_zero_point"]
         if planes["zeros"].dtype != "int32":
             raise _unsupported(planes["zeros"], "is a zero point; emoe reads those that are packed into int32")
-    if "_g_idx" in group.parts:
-        _require_in_order(group.parts["_g_idx"], cols, size, read)
     name = f"int4-{size or 'row'}-{kind}{'-zeros' if 'zeros' in planes else ''}"
+    order = group.parts.get("_g_idx")
+    if said.ordered == {True} and scale.shape[-1] > 1 and order is None:
+        raise group.lacks(f"the groups of its inputs, {_named(group, '_g_idx')}, which {said.where} speaks of")
+    if order is not None and _is_ordered(order, scale, scale.shape[-1], size, cols, said, read):
+        planes["order"] = order
+        name = f"{name}-order"
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)
 
 
@@ -556,7 +572,7 @@ def _require_in_order(entry: TensorEntry, cols: int, size: int, read: Read | Non
     ):
         raise _unsupported(
             entry,
-            "puts columns into groups in an order of its own (act order), which emoe reads of GPTQ alone; here groups "
+            "puts columns into groups in an order of its own (act order), which AWQ does not have; here groups "
             f"of {size or cols} columns are neighbours",
         )
 
@@ -566,31 +582,33 @@ def _require_groups(entry: TensorEntry, cols: int, matrices: int) -> None:
         raise entry.error(f"is not the group of each of {cols} columns")
 
 
-def _is_ordered(entry: TensorEntry, scale: TensorEntry, cols: int, said: Declared, read: Read | None) -> bool:
-    """Whether inputs of GPTQ lie in groups in another order than theirs; else groups are of neighbours.
+def _is_ordered(
+    entry: TensorEntry, scale: TensorEntry, groups: int, size: int, cols: int, said: Declared, read: Read | None
+) -> bool:
+    """Whether inputs lie in groups in another order than theirs; else groups are of neighbours.
 
     Args:
-        entry: the group of each input.
-        scale: has a row for each group.
+        entry: the group of each input; -1 where it was never written, as compressed-tensors begins it.
+        scale: has a scale for each group.
+        size: inputs of a group, 0 where all are in one.
     """
-    groups = scale.shape[-2]
     _require_groups(entry, cols, math.prod(scale.shape[:-2]))
     if read is None:
         return groups > 1 and True in said.ordered
     found = np.frombuffer(read(entry), np.int32).reshape(-1, cols)
-    neighbours = np.arange(cols, dtype=np.int32) // (cols // groups)
-    if (found == neighbours).all():
+    neighbours = np.arange(cols, dtype=np.int32) // (size or cols)
+    if (found == neighbours).all() or (entry.name.endswith("weight_g_idx") and (found == -1).all()):
         return False
     strays = found[(found < 0) | (found >= groups)]
     if strays.size:
         raise entry.error(f"puts an input into group {strays[0]}; there are {groups}, as {scale.name} has them")
     if not (np.sort(found) == neighbours).all():
-        raise entry.error(
-            f"does not put {cols // groups} inputs into each of the {groups} groups that {scale.name} has"
-        )
+        raise entry.error(f"does not put {size or cols} inputs into each of the {groups} groups that {scale.name} has")
     if said.ordered == {False}:
         raise _unsupported(
-            entry, f"puts inputs into groups in an order of its own (act order), but {said.where} says desc_act=False"
+            entry,
+            f"puts inputs into groups in an order of its own (act order), but {said.where} says "
+            f"{'actorder is none or static' if entry.name.endswith('weight_g_idx') else 'desc_act=False'}",
         )
     return True
 
@@ -628,7 +646,7 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     name = f"{name}-{size or 'row'}-{_scale_kind(scale)}"
     if order is not None and name.startswith("awq"):
         _require_in_order(order, cols, size, read)
-    elif order is not None and _is_ordered(order, scale, cols, said, read):
+    elif order is not None and _is_ordered(order, scale, groups, size, cols, said, read):
         planes["order"] = order
         name = f"{name}-order"
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)

@@ -38,7 +38,7 @@ class Declared:
     widths: bits of a weight.
     symmetric: whether integers have zero points of their own, as far as that is said.
     zeros: "gptq" or "gptq_v2" where that is said.
-    ordered: whether GPTQ puts inputs into groups in an order of their own (desc_act), as far as that is said.
+    ordered: whether inputs lie in groups in an order of their own (desc_act, actorder), as far as that is said.
     experts: bits of experts' weights where they are said apart, else 0.
     """
 
@@ -157,6 +157,7 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
         widths |= {width} if width else set()
         symmetric |= {weights["symmetric"]} if type(weights.get("symmetric")) is bool else set()
         ordered |= {weights["desc_act"]} if type(weights.get("desc_act")) is bool else set()
+        ordered |= {weights["actorder"] in (True, "group", "dynamic")} if "actorder" in weights else set()
         block = block_of(weights)
         if block is not None and (width == 8 or "weight_block_size" in weights):
             blocks.add(block)

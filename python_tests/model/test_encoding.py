@@ -152,7 +152,7 @@ def test_an_order_says_the_group_of_each_input_to_scales_and_zeros():
 
 
 def test_a_row_of_one_group_has_no_order_and_neither_have_other_formats():
-    for name in ("gptq-row-float16-order", "awq-32-float16-order", "int4-32-float16-order", "gptq-32-float16-zeros"):
+    for name in ("gptq-row-float16-order", "awq-32-float16-order", "int4-row-float16-order", "gptq-32-float16-zeros"):
         with pytest.raises(UnsupportedModelError, match=name):
             encoding(name)
 

@@ -49,6 +49,11 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
         ),
         (compressed("pack-quantized", **INT4), "int4-32-bfloat16", "int4-32-bfloat16"),
         (
+            compressed("pack-quantized", **INT4, actorder="group"),
+            "int4-32-bfloat16-order", "int4-32-bfloat16-order",
+        ),
+        (compressed("pack-quantized", **INT4, actorder="static"), "int4-32-bfloat16", "int4-32-bfloat16"),
+        (
             compressed("pack-quantized", **{**INT4, "symmetric": False}),
             "int4-32-bfloat16-zeros", "int4-32-bfloat16-zeros",
         ),
@@ -160,7 +165,6 @@ def test_thousands_of_named_layers_are_looked_up_at_once():
         (compressed("marlin-24", **INT4), "marlin-24"),
         (compressed("pack-quantized", num_bits=8, type="int", strategy="channel"), "'num_bits': 8"),
         (compressed("pack-quantized", **{**INT4, "num_bits": 3}), "'num_bits': 3"),
-        (compressed("pack-quantized", **INT4, actorder="group"), "actorder='group'"),
         (compressed("naive-quantized", **FLOAT4, strategy="group", group_size=64), "'group_size': 64"),
         ({**compressed("float-quantized", **FLOAT8), "sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
         ({"quant_method": "compressed-tensors"}, "no groups"),

@@ -464,15 +464,33 @@ def test_an_order_that_the_config_denies_is_refused_by_both(tmp_path):
     assert error.tensor.endswith(".g_idx") and "config.json says desc_act=False" in str(error)
 
 
-@pytest.mark.parametrize("kind", ["awq", "int4"])
-def test_an_order_of_other_formats_is_refused_by_name(kind, tmp_path):
-    end = "weight_g_idx" if kind == "int4" else "g_idx"
-
+def test_awq_has_no_order(tmp_path):
     def add(found):
-        found[GATE.replace("weight", end)] = (torch.arange(128).flip(0) // 32).to(torch.int32)
+        found[GATE.replace("weight", "g_idx")] = (torch.arange(128).flip(0) // 32).to(torch.int32)
 
-    error = _fails(quantized.write(tmp_path, FORMATS[kind], change=add), errors.UnsupportedEncodingError)
-    assert error.tensor == GATE.replace("weight", end) and "of GPTQ alone" in str(error)
+    error = _fails(quantized.write(tmp_path, FORMATS["awq"], change=add), errors.UnsupportedEncodingError)
+    assert error.tensor == GATE.replace("weight", "g_idx") and "which AWQ does not have" in str(error)
+
+
+def test_an_order_of_compressed_tensors_that_was_never_written_is_none(tmp_path):
+    def begun(found):
+        for name in [each for each in found if each.endswith("_packed")]:
+            found[name.replace("_packed", "_g_idx")] = torch.full((8 * found[name].shape[1],), -1, dtype=torch.int32)
+
+    path = quantized.write(tmp_path, FORMATS["int4"], change=begun)
+    (row,) = emoe.plan(path, calibrate=False).experts
+    assert row["encodings"] == dict.fromkeys(("gate", "up", "down"), "int4-32-bfloat16")
+    _assert_runs_as_the_truth(tmp_path)
+
+
+def test_an_order_of_compressed_tensors_is_what_its_config_says(tmp_path):
+    gone = f"{GATE}_g_idx"
+    error = _fails(quantized.write(tmp_path / "gone", FORMATS["int4 order"], change=lambda found: found.pop(gone)))
+    assert error.tensor == f"{GATE}_packed" and gone in str(error) and "config.json" in str(error)
+    static = quantized.compressed("pack-quantized", num_bits=4, strategy="group", group_size=32, actorder="static")
+    path = quantized.write(tmp_path / "static", FORMATS["int4 order"], config=static)
+    error = _fails(path, errors.UnsupportedEncodingError)
+    assert error.tensor.endswith("_g_idx") and "actorder is none or static" in str(error)
 
 
 def test_ordered_experts_and_linear_layers_are_computed_by_torch_and_say_why(written, caplog):
@@ -485,7 +503,7 @@ def test_ordered_experts_and_linear_layers_are_computed_by_torch_and_say_why(wri
     _assert_same(_logits(model), _logits(_truth(written("gptq order"))))
     model.emoe.close(restore=False)
     (row,) = model.emoe.plan.experts
-    assert row["kernels"] == "stock" and "desc_act=True" in row["reason"]
+    assert row["kernels"] == "stock" and "act order" in row["reason"]
 
 
 def test_an_order_lies_in_a_slot_as_in_its_file(written):
