@@ -13,8 +13,8 @@ constexpr int kGroups = 8;  // of a step
 struct RowAt {
     const unsigned char* codes;
     const unsigned char* scales;  // null: `factor` is the scale of all
-    const unsigned char* zeros;   // null: none, or all are 8
-    int64_t shift;                // of its zero within a word
+    const unsigned char* zeros;   // null: none, or all are 8; else a word for each group
+    int shift;                    // of its zero within a word
     float factor;
 };
 
@@ -132,13 +132,32 @@ inline __m256 scales_at(ScaleType scale, const unsigned char* scales, int64_t i,
     return _mm256_load_ps(some);
 }
 
+// Two neighbouring scales, each four times.
+inline __m256 two_scales(ScaleType scale, const unsigned char* p) {
+    const auto both = [&] { return _mm_cvtsi32_si128((int)iq::word32(p)); };
+    __m128 two;
+    switch (scale) {
+        case ScaleType::kFloat32:
+            two = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+            break;
+        case ScaleType::kBFloat16:
+            two = _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(both()), 16));
+            break;
+        case ScaleType::kFloat16:
+            two = _mm_cvtph_ps(both());
+            break;
+        default:
+            two = _mm_setr_ps(one_scale(scale, p), one_scale(scale, p + 1), 0.0F, 0.0F);
+    }
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+}
+
 // of(i) for each of groups [g0, g0 + n) where value i serves `per` groups.
 template <class Of>
 inline __m256 each_group(int64_t per, int64_t g0, int64_t n, const Of& of) {
     int64_t i = g0 / per;
     int64_t left = per - g0 % per;
     if (left >= n) return _mm256_set1_ps(of(i));
-    if (per == 4 && n == kGroups) return _mm256_set_m128(_mm_set1_ps(of(i + 1)), _mm_set1_ps(of(i)));
     if (per == 2 && n == kGroups) {
         const __m128 low = _mm_set_ps(of(i + 1), of(i + 1), of(i), of(i));
         return _mm256_set_m128(_mm_set_ps(of(i + 3), of(i + 3), of(i + 2), of(i + 2)), low);
@@ -658,6 +677,7 @@ struct Planes {
         const int64_t per = a.w.scale_cols / kGroup;
         if (per == 1) return scales_at(scale, row.scales, g0, n);
         const int64_t size = scale_size(scale);
+        if (per == 4 && n == kGroups) return two_scales(scale, row.scales + g0 / 4 * size);
         return each_group(per, g0, n, [&](int64_t i) { return one_scale(scale, row.scales + i * size); });
     }
     static Scales<1> scales(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
@@ -738,8 +758,8 @@ struct Int4 : Planes<16> {
     static RowAt row(const Source& a, int64_t row) {
         RowAt found = Planes<16>::row(a, row);
         const int64_t at = a.w.first + row * a.w.step;
-        found.zeros = a.w.zeros < 0 ? nullptr : a.slot + a.w.zeros + at / 8 * groups_of(a.w) * 4 + at % 8 / 2;
-        found.shift = at % 2 * 4;
+        found.zeros = a.w.zeros < 0 ? nullptr : a.slot + a.w.zeros + at / 8 * groups_of(a.w) * 4;
+        found.shift = (int)(at % 8 * 4);
         return found;
     }
     template <int>
@@ -748,12 +768,24 @@ struct Int4 : Planes<16> {
     }
     static Scales<1> scales(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
         const __m256 scale = _mm256_mul_ps(of_groups(a, row, g0, n), _mm256_set1_ps(row.factor));
-        const auto zero = [&](int64_t i) { return (float)-((row.zeros[i * 4] >> row.shift) & 15); };
+        return {{scale}, _mm256_mul_ps(scale, _mm256_sub_ps(_mm256_setzero_ps(), zeros(a, row, g0, n)))};
+    }
+    static __m256 zeros(const Source& a, const RowAt& row, int64_t g0, int64_t n) {
+        if (row.zeros == nullptr) return _mm256_set1_ps(8.0F);
         const int64_t per = a.w.scale_cols / kGroup;
-        const __m256 zeros = row.zeros == nullptr ? _mm256_set1_ps(-8.0F)
-                             : per == 0           ? _mm256_set1_ps(zero(0))
-                                                  : each_group(per, g0, n, zero);
-        return {{scale}, _mm256_mul_ps(scale, zeros)};
+        const __m128i by = _mm_cvtsi32_si128(row.shift);
+        const __m256i low = _mm256_set1_epi32(15);
+        if (n == kGroups && per == 1) {
+            return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(load_bytes32(row.zeros + g0 * 4), by), low));
+        }
+        if (n == kGroups && per == 4) {
+            const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.zeros + g0));
+            const __m256i both = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_srl_epi32(two, by)),
+                                                             _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+            return _mm256_cvtepi32_ps(_mm256_and_si256(both, low));
+        }
+        const auto zero = [&](int64_t i) { return (float)(row.zeros[i * 4 + row.shift / 8] >> row.shift % 8 & 15); };
+        return per == 0 ? _mm256_set1_ps(zero(0)) : each_group(per, g0, n, zero);
     }
 #if defined(EMOE_QUADS)
     static constexpr Order kOrder = kNibbleOrder;

@@ -56,10 +56,10 @@ inline void load_e5m2(const unsigned char* p, V (&out)[2]) {
 }
 // 2^8 times too small; 0x7F is no number.
 inline void load_e4m3(const unsigned char* p, V (&out)[2]) {
-    const __m512i moved = _mm512_slli_epi16(load_unsigned(p).v, 7);
-    const __m512i value = _mm512_add_epi16(moved, _mm512_and_si512(moved, _mm512_set1_epi16(0x4000)));  // the sign
-    const __m512i all = _mm512_set1_epi16(0x3F80);
-    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(moved, all), all);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i moved = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);  // the sign is there twice
+    const __m512i value = _mm512_and_si512(moved, _mm512_set1_epi16((short)0xBFFF));
+    const __mmask32 nan = _mm256_cmpeq_epi8_mask(_mm256_or_si256(bytes, _mm256_set1_epi8(-128)), _mm256_set1_epi8(-1));
     store_halves(_mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7FFF)), out);
 }
 
