@@ -305,7 +305,7 @@ def _recorder_of(tmp_path):
     bank = Bank.__new__(Bank)
     layer = types.SimpleNamespace(form=types.SimpleNamespace(nbytes=8), num_experts=4)
     bank.layers, bank._store = [layer], types.SimpleNamespace(layers=[layer])
-    bank.observers, bank._lock = [], threading.RLock()
+    bank.observers, bank.lock = [], threading.RLock()
     told = [object(), object()]
     return bank, told, lambda name: bank.recorded(tmp_path / name, "model", 2, told, lambda: None)
 
