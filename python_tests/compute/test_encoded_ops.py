@@ -305,17 +305,18 @@ def test_blocks_that_the_edge_cuts(name):
         check(build(name, hidden=203, inner=77), tokens)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*HALVES, "mxfp4", "nvfp4", "e4m3-128x128-float32", "int4-32-bfloat16",
                                   "awq-128-float16", "gptq-128-float16"])  # fmt: skip
-def test_the_bits_of_a_token_do_not_depend_on_the_others_nor_on_how_experts_are_spread(name):
+def test_the_bits_of_a_token_do_not_depend_on_the_others_nor_on_how_experts_are_spread(name, dtype):
     experts = build(name)
-    hidden, index, routing = inputs(8)
+    hidden, index, routing = inputs(8, dtype=dtype)
     want = run(experts, hidden, index, routing)
     assert torch.equal(run(experts, hidden, index, routing, [[e] for e in range(E)]), want)
     for t in range(8):
         one = slice(t, t + 1)
         assert torch.equal(run(experts, hidden[one], index[one], routing[one], [[2, 0], [1]]), want[one])
-    many = inputs(40)
+    many = inputs(40, dtype=dtype)
     assert torch.equal(run(experts, *many, [[e] for e in range(E)]), run(experts, *many))
 
 
