@@ -143,7 +143,7 @@ def test_the_checkpoint_of_every_family_holds_the_same_model_in_other_bytes(fami
     assert (got - expected).abs().median() < most * (expected.abs().median() + 1)  # few tokens are routed elsewhere
 
 
-@pytest.mark.parametrize("experts", ["q4_k", "q5_k", "q6_k", "q4_0", "q8_0", "mxfp4", "fp8"])
+@pytest.mark.parametrize("experts", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q8_0", "mxfp4", "fp8"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_every_encoding_holds_what_its_encoder_gives_for_each_matrix(experts, family, tmp_path):
     source = wide(tmp_path / "source", family)

@@ -38,7 +38,7 @@ def logits(folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("experts", ["q4_k", "q8_0", "mxfp4"])
+@pytest.mark.parametrize("experts", ["q2_k", "q3_k", "q4_k", "q8_0", "mxfp4"])
 def test_the_model_of_the_gguf_is_that_of_the_safetensors(family, experts, tmp_path):
     source = model_of(tmp_path, family)
     convert(source, tmp_path / "gguf", experts, gguf=True, progress=False)
