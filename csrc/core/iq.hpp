@@ -64,22 +64,24 @@ constexpr unsigned sevens(unsigned word) {
 constexpr int odd_number(unsigned half) { return 2 * static_cast<int>(half) + 1; }
 constexpr unsigned nibble_of(const unsigned char* p, int i) { return p[i / 2] >> (i % 2 * 4) & 15U; }
 
-struct Iq2Xxs {
+struct UnitFirst {
+    static unsigned unit(const unsigned char* p) { return word16(p); }
+};
+
+struct Iq2Xxs : UnitFirst {
     static constexpr int kBytes = 66;
     static constexpr bool kHalves = false;
     using Entry = Eight;
     static constexpr float kBy = 0.125F;
-    static unsigned unit(const unsigned char* p) { return word16(p); }
     static Entry entry(const unsigned char* p, int g, int l) { return kIq2Xxs.of[p[2 + 8 * g + l]]; }
     static unsigned signs(const unsigned char* p, int g) { return even_signs(sevens(word32(p + 6 + 8 * g))); }
     static int scale(const unsigned char* p, int h) { return odd_number(p[9 + h / 2 * 8] >> 4); }
 };
-struct Iq2Xs {
+struct Iq2Xs : UnitFirst {
     static constexpr int kBytes = 74;
     static constexpr bool kHalves = true;
     using Entry = Eight;
     static constexpr float kBy = 0.125F;
-    static unsigned unit(const unsigned char* p) { return word16(p); }
     static Entry entry(const unsigned char* p, int g, int l) { return kIq2Xs.of[word16(p + 2 + 8 * g + 2 * l) & 511U]; }
     static unsigned signs(const unsigned char* p, int g) {
         Eight four;
@@ -90,46 +92,42 @@ struct Iq2Xs {
     }
     static int scale(const unsigned char* p, int h) { return odd_number(nibble_of(p + 66, h)); }
 };
-struct Iq2S {
+struct Iq2S : UnitFirst {
     static constexpr int kBytes = 82;
     static constexpr bool kHalves = true;
     using Entry = Eight;
     static constexpr float kBy = 0.125F;
-    static unsigned unit(const unsigned char* p) { return word16(p); }
     static Entry entry(const unsigned char* p, int g, int l) {
         return kIq2S.of[p[2 + 4 * g + l] | (p[66 + g] >> (2 * l) & 3) << 8];
     }
     static unsigned signs(const unsigned char* p, int g) { return word32(p + 34 + 4 * g); }
     static int scale(const unsigned char* p, int h) { return odd_number(nibble_of(p + 74, h)); }
 };
-struct Iq3Xxs {
+struct Iq3Xxs : UnitFirst {
     static constexpr int kBytes = 98;
     static constexpr bool kHalves = false;
     using Entry = Four;
     static constexpr float kBy = 0.25F;
-    static unsigned unit(const unsigned char* p) { return word16(p); }
     static Entry entry(const unsigned char* p, int g, int l) { return kIq3Xxs.of[p[2 + 8 * g + l]]; }
     static unsigned signs(const unsigned char* p, int g) { return even_signs(sevens(word32(p + 66 + 4 * g))); }
     static int scale(const unsigned char* p, int h) { return odd_number(p[69 + h / 2 * 4] >> 4); }
 };
-struct Iq3S {
+struct Iq3S : UnitFirst {
     static constexpr int kBytes = 110;
     static constexpr bool kHalves = false;
     using Entry = Four;
     static constexpr float kBy = 1.0F;
-    static unsigned unit(const unsigned char* p) { return word16(p); }
     static Entry entry(const unsigned char* p, int g, int l) {
         return kIq3S.of[p[2 + 8 * g + l] | (p[66 + g] >> l & 1) << 8];
     }
     static unsigned signs(const unsigned char* p, int g) { return word32(p + 74 + 4 * g); }
     static int scale(const unsigned char* p, int h) { return odd_number(nibble_of(p + 106, h / 2)); }
 };
-struct Iq1S {
+struct Iq1S : UnitFirst {
     static constexpr int kBytes = 50;
     static constexpr bool kHalves = false;
     using Entry = Eight;
     static constexpr float kBy = 0.125F;
-    static unsigned unit(const unsigned char* p) { return word16(p); }
     static Entry entry(const unsigned char* p, int g, int l) {
         return kIq1.of[p[2 + 4 * g + l] | (word16(p + 34 + 2 * g) >> (3 * l) & 7U) << 8];
     }
