@@ -22,6 +22,7 @@ from emoe.files import jsontext
 from emoe.model.encoding import ITEMSIZE, encoding
 from emoe.model.gguf_tensors import TensorNames
 from emoe.model.structure import experts_modules, num_experts, param_specs
+from emoe.options import CONVERTED
 from emoe.store import ExpertStore
 from emoe.store.headers import TensorEntry
 
@@ -66,7 +67,7 @@ def conversion(
         )
     asked = "gguf_mxfp4" if asked == "mxfp4" else asked
     if encoding(asked).plane("blocks") is None:
-        raise ConfigError("GGUF holds no FP8; choose one of q8_0, q6_k, q5_k, q4_k, q4_0, q3_k, q2_k, mxfp4")
+        raise ConfigError(f"GGUF holds no FP8; choose one of {', '.join(each for each in CONVERTED if each != 'fp8')}")
     architecture = ARCHITECTURES[config.model_type][0]
     _require_same_model(config)
     names = TensorNames(architecture, config.num_hidden_layers, ())

@@ -308,13 +308,12 @@ def _q2_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         step, low = (unit.float() * units).flatten(), (low_unit.float() * low_units).flatten()
         return ((x + low) / step).round().clamp(0, 3).nan_to_num(0)
 
+    blocks = len(units)
+    given, by_offset = _of_block(x, blocks), _of_block(low_units.flatten().expand_as(x), blocks)
+    oo, ox = (by_offset * by_offset).sum(1), (by_offset * given).sum(1)
     for _ in range(_REFINED):
-        blocks = len(units)
         by_scale = _of_block(codes_of() * units.flatten(), blocks)
-        by_offset = _of_block(low_units.flatten().expand_as(x), blocks)
-        given = _of_block(x, blocks)
-        ss, so, oo = (by_scale * by_scale).sum(1), (by_scale * by_offset).sum(1), (by_offset * by_offset).sum(1)
-        sx, ox = (by_scale * given).sum(1), (by_offset * given).sum(1)
+        ss, so, sx = (by_scale * by_scale).sum(1), (by_scale * by_offset).sum(1), (by_scale * given).sum(1)
         determinant = ss * oo - so * so
         fitted = (sx * oo - ox * so) / determinant
         fitted_low = (sx * so - ox * ss) / determinant
