@@ -47,6 +47,9 @@ enum class Codes : unsigned char {
     kMxfp4Blocks,
 };
 
+// Whether codes are entries of a table (core/iq.hpp).
+EMOE_HOST_DEVICE constexpr bool has_grid(Codes codes) { return codes >= Codes::kIq1S && codes <= Codes::kIq3S; }
+
 enum class ScaleType : unsigned char { kNone, kFloat32, kBFloat16, kFloat16, kE8M0, kE4M3 };
 
 // Numbers by their nibble; of e2m1 twice the value, so that it is whole (gguf_mxfp4 halves its scale).

@@ -62,7 +62,7 @@ void check_weights(const char* name, const Weights& w) {
         refuse("its " + std::string(name) + " is " + std::string(codes_row(w.codes).name) + " with " + what + " " +
                std::to_string(value) + "; a GPU takes multiples of " + std::to_string(unit));
     };
-    if (w.codes >= Codes::kIq1S && w.codes <= Codes::kIq3S) {  // their grids are not on the device
+    if (has_grid(w.codes)) {  // grids are not on the device
         refuse("its " + std::string(name) + " is " + std::string(codes_row(w.codes).name) +
                ", which a GPU's kernels do not decode");
     }

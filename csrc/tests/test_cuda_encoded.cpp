@@ -43,8 +43,7 @@ EncodedCase all(const CodesCase& codes, DType hidden, std::int64_t T, std::int64
 std::vector<CodesCase> cases() {
     std::vector<CodesCase> chosen;
     for (std::size_t i = 0; i < std::size(kCodesCases); i += kEvery) {
-        const bool grid = kCodesCases[i].codes >= Codes::kIq1S && kCodesCases[i].codes <= Codes::kIq3S;
-        if (kCodesCases[i].scale_cols % 8 == 0 && !grid) chosen.push_back(kCodesCases[i]);
+        if (kCodesCases[i].scale_cols % 8 == 0 && !has_grid(kCodesCases[i].codes)) chosen.push_back(kCodesCases[i]);
     }
     return chosen;
 }
