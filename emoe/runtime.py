@@ -5,7 +5,6 @@ It wires the parts together and takes them down again; decisions are in slots/, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -33,15 +32,13 @@ from emoe.slots.options import opened
 from emoe.store import ExpertStore
 from emoe.trace.trace import TraceRecorder
 
-logger = logging.getLogger(__name__)
-
 
 def make_reader(kind: str) -> Any:
     """The native reader of that name; fault injection in tests puts its own in this place."""
     return native.load().make_reader(kind)
 
 
-class Runtime:
+class Runtime(AbstractContextManager["Runtime"]):
     """Everything emoe holds for one model; reached as `model.emoe`.
 
     Attributes:
@@ -60,23 +57,19 @@ class Runtime:
     ) -> None:  # fmt: skip
         self.plan, self.store = plan, store
         self._model, self._device, self._dense = model, device, dense
-        # Told of every request in this order, and of its end in the other: the base set, which has its experts brought,
-        # traces that are being recorded, the probe, routing with its statistics.
+        # Told of every request in this order, of its end in the other; traces that are recorded come second.
         self._told: list[RequestObserver] = []
         self.requests = Requests(self._told, on_lost=lambda: self._bank.give_up(LOST))
         self._lock = self.requests.lock
         self._steps: list[Callable[[], object]] | None = None  # what is left to take down, once `close` has begun
-        self._probes: RequestProbes | None = None
+        routing = routing_of(options)
         device.check(store.layers, plan.layouts, options.kernels)
         device.place(model)
-        routing = routing_of(options)
-        # Then all that is not resident is exchanged, and nothing is read while a request runs.
-        hostless = routing.mode == "resident" and not routing.loads_misses
         # Readers of the emulation are of a module of its own.
         make = make_reader if device.module is native.load() else device.module.make_reader
         self._bank = Bank(
             model, store, device, plan.layouts, plan.slots_per_layer, options, make(options.reader),
-            hostless=hostless, lock=self._lock, coarse=plan.coarse,
+            hostless=routing.hostless, lock=self._lock, coarse=plan.coarse,
         )  # fmt: skip
         self.cache, self.loader, self.layers = self._bank.cache, self._bank.loader, self._bank.layers
         experts_per_layer = self._bank.experts_per_layer
@@ -92,7 +85,8 @@ class Runtime:
             observed=[site.layer for site in self.routing.sites if site.rule is not None],
         )  # fmt: skip
         self.lending = self._bank.lending(plan.top_k, self.base.resized)
-        self._told += [self.base, self.routing]
+        self._probes = RequestProbes(model, self.requests)
+        self._told += [self.base, self._probes, self.routing]
         experts.register()
         self._attached = Attached(model, store, experts.IMPLEMENTATION, {each.module: each for each in self.layers})
         self._attached.in_chunks(plan.prefill_chunk, plan.context)
@@ -100,16 +94,13 @@ class Runtime:
         self._norms = self._attached.norms(ops.rms_norm) if options.normalizes else 0
         self.attend = attention.attend if options.attends and self._attached.one_row(attention.attend) else None
         if self.base.watches:
-            # Told of a layer's forward after the traces that are being recorded, which come before it in the list.
-            self._bank.observers.append(self.base)
+            self._bank.observers.append(self.base)  # traces that are recorded come before it
             self.routing.observer = self.base.picked
             self._attached.before_forward(self.requests.forward)
         if self.routing.coarse is not None:
             self._bank.choose(self.routing.coarse.full)
         self.routing.start()
-        self._bank.log_start(plan.resident_share, options.kernels)
-        for warning in plan.warnings:
-            logger.warning("emoe: %s", warning)
+        self._bank.log_start(plan.resident_share, options.kernels, plan.warnings)
 
     def stats(self, *, per_layer: bool = False) -> dict[str, Any]:
         """Counters since the runtime started.
@@ -119,16 +110,15 @@ class Runtime:
 
         Returns:
             Of experts: hits, misses (routed experts found in a slot or not), hit_rate, prefetch_hits, evictions, loads,
-            stall_ms (time the computation waited for bytes), bytes_read and its split demand_bytes, prefetch_bytes;
+            stall_ms (time that computation waited for bytes), bytes_read with its split demand_bytes, prefetch_bytes;
             slots, resident_share, budget_bytes. How they run: reader, device, encodings, `kernels` (layers served by
-            "native", "stock" or a device), `experts` (of layers that are alike: encodings, bytes_per_expert, and
-            whether they are read in place), `copies` (of all experts, in `coarse`). Outside experts: `decoded` (bytes
-            as stored and in memory, and why), `dense` (what stays encoded, and how many `plain` ones kernels compute
-            with), `attention` of a decode step, `norms` that kernels compute. Of requests: `routing`
-            (`emoe.routing.Routing.stats`), `prediction` (docs/slots.md), `sensitivity` (what `probe` found). None where
-            there is none. On a GPU also host_hits and host_misses (records in pinned memory or not), on_cpu (missing
-            experts that the CPU computed), settled (forwards of layers that asked the device for no value; what they
-            used is not in hits).
+            "native", "stock" or a device), `experts` (of layers that are alike: encodings, bytes_per_expert, read in
+            place or not), `copies` (of all experts, in `coarse`). Outside experts: `decoded` (bytes as stored and in
+            memory, why), `dense` (what stays encoded, how many `plain` ones kernels compute with), `attention` of a
+            decode step, `norms` that kernels compute. Of requests: `routing` (`emoe.routing.Routing.stats`),
+            `prediction` (docs/slots.md), `sensitivity` (what `probe` found). None where there is none. On a GPU also
+            host_hits and host_misses (records in pinned memory or not), on_cpu (missing experts that the CPU computed),
+            settled (forwards of layers that asked the device for no value; what they used is not in hits).
 
         Raises:
             ClosedError: the runtime was closed; so does all that follows, but for `close`.
@@ -137,17 +127,14 @@ class Runtime:
             self._require_open()
             return {
                 **self._bank.stats(per_layer=per_layer),
-                "resident_share": self.plan.resident_share,
-                "budget_bytes": self.plan.budget_bytes,
-                "encodings": self.plan.encodings,
-                "decoded": self.plan.decoded,
+                **self.plan.stats(),
                 "store": self.store.description,
                 "dense": linear.stats(self._model, self._dense) | {"plain": self._plain},
                 "norms": self._norms,
                 "attention": "native" if self.attend is not None else "torch",
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),
-                "sensitivity": self._probes.stats() if self._probes is not None else None,
+                "sensitivity": self._probes.stats(),
             }
 
     def probe(self, share: float = SHARE) -> OnlineSensitivity:
@@ -168,13 +155,7 @@ class Runtime:
         """
         with self._lock:
             self._require_open()
-            probes = RequestProbes(self._model, self.requests, share)
-            if self._probes is not None:
-                self._probes.close()
-                self._told.remove(self._probes)
-            self._told.insert(-1, probes)
-            self._probes = probes
-        return probes.online
+            return self._probes.start(share)
 
     def request(
         self,
@@ -185,14 +166,13 @@ class Runtime:
 
         The object has them (`request.tally.substituted_mass`), and `stats()["routing"]` lists them by task and request.
         With a predictor it is also what the base set is chosen for; requests within it, or beside it in other threads,
-        are then part of it. Without this, a forward that begins a text is the start of a request of no task
-        (`emoe.requests`).
+        are then part of it. Without this a forward that begins a text begins a request of no task (`emoe.requests`).
 
         Args:
             task: name of its task.
             name: its own, for reports.
-            tokens: input and expected output, for the load score; None: as many as its task's requests had so far.
-            others: (task, tokens) of requests beside it, or before the next choice: the base set is chosen for all.
+            tokens: input and expected output, for the load score; None: as its task's requests had so far.
+            others: (task, tokens) of requests beside it, or before the next choice: the base set is for all.
 
         Raises:
             ConfigError: tokens below 1.
@@ -221,13 +201,12 @@ class Runtime:
         """
         with self._lock:
             self._require_open()
-            cache = self._bank.cache
-            return [(len(layer.pieces), cache.resident(number)) for number, layer in enumerate(self.store.layers)]
+            return self._bank.residents()
 
     def preload(self, *, progress: bool = True) -> int:
-        """Reads experts into free slots, and with a GPU into pinned memory, so that the first prompts find them there.
+        """Reads experts into free slots, and with a GPU into pinned memory: those with the lowest ids.
 
-        Experts with the lowest ids; a predictor's come with its first request all the same.
+        The first prompts then find slots full; what a predictor names comes with its first request all the same.
 
         Args:
             progress: a bar on standard error, where that is a terminal.
@@ -244,9 +223,8 @@ class Runtime:
     def record(self, path: str | Path) -> AbstractContextManager[TraceRecorder]:
         """Records routing decisions while the block runs and writes them to `path` (.npz; see docs/traces.md).
 
-        `recorder.mark(task=..., prompt=...)` names what follows in its thread. Recorders may be open at the same time,
-        and each gets what every thread runs while it is. A block that ends in an exception leaves `path` as it was;
-        `recorder.save()` writes what there is at any time.
+        `recorder.mark(task=..., prompt=...)` names what follows in its thread; each of several recorders gets what all
+        threads run. A block that ends in an exception leaves `path` as it was; `recorder.save()` writes at any time.
 
         Raises:
             ClosedError: the runtime is closed.
@@ -261,8 +239,8 @@ class Runtime:
         """Stops transfers, frees the slots and gives the model back; calling it again does nothing.
 
         It waits for the layer that runs in another thread; forwards there that go on to emoe raise ClosedError. What
-        can fail comes before anything is taken down: after an error the model runs on, and this can be called again.
-        After an interrupt the model runs on too, or is closed as was asked for.
+        can fail comes before anything is taken down: after an error the model runs on, and this can be called again;
+        after an interrupt it runs on too, or is closed as was asked for.
 
         Args:
             restore: True loads all experts back into ordinary parameters, on the CPU; False leaves the model without
@@ -277,10 +255,10 @@ class Runtime:
             self.loader.require_idle()
             if self._steps is None:
                 read = self._attached.read(restore)
-                hooks = [each.close for each in (self._attached, self._probes, self.routing) if each is not None]
                 self._steps = [
-                    self.requests.close, *hooks, self._bank.close, lambda: self._attached.leave(read),
-                    self.store.close, lambda: self._attached.let_go(self),
+                    self.requests.close, self._attached.close, self._probes.close, self.routing.close,
+                    self._bank.close, lambda: self._attached.leave(read), self.store.close,
+                    lambda: self._attached.let_go(self),
                 ]  # fmt: skip
             take_down(self._steps)
 
@@ -305,9 +283,6 @@ class Runtime:
             f"{self!r} is neither copied nor pickled: model.save_pretrained(folder) writes the model whole, and "
             "emoe.from_pretrained(folder) makes another of it"
         )
-
-    def __enter__(self) -> Runtime:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

@@ -131,8 +131,12 @@ class Bank:
             for layer, each in zip(self._store.layers, self.layers, strict=True)
         )
 
-    def log_start(self, resident_share: float, kernels: str) -> None:
-        """Says what runs, and why some of it does not run natively."""
+    def residents(self) -> list[tuple[int, list[int]]]:
+        """Of each layer how many experts it has, and the numbers of those in memory, ascending."""
+        return [(count, self.cache.resident(layer)) for layer, count in enumerate(self.experts_per_layer)]
+
+    def log_start(self, resident_share: float, kernels: str, warnings: Sequence[str]) -> None:
+        """Says what runs, why some of it does not run natively, and the plan's warnings."""
         logger.info(
             "emoe: %s of experts in %d slots, %.0f%% resident, store %s",
             format_bytes(self.slab.slots * self.slab.slot_bytes),
@@ -150,6 +154,8 @@ class Bank:
                 logger.warning(
                     "emoe: %d of %d layers run Transformers' own kernels: %s", count, len(self.layers), reason
                 )
+        for warning in warnings:
+            logger.warning("emoe: %s", warning)
 
     def recorded(
         self, path: str | Path, model: str, top_k: int, told: list[RequestObserver], check: Callable[[], None]

@@ -131,6 +131,11 @@ class Plan:
         """Slots over routed experts, 0 to 1."""
         return sum(self.slots_per_layer) / sum(self.experts_per_layer)
 
+    def stats(self) -> dict[str, Any]:
+        """Its part of `Runtime.stats`."""
+        names = ("resident_share", "budget_bytes", "encodings", "decoded")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         values = asdict(replace(self, layouts=(), copy_layouts=()))

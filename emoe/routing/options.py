@@ -42,6 +42,11 @@ class RoutingOptions:
             return any(mass < 1 for mass in self.exact_mass.values())
         return self.mode != "resident" or self.bound is not None or any(self.keep_top)
 
+    @property
+    def hostless(self) -> bool:
+        """Whether every pick that is not resident is exchanged, so that a step reads nothing and may need no host."""
+        return self.mode == "resident" and not self.loads_misses
+
 
 def _of(by_task: Mapping[str, float], task: str | None) -> float:
     return by_task[DEFAULT_TASK] if task is None else by_task.get(task, by_task[DEFAULT_TASK])

@@ -21,47 +21,58 @@ logger = logging.getLogger(__name__)
 
 
 class RequestProbes:
-    """Probes a share of each task's requests as they end (docs/tasks.md).
+    """Probes a share of each task's requests as they end (docs/tasks.md), once `start` has been called.
 
     Args:
         model: as `Prober` takes it.
         requests: tells of requests, and whose a forward is.
-        share: of each task's requests, over 0 and up to 1.
-
-    Attributes:
-        online: the estimate.
-
-    Raises:
-        ConfigError: a share out of its range.
-        UnsupportedModelError: a router whose rule is not known.
     """
 
-    def __init__(self, model: nn.Module, requests: Requests, share: float) -> None:
-        self.online = OnlineSensitivity(share)
-        self._prober, self._requests = Prober(model), requests
+    def __init__(self, model: nn.Module, requests: Requests) -> None:
+        self._model, self._requests = model, requests
+        self._online: OnlineSensitivity | None = None  # None: probes nothing
+        self._hook: Any = None
+
+    def start(self, share: float) -> OnlineSensitivity:
+        """From now on requests are probed; another call begins another estimate.
+
+        Args:
+            share: of each task's requests, over 0 and up to 1.
+
+        Raises:
+            ConfigError: a share out of its range.
+            UnsupportedModelError: a router whose rule is not known.
+        """
+        online, prober = OnlineSensitivity(share), Prober(self._model)
+        self.close()
+        self._online, self._prober = online, prober
         self._texts: dict[int, _Text] = {}  # by id(request)
         self._probes = self._unusable = self._failed = 0
         self._seconds = 0.0
-        self._hook = model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        self._hook = self._model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        return online
 
     def close(self) -> None:
         """Removes the hook; the estimate stays."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     def begin(self, request: Request, first: bool) -> None:
         # A request within one is part of it.
-        if request.kind is Kind.ASKED and request.within is None:
+        if self._online is not None and request.kind is Kind.ASKED and request.within is None:
             self._texts[id(request)] = _Text()
 
     def end(self, request: Request, last: bool) -> None:
         """The last text in the request may be probed."""
+        if self._online is None:
+            return
         text = self._texts.pop(id(request), None)
         if text is None or request.failed:
             return
         found = text.found()
         if found is None:
             self._unusable += 1
-        elif self.online.due(request.task or ""):
+        elif self._online.due(request.task or ""):
             ids, prompt_tokens = found
             try:
                 seen = self._prober(ids[: prompt_tokens + ANSWER_TOKENS], request.task, prompt_tokens=prompt_tokens)
@@ -71,7 +82,7 @@ class RequestProbes:
                 return
             self._probes += 1
             self._seconds += seen.seconds
-            self.online.observe(request.task or "", seen.substituted_mass, seen.logit_change)
+            self._online.observe(request.task or "", seen.substituted_mass, seen.logit_change)
 
     def _on_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._requests.kind is not Kind.ASKED:
@@ -97,14 +108,19 @@ class RequestProbes:
                 else:
                     text.lose()
 
-    def stats(self) -> dict[str, Any]:
-        """probes, their seconds, unusable (requests without one text and an answer), failed, the estimate by task."""
+    def stats(self) -> dict[str, Any] | None:
+        """None before `start`.
+
+        Else probes, their seconds, unusable (requests without one text and an answer), failed, the estimate by task.
+        """
+        if self._online is None:
+            return None
         return {
             "probes": self._probes,
             "seconds": self._seconds,
             "unusable": self._unusable,
             "failed": self._failed,
-            "tasks": self.online.to_dict(),
+            "tasks": self._online.to_dict(),
         }
 
 
