@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Builds emoe/_C_emulated: the CUDA part with its kernels on the fake runtime of the tests. Needs CUDA's headers.
+# In the folder of the native tests of that kind (native_tests.sh), so that neither compiles what the other has.
 # scripts/emulated.sh address|thread PYTEST-ARGUMENTS   builds it under a sanitizer, elsewhere, and runs tests with it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-plain}
-folder=$PWD/build/emulated-$kind
+folder=$PWD/build/native-tests-$kind
 case $kind in
   plain) sanitize="" target=$PWD/emoe library="" ;;
   address) sanitize="address;undefined" target=$folder/module library=libasan.so ;;
   thread) sanitize="thread" target=$folder/module library=libtsan.so ;;
   *) echo "emulated.sh: '$kind' is not one of: plain, address, thread" >&2; exit 2 ;;
 esac
-cmake -G Ninja -S . -B "$folder" -DPython_EXECUTABLE="$(command -v python)" -DEMOE_WERROR=ON -DEMOE_CUDA=0 -DEMOE_EMULATED=ON \
+cmake -G Ninja -S . -B "$folder" -DPython_EXECUTABLE="$(command -v python)" -DEMOE_TESTS=ON -DEMOE_EMULATED=ON \
+  -DEMOE_WERROR=ON -DEMOE_CUDA=0 \
   -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" -DEMOE_OUTPUT_DIR="$target" -DCMAKE_BUILD_TYPE=Release \
   -DEMOE_SANITIZE="$sanitize" >/dev/null
 cmake --build "$folder" --target _C_emulated -- --quiet
