@@ -124,9 +124,24 @@ def nvfp4(divided: bool) -> Encoder:
 
 
 def _words(codes: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Eight codes [..., 8 n] in an int32 [..., n], lowest bits first."""
-    eights = codes.long().view(*codes.shape[:-1], -1, 8)[..., list(order)]
-    return (eights << (4 * torch.arange(8))).sum(-1).to(torch.int32)
+    """Codes [..., k n] in an int32 [..., n], lowest bits first; `order` has k numbers, 8 or 4."""
+    each = len(order)
+    parts = codes.long().view(*codes.shape[:-1], -1, each)[..., list(order)]
+    return (parts << (32 // each * torch.arange(each))).sum(-1).to(torch.int32)
+
+
+def int8_words(group: int, scale: torch.dtype = torch.bfloat16) -> Encoder:
+    """compressed-tensors pack-quantized with num_bits 8; group 0: a scale for a row."""
+
+    def encode(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        size = group or weight.shape[1]
+        scales = (grid(weight, 1, size) / 127).to(scale)
+        each = spread(scales.float(), weight.shape, 1, size)
+        codes = (weight / each).round().clamp(-128, 127)
+        packed = _words(codes + 128, (0, 1, 2, 3))
+        return {"_packed": packed, "_scale": scales, "_shape": torch.tensor(weight.shape)}, codes * each
+
+    return encode
 
 
 def int4(
@@ -161,7 +176,7 @@ def int4(
     return encode
 
 
-def along_inputs(kind: str, group: int, order: bool = False, symmetric: bool = False) -> Encoder:
+def along_inputs(kind: str, group: int, order: bool = False, symmetric: bool = False, bits: int = 4) -> Encoder:
     """AWQ and GPTQ; `order` puts inputs into groups at random, each weight its own, as desc_act=True does."""
 
     def encode(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
@@ -171,18 +186,20 @@ def along_inputs(kind: str, group: int, order: bool = False, symmetric: bool = F
             own = _generator(f"order {zlib.crc32(weight.numpy().tobytes())}")
             index = index[torch.randperm(len(index), generator=own)]
         groups = int(index.max()) + 1
-        scales = torch.stack([turned[index == each].abs().amax(0) for each in range(groups)]).div(7).half()
-        zero = torch.full(scales.shape, 8)
+        most, middle = 2 ** (bits - 1) - 1, 2 ** (bits - 1)
+        scales = torch.stack([turned[index == each].abs().amax(0) for each in range(groups)]).div(most).half()
+        zero = torch.full(scales.shape, middle)
         if not symmetric:
-            zero = torch.randint(6, 10, scales.shape, generator=_generator("zeros"))
-        codes = ((turned / scales.float()[index]).round() + zero[index]).clamp(0, 15)
+            zero = torch.randint(middle - 2, middle + 2, scales.shape, generator=_generator("zeros"))
+        codes = ((turned / scales.float()[index]).round() + zero[index]).clamp(0, 2**bits - 1)
         truth = ((codes - zero[index]) * scales.float()[index]).T.contiguous()
         if kind == "awq":
             nibbles = (0, 2, 4, 6, 1, 3, 5, 7)
             return {".qweight": _words(codes, nibbles), ".qzeros": _words(zero, nibbles), ".scales": scales}, truth
+        places = tuple(range(32 // bits))
         stored = {
-            ".qweight": _words(codes.T.contiguous()).T.contiguous(),
-            ".qzeros": _words(zero - 1 if kind == "gptq" else zero),
+            ".qweight": _words(codes.T.contiguous(), places).T.contiguous(),
+            ".qzeros": _words(zero - 1 if kind == "gptq" else zero, places),
             ".scales": scales,
             ".g_idx": index.to(torch.int32),
         }
@@ -378,6 +395,15 @@ FORMATS: dict[str, Format] = {
         int4(0, shape=False), "int4-row-bfloat16",
         compressed("pack-quantized", num_bits=4, type="int", strategy="channel", group_size=None),
     ),
+    "int8 words": _everywhere(
+        int8_words(32), "uint8b128-1x32-bfloat16",
+        compressed("pack-quantized", num_bits=8, type="int", strategy="group", group_size=32),
+    ),
+    "int8 words rows": _everywhere(
+        int8_words(0, HALF), "uint8b128-row-float16",
+        compressed("pack-quantized", num_bits=8, type="int", strategy="channel", group_size=None),
+    ),
+    "int8 words unsaid": _everywhere(int8_words(64), "uint8b128-1x64-bfloat16"),
     "awq": _everywhere(
         along_inputs("awq", 32), "awq-32-float16", {"quant_method": "awq", "bits": 4, "group_size": 32},
     ),
@@ -393,6 +419,15 @@ FORMATS: dict[str, Format] = {
         along_inputs("gptq", 32, order=True), "gptq-32-float16-order",
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
     ),
+    "gptq 8 bits": _everywhere(
+        along_inputs("gptq", 32, bits=8), "gptq8-32-float16",
+        {"quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": False},
+    ),
+    "gptq 8 bits v2 order": _everywhere(
+        along_inputs("gptq_v2", 32, order=True, bits=8), "gptq8_v2-32-float16-order",
+        {"quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": True, "checkpoint_format": "gptq_v2"},
+    ),
+    "gptq 8 bits unsaid": _everywhere(along_inputs("gptq", 32, symmetric=True, bits=8), "gptq8-32-float16"),
     "q8_0": _everywhere(blocks("q8_0"), "q8_0"),
     "q4_0": Format(blocks("q4_0"), "q4_0", linears=blocks("q8_0")),
     "gguf_mxfp4": Format(blocks("gguf_mxfp4"), "gguf_mxfp4"),

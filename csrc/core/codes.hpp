@@ -19,6 +19,7 @@ enum class Codes : unsigned char {
     kE4M3,
     kE5M2,
     kInt8,
+    kUInt8B128,
     kE2M1,
     kE2M1Divided,
     kInt4,

@@ -60,6 +60,7 @@ inline constexpr CodesRow kCodes[] = {
     {Codes::kE4M3, "e4m3", CodesIn::kBytes, 1, 1},
     {Codes::kE5M2, "e5m2", CodesIn::kBytes, 1, 1},
     {Codes::kInt8, "int8", CodesIn::kBytes, 1, 1},
+    {Codes::kUInt8B128, "uint8b128", CodesIn::kBytes, 1, 1},
     {Codes::kE2M1, "e2m1", CodesIn::kNibbles, 2, 1},
     {Codes::kE2M1Divided, "e2m1_divided", CodesIn::kNibbles, 2, 1},
     {Codes::kInt4, "int4", CodesIn::kWords, 8, 4},

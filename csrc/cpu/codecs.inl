@@ -616,6 +616,13 @@ struct Int8 : Planes<32> {
         return load_signed(row.codes + g * 32);
     }
 };
+struct UInt8B128 : Planes<32> {
+    template <int>
+    static Codes32 codes(const RowAt& row, int64_t g) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.codes + g * 32));
+        return widen_signed(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
+    }
+};
 // Floats of one byte. Those of e4m3 come 2^8 times too small.
 template <bool kE4M3>
 struct ByteFloats : Planes<32> {

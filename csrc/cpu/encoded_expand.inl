@@ -180,6 +180,8 @@ inline Fast fast_of(const Weights& w) {
             return kFast<Mxfp4Blocks>;
         case Codes::kInt8:
             return whole ? kFast<Int8> : kNone;
+        case Codes::kUInt8B128:
+            return whole ? kFast<UInt8B128> : kNone;
         case Codes::kInt4:
             return whole ? kFast<Int4> : kNone;
         case Codes::kE2M1:

@@ -212,11 +212,13 @@ float scaled_code(const Weights& w, const unsigned char* slot, std::int64_t at, 
     switch (w.codes) {
         case Codes::kE4M3:
         case Codes::kE5M2:
-        case Codes::kInt8: {
+        case Codes::kInt8:
+        case Codes::kUInt8B128: {
             const std::uint8_t byte = codes[at * w.depth + k];
-            const float value = w.codes == Codes::kE4M3   ? e4m3(byte)
-                                : w.codes == Codes::kE5M2 ? e5m2(byte)
-                                                          : static_cast<float>(static_cast<std::int8_t>(byte));
+            const float value = w.codes == Codes::kE4M3        ? e4m3(byte)
+                                : w.codes == Codes::kE5M2      ? e5m2(byte)
+                                : w.codes == Codes::kUInt8B128 ? static_cast<float>(byte - 128)
+                                                               : static_cast<float>(static_cast<std::int8_t>(byte));
             const std::int64_t row = w.scale_rows == 0 ? 0 : at / w.scale_rows;
             return value * scale_at(scales, row * groups + group, w.scale);
         }

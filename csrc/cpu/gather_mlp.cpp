@@ -181,7 +181,8 @@ int narrow_rows(const GatherMlp& op, const Kernels& kernels) {
     if (!a.encoded) return kNarrowRows;
     const auto whole = [](const Weights& w) {
         const CodesIn in = codes_row(w.codes).in;
-        return in == CodesIn::kBlocks || in == CodesIn::kNibbles || in == CodesIn::kWords || w.codes == Codes::kInt8;
+        return in == CodesIn::kBlocks || in == CodesIn::kNibbles || in == CodesIn::kWords || w.codes == Codes::kInt8 ||
+               w.codes == Codes::kUInt8B128;
     };
     const bool all = whole(a.gate) && (!a.has_gate || whole(a.up)) && whole(a.down);
     return all && op.hidden_dtype != DType::kFloat32 ? kernels.encoded_rows : kEncodedRows;

@@ -24,6 +24,7 @@ __device__ __forceinline__ void AnyCodes::decode(const Matrix& m, const unsigned
         EMOE_CODES(kE4M3, E4M3)
         EMOE_CODES(kE5M2, E5M2)
         EMOE_CODES(kInt8, Int8)
+        EMOE_CODES(kUInt8B128, UInt8B128)
         EMOE_CODES(kE2M1, E2M1)
         EMOE_CODES(kE2M1Divided, E2M1)
         EMOE_CODES(kInt4, Int4)

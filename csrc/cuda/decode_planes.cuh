@@ -39,6 +39,12 @@ struct ByteFloats : ByteCodes {
 struct E4M3 : ByteFloats<true> {};
 struct E5M2 : ByteFloats<false> {};
 
+struct UInt8B128 : ByteCodes {
+    __device__ static void decode(const Matrix& m, const unsigned char* slot, int at, int k, float (&out)[8]) {
+        const uint2 bytes = codes(m, slot, at, k);
+        to_floats({bytes.x, bytes.y, scale(m, slot, at, k), 128.0F, 0.0F}, out);
+    }
+};
 struct Int8 : ByteCodes {
     __device__ static void decode(const Matrix& m, const unsigned char* slot, int at, int k, float (&out)[8]) {
         const uint2 bytes = codes(m, slot, at, k);

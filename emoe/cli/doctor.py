@@ -91,8 +91,9 @@ def _native(missing: list[str]) -> dict[str, Any]:
 # One of each kind among those with parameters.
 _SOME = (
     "e4m3-128x128-float32", "e4m3-row-bfloat16", "e4m3-tensor-float32", "e4m3-1x32-e8m0", "int8-row-bfloat16",
+    "uint8b128-1x32-bfloat16",
     "int4-32-bfloat16", "int4-32-bfloat16-zeros", "awq-128-float16", "gptq-128-float16", "gptq_v2-128-float16",
-    "gptq-128-float16-order",
+    "gptq-128-float16-order", "gptq8-128-float16",
 )  # fmt: skip
 
 

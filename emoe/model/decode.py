@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from emoe.model.encoding import EncodedMatrix, Encoding, Plane, encoding
+from emoe.model.encoding import EncodedMatrix, Encoding, Plane, codes_a_word, encoding
 from emoe.model.spec import ExpertForm
 
 # e2m1: 1 sign, 2 exponent, 1 mantissa bit (OCP Microscaling Formats 1.0).
@@ -64,6 +64,8 @@ def decoded(how: Encoding, rows: int, cols: int, planes: Mapping[str, torch.Tens
         values = _E2M1[_nibbles(arrays["codes"])]
     elif how.codes in ("e4m3", "e5m2", "int8"):
         values = arrays["codes"].float()
+    elif how.codes == "uint8b128":
+        values = arrays["codes"].float() - 128
     else:
         values = _integers(how, rows, cols, arrays)
     high, wide = how.plane("scales").block  # type: ignore[union-attr]
@@ -121,7 +123,7 @@ def _scales(how: Encoding, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _integers(how: Encoding, rows: int, cols: int, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Codes less zeros, [rows, cols] float32, of formats with four bits."""
+    """Codes less zeros, [rows, cols] float32, of formats that pack codes into words."""
     if how.codes == "int4":
         codes = _words(arrays["codes"])[:, :cols]
         zeros = _words(arrays["zeros"].T).T[:rows] if "zeros" in arrays else None
@@ -129,9 +131,10 @@ def _integers(how: Encoding, rows: int, cols: int, arrays: Mapping[str, torch.Te
         codes = _words(arrays["codes"], _AWQ_ORDER).T
         zeros = _words(arrays["zeros"], _AWQ_ORDER).T
     else:
-        codes = _words(arrays["codes"].T)
-        zeros = _words(arrays["zeros"]).T
-        if how.codes == "gptq":  # stored less one, in four bits: 15 stands for 16, as its kernels have it
+        order = tuple(range(codes_a_word(how.codes)))
+        codes = _words(arrays["codes"].T, order)
+        zeros = _words(arrays["zeros"], order).T
+        if not how.codes.endswith("_v2"):  # stored less one: all bits set stand for one more, as its kernels have it
             zeros = zeros + 1
     if zeros is None:  # of int4 alone
         return (codes - 8).float()
@@ -158,8 +161,9 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _words(words: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """int32 [..., n] -> int64 codes [..., 8 n]; `order` is which of the eight each nibble holds, lowest first."""
-    out = torch.empty((*words.shape, 8), dtype=torch.int64)
+    """int32 [..., n] -> int64 codes [..., k n]; `order` is which of k codes each part of a word holds, lowest first."""
+    out = torch.empty((*words.shape, len(order)), dtype=torch.int64)
+    bits = 32 // len(order)
     for place, which in enumerate(order):
-        out[..., which] = (words.to(torch.int64) >> (4 * place)) & 15
+        out[..., which] = (words.to(torch.int64) >> (bits * place)) & ((1 << bits) - 1)
     return out.flatten(-2)

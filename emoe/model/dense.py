@@ -89,8 +89,8 @@ def holds(module: nn.Module, name: str) -> str:
     """Why a layer cannot have its weight in the encoding `name`, "" where it can."""
     if str(module.weight.dtype).removeprefix("torch.") not in COMPUTED:
         return f"its layer computes in {module.weight.dtype}"
-    if encoding(name).ordered:
-        return "its inputs lie in groups in an order of their own (act order)"
+    if why := encoding(name).not_native:
+        return f"native kernels do not compute on {name}: {why}"
     if isinstance(module, nn.Embedding) and not apart(encoding(name)):
         return f"rows of {name} share blocks, and an embedding takes them one by one"
     return ""

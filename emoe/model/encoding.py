@@ -75,8 +75,15 @@ class Encoding:
 
     @property
     def ordered(self) -> bool:
-        """Whether inputs lie in groups in an order of their own, which the native kernels do not follow."""
+        """Whether inputs lie in groups in an order of their own."""
         return self.plane("order") is not None
+
+    @property
+    def not_native(self) -> str:
+        """Why the native kernels do not compute on it, "" where they do."""
+        if self.ordered:
+            return "inputs lie in groups in an order of their own (act order)"
+        return "8 bits in words that have a row for each four inputs" if self.codes.startswith("gptq8") else ""
 
     @property
     def plain(self) -> bool:
@@ -163,19 +170,21 @@ ENCODINGS = {
 
 _SCALE_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "e8m0": "uint8"}
 _SCALE = "|".join(_SCALE_DTYPES)
-_BYTES = re.compile(rf"(e4m3|e5m2|int8)-(row|tensor|[1-9]\d{{0,5}}x[1-9]\d{{0,5}})-({_SCALE})")
-_BITS = re.compile(rf"(int4|awq|gptq|gptq_v2)-(row|[1-9]\d{{0,5}})-({_SCALE})(-zeros)?(-order)?")
-_BYTE_DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "int8": "int8"}
+_BYTES = re.compile(rf"(e4m3|e5m2|int8|uint8b128)-(row|tensor|[1-9]\d{{0,5}}x[1-9]\d{{0,5}})-({_SCALE})")
+_WORDS = re.compile(rf"(int4|awq|gptq8?|gptq8?_v2)-(row|[1-9]\d{{0,5}})-({_SCALE})(-zeros)?(-order)?")
+_BYTE_DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "int8": "int8", "uint8b128": "uint8"}
 
 
 @functools.cache
 def encoding(name: str) -> Encoding:
     """The encoding of that name: one of `ENCODINGS`, or one with parameters.
 
-    A byte each, times a scale: "e4m3-128x128-float32", "e4m3-row-bfloat16", "int8-tensor-float32", "e4m3-1x32-e8m0".
+    A byte each, times a scale: "e4m3-128x128-float32", "e4m3-row-bfloat16", "int8-tensor-float32", "e4m3-1x32-e8m0";
+    "uint8b128-1x128-bfloat16" (less 128).
     Four bits each, in groups along the inputs: "int4-32-bfloat16", "int4-32-float16-zeros" (compressed-tensors),
     "awq-128-float16", "gptq-128-float16" (zeros stored less one), "gptq_v2-128-float16"; "gptq-128-float16-order",
-    "int4-128-bfloat16-zeros-order" (a group of each input, as act order makes them).
+    "int4-128-bfloat16-zeros-order" (a group of each input, as act order makes them). "gptq8-128-float16" and
+    "gptq8_v2-128-float16" have eight bits each.
 
     Raises:
         UnsupportedModelError: there is none; names the choices.
@@ -187,29 +196,34 @@ def encoding(name: str) -> Encoding:
         sizes = {"row": (1, 0), "tensor": (0, 0)}.get(block) or tuple(map(int, block.split("x")))
         scales = Plane("scales", _SCALE_DTYPES[scale], (sizes[0], sizes[1]), cut=True)
         return Encoding(name, codes, (Plane("codes", _BYTE_DTYPES[codes]), scales), scale)
-    if found := _BITS.fullmatch(name):
+    if found := _WORDS.fullmatch(name):
         codes, group, scale, zeros, order = found.groups()
         ordered = codes != "awq" and group != "row"  # one group has no order
         if (not zeros or codes == "int4") and (not order or ordered):
-            return _four_bits(name, codes, 0 if group == "row" else int(group), scale, bool(zeros), bool(order))
+            return _of_words(name, codes, 0 if group == "row" else int(group), scale, bool(zeros), bool(order))
     raise UnsupportedModelError(
         f"encoding {name!r} is not one of: {', '.join(ENCODINGS)}, nor like e4m3-128x128-float32, int8-row-bfloat16, "
         "int4-32-bfloat16, awq-128-float16, gptq-128-float16"
     )
 
 
-def _four_bits(name: str, codes: str, group: int, scale: str, zeros: bool, order: bool) -> Encoding:
-    """Eight codes in an int32, along the inputs (int4, gptq) or outputs (awq); zeros are packed along the outputs."""
-    along = codes != "int4"
+def _of_words(name: str, codes: str, group: int, scale: str, zeros: bool, order: bool) -> Encoding:
+    """Codes in an int32, along the inputs (int4, gptq) or outputs (awq); zeros are packed along the outputs."""
+    along, each = codes != "int4", codes_a_word(codes)
     planes = [
-        Plane("codes", "int32", (8, 1) if codes == "awq" else (1, 8), transposed=along, cut=codes == "int4"),
+        Plane("codes", "int32", (each, 1) if codes == "awq" else (1, each), transposed=along, cut=codes == "int4"),
         Plane("scales", _SCALE_DTYPES[scale], (1, group), transposed=along, cut=codes == "int4"),
     ]
     if along or zeros:
-        planes.append(Plane("zeros", "int32", (8, group), transposed=along, cut=codes == "int4"))
+        planes.append(Plane("zeros", "int32", (each, group), transposed=along, cut=codes == "int4"))
     if order:
         planes.append(Plane("order", "int32", (0, 1)))
     return Encoding(name, codes, tuple(planes), scale)
+
+
+def codes_a_word(codes: str) -> int:
+    """Of an int32."""
+    return 4 if codes.startswith("gptq8") else 8
 
 
 @dataclass(frozen=True)

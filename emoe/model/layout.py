@@ -92,11 +92,9 @@ def _native(module: Any, form: ExpertForm, offsets: dict[str, int]) -> dict[str,
     found = {"has_gate": bool(module.has_gate), **_recognise(module, up)}
     if any(matrix.transposed != module.is_transposed for matrix in form.matrices):
         raise _NotNativeError("Its encoded weights have a row for each input, not output.")
-    if any(encoding(matrix.encoding).ordered for matrix in form.matrices):
-        raise _NotNativeError(
-            "Inputs of its weights lie in groups in an order of their own (act order), which the native "
-            "kernels do not follow."
-        )
+    for matrix in form.matrices:
+        if why := encoding(matrix.encoding).not_native:
+            raise _NotNativeError(f"The native kernels do not compute on {matrix.encoding}: {why}.")
     if form.matrices:
         return {**sizes, **found, **_encoded(form, offsets, up, intermediate, hidden_out, found)}
     return {

@@ -259,7 +259,13 @@ def _bytes_of(source: Any) -> int:
 def _beside(how: str, shape: tuple[int, ...]) -> int:
     """Bytes of what lies beside a weight and is not kept: the group of each input, or its shape."""
     codes = encoding(how).codes
-    each = 16 if codes == "int4" else 4 * shape[-1] if codes.startswith("gptq") and not encoding(how).ordered else 0
+    each = (
+        16
+        if codes in ("int4", "uint8b128")
+        else 4 * shape[-1]
+        if codes.startswith("gptq") and not encoding(how).ordered
+        else 0
+    )
     return math.prod(shape[:-2]) * each
 
 

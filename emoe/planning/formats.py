@@ -237,6 +237,8 @@ def _of_group(weights: Any, format: str, made: Formats) -> str | None:
         return "nvfp4_divided" if block == (1, 16) else "mxfp4"
     if kind == "int" and not zeros and bits == 8 and block is not None and format != "pack-quantized":
         return f"int8-{_size(block)}-bfloat16"
+    if kind == "int" and not zeros and bits == 8 and block is not None and block[0] == 1:
+        return f"uint8b128-{_size(block)}-bfloat16"
     if kind == "int" and bits == 4 and block is not None and block[0] == 1 and format in ("pack-quantized", ""):
         order = weights.get("actorder") not in (None, False, "static", "weight") and block[1]
         return f"int4-{block[1] or 'row'}-bfloat16{'-zeros' if zeros else ''}{'-order' if order else ''}"
@@ -287,23 +289,25 @@ def _layers(said: Mapping[str, Any], made: Formats) -> Iterator[Rule]:
         yield Rule((str(name),), _algorithm(str(values.get("quant_algo")), values, made))
 
 
-def _four_bits(said: Mapping[str, Any], made: Formats, name: str) -> str:
+def _of_words(said: Mapping[str, Any], made: Formats, names: Mapping[int, str], method: str) -> str:
+    """`names`: of the codes, by bits."""
     bits = next((said[key] for key in ("bits", "w_bit", "num_bits") if key in said), None)
     group = next((said[key] for key in ("group_size", "q_group_size") if key in said), None)
-    if bits != 4 or type(group) is not int:
-        raise _open(made.where, f"weights are {name} of {bits} bits in groups of {group}")
-    return f"{name}-{'row' if group <= 0 else group}-float16"
+    if type(bits) is not int or bits not in names or type(group) is not int:
+        raise _open(made.where, f"weights are {method} of {bits} bits in groups of {group}")
+    return f"{names[bits]}-{'row' if group <= 0 else group}-float16"
 
 
 def _awq(said: Mapping[str, Any], made: Formats) -> Formats:
     version = str(said.get("version") or "gemm").lower()
     if version != "gemm":
         raise _open(made.where, f"weights are AWQ in the version {version!r}")
-    return _with(made, rules=(Rule((_LINEAR,), _four_bits(said, made, "awq")),))
+    return _with(made, rules=(Rule((_LINEAR,), _of_words(said, made, {4: "awq"}, "awq")),))
 
 
 def _of_gptq(said: Mapping[str, Any], made: Formats, layout: str) -> str:
-    encoding = _four_bits(said, made, layout)
+    names = {4: layout, 8: layout.replace("gptq", "gptq8")}
+    encoding = _of_words(said, made, names, layout)
     ordered = said.get("desc_act") and not said.get("static_groups") and "-row-" not in encoding
     return f"{encoding}-order" if ordered else encoding
 

@@ -6,7 +6,7 @@ A config only confirms what shapes say (declared.py). Formats and who writes the
 
     X of 8 bits, X_scale_inv | X_scale | B.scale | B.qscale_weight      FP8 (blocks, rows, tensor), MXFP8, INT8
     X of two codes a byte, X_scale | B.scale, X_scale_2                 NVFP4 (modelopt), MXFP4 (DeepSeek-V4)
-    X_packed, X_scale, X_global_scale | X_zero_point, X_shape           compressed-tensors: NVFP4, MXFP4, INT4
+    X_packed, X_scale, X_global_scale | X_zero_point, X_shape           compressed-tensors: NVFP4, MXFP4, INT4, INT8
     X_blocks, X_scales                                                  MXFP4 (gpt-oss)
     B.qweight, B.scales, B.qzeros, B.g_idx                              AWQ, GPTQ
     X_q4_k, X_q8_0, ...                                                 blocks of GGUF, by `emoe convert`
@@ -223,7 +223,7 @@ def zeros_said(found: Mapping[str, TensorEntry | Group], said: Declared) -> Decl
 
 
 # Which tensor has the group of each input.
-_ORDERED = {"gptq": ".g_idx", "gptq_v2": ".g_idx", "int4": "_g_idx"}
+_ORDERED = {**dict.fromkeys(("gptq", "gptq_v2", "gptq8", "gptq8_v2"), ".g_idx"), "int4": "_g_idx"}
 
 
 def in_one_order(groups: Mapping[str, Group], weights: Mapping[str, EncodedWeight]) -> dict[str, EncodedWeight]:
@@ -515,22 +515,27 @@ def _group_size(scale: TensorEntry, cols: int, groups: int, said: Declared, *, c
 
 
 def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
-    """compressed-tensors: eight codes of four bits in an int32, along the inputs."""
+    """compressed-tensors: codes of four or eight bits in an int32, along the inputs."""
     entry, scale = group.parts["_packed"], _scale(group, ("_scale",))
     _refuse_others(
         group, ("_packed", "_scale", "_shape", "_zero_point", "_g_idx"), "pack-quantized has nothing of that kind"
     )
     lead = _matrices(entry)
-    rows, cols = entry.shape[-2], 8 * entry.shape[-1]
+    bits = 8 if said.widths == {8} else 4
+    rows, cols = entry.shape[-2], 32 // bits * entry.shape[-1]
     if "_shape" in group.parts and read is not None:
         rows, cols = _written_shape(group.parts["_shape"], read)
-        if -(-cols // 8) != entry.shape[-1] or rows != entry.shape[-2]:
-            bits = 32 * entry.shape[-1] / max(1, cols)
+        widths = [each for each in (bits, 12 - bits) if -(-cols * each // 32) == entry.shape[-1]]
+        if not widths or rows != entry.shape[-2]:
+            found = 32 * entry.shape[-1] / max(1, cols)
             raise _unsupported(
-                entry, f"holds {bits:g} bits for each of the {rows} x {cols} that {group.parts['_shape'].name} says; "
-                "emoe reads 4"
+                entry, f"holds {found:g} bits for each of the {rows} x {cols} that {group.parts['_shape'].name} says; "
+                "emoe reads 4 and 8"
             )  # fmt: skip
-    _confirm_width(entry, 4, said)
+        bits = widths[0]
+    _confirm_width(entry, bits, said)
+    if bits == 8:
+        return _bytes_in_words(group, (*lead, rows, cols), said, read)
     if scale.shape[:-1] != (*lead, rows):
         raise scale.error(f"is the scales of {entry.name}, whose rows are {[*lead, rows]}")
     size = _group_size(scale, cols, scale.shape[-1], said, cut=True)
@@ -553,6 +558,29 @@ def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWei
         planes["order"] = order
         name = f"{name}-order"
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)
+
+
+def _bytes_in_words(group: Group, shape: tuple[int, ...], said: Declared, read: Read | None) -> EncodedWeight:
+    """compressed-tensors: four codes in an int32 are bytes in their order, each 128 more than its number."""
+    entry, scale, cols = group.parts["_packed"], _scale(group, ("_scale",)), shape[-1]
+    if "_zero_point" in group.parts or said.symmetric == {False}:
+        raise _unsupported(entry, "has 8 bits a weight and zero points; emoe reads 8 bits that have none")
+    if cols % 4:
+        raise _unsupported(entry, f"has rows of {cols} weights of 8 bits, which fill no whole number of int32")
+    if scale.shape[:-1] != shape[:-1]:
+        raise scale.error(f"is the scales of {entry.name}, whose rows are {list(shape[:-1])}")
+    groups = scale.shape[-1]
+    said = replace(said, bits=frozenset(block[1] for block in said.bytes if block[0] == 1))
+    size = _group_size(scale, cols, groups, said, cut=True)
+    _confirm_group(group, scale, "8 bits", size, cols, said)
+    order = group.parts.get("_g_idx")
+    if order is not None and _is_ordered(order, scale, groups, size, cols, said, read):
+        raise _unsupported(
+            order, "puts inputs of 8 bits into groups in an order of its own (act order); emoe reads that of 4 bits"
+        )
+    name = f"uint8b128-{f'1x{size}' if size else 'row'}-{_scale_kind(scale)}"
+    codes = replace(entry, dtype="uint8", shape=shape)
+    return _made(group, name, shape, {"codes": codes, "scales": scale}, by_rows=True)
 
 
 def _written_shape(entry: TensorEntry, read: Read) -> Block:
@@ -614,7 +642,7 @@ def _is_ordered(
 
 
 def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWeight:
-    """AWQ packs eight outputs into an int32, GPTQ eight inputs; both keep a row for each input."""
+    """AWQ packs eight outputs into an int32, GPTQ eight inputs, or four of 8 bits; both keep a row for each input."""
     known = (".qweight", ".scales", ".qzeros", ".g_idx")
     _refuse_others(group, known, "AWQ and GPTQ have nothing of that kind")
     entry, scale = group.parts[".qweight"], _scale(group, (".scales",))
@@ -623,22 +651,28 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     zeros = group.parts[".qzeros"]
     if zeros.dtype != "int32":
         raise _unsupported(zeros, "is zeros; emoe reads those that are packed into int32")
-    _confirm_width(entry, 4, said)
     lead = _matrices(entry)
     if scale.shape[:-2] != lead or len(scale.shape) != len(entry.shape):
         raise scale.error(f"does not fit {entry.name} {list(entry.shape)}")
     groups, rows = scale.shape[-2:]
+    bits = 8 if entry.shape[-1] == rows and 4 * zeros.shape[-1] == rows else 4
+    _confirm_width(entry, bits, said)
+    each = 32 // bits
+    if bits == 8:
+        said = replace(said, bits=frozenset(block[1] for block in said.bytes if block[0] == 1))
     if entry.shape[-1] == rows:
-        cols = 8 * entry.shape[-2]
+        cols = each * entry.shape[-2]
     elif 8 * entry.shape[-1] == rows:
         cols = entry.shape[-2]
     else:
         raise entry.error(f"does not fit {scale.name} {list(scale.shape)}, with 4 bits a weight by AWQ or by GPTQ")
-    if zeros.shape != (*lead, groups, rows // 8) or rows % 8:
-        raise zeros.error(f"is not {[*lead, groups, rows / 8]}, 4 bits for each of {scale.name} {list(scale.shape)}")
+    if zeros.shape != (*lead, groups, rows // each) or rows % each:
+        raise zeros.error(
+            f"is not {[*lead, groups, rows / each]}, {bits} bits for each of {scale.name} {list(scale.shape)}"
+        )
     size = _group_size(scale, cols, groups, said, cut=False)
     _confirm_group(group, scale, "AWQ or GPTQ", size, cols, said)
-    name = "awq" if entry.shape[-1] != rows else _zeros_of_gptq(zeros, said, read)
+    name = "awq" if entry.shape[-1] != rows else _zeros_of_gptq(zeros, bits, said, read)
     order = group.parts.get(".g_idx")
     if True in said.ordered and groups > 1 and order is None:
         raise group.lacks(f"the groups of its inputs, {_named(group, '.g_idx')}, which {said.where} speaks of")
@@ -652,12 +686,15 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)
 
 
-def _zeros_of_gptq(zeros: TensorEntry, said: Declared, read: Read | None) -> str:
+def _zeros_of_gptq(zeros: TensorEntry, bits: int, said: Declared, read: Read | None) -> str:
+    named = "gptq" if bits == 4 else "gptq8"
     if said.zeros:
-        return said.zeros
-    found = {0x77} if read is None else set(read(zeros))
-    for byte, name in ((0x77, "gptq"), (0x88, "gptq_v2")):
-        if found == {byte}:  # symmetric: all zeros are 8
+        return said.zeros.replace("gptq", named)
+    # Symmetric: all zeros are half of what codes go to.
+    stored = {0x77: named, 0x88: f"{named}_v2"} if bits == 4 else {0x7F: named, 0x80: f"{named}_v2"}
+    found = set(read(zeros)) if read is not None else set(list(stored)[:1])
+    for byte, name in stored.items():
+        if found == {byte}:
             return name
     raise zeros.error(
         "is zeros of GPTQ, and no config says whether they are stored less one (checkpoint_format gptq) or as they are "

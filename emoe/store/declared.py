@@ -241,8 +241,9 @@ def block_of(weights: Mapping[str, Any]) -> Block | None:
             return size[0], size[1]
     if weights.get("strategy") in ("tensor", "channel"):
         return TENSOR if weights["strategy"] == "tensor" else ROW
-    # Of a byte each, only compressed-tensors means by it what shares a scale.
-    for key in ("group_size", "q_group_size") if _width(weights) != 8 or weights.get("strategy") == "group" else ():
+    # Of a byte each, only compressed-tensors and GPTQ mean by it what shares a scale.
+    means = _width(weights) != 8 or weights.get("strategy") == "group" or "desc_act" in weights
+    for key in ("group_size", "q_group_size") if means else ():
         if type(size := weights.get(key)) is int and size != 0:
             return 1, max(size, 0)
     return None

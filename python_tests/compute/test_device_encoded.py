@@ -13,8 +13,8 @@ from emoe.errors import UnsupportedModelError
 # Every kind of codes, and every kind of scale of FP8.
 NAMES = (
     "fp8 blocks", "mxfp8", "fp8 e5m2", "fp8 channel", "fp8 fused one scale", "int8", "gpt-oss", "deepseek-v4", "nvfp4",
-    "nvfp4 compressed", "int4", "int4 zeros", "int4 rows", "awq", "gptq", "gptq v2", "q8_0", "q4_0", "gguf_mxfp4",
-    "q4_k",
+    "nvfp4 compressed", "int4", "int4 zeros", "int4 rows", "int8 words", "awq", "gptq", "gptq v2", "q8_0", "q4_0",
+    "gguf_mxfp4", "q4_k",
 )  # fmt: skip
 
 

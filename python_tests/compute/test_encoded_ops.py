@@ -37,7 +37,8 @@ NAMES = (
     "float32", "float16", "bfloat16", *HALVES, "mxfp4", "nvfp4", "nvfp4_divided",
     "e4m3-128x128-float32", "e4m3-128x128-bfloat16", "e4m3-128x128-e8m0", "e4m3-row-float16", "e4m3-tensor-float32",
     "e4m3-1x32-e8m0", "e4m3-48x80-float32", "e5m2-32x32-float32", "e5m2-row-bfloat16", "int8-row-float32",
-    "int8-tensor-bfloat16", "int8-1x128-float32", "int4-32-bfloat16", "int4-128-float16", "int4-32-float16-zeros",
+    "int8-tensor-bfloat16", "int8-1x128-float32", "uint8b128-1x128-bfloat16", "uint8b128-row-float16",
+    "int4-32-bfloat16", "int4-128-float16", "int4-32-float16-zeros",
     "int4-row-float32", "awq-128-float16", "awq-64-float16", "awq-32-bfloat16", "gptq-128-float16", "gptq-row-float16",
     "gptq_v2-64-float16",
 )  # fmt: skip
@@ -228,7 +229,7 @@ def check(experts: Expert, tokens: int, dtype: torch.dtype = torch.float32) -> N
 
 def test_the_names_have_every_word_of_codes():
     words = {each.codes for name, each in ENCODINGS.items() if name not in ITEMSIZE}
-    words |= {"e4m3", "e5m2", "int8", "int4", "awq", "gptq", "gptq_v2", "float32", "float16", "bfloat16"}
+    words |= {"e4m3", "e5m2", "int8", "uint8b128", "int4", "awq", "gptq", "gptq_v2", "float32", "float16", "bfloat16"}
     assert {encoding(name).codes for name in NAMES} == words
 
 

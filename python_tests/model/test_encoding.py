@@ -17,7 +17,7 @@ from emoe.store.headers import DTYPES
 PARAMETRIC = (
     "e4m3-128x128-float32", "e4m3-row-bfloat16", "e4m3-tensor-float32", "e4m3-1x32-e8m0", "e5m2-128x128-float16",
     "int8-row-bfloat16", "int4-32-bfloat16", "int4-32-float16-zeros", "awq-128-float16", "gptq-128-float16",
-    "gptq_v2-128-float16", "gptq-128-float16-order",
+    "gptq_v2-128-float16", "gptq-128-float16-order", "uint8b128-1x32-bfloat16", "gptq8-128-float16",
 )  # fmt: skip
 
 
@@ -37,7 +37,8 @@ def test_the_kernels_dtypes_are_the_first_of_the_table():
      ("mxfp4", 4.25), ("q5_0", 5.5), ("q4_1", 5.0), ("q5_1", 6.0), ("iq4_nl", 4.5), ("iq4_xs", 4.25), ("q2_k", 2.625),
      ("iq1_s", 1.5625), ("iq1_m", 1.75), ("iq2_xxs", 2.0625), ("iq2_xs", 2.3125), ("iq2_s", 2.5625),
      ("iq3_xxs", 3.0625), ("iq3_s", 3.4375),
-     ("q3_k", 3.4375), ("int4-32-bfloat16", 4.5), ("awq-128-float16", 4.15625), ("gptq-128-float16", 4.15625),
+     ("q3_k", 3.4375), ("int4-32-bfloat16", 4.5), ("uint8b128-1x32-bfloat16", 8.5),
+     ("gptq8-128-float16", 8.1875), ("awq-128-float16", 4.15625), ("gptq-128-float16", 4.15625),
      ("gptq-128-float16-order", 4.28125)],
 )  # fmt: skip
 def test_a_format_takes_the_bits_a_weight_that_it_is_known_for(name, bits):

@@ -258,6 +258,10 @@ def test_a_config_of_the_quantizer_beside_confirms_or_is_refused_with_both_block
         ("int4", quantized.compressed("x", num_bits=8, strategy="group", group_size=32), ("4 bits", "[8]")),
         ("awq", {"quant_method": "awq", "bits": 4, "group_size": 64}, ("groups of 32", "says 64")),
         ("gptq", {"quant_method": "gptq", "bits": 8, "group_size": 32}, ("4 bits", "[8]")),
+        ("gptq 8 bits", {**FORMATS["gptq 8 bits"].config, "group_size": 64}, ("groups of 32", "says 64")),
+        ("gptq 8 bits", {**FORMATS["gptq 8 bits"].config, "bits": 4}, ("8 bits", "[4]")),
+        ("int8 words", quantized.compressed("x", num_bits=8, strategy="group", group_size=64), ("of 32", "says 64")),
+        ("int8 words", FORMATS["int4"].config, ("8 bits", "[4]")),
         ("nvfp4", {"quant_method": "modelopt", "quant_algo": "FP8"}, ("4 bits", "[8]")),
         ("modelopt fp8", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, ("8 bits", "[4]")),
         ("deepseek-v4 fp8", fp8(32, 32, expert_dtype="fp4"), ("e4m3", "4 bits", "of experts")),
@@ -525,14 +529,42 @@ def test_an_order_that_others_have_and_one_lacks_is_missed_where_no_config_speak
     assert error.tensor == GATE.replace("weight", "qweight") and gone in str(error)
 
 
-def test_eight_bits_in_words_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("wide", "words"),
+    [(0.25, "holds 16 bits"), (0.5, "8 bits a weight, but config.json says [4]"), (2, "holds 2 bits")],
+)
+def test_words_of_another_width_than_their_shape_says_are_refused(wide, words, tmp_path):
     def widen(tensors):
         for name in list(tensors):
             if name.endswith("_shape"):
-                tensors[name] = torch.tensor([tensors[name][0], tensors[name][1] // 2])
+                tensors[name] = torch.tensor([tensors[name][0], int(tensors[name][1] * wide)])
 
-    error = _fails(quantized.write(tmp_path, FORMATS["int4"], change=widen), errors.UnsupportedEncodingError)
-    assert "holds 8 bits" in str(error)
+    assert words in str(_fails(quantized.write(tmp_path, FORMATS["int4"], change=widen)))
+
+
+def _changed(end: str, made):
+    def change(tensors):
+        for name in [each for each in tensors if each.endswith("gate_proj.weight_packed")]:
+            base = name.removesuffix("_packed")
+            tensors[base + end] = made(tensors, base)
+
+    return change
+
+
+def test_eight_bits_in_words_with_zero_points_orders_or_a_cut_word_are_refused_by_name(tmp_path):
+    form = FORMATS["int8 words"]
+    zeros = _changed("_zero_point", lambda found, base: torch.zeros(40, 4, dtype=torch.int32))
+    error = _fails(
+        quantized.write(tmp_path / "zeros", form, config=None, change=zeros), errors.UnsupportedEncodingError
+    )
+    assert "zero points" in str(error) and error.tensor.endswith("_packed")
+    order = _changed("_g_idx", lambda found, base: torch.arange(128).mul(5).remainder(128).div(32).to(torch.int32))
+    said = replace(form, config=None)
+    error = _fails(quantized.write(tmp_path / "order", said, change=order), errors.UnsupportedEncodingError)
+    assert "act order" in str(error) and error.tensor.endswith("_g_idx")
+    cut = _changed("_shape", lambda found, base: torch.tensor([160, 127]))
+    error = _fails(quantized.write(tmp_path / "cut", form, change=cut), errors.UnsupportedEncodingError)
+    assert "no whole number of int32" in str(error)
 
 
 @pytest.mark.parametrize("said", [FORMATS["int4 zeros said"].config, {}], ids=["said", "not said"])
