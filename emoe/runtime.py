@@ -69,7 +69,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         make = make_reader if device.module is native.load() else device.module.make_reader
         self._bank = Bank(
             model, store, device, plan.layouts, plan.slots_per_layer, options, make(options.reader),
-            hostless=routing.hostless, lock=self._lock, coarse=plan.coarse,
+            hostless=routing.hostless(plan.resident_share), lock=self._lock, coarse=plan.coarse,
         )  # fmt: skip
         self.cache, self.loader, self.layers = self._bank.cache, self._bank.loader, self._bank.layers
         experts_per_layer = self._bank.experts_per_layer

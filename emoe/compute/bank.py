@@ -65,7 +65,7 @@ class Bank:
         slots_per_layer: how many slots each layer has.
         options: policy of the cache, kernels, miss, pinned_memory.
         reader: of the device's native module.
-        hostless: routing exchanges every pick that is not resident, so that a device may do without the host.
+        hostless: every pick is resident in the end, so that a device may do without the host.
         lock: held while any of it is used.
         coarse: encoding of the copies that all experts have; None: they have none.
     """

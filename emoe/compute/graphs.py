@@ -1,4 +1,7 @@
-"""Steps that do not need the host, for CUDA graphs of `routing="resident"`: `model.emoe.graphs` (docs/cuda.md)."""
+"""Steps that do not need the host, for CUDA graphs: `model.emoe.graphs` (docs/cuda.md).
+
+Those of `routing="resident"`, and of `exact` where all experts are in memory.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,7 @@ class Graphs:
         if self._bank.tables is None:
             raise ConfigError(
                 f"device='{self._bank.device.name}' with routing='{self._mode}' may need the host in any step; steps "
-                "without it need a GPU and routing='resident' without max_substituted_mass and without top_pick='keep'"
+                "without it need a GPU, and routing='exact' with all experts in memory, or routing='resident' without "
+                "max_substituted_mass and without top_pick='keep'"
             )
         return self._bank.tables

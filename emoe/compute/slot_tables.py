@@ -75,7 +75,8 @@ class SlotTables:
     """The table of each layer, kept equal to the cache.
 
     A layer is settled while a step cannot need the host: no slot is free or loading, and residents are at least as
-    many as a token's picks, so that every absent pick has a substitute (docs/routing.md).
+    many as a token's picks, so that every absent pick has a substitute (docs/routing.md). One that has all its experts
+    in memory is settled for any picks.
 
     Args:
         device: makes the tables, and says whether a graph is being captured.
@@ -138,16 +139,24 @@ class SlotTables:
         self._routed[layer] = picks, settled.version
 
     def take(self, layer: int, picks: torch.Tensor) -> Settled | None:
-        """The table that these picks were made from; None where the host has to look at them.
+        """The table that these picks were made from, or any are; None where the host has to look at them.
 
         Picks are known by their object: those of another thread, of a router without its hook or of a hook after it
         may name any expert. Callers hold the lock until the kernels that read the slots are enqueued.
         """
         known, routed = self._settled[layer], self._routed[layer]
         if routed is None or routed[0] is not picks:
-            return None
+            return self._whole(layer)
         self._routed[layer] = None
         return known if known is not None and routed[1] == self._cache.version(layer) else None
+
+    def _whole(self, layer: int) -> Settled | None:
+        """The layer where all its experts are in memory."""
+        experts = len(self._tables[layer].slot_of) if self._tables else 0
+        if len(self._cache.slots(layer)) < experts or not experts:
+            return None
+        self._device.follow()
+        return self._look(layer, experts)
 
     def settle(self, top_k: int) -> None:
         """Fills free slots with the experts of the lowest ids and writes the tables.

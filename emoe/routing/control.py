@@ -92,9 +92,9 @@ class Routing:
     def use(self, tables: Tables | None) -> None:
         """Routes by these slot tables of a device where a layer is settled: the host then reads no value.
 
-        Only a mode that reads nothing can: in the others the host has to know what is missing.
+        Only a mode that reads nothing can: in the others the host has to know what is missing. `exact` has no hooks.
         """
-        if tables is None:
+        if tables is None or self.options.mode == "exact":
             return
         assert not self.options.loads_misses
         self._settled = SettledRouting(tables, len(self.sites), self._take)

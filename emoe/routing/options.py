@@ -42,10 +42,13 @@ class RoutingOptions:
             return any(mass < 1 for mass in self.exact_mass.values())
         return self.mode != "resident" or self.bound is not None or any(self.keep_top)
 
-    @property
-    def hostless(self) -> bool:
-        """Whether every pick that is not resident is exchanged, so that a step reads nothing and may need no host."""
-        return self.mode == "resident" and not self.loads_misses
+    def hostless(self, resident_share: float) -> bool:
+        """Whether a step needs no host once slots are full: nothing is read, and routing can do with slot tables.
+
+        Args:
+            resident_share: slots over experts.
+        """
+        return (self.mode == "resident" and not self.loads_misses) or (self.mode == "exact" and resident_share >= 1)
 
 
 def _of(by_task: Mapping[str, float], task: str | None) -> float:

@@ -129,6 +129,35 @@ def test_full_slots_take_the_host_out_of_every_step_and_a_change_of_experts_is_s
     on_cpu.emoe.close(restore=False)
 
 
+def test_exact_with_all_experts_in_memory_takes_the_host_out_of_every_step(device, checkpoint, prompt):
+    on_cpu = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=1.0)
+    expected, reference = generate(on_cpu, prompt), on_cpu(prompt).logits
+    on_cpu.emoe.close(restore=False)
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=1.0, device=device)
+    layers = len(model.emoe.layers)
+    model(prompt.to(model.device))
+    assert model.emoe.stats()["settled"] < layers, "slots were free: the host had to see what to load"
+    model.emoe.graphs.settle()
+    loads, before = model.emoe.stats()["loads"], model.emoe.stats()["settled"]
+    with model.emoe.graphs.replaying():
+        pass
+    torch.testing.assert_close(model(prompt.to(model.device)).logits.cpu(), reference, rtol=1e-4, atol=1e-5)
+    assert generate(model, prompt) == expected
+    stats = model.emoe.stats()
+    assert stats["loads"] == loads
+    assert stats["settled"] == before + layers * (1 + 4), "the prompt, then its generation of four tokens"
+    model.emoe.close(restore=False)
+
+
+def test_exact_with_a_slot_too_few_asks_the_host(device, checkpoint, prompt):
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=0.9, device=device)
+    generate(model, prompt)
+    assert model.emoe.stats()["settled"] == 0
+    with pytest.raises(ConfigError, match="all experts in memory"):
+        model.emoe.graphs.settle()
+    model.emoe.close(restore=False)
+
+
 def test_a_prefetch_under_way_brings_the_host_back_until_it_is_over(device, checkpoint, prompt):
     model = resident(checkpoint("qwen3_moe"), device)
     with torch.no_grad():
@@ -235,10 +264,12 @@ def test_picks_that_a_later_hook_puts_in_the_place_of_the_routers_are_loaded_and
 
 
 @pytest.mark.gpu
-def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(device, checkpoint, prompt):
+@pytest.mark.parametrize("routing", ["resident", "exact"])
+def test_a_step_that_needs_no_host_does_not_synchronise_and_can_be_captured(device, checkpoint, prompt, routing):
     if device == "emulated":
         pytest.skip("torch captures graphs on a GPU only; csrc/tests/test_cuda_graph.cpp captures what emoe launches")
-    model = resident(checkpoint("qwen3_moe"), device)
+    share = 0.5 if routing == "resident" else 1.0
+    model = emoe.from_pretrained(checkpoint("qwen3_moe"), memory_budget=share, routing=routing, device=device)
     moe = moe_block(model)
     hidden = torch.randn(1, 5, model.config.hidden_size, device=device)
     with torch.no_grad(), torch.cuda.device(device):
@@ -258,7 +289,8 @@ def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(dev
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             captured = moe(hidden)
-        for change in (False, True):
+        changes = (False, True) if routing == "resident" else (False,)
+        for change in changes:
             if change:
                 absent = [e for e in range(8) if model.emoe.cache.lookup(0, e) is None]
                 for _ in model.emoe.loader.rounds(0, absent):
@@ -267,7 +299,7 @@ def test_a_step_of_resident_routing_does_not_synchronise_and_can_be_captured(dev
             with model.emoe.graphs.replaying():
                 graph.replay()
             torch.testing.assert_close(captured, moe(hidden))
-        assert model.emoe.stats()["settled"] == before + 5, "the capture is one of them"
+        assert model.emoe.stats()["settled"] == before + 3 + len(changes), "the capture is one of them"
     model.emoe.close(restore=False)
 
 
