@@ -312,6 +312,15 @@ def qwen3moe(of: Metadata) -> dict[str, Any]:
     }
 
 
+def qwen3vlmoe(of: Metadata) -> dict[str, Any]:
+    """The text model of Qwen3-VL and Qwen3-Omni: with text alone all three positions of a token are one, its place.
+
+    Which frequencies follow which position, and layers that images enter, are of images, which are in another file.
+    """
+    of.said_by_tensors("rope.dimension_sections", "n_deepstack_layers")
+    return qwen3moe(of)
+
+
 def qwen2moe(of: Metadata) -> dict[str, Any]:
     """Weights of a token's experts are not normed."""
     return {

@@ -205,6 +205,7 @@ _JAMBA = {
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture(configs.qwen3moe),
+    "qwen3vlmoe": Architecture(configs.qwen3vlmoe),
     "qwen2moe": Architecture(configs.qwen2moe, _SHARED_GATE),
     "qwen3next": Architecture(configs.qwen3next, _QWEN3_NEXT),
     "qwen35moe": Architecture(configs.qwen35moe, _QWEN35),

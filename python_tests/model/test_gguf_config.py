@@ -67,6 +67,13 @@ CASES = {
         "qwen3moe", tf.Qwen3MoeConfig, _WIDE, num_experts=E, head_dim=32, norm_topk_prob=True,
         said={"attention.key_length": 32, "attention.value_length": 32, "expert_feed_forward_length": WIDTH},
     ),
+    "qwen3vlmoe": _case(
+        "qwen3vlmoe", tf.Qwen3MoeConfig, _WIDE, num_experts=E, head_dim=32, norm_topk_prob=True,
+        said={
+            "attention.key_length": 32, "attention.value_length": 32, "expert_feed_forward_length": WIDTH,
+            "rope.dimension_sections": [6, 5, 5, 0], "n_deepstack_layers": 3,
+        },
+    ),
     "qwen3moe_yarn": _case(
         "qwen3moe", tf.Qwen3MoeConfig, _WIDE, num_experts=E, head_dim=16, norm_topk_prob=True, rope_parameters=_YARN,
         said={**_HEAD, **_YARN_KEYS},  # older files do not say how wide an expert is
@@ -276,6 +283,22 @@ def test_a_file_gives_the_config_and_the_logits_of_its_model(name, tmp_path):
         "tie_word_embeddings",
     ):
         assert said.get(key) == own.get(key), key
+
+
+def test_the_text_model_of_qwen3_vl_is_qwen3_moe():
+    sizes = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": WIDTH, "head_dim": 32,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": E,
+        "num_experts_per_tok": TOP_K,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = {**sizes, "rope_parameters": {**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+    torch.manual_seed(0)
+    both = tf.Qwen3VLMoeForConditionalGeneration(tf.Qwen3VLMoeConfig(text_config=text)).eval()
+    alone = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes, rope_parameters=rope, norm_topk_prob=True)).eval()
+    named = {name.replace("language_model.", ""): value for name, value in both.state_dict().items()}
+    alone.load_state_dict({name: named[name] for name in alone.state_dict()})
+    assert difference(logits(alone), logits(both)) < 1e-5
 
 
 def _qwen3moe(folder: Path, **said: Any) -> Path:
