@@ -551,10 +551,7 @@ def _packed_words(group: Group, said: Declared, read: Read | None) -> EncodedWei
         if planes["zeros"].dtype != "int32":
             raise _unsupported(planes["zeros"], "is a zero point; emoe reads those that are packed into int32")
     name = f"int4-{size or 'row'}-{kind}{'-zeros' if 'zeros' in planes else ''}"
-    order = group.parts.get("_g_idx")
-    if said.ordered == {True} and scale.shape[-1] > 1 and order is None:
-        raise group.lacks(f"the groups of its inputs, {_named(group, '_g_idx')}, which {said.where} speaks of")
-    if order is not None and _is_ordered(order, scale, scale.shape[-1], size, cols, said, read):
+    if order := _actorder(group, scale, size, cols, said, read):
         planes["order"] = order
         name = f"{name}-order"
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)
@@ -569,18 +566,26 @@ def _bytes_in_words(group: Group, shape: tuple[int, ...], said: Declared, read: 
         raise _unsupported(entry, f"has rows of {cols} weights of 8 bits, which fill no whole number of int32")
     if scale.shape[:-1] != shape[:-1]:
         raise scale.error(f"is the scales of {entry.name}, whose rows are {list(shape[:-1])}")
-    groups = scale.shape[-1]
     said = replace(said, bits=frozenset(block[1] for block in said.bytes if block[0] == 1))
-    size = _group_size(scale, cols, groups, said, cut=True)
+    size = _group_size(scale, cols, scale.shape[-1], said, cut=True)
     _confirm_group(group, scale, "8 bits", size, cols, said)
-    order = group.parts.get("_g_idx")
-    if order is not None and _is_ordered(order, scale, groups, size, cols, said, read):
+    if order := _actorder(group, scale, size, cols, said, read):
         raise _unsupported(
             order, "puts inputs of 8 bits into groups in an order of its own (act order); emoe reads that of 4 bits"
         )
     name = f"uint8b128-{f'1x{size}' if size else 'row'}-{_scale_kind(scale)}"
     codes = replace(entry, dtype="uint8", shape=shape)
     return _made(group, name, shape, {"codes": codes, "scales": scale}, by_rows=True)
+
+
+def _actorder(
+    group: Group, scale: TensorEntry, size: int, cols: int, said: Declared, read: Read | None
+) -> TensorEntry | None:
+    """The groups of inputs in compressed-tensors where they are in an order of their own."""
+    order = group.parts.get("_g_idx")
+    if said.ordered == {True} and scale.shape[-1] > 1 and order is None:
+        raise group.lacks(f"the groups of its inputs, {_named(group, '_g_idx')}, which {said.where} speaks of")
+    return order if order is not None and _is_ordered(order, _ACTORDER, scale, size, cols, said, read) else None
 
 
 def _written_shape(entry: TensorEntry, read: Read) -> Block:
@@ -610,22 +615,39 @@ def _require_groups(entry: TensorEntry, cols: int, matrices: int) -> None:
         raise entry.error(f"is not the group of each of {cols} columns")
 
 
+@dataclass(frozen=True)
+class _Order:
+    """How a quantizer speaks of act order.
+
+    Attributes:
+        denied: what its config says where there is none.
+        unwritten: the group of every input where the tensor was made and never written; None: it always is.
+    """
+
+    denied: str
+    unwritten: int | None
+
+
+_DESC_ACT, _ACTORDER = _Order("desc_act=False", None), _Order("actorder is none or static", -1)
+
+
 def _is_ordered(
-    entry: TensorEntry, scale: TensorEntry, groups: int, size: int, cols: int, said: Declared, read: Read | None
+    entry: TensorEntry, order: _Order, scale: TensorEntry, size: int, cols: int, said: Declared, read: Read | None
 ) -> bool:
     """Whether inputs lie in groups in another order than theirs; else groups are of neighbours.
 
     Args:
-        entry: the group of each input; -1 where it was never written, as compressed-tensors begins it.
-        scale: has a scale for each group.
+        entry: the group of each input.
+        scale: has a scale for each group, in rows of an input with `_DESC_ACT`, of an output with `_ACTORDER`.
         size: inputs of a group, 0 where all are in one.
     """
+    groups = scale.shape[-2 if order is _DESC_ACT else -1]
     _require_groups(entry, cols, math.prod(scale.shape[:-2]))
     if read is None:
         return groups > 1 and True in said.ordered
     found = np.frombuffer(read(entry), np.int32).reshape(-1, cols)
     neighbours = np.arange(cols, dtype=np.int32) // (size or cols)
-    if (found == neighbours).all() or (entry.name.endswith("weight_g_idx") and (found == -1).all()):
+    if (found == neighbours).all() or (order.unwritten is not None and (found == order.unwritten).all()):
         return False
     strays = found[(found < 0) | (found >= groups)]
     if strays.size:
@@ -635,8 +657,7 @@ def _is_ordered(
     if said.ordered == {False}:
         raise _unsupported(
             entry,
-            f"puts inputs into groups in an order of its own (act order), but {said.where} says "
-            f"{'actorder is none or static' if entry.name.endswith('weight_g_idx') else 'desc_act=False'}",
+            f"puts inputs into groups in an order of its own (act order), but {said.where} says {order.denied}",
         )
     return True
 
@@ -680,7 +701,7 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     name = f"{name}-{size or 'row'}-{_scale_kind(scale)}"
     if order is not None and name.startswith("awq"):
         _require_in_order(order, cols, size, read)
-    elif order is not None and _is_ordered(order, scale, groups, size, cols, said, read):
+    elif order is not None and _is_ordered(order, _DESC_ACT, scale, size, cols, said, read):
         planes["order"] = order
         name = f"{name}-order"
     return _made(group, name, (*lead, rows, cols), planes, by_rows=True)

@@ -562,6 +562,8 @@ def test_eight_bits_in_words_with_zero_points_orders_or_a_cut_word_are_refused_b
     said = replace(form, config=None)
     error = _fails(quantized.write(tmp_path / "order", said, change=order), errors.UnsupportedEncodingError)
     assert "act order" in str(error) and error.tensor.endswith("_g_idx")
+    told = quantized.compressed("pack-quantized", num_bits=8, strategy="group", group_size=32, actorder="group")
+    assert "the groups of its inputs" in str(_fails(quantized.write(tmp_path / "told", form, config=told)))
     cut = _changed("_shape", lambda found, base: torch.tensor([160, 127]))
     error = _fails(quantized.write(tmp_path / "cut", form, change=cut), errors.UnsupportedEncodingError)
     assert "no whole number of int32" in str(error)
