@@ -84,7 +84,7 @@ def load_without_experts(
         model, info = _load(
             cls, path_or_id, partial(_plain_store, quantization, dense), auto.part_of(config, cls), dtype, **kwargs
         )
-        _own_memory(model, model._emoe_store.files())
+        _own_memory(model, model._emoe_store.opened_files())
     except _EncodedError as found:
         model, info = _load_decoded(path_or_id, found, dense, **kwargs)
     return _finished(model, info, str(path_or_id))
@@ -230,8 +230,11 @@ def _require_complete(info: dict[str, Any], name: str) -> None:
 def _own_memory(model: nn.Module, files: Iterable[str]) -> None:
     """Copies weights out of the mapping of the checkpoint that Transformers leaves them in.
 
-    In a mapping they vanish from the budget (the page cache drops and reads them again), and touching them after the
-    file was truncated kills the process.
+    In a mapping they vanish from the budget (the page cache drops and reads them again), they change with the file,
+    and touching them after it was truncated kills the process.
+
+    Args:
+        files: all of the checkpoint; a shard may hold no expert.
     """
     mapped = _mappings({os.path.realpath(file) for file in files})
     if not mapped:

@@ -88,6 +88,10 @@ class ExpertStore:
         """Every file that holds a piece."""
         return {piece.file for layer in self.layers for pieces in layer.pieces for piece in pieces}
 
+    def opened_files(self) -> set[str]:
+        """Every file that it has open: those of `files`, and others of the checkpoint."""
+        return set(self._opened)
+
     def opened(self, file: str) -> OpenFile:
         """The open file of a piece's `file`.
 

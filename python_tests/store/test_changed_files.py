@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import emoe
 from emoe import errors
@@ -99,6 +101,39 @@ def _socket(file, other):
 def _link_to_other(file, other):
     file.unlink()
     file.symlink_to(other)
+
+
+def _overwrite(file):
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(b"\xff" * (file.stat().st_size // 2))
+
+
+def _truncate(file):
+    os.truncate(file, 600)
+
+
+@pytest.mark.parametrize("change", [_overwrite, _truncate], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kernels", ["native", "stock"])
+def test_weights_of_a_shard_without_experts_are_in_memory_whatever_becomes_of_the_shard(
+    path, tmp_path, kernels, change
+):
+    plain = load_file(path / "model.safetensors")
+    shards = {"model-00001-of-00002.safetensors": False, "model-00002-of-00002.safetensors": True}
+    weight_map = {name: file for name in plain for file, has in shards.items() if has == ("experts" in name)}
+    for file in shards:
+        own = {name: plain[name] for name, where in weight_map.items() if where == file}
+        save_file(own, path / file, metadata={"format": "pt"})
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    model = _load(path, kernels=kernels)
+    expected = _logits(model)
+    change(path / "model-00001-of-00002.safetensors")
+    assert _same(_logits(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert _same(_logits(_load(tmp_path / "saved", kernels=kernels)), expected)
+    model.emoe.close()
+    assert _close(_logits(model), expected)
 
 
 @pytest.mark.parametrize(
