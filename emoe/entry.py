@@ -5,10 +5,13 @@ All that can be refused is refused before weights are loaded or experts written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emoe.compute import ops
+from emoe.compute.bank import take_down
 from emoe.compute.choose import open_device
 from emoe.compute.device import Device
 from emoe.errors import ConfigError
@@ -22,6 +25,7 @@ from emoe.seam import load
 from emoe.seam.elsewhere import GIVEN_UP
 from emoe.seam.linear import Dense
 from emoe.seam.plain_linear import Plain
+from emoe.seam.untouched import Untouched
 from emoe.slots.options import opened
 from emoe.store import ExpertStore
 from emoe.store.writer import write_store
@@ -56,7 +60,7 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> Any:
     options = _prepared(options, plan, device)
     dense = Dense(ops.linear, plain=options.dense_plain) if options.keeps_encoded else None
     model, store = load.load_without_experts(path_or_id, dtype=options.dtype, dense=dense, config=config, **rest)
-    return _start(model, store, plan, options, wrapped=False, device=device, dense=dense)
+    return _start(model, store, plan, options, device=device, dense=dense)
 
 
 @takes("wrap")
@@ -84,9 +88,9 @@ def wrap(model: Any, **kwargs: Any) -> Any:
     plan = plan_for_model(model, options, free=device.free_bytes)
     options = _prepared(options, plan, device, model)
     folder = None if options.store in (None, "ram") else Path(options.store)
+    before = Untouched(model, [module for _, module in structure.find_experts(model)])
     expert_store = write_store(model, folder=folder, ram=options.store == "ram")
-    load.detach_experts(model, expert_store.layers)
-    _start(model, expert_store, plan, options, wrapped=True, device=device)
+    _start(model, expert_store, plan, options, before=before, device=device)
     return given
 
 
@@ -109,16 +113,23 @@ def _prepared(options: Options, plan: Plan, device: Device, model: Any = None) -
 
 
 def _start(
-    model: Any, store: ExpertStore, plan: Plan, options: Options, *, wrapped: bool, device: Device,
-    dense: Dense | None = None,
+    model: Any, store: ExpertStore, plan: Plan, options: Options, *, device: Device, dense: Dense | None = None,
+    before: Untouched | None = None,
 ) -> Any:  # fmt: skip
-    """Attaches a runtime; on any failure a wrapped model gets its experts back and nothing stays open."""
+    """Attaches a runtime; on any failure nothing stays open.
+
+    Args:
+        before: of a model whose experts are still in it, besides in the store; it is that again on any failure.
+    """
     try:
+        if before is not None:
+            load.detach_experts(model, store.layers)
         plain = Plain(ops.plain_linear, *ops.plain_dtypes(options.dense if options.keeps_encoded else "torch"))
         model.emoe = Runtime(model, store, plan, options, device=device, dense=dense, plain=plain)
     except BaseException:
-        if wrapped:
-            load.attach_experts(model, store)
-        store.close()
+        steps: list[Callable[[], object]] = []
+        if before is not None:
+            steps = [before.restore, partial(load.attach_experts, model, store)]
+        take_down([*steps, store.close])
         raise
     return model

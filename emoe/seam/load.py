@@ -277,10 +277,12 @@ def detach_experts(model: nn.Module, layers: Iterable[StoreLayer]) -> None:
 def attach_experts(model: nn.Module, store: ExpertStore) -> None:
     """Loads every expert back into ordinary parameters on the CPU, in the dtypes that the model has by now.
 
+    Modules without placeholders have their experts and keep them.
+
     Raises:
         ReadError: an expert cannot be read; the model is unchanged.
     """
-    put_experts(read_experts(model, store))
+    put_experts([(module, values) for module, values in read_experts(model, store) if elsewhere.placeholders(module)])
 
 
 def read_experts(model: nn.Module, store: ExpertStore) -> ExpertValues:
