@@ -28,7 +28,7 @@ GIVEN_UP = (
     "emoe.from_pretrained, or load the plain model for emoe.wrap"
 )
 
-CHECK = "_emoe_check"  # attribute of an experts module: called with (module, state dict, prefix) before it is loaded
+CHECK = "_emoe_check"  # attribute of an experts module: called with (module, state dict, prefix, errors) before a load
 
 
 class Placeholder(nn.Parameter):
@@ -157,7 +157,7 @@ class _Experts(nn.Module):
     ) -> None:
         """Values for placeholders are compared with the store (guard.py), while the placeholders are still here."""
         if check := self.__dict__.get(CHECK):
-            check(self, state_dict, prefix)
+            check(self, state_dict, prefix, errors)
         with self._emoe_hidden() as hidden:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         names = {f"{prefix}{name}" for name in hidden}

@@ -39,7 +39,9 @@ class ModelGuard:
         self._modules = [model.get_submodule(layer.path) for layer in store.layers]
         self._configs = [module.config for module in self._modules]
         self._given_up = False
+        # What the outermost module of a load has compared, on which inner modules rely; a load has a list of errors.
         self._compared: dict[tuple[int | str, str], weakref.ref[Any]] = {}
+        self._load: list[str] | None = None
         self._hooks: list[Any] = []
         self._shadowed: list[nn.Module] = []
         self._choose_implementation()
@@ -113,9 +115,11 @@ class ModelGuard:
             self._hooks.append(module.register_load_state_dict_pre_hook(partial(self._check_state, path)))
         for number, module in enumerate(self._modules):
             vars(module)[CHECK] = partial(self._check_state, self._store.layers[number].path)
-            self._hooks.append(module.register_load_state_dict_post_hook(partial(self._forget_compared, number)))
 
     def _check_state(self, path: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """`rest` ends with the list in which torch gathers what is wrong with this load."""
+        if self._load is not rest[-1]:
+            self._load, self._compared = rest[-1], {}
         start = f"{path}." if path else ""
         for number, layer in enumerate(self._store.layers):
             if layer.path == path or layer.path.startswith(start):
@@ -151,11 +155,6 @@ class ModelGuard:
                     f"nothing was loaded. {WAY_OUT}"
                 )
             self._compared[number, name] = weakref.ref(value)
-
-    def _forget_compared(self, number: int, module: nn.Module, incompatible: Any) -> None:
-        """Inner modules rely on what the outermost compared; the next load begins anew."""
-        for name in placeholders(module):
-            self._compared.pop((number, name), None)
 
 
 def _nothing() -> None:

@@ -7,6 +7,8 @@ hold all of them at once that way; the one here writes them layer by layer and p
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,7 @@ class SavingGuard:
             self._save_given(save_directory, kwargs)
             return
         if getattr(self._model, "_hf_peft_config_loaded", False):  # Transformers then writes the adapters alone
-            self._original(save_directory, **{**kwargs, "state_dict": self._without_experts()})
+            self._save_as_ever(save_directory, {**kwargs, "state_dict": self._without_experts()})
             return
         folder = Path(save_directory)
         self._refuse_own_folder(folder)
@@ -110,19 +112,22 @@ class SavingGuard:
         except OSError as error:
             raise SaveError(f"{folder} cannot be written: {error.strerror or error}") from error
         try:
-            self._write(staging.path, kwargs)
-            _put_in_place(staging.path, folder)
-        except OSError as error:
-            raise SaveError(f"saving into {folder} failed: {error.strerror or error}") from error
+            with _failing_as(folder):
+                self._write(staging.path, kwargs)
+                _put_in_place(staging.path, folder)
         finally:
             staging.remove()
+
+    def _save_as_ever(self, folder: str | Path, kwargs: dict[str, Any]) -> None:
+        with _failing_as(folder):
+            self._original(folder, **kwargs)
 
     def _save_given(self, save_directory: str | Path, kwargs: dict[str, Any]) -> None:
         wanted = {f"{layer.path}.{param.name}" for layer in self._store.layers for param in layer.params}
         lacking = sorted(wanted - set(kwargs["state_dict"]))
         if lacking:
             raise SaveError(f"the state_dict to be saved lacks experts, among them {lacking[0]}; leave it out")
-        self._original(save_directory, **kwargs)
+        self._save_as_ever(save_directory, kwargs)
 
     def _refuse_own_folder(self, folder: Path) -> None:
         for file in self._store.files():
@@ -131,13 +136,15 @@ class SavingGuard:
 
     def _write(self, staging: Path, kwargs: dict[str, Any]) -> None:
         """Writes everything into an empty folder: shards in the scheme of Transformers, and their index."""
+        from safetensors.torch import save_file
+
         self._original(staging, **{**kwargs, "state_dict": self._without_experts()})
         weight_map, total = _collect(staging)
         shards = sorted(set(weight_map.values()))
         for number in range(len(self._store.layers)):
             for tensors in self._shards_of_layer(number, kwargs):
                 shard = f"experts-{len(shards):05}.safetensors"
-                _save_file(tensors, staging / shard)
+                save_file(tensors, staging / shard, metadata={"format": "pt"})
                 shards.append(shard)
                 weight_map.update(dict.fromkeys(tensors, shard))
                 total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -174,14 +181,15 @@ class SavingGuard:
         return [{name: state[name].contiguous() for name in names} for names in split.filename_to_tensors.values()]
 
 
-def _save_file(tensors: dict[str, Any], file: Path) -> None:
+@contextmanager
+def _failing_as(folder: str | Path) -> Iterator[None]:
+    """In the block, what cannot be written is a SaveError, whoever was to write it."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"saving into {folder} failed: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _collect(folder: Path) -> tuple[dict[str, str], int]:

@@ -162,6 +162,25 @@ def test_one_changed_expert_in_a_state_dict_is_found_at_any_module(model):
     assert torch.equal(model.get_input_embeddings().weight, embeddings)
 
 
+def test_what_one_load_has_compared_says_nothing_of_the_next(model):
+    """Values are changed in place between two loads, of which the first was refused, or taken."""
+    state, before = model.state_dict(), _logits(model)
+    first, *_, last = [name for name in state if name.endswith("experts.down_proj")]
+    good, state[last] = state[last], state[last] + 1
+    with pytest.raises(ExpertsElsewhereError, match=last):
+        model.load_state_dict(state)
+    state[last] = good
+    state[first].add_(5)
+    with pytest.raises(ExpertsElsewhereError, match=first):
+        model.load_state_dict(state)
+    state[first].sub_(5).copy_(model.state_dict()[first])
+    model.load_state_dict(state)
+    state[first].add_(5)
+    with pytest.raises(ExpertsElsewhereError, match=first):
+        model.load_state_dict(state)
+    assert torch.equal(_logits(model), before)
+
+
 def test_a_state_dict_of_everything_but_experts_is_loaded_and_what_it_lacks_is_named(model):
     before = _logits(model)
     state = {key: value for key, value in model.state_dict().items() if "experts" not in key}

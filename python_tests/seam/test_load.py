@@ -8,9 +8,10 @@ from pathlib import Path
 
 import families
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils
 
 from emoe import errors
 from emoe.model import structure
@@ -217,20 +218,18 @@ def test_a_given_state_dict_is_saved_only_with_its_experts(loaded, checkpoint, t
 
 
 def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(loaded, tmp_path, monkeypatch):
-    from emoe.seam import saving
-
     path = families.save("olmoe", tmp_path, seed=1)
     expected = _state(path)
     model, _, _ = loaded("olmoe")
-    real, calls = saving._save_file, []
+    real, calls = safetensors.torch.save_file, []
 
-    def full(tensors, file):
+    def full(tensors, file, metadata):
         calls.append(file)
         if len(calls) == 2:
             raise OSError(28, os.strerror(28))
-        real(tensors, file)
+        real(tensors, file, metadata)
 
-    monkeypatch.setattr(saving, "_save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(errors.SaveError, match="No space left"):
         model.save_pretrained(tmp_path)
     _assert_same(_state(path), expected)
@@ -238,6 +237,23 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(loaded, tmp_path
     monkeypatch.undo()
     model.save_pretrained(tmp_path)
     assert not torch.equal(_state(path)["lm_head.weight"], expected["lm_head.weight"])
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["all", "a state dict"])
+def test_a_disk_that_is_full_when_transformers_writes_is_a_saving_error_too(loaded, given, tmp_path, monkeypatch):
+    model, _, _ = loaded("olmoe")
+    state = {"state_dict": model.state_dict()} if given else {}
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: IoError(Os { code: 28 })")
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", full)
+    with pytest.raises(errors.SaveError, match=r"saving into .*out failed: Error while serializing"):
+        model.save_pretrained(tmp_path / "out", **state)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path / "out", **state)
+    _assert_same(_state(tmp_path / "out"), _state(families.save("olmoe", tmp_path / "same")))
 
 
 def test_experts_that_cannot_be_read_any_more_stop_saving_and_state_dict(tmp_path):
