@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emoe.errors import CheckpointError, ConfigError, one_line
+from emoe.files import jsontext
 from emoe.model.gguf_files import gguf_config, gguf_files, read_headers, stored_dtype
 from emoe.options import one_device, unknown_option
 
@@ -25,6 +27,7 @@ _TAKEN = (
     "generation_config", "gguf_file", "kernel_config", "low_cpu_mem_usage", "offload_buffers", "offload_state_dict",
     "tqdm_class", "use_kernels", "use_safetensors", "variant", "weights_only",
 )  # fmt: skip
+MOST_LAYERS = 512  # a model of more would be planned for minutes; published ones have up to 130
 _QUANTIZES_NONE = "emoe reads quantized checkpoints as their files say, and quantizes nothing while it loads"
 # Those that contradict keeping experts elsewhere, and what to do instead.
 _REFUSED = {
@@ -89,10 +92,30 @@ def read_config(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Any, dic
         if hasattr(config, name):
             raise ConfigError(f"{name}= beside a config object is ambiguous; set config.{name} in its place")
         raise unknown_option(name, "load", (*PLACES, *_TAKEN, *config.to_dict()))
+    _require_sound(config, path_or_id, places.get("subfolder"))
     if getattr(config, "dtype", None) is None and (files := gguf_files(path_or_id, {**places, **taken})):
         config = copy.copy(config)
         config.dtype = stored_dtype(read_headers(files))
     return config, {**places, **taken}
+
+
+def _require_sound(config: Any, path_or_id: str | Path, subfolder: str | None) -> None:
+    """What Transformers takes as it comes, and fails on later in its own words."""
+
+    def refused(what: str, name: str = "config.json") -> CheckpointError:
+        return CheckpointError(f"{path_or_id}: {name} {what}", file=str(Path(path_or_id) / name))
+
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, (list, tuple)) or any(not isinstance(name, str) for name in names):
+        raise refused(f"says architectures={names!r:.80}, which is no list of names of classes")
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise refused(f"says num_hidden_layers={layers}; emoe takes up to {MOST_LAYERS}")
+    beside = Path(path_or_id) / (subfolder or "") / "generation_config.json"
+    if beside.is_file():
+        found = jsontext.read(beside, "generation config", partial(CheckpointError, file=str(beside)))
+        if not isinstance(found, dict):
+            raise refused(f"is {type(found).__name__}, not an object of values", beside.name)
 
 
 def without_quantization(config: Any) -> tuple[Any, dict[str, Any] | None]:

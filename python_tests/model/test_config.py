@@ -191,3 +191,25 @@ def test_a_config_that_makes_no_model_is_an_error_of_the_checkpoint(tmp_path):
         (path / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(errors.CheckpointError, match=str(tmp_path)):
             emoe.plan(path, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("generation_config.json", lambda text: "[]", "generation_config.json is list, not an object of values"),
+        ("generation_config.json", lambda text: "null", "generation_config.json is NoneType"),
+        ("generation_config.json", lambda text: '{"a": ' + "[" * 5000 + "]" * 5000 + "}", "nested over 64 deep"),
+        ("generation_config.json", lambda text: '{"a": ' + "9" * 5000 + "}", "not a generation config"),
+        ("config.json", lambda text: json.dumps({**json.loads(text), "architectures": 5}), "architectures=5"),
+        ("config.json", lambda text: json.dumps({**json.loads(text), "architectures": [5]}), r"architectures=\[5\]"),
+        ("config.json", lambda text: json.dumps({**json.loads(text), "num_hidden_layers": 10**6}), "takes up to 512"),
+    ],
+)
+def test_what_transformers_would_stumble_over_later_is_refused_by_plan_and_load(
+    name, change, said, checkpoint, tmp_path
+):
+    path = shutil.copytree(checkpoint("mixtral"), tmp_path / "model")
+    (path / name).write_text(change((path / name).read_text() if (path / name).exists() else ""))
+    for call in (emoe.plan, emoe.from_pretrained):
+        with pytest.raises(errors.CheckpointError, match=said):
+            call(path, memory_budget=0.5)
