@@ -96,7 +96,7 @@ def wrap(model: Any, **kwargs: Any) -> Any:
 
 def _require_experts(model: Any) -> None:
     runtime = getattr(model, "emoe", None)
-    if runtime is None:
+    if not runtime:
         return
     if isinstance(runtime, Runtime) and runtime.closed:
         raise ConfigError(f"this model has no experts to run: {GIVEN_UP}")

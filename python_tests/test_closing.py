@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
+import pickle
 import signal
 import threading
 import time
@@ -52,8 +54,33 @@ def test_a_close_whose_reading_back_fails_leaves_the_model_running_and_works_the
     model.emoe.check_integrity()
     monkeypatch.setattr(load, "read_layer", read)
     model.emoe.close()
-    assert model.emoe is None
+    assert not model.emoe
     torch.testing.assert_close(_logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_follows_a_close_that_restored_is_closed_and_the_model_is_like_any_other(wrapped, tmp_path):
+    model, expected = wrapped
+    model.emoe.close()
+    model.emoe.close(restore=True)
+    assert model.emoe.closed
+    for use in (
+        lambda: model.emoe.stats(),
+        lambda: model.emoe.request("code"),
+        lambda: model.emoe.record(tmp_path / "t.npz"),
+        lambda: model.emoe.preload(),
+        lambda: model.emoe.probe(),
+        lambda: model.emoe.plan,
+    ):
+        with pytest.raises(ClosedError, match=r"emoe\.wrap\(model\)"):
+            use()
+    assert not list(tmp_path.iterdir())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.emoe is None
+        assert torch.equal(_logits(other), _logits(model))
+    emoe.wrap(model, memory_budget=0.5)
+    torch.testing.assert_close(_logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert model.emoe.stats()["slots"]
+    model.emoe.close()
 
 
 def test_experts_that_do_not_fit_are_said_before_anything_is_taken_down(wrapped, monkeypatch, caplog):
@@ -129,7 +156,7 @@ def test_interrupts_at_any_moment_of_a_close_leave_a_model_that_runs_or_is_resto
         if not runtime.closed:
             torch.testing.assert_close(_logits(model), expected, rtol=1e-5, atol=1e-5)
         runtime.close()
-        assert model.emoe is None
+        assert not model.emoe
         torch.testing.assert_close(_logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -216,7 +243,7 @@ def test_a_close_within_a_recording_and_a_request_ends_both_well(checkpoint, tmp
         _logits(model)
         runtime.close()
     assert emoe.load_trace(tmp_path / "trace.npz").tokens == IDS.shape[1]
-    assert model.emoe is None
+    assert not model.emoe
 
 
 def _in_child(work):

@@ -52,7 +52,7 @@ def test_wrap_gives_the_same_logits_and_close_restores_the_model(store, ids, tmp
     under = _logits(model, ids)
     assert ((under - before).abs().max() / before.abs().max()).item() < 1e-5
     model.emoe.close()
-    assert model.emoe is None
+    assert not model.emoe
     assert torch.equal(_logits(model, ids), before)
     assert set(model.state_dict()) == names
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -483,7 +483,7 @@ def attach(
         ConfigError: an option is not one of its choices, or the model runs under emoe in another mode than `exact`.
         UnsupportedModelError: a router's rule is not known.
     """
-    own = getattr(getattr(model, "emoe", None), "routing", None)
+    own = getattr(getattr(model, "emoe", None) or None, "routing", None)
     if own is not None and own.options.mode != "exact":
         raise ConfigError(f"this model runs with routing='{own.options.mode}' already; load it with routing='exact'")
     if routing == "coarse":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emoe.errors import BudgetError
+from emoe.errors import BudgetError, ClosedError
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import linear, load
 from emoe.seam.norms import Norm, Norms
@@ -20,6 +20,35 @@ from emoe.seam.prefill import ChunkedPrefill
 from emoe.store import ExpertStore
 
 logger = logging.getLogger(__name__)
+
+
+class Gone:
+    """What a model names in the place of the runtime that ran it, once it has its experts back: closed, and false.
+
+    A copy of the model, or a pickle, has None.
+    """
+
+    closed = True
+
+    def close(self, *, restore: bool | None = None) -> None:
+        """It is closed."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ClosedError(
+            f"the runtime is closed and has no {name}; the model has its experts back, and emoe.wrap(model) makes it "
+            "another runtime"
+        )
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __repr__(self) -> str:
+        return "<closed runtime of emoe: the model has its experts>"
 
 
 class Attached:
@@ -143,4 +172,4 @@ class Attached:
     def let_go(self, runtime: object) -> None:
         """A model that is whole again no longer names the runtime that ran it."""
         if self._restored and self._model.emoe is runtime:
-            self._model.emoe = None
+            self._model.emoe = Gone()

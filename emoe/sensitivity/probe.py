@@ -65,7 +65,7 @@ class Prober:
         self._model = model
         self._share, self._seed = share, seed
         self._probes: dict[str | None, int] = {}
-        self._runtime = getattr(model, "emoe", None)
+        self._runtime = getattr(model, "emoe", None) or None
         own = None if self._runtime is None else cast(Routing, self._runtime.routing)
         self._own = own if own is not None and own.options.mode != "exact" else None
         self._drawn: _Drawn | None = None

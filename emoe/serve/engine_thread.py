@@ -148,7 +148,7 @@ class EngineThread:
             raise
 
     def _look(self) -> dict[str, Any]:
-        runtime = getattr(self._engine.model, "emoe", None)
+        runtime = getattr(self._engine.model, "emoe", None) or None
         if runtime is None:
             return {"engine": self._engine.stats(), "model": None, "layers": []}
         return {"engine": self._engine.stats(), "model": runtime.stats(), "layers": runtime.residents()}

@@ -130,7 +130,7 @@ class Replica:
 
     def _published(self) -> dict[str, Any]:
         """In the engine's thread."""
-        runtime, resident, expected = getattr(self._model, "emoe", None), None, {}
+        runtime, resident, expected = getattr(self._model, "emoe", None) or None, None, {}
         if runtime is not None:
             layers = runtime.residents()
             width = max((count for count, _ in layers), default=0)

@@ -17,7 +17,7 @@ from emoe.errors import ConfigError, ReadError
 def model(checkpoint):
     model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
     yield model
-    if model.emoe is not None:
+    if model.emoe:
         model.emoe.close(restore=False)
 
 

@@ -18,7 +18,7 @@ from emoe.sensitivity.online import spearman
 def model():
     built = families.build("olmoe").eval()
     yield built
-    if getattr(built, "emoe", None) is not None:
+    if getattr(built, "emoe", None):
         built.emoe.close()
 
 
