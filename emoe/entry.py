@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from emoe.compute import ops
 from emoe.compute.bank import take_down
 from emoe.compute.choose import open_device
@@ -84,6 +86,9 @@ def wrap(model: Any, **kwargs: Any) -> Any:
         raise unknown_option(name, "wrap")
     _require_experts(model)
     given, model = model, structure.without_adapters(model)
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        inside = "; give its .module" if isinstance(getattr(model, "module", None), nn.Module) else ""
+        raise ConfigError(f"wrap takes a model of Transformers, or a PEFT model around one, not {type(model)}{inside}")
     device = open_device(options.device)
     plan = plan_for_model(model, options, free=device.free_bytes)
     options = _prepared(options, plan, device, model)

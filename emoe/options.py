@@ -268,11 +268,23 @@ class Given:
             return value
         if str(value) in self.names:
             return str(value)
-        path = Path(value).expanduser()
+        path = _path(name, value)
         if not path.is_file():
             what = f"neither a file nor one of: {', '.join(self.names)}" if self.names else "not a file"
             raise ConfigError(f"{name}={str(value)!r} is {what}; '{self.maker}' makes files")
         return path
+
+
+def _path(name: str, value: str | Path) -> Path:
+    """Of something that may be there."""
+    try:
+        path = Path(value).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a zero byte, nobody's home
+        raise ConfigError(f"{name}={str(value)!r:.80} is no path: {error}"[:300]) from error
+    return path
 
 
 def _store(name: str, value: Any) -> str | Path | None:
@@ -280,7 +292,7 @@ def _store(name: str, value: Any) -> str | Path | None:
         return value
     if not isinstance(value, (str, Path)) or str(value) == "":
         raise ConfigError(f"{name}={value!r} is not a folder, 'ram', or None for a temporary folder")
-    path = Path(value).expanduser()
+    path = _path(name, value)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{name}={str(value)!r} is a file; give a folder, 'ram', or None for a temporary folder")
     return path

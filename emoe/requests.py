@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
+from numbers import Real
 from operator import attrgetter
 from threading import RLock, get_ident, local
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -144,9 +145,16 @@ class Request:
     failed: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        for count in (self.tokens, *(each for _, each in self.others)):
-            if count is not None and not count >= 1:
-                raise ConfigError(f"tokens={count} of a request is not a number of at least 1")
+        try:
+            counts: list[Any] = [self.tokens, *(each for _, each in self.others)]
+            wrong = [each for each in counts if each is not None and not (isinstance(each, Real) and each >= 1)]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"tokens={self.tokens!r} and others={self.others!r} of a request are a number of at least 1, and pairs "
+                "of a task and such a number"
+            ) from error
+        if wrong:
+            raise ConfigError(f"tokens={wrong[0]!r} of a request is not a number of at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         return {"task": self.task, "name": self.name, **self.tally.to_dict()}

@@ -231,3 +231,85 @@ def test_names_in_the_table_are_those_of_the_rooms_that_use_them():
 
     assert tuple(predictor.MADE) == options.PREDICTORS
     assert {*rows()["policy"][1].check.choices} == {*policy.POLICIES} - {"belady"}  # which needs the future
+
+
+@pytest.mark.parametrize("given", [5, None, "model", torch.nn.Linear(2, 2)])
+def test_wrap_says_what_it_takes(given):
+    with pytest.raises(errors.ConfigError, match=r"wrap takes a model of Transformers.*not <class"):
+        emoe.wrap(given, memory_budget=0.5)
+
+
+def test_wrap_of_a_model_in_a_container_says_to_give_what_is_in_it():
+    with pytest.raises(errors.ConfigError, match=r"DataParallel.*give its \.module"):
+        emoe.wrap(torch.nn.DataParallel(families.build("olmoe")), memory_budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"store": "a" * 300}, "store='a+ is no path.*too long"),
+        ({"store": "a\0b"}, "store=.* is no path"),
+        ({"predictor": "a" * 300}, "predictor='a+ is no path"),
+        ({"policy": lambda layer: None}, "gave None for layer 0, which has no touch"),
+    ],
+)
+def test_values_that_only_the_system_or_a_later_call_would_refuse_are_named(option, said):
+    model = families.build("olmoe")
+    with pytest.raises(errors.ConfigError, match=said):
+        emoe.wrap(model, memory_budget=0.5, **option)
+    emoe.wrap(model, memory_budget=0.5).emoe.close()
+
+
+@pytest.mark.parametrize("option", [{"variant": "fp16"}, {"use_safetensors": False}])
+def test_files_that_transformers_does_not_find_are_a_checkpoint_error(option, checkpoint):
+    with pytest.raises(errors.CheckpointError, match="Error no file named"):
+        emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5, **option)
+
+
+@pytest.mark.parametrize("path", ["a" * 300, f"./{'a' * 300}", "/" + "a" * 300])
+@pytest.mark.parametrize("call", [emoe.plan, emoe.from_pretrained])
+def test_a_name_that_no_file_system_takes_is_said_to_be_no_path(call, path):
+    with pytest.raises(errors.ConfigError, match="is no path: File name too long"):
+        call(path, memory_budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "said"),
+    [
+        (lambda runtime, path: runtime.record(None), errors.ConfigError, "path=None of a trace is no path"),
+        (lambda runtime, path: runtime.record("a\0b"), errors.ConfigError, "is no path of a file"),
+        (lambda runtime, path: runtime.request(tokens="5"), errors.ConfigError, "tokens='5' of a request"),
+        (lambda runtime, path: runtime.request(tokens=float("nan")), errors.ConfigError, "tokens=nan"),
+        (lambda runtime, path: runtime.request(others=[5]), errors.ConfigError, r"others=\[5\] of a request"),
+        (lambda runtime, path: runtime.probe("x"), errors.ConfigError, "share='x' is not a number"),
+        (lambda runtime, path: runtime.probe(None), errors.ConfigError, "share=None is not a number"),
+        (lambda runtime, path: _mark(runtime, path, prompt={}), errors.TraceError, "prompt={} is no number or text"),
+        (lambda runtime, path: _mark(runtime, path, prompt=[[1]]), errors.TraceError, r"prompt=\[\[1\]\]"),
+        (lambda runtime, path: _mark(runtime, path, task=5), errors.TraceError, "task=5 is no name of a task"),
+        (lambda runtime, path: _mark(runtime, path, phase=[1]), errors.TraceError, r"phase=\[1\] is not one of"),
+    ],
+)
+def test_what_a_runtime_is_told_is_checked_when_it_is_told(use, error, said, checkpoint, tmp_path):
+    with emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5).emoe as runtime:
+        with pytest.raises(error, match=said):
+            use(runtime, tmp_path / "trace.npz")
+        runtime.check_integrity()
+
+
+def _mark(runtime, path, **what):
+    with runtime.record(path) as recorder:
+        recorder.mark(**what)
+
+
+def test_a_trace_under_two_spellings_is_one_file_and_a_link_stays_one(checkpoint, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "real.npz")
+    model = emoe.from_pretrained(checkpoint("olmoe"), memory_budget=0.5)
+    with model.emoe.record(tmp_path / "link.npz"):
+        for other in (tmp_path / "d" / ".." / "link.npz", tmp_path / "real.npz"):
+            with pytest.raises(errors.ConfigError, match="give each a file of its own"), model.emoe.record(other):
+                pass
+        model(torch.tensor([[5, 6, 7]]))
+    assert (tmp_path / "link.npz").is_symlink()
+    assert emoe.load_trace(tmp_path / "real.npz").tokens == 3
+    model.emoe.close()

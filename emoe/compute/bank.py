@@ -186,7 +186,7 @@ class Bank:
                 for each in self._recordings():
                     if each.over:  # an interrupt came before its end
                         self._recorded(told, each, KeyboardInterrupt, KeyboardInterrupt(), None)
-                    elif each.recorder.path.absolute() == recorder.path.absolute():
+                    elif each.recorder.path.resolve() == recorder.path.resolve():
                         raise ConfigError(
                             f"another recorder that is open writes to {recorder.path}; give each a file of its own"
                         )

@@ -35,15 +35,19 @@ def whole(path: Path, reserve: int = 0) -> Iterator[IO[bytes]]:
     Raises:
         WriteError: the folder is not there or cannot be written, the disk is full, or `path` is a folder or a device.
     """
-    path = Path(path)
     try:
+        path = Path(path)
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(path.stat().st_mode):  # to take the place of /dev/null is not what was asked for
                 raise WriteError(f"{path} cannot be written: it is there and is no regular file")
+        if path.is_symlink():  # what it leads to is written
+            path = path.resolve()
         sweep(path.parent)
         handle, temporary = _locked(path.parent, path.name, _make_file)
     except OSError as error:
         raise _unwritten(path, error) from error
+    except (TypeError, ValueError) as error:
+        raise WriteError(f"{path!r} cannot be written: it is no path ({error})") from error
     try:
         with os.fdopen(handle, "wb") as file:
             if reserve:

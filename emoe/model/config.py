@@ -178,6 +178,10 @@ def require_checkpoint(path_or_id: str | Path, *, subfolder: str | None = None, 
         CheckpointError: there is no such folder or file, or no config.json and no GGUF in it.
     """
     path = Path(path_or_id)
+    try:
+        path.is_dir()
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r:.80} is no path: {error.strerror}") from error
     if path.is_dir():
         if subfolder or gguf_file or (path / "config.json").is_file() or gguf_files(path, {}):
             return

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from emoe.errors import CheckpointError
+from emoe.errors import CheckpointError, EmoeError, one_line
 from emoe.model import auto
 from emoe.model.config import PLACES, read_config, without_quantization
 from emoe.model.gguf_files import gguf_files
@@ -143,14 +143,19 @@ def _load(
 ) -> tuple[Any, dict[str, Any]]:
     from emoe.seam.quantizer import WithoutExperts
 
-    model, info = cls.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        quantization_config=WithoutExperts(make, dense),
-        output_loading_info=True,
-        **kwargs,
-    )
+    try:
+        model, info = cls.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            quantization_config=WithoutExperts(make, dense),
+            output_loading_info=True,
+            **kwargs,
+        )
+    except OSError as error:  # how Transformers says that there are no files by such names (variant=, subfolder=)
+        if isinstance(error, EmoeError):
+            raise
+        raise CheckpointError(f"{path}: {one_line(error)[:400]}", file=str(path)) from error
     return model, info
 
 

@@ -59,8 +59,8 @@ class OnlineSensitivity:
     """
 
     def __init__(self, share: float = SHARE) -> None:
-        if not 0 < share <= 1:
-            raise ConfigError(f"share={share} is not over 0 and up to 1")
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConfigError(f"share={share!r} is not a number over 0 and up to 1")
         self.share = share
         self._requests: dict[str, int] = {}
         self._sums: dict[str, _Sums] = {}

@@ -53,6 +53,9 @@ class CacheManager:
             first += count
         layers = range(len(self._ranges))
         self._policies = [make(layer) for layer in layers]
+        for layer, each in enumerate(self._policies):
+            if missing := [name for name in ("touch", "victim", "forget", "known") if not hasattr(each, name)]:
+                raise ConfigError(f"policy={policy!r} gave {each!r} for layer {layer}, which has no {missing[0]}")
         self._slot_of: list[dict[int, int]] = [{} for _ in layers]  # loading, ready or held
         self._free = [list(reversed(slots)) for slots in self._ranges]
         self._expert_of = [_NOBODY] * first

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import TraceError
+from emoe.errors import ConfigError, TraceError
 from emoe.files import jsontext, npz, whole
 from emoe.trace import csv as trace_csv
 
@@ -105,6 +105,8 @@ class TraceRecorder:
         model: str = "",
         expert_bytes: Sequence[int] | None = None,
     ) -> None:
+        if not isinstance(path, (str, Path)) or "\0" in str(path):
+            raise ConfigError(f"path={path!r} of a trace is no path of a file")
         self.path = Path(path)
         self._layers, self._top_k, self._num_experts = layers, top_k, num_experts
         self._meta: dict[str, Any] = {"model": model}
@@ -130,8 +132,12 @@ class TraceRecorder:
         Raises:
             TraceError: an unknown phase.
         """
-        if phase is not None and phase not in _PHASES:
+        if phase is not None and (not isinstance(phase, str) or phase not in _PHASES):
             raise TraceError(f"phase={phase!r} is not one of: {', '.join(_PHASES)}")
+        if task is not None and not isinstance(task, str):
+            raise TraceError(f"task={task!r} is no name of a task")
+        if not all(isinstance(each, Hashable) for each in (prompt if isinstance(prompt, (list, tuple)) else [prompt])):
+            raise TraceError(f"prompt={prompt!r} is no number or text, nor one for each sequence")
         with self._lock:
             before = self._thread.mark or self._mark
             prompts = before.prompts

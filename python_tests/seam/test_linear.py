@@ -79,7 +79,7 @@ def _weight(held_as: str = "q8_0", rows: int = 64, cols: int = 96, dtype=torch.f
 
 @pytest.mark.parametrize(
     "name",
-    [name for name, form in FORMATS.items() if form.linears is not None and not encoding(form.encoding).ordered],
+    [name for name, form in FORMATS.items() if form.linears is not None and not encoding(form.encoding).not_native],
 )
 def test_every_format_stays_as_it_lies_and_gives_the_numbers_that_it_stands_for(name, written):
     folder = written(name)
