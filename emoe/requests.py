@@ -147,7 +147,7 @@ class Request:
     def __post_init__(self) -> None:
         try:
             counts: list[Any] = [self.tokens, *(each for _, each in self.others)]
-            wrong = [each for each in counts if each is not None and not (isinstance(each, Real) and each >= 1)]
+            wrong = [each for each in counts if each is not None and not (isinstance(each, Real) and float(each) >= 1)]
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"tokens={self.tokens!r} and others={self.others!r} of a request are a number of at least 1, and pairs "

@@ -1,5 +1,5 @@
 // A file that records lie in: a descriptor that is open from when the file was added until nobody needs it, and what
-// told the file from any other, and from itself once written to. Reads nothing.
+// told the file from any other, and from itself once written to. Reads nothing but a sample.
 #pragma once
 
 #include <cstdint>
@@ -36,14 +36,15 @@ class SourceFile {
     bool same_file(int fd) const noexcept;  // the same inode, whatever is in it by now
     // "" while what `fd` leads to has the size and time of then, else "changed since the model was loaded (...)".
     std::string change(int fd) const;
-    // The path's file of now, where it is another than this one with the same size and time: one that was put in place
-    // of a damaged one with its time (cp -p, rsync -t). nullptr: there is none.
+    // The path's file of now, where it is another than this one with the same size, time and sample: one that was put
+    // in place of a damaged one with its time (cp -p, rsync -t). nullptr: there is none.
     std::shared_ptr<const SourceFile> successor() const;
 
   private:
     std::string path_;
     int fd_ = -1;
     FileIdentity identity_;
+    std::uint64_t sample_ = 0;  // of bytes at places all over the file, when it was added
 };
 
 }  // namespace emoe

@@ -6,6 +6,7 @@ Whatever happens to its path, its bytes stay readable; whoever writes to it is f
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import stat
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emoe.errors import CheckpointError, ReadError
+
+_PLACES, _SAMPLE = 32, 256  # how many, and bytes of each; csrc/core/source_file.cpp has the same
 
 
 class Identity(NamedTuple):
@@ -42,6 +45,7 @@ class OpenFile:
     def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
         self.fd, self.identity = _open(path) if fd is None else (fd, _identity(path, fd))
+        self._sample = _sample(self.fd, self.identity.size)
         self._finalizer = weakref.finalize(self, os.close, self.fd)
 
     def read(self, into: memoryview, offset: int) -> int:
@@ -66,7 +70,7 @@ class OpenFile:
         return _changed(self.identity, _of(info))
 
     def renew(self) -> None:
-        """Goes over to the path's file of now, where it is another one with the size and time of this one.
+        """Goes over to the path's file of now, where it has the size and time of this one, and its bytes at many places.
 
         So it is where a damaged file was replaced by a copy with its time (`cp -p`, `rsync -t`). Any other may hold
         anything.
@@ -75,7 +79,7 @@ class OpenFile:
             fd, now = _open(self.path)
         except ReadError:
             return
-        if now[2:] == self.identity[2:]:
+        if now[2:] == self.identity[2:] and _sample(fd, now.size) == self._sample:
             os.dup2(fd, self.fd, inheritable=False)
             self.identity = now
         os.close(fd)
@@ -140,6 +144,17 @@ def _identity(path: str, fd: int) -> Identity:
     if not stat.S_ISREG(info.st_mode):
         raise ReadError(f"{path} cannot be read: it is no regular file", file=path)
     return _of(info)
+
+
+def _sample(fd: int, size: int) -> bytes:
+    """Of places all over a file; those that cannot be read count as empty."""
+    found = []
+    for place in range(_PLACES):
+        try:
+            found.append(os.pread(fd, _SAMPLE, max(0, size - _SAMPLE) * place // (_PLACES - 1)))
+        except OSError:
+            found.append(b"")
+    return hashlib.sha256(b"".join(found)).digest()
 
 
 def _of(info: os.stat_result) -> Identity:

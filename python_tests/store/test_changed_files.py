@@ -204,6 +204,26 @@ def test_a_damaged_file_is_read_again_once_it_is_whole_with_its_time(path):
     assert _same(_logits(model), expected)
 
 
+def test_other_bytes_of_the_same_size_and_time_are_not_taken_for_a_repaired_file(path, tmp_path):
+    model = _load(path)
+    _logits(model)
+    file = path / "model.safetensors"
+    before, other = file.stat(), _other(path, tmp_path)
+    file.rename(path / "away")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(file)
+    os.truncate(path / "away", before.st_size // 8)
+    for _ in range(2):
+        _refused(model, file)
+    with pytest.raises(errors.SaveError, match="changed since the model was loaded"):
+        model.state_dict()
+    with pytest.raises(errors.SaveError, match="changed since the model was loaded"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(errors.ReadError, match="changed since the model was loaded"):
+        model.emoe.close(restore=True)
+    model.emoe.close(restore=False)
+
+
 def test_a_damaged_file_that_is_replaced_by_a_copy_with_its_time_is_opened_anew(path):
     model = _load(path)
     expected = _logits(model)
