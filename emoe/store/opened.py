@@ -70,7 +70,7 @@ class OpenFile:
         return _changed(self.identity, _of(info))
 
     def renew(self) -> None:
-        """Goes over to the path's file of now, where it has the size and time of this one, and its bytes at many places.
+        """Goes over to the path's file of now, where it has the size and time of this one, and bytes in 32 places.
 
         So it is where a damaged file was replaced by a copy with its time (`cp -p`, `rsync -t`). Any other may hold
         anything.
