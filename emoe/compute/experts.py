@@ -121,6 +121,8 @@ class ExpertLayer:
         self.compute = compute
         self._lock, self._observers, self._loader = lock, observers, part.loader
         self._place, self._width = part.place, _width(part)
+        # Native kernels know what it computes, and do not ask again.
+        self._act = None if part.layout.native is None else getattr(part.module, "act_fn", None)
         # Of a module whose parameters stand for what is in the store.
         self._check_values = getattr(part.module, "_emoe_check_values", None)
 
@@ -166,6 +168,11 @@ class ExpertLayer:
     def _observed(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self._check_values is not None:
             self._check_values()
+        if self._act is not None and getattr(self.module, "act_fn", None) is not self._act and self.kernels != "stock":
+            raise ConfigError(
+                f"act_fn of experts {self.index} was replaced after the model was loaded, and the native kernels "
+                "compute with the one before; set it before emoe.wrap, or load with kernels='stock'"
+            )
         observers = self._observers
         for observer in observers:
             observer.before(self.index, hidden, index, weights)

@@ -420,3 +420,21 @@ def test_experts_whose_weights_are_computed_are_not_wrapped(change, remedy):
     with pytest.raises(UnsupportedModelError, match=rf"mlp\.experts.*{remedy}"):
         emoe.wrap(model, memory_budget=0.5)
     assert torch.equal(_logits(model), expected)
+
+
+def test_an_activation_that_is_replaced_after_loading_is_not_ignored(checkpoint):
+    path = checkpoint("olmoe")
+    model = emoe.from_pretrained(path, memory_budget=0.5)
+    before, module = _logits(model), _experts(model)[1]
+    kept, module.act_fn = module.act_fn, torch.nn.ReLU()
+    with pytest.raises(ConfigError, match=r"act_fn of experts 0 was replaced.*kernels='stock'"):
+        _logits(model)
+    model.emoe.check_integrity()
+    module.act_fn = kept
+    assert torch.equal(_logits(model), before)
+    model.emoe.close(restore=False)
+    stock = emoe.from_pretrained(path, memory_budget=0.5, kernels="stock")
+    before = _logits(stock)
+    _experts(stock)[1].act_fn = torch.nn.ReLU()
+    assert not torch.allclose(_logits(stock), before)
+    stock.emoe.close(restore=False)
