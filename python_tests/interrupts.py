@@ -85,4 +85,5 @@ def handled(
 def _leaves_with(frame: FrameType) -> bool:
     """Whether a `with` block has just ended: Python takes no signal between its last line and `__exit__`."""
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-    return line.startswith("with ") and dis.opname[frame.f_code.co_code[frame.f_lasti]] == "LOAD_CONST"
+    # SWAP where the block returns a value, which waits on the stack.
+    return line.startswith("with ") and dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("LOAD_CONST", "SWAP")

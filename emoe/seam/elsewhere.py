@@ -59,8 +59,7 @@ class Placeholder(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _harmless():
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
         raise next(_placeholders((args, kwargs))).error()
 
     def __deepcopy__(self, memo: Any) -> Any:
