@@ -4,7 +4,7 @@
 
 Text: the chats of the train split, and the sources of this Python's standard library, cut by a byte-level BPE of its
 own with 4,096 tokens. Model: Qwen3-MoE with 6 layers of 32 experts, 4 a token, rows of 256 (whole blocks of every
-encoding of GGUF), 44 M parameters, 38 of them in experts. AdamW in bfloat16 over float32 weights, router loss of the
+encoding of GGUF), 40 M parameters, 38 of them in experts. AdamW in bfloat16 over float32 weights, router loss of the
 family, learning rate warmed up and then lowered to nothing over the minutes given; saved in bfloat16.
 """
 

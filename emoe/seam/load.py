@@ -152,9 +152,9 @@ def _load(
             output_loading_info=True,
             **kwargs,
         )
+    except EmoeError:  # some are OSErrors too
+        raise
     except OSError as error:  # how Transformers says that there are no files by such names (variant=, subfolder=)
-        if isinstance(error, EmoeError):
-            raise
         raise CheckpointError(f"{path}: {one_line(error)[:400]}", file=str(path)) from error
     return model, info
 

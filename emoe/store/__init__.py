@@ -74,7 +74,9 @@ class ExpertStore:
         cleanup: Callable[[], None] | None = None,
     ) -> None:
         self.layers = tuple(layers)
-        self._opened = {file.path: file for file in opened}
+        self._opened: dict[str, OpenFile] = {}
+        for each in opened:
+            self._keep(each)
         self.description = description
         self.closed = False
         self._finalizer = weakref.finalize(self, cleanup) if cleanup else None
@@ -102,8 +104,12 @@ class ExpertStore:
         if self.closed:
             raise ClosedError(f"the store of experts ({self.description}) is closed")
         if file not in self._opened:
-            self._opened[file] = OpenFile(file)
+            self._keep(OpenFile(file))
         return self._opened[file]
+
+    def _keep(self, file: OpenFile) -> None:
+        file.keep_sample()
+        self._opened[file.path] = file
 
     def require_in_place(self) -> None:
         """CheckpointError where a file was replaced or written to; for what was read through the paths meanwhile."""

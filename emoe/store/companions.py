@@ -566,7 +566,7 @@ def _bytes_in_words(group: Group, shape: tuple[int, ...], said: Declared, read: 
         raise _unsupported(entry, f"has rows of {cols} weights of 8 bits, which fill no whole number of int32")
     if scale.shape[:-1] != shape[:-1]:
         raise scale.error(f"is the scales of {entry.name}, whose rows are {list(shape[:-1])}")
-    said = replace(said, bits=frozenset(block[1] for block in said.bytes if block[0] == 1))
+    said = _in_groups_of_bytes(said)
     size = _group_size(scale, cols, scale.shape[-1], said, cut=True)
     _confirm_group(group, scale, "8 bits", size, cols, said)
     if order := _actorder(group, scale, size, cols, said, read):
@@ -586,6 +586,11 @@ def _actorder(
     if said.ordered == {True} and scale.shape[-1] > 1 and order is None:
         raise group.lacks(f"the groups of its inputs, {_named(group, '_g_idx')}, which {said.where} speaks of")
     return order if order is not None and _is_ordered(order, _ACTORDER, scale, size, cols, said, read) else None
+
+
+def _in_groups_of_bytes(said: Declared) -> Declared:
+    """`said`, with the groups of weights of eight bits in the place of those of four."""
+    return replace(said, bits=frozenset(block[1] for block in said.bytes if block[0] == 1))
 
 
 def _written_shape(entry: TensorEntry, read: Read) -> Block:
@@ -680,7 +685,7 @@ def _along_inputs(group: Group, said: Declared, read: Read | None) -> EncodedWei
     _confirm_width(entry, bits, said)
     each = 32 // bits
     if bits == 8:
-        said = replace(said, bits=frozenset(block[1] for block in said.bytes if block[0] == 1))
+        said = _in_groups_of_bytes(said)
     if entry.shape[-1] == rows:
         cols = each * entry.shape[-2]
     elif 8 * entry.shape[-1] == rows:

@@ -45,7 +45,7 @@ class OpenFile:
     def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
         self.fd, self.identity = _open(path) if fd is None else (fd, _identity(path, fd))
-        self._sample = _sample(self.fd, self.identity.size)
+        self._sample: bytes | None = None
         self._finalizer = weakref.finalize(self, os.close, self.fd)
 
     def read(self, into: memoryview, offset: int) -> int:
@@ -62,6 +62,10 @@ class OpenFile:
             done += count
         return done
 
+    def keep_sample(self) -> None:
+        """Remembers bytes of many places, by which `renew` knows another file to be the same."""
+        self._sample = _sample(self.fd, self.identity.size)
+
     def change(self) -> str:
         """ "" while the file is what it was, else "changed since the model was loaded (...)". Ask after reading."""
         info = os.fstat(self.fd)
@@ -70,7 +74,7 @@ class OpenFile:
         return _changed(self.identity, _of(info))
 
     def renew(self) -> None:
-        """Goes over to the path's file of now, where it has the size and time of this one, and bytes in 32 places.
+        """Goes over to the path's file of now, where it has the size, the time and the sample of this one.
 
         So it is where a damaged file was replaced by a copy with its time (`cp -p`, `rsync -t`). Any other may hold
         anything.
