@@ -23,7 +23,7 @@ examples:
 
   emoe replay --trace code.npz math.npz --policy lru,next-use --mix 0
   emoe replay --trace code.npz math.npz --policy lru,task-table,trained-next-use --mix 0 --miss substitute
-  emoe replay --trace code.npz math.npz --policy recent --period adaptive --profile 0.5
+  emoe replay --trace code.npz math.npz --policy recent --period adaptive --burst 10
   emoe replay --trace code.npz math.npz --policy lru,predictor:linear.safetensors --mix 0 --profile 0.5
 
 Slots start empty. Several traces of one model run one after the other. belady knows the future: no policy that loads
@@ -77,8 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prediction(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    order = group.add_mutually_exclusive_group()
+    order.add_argument(
         "--mix", nargs="?", type=int, const=0, metavar="SEED", help="the prompts of all traces in random order"
+    )
+    order.add_argument(
+        "--burst", type=common.positive, metavar="N", help="N prompts of one task, then N of the next, round and round"
     )
     group.add_argument(
         "--prompt-tokens",
@@ -199,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
             mix=args.mix,
             prompt_tokens=args.prompt_tokens,
             held_out=args.held_out_task,
+            burst=args.burst,
         )
         resident = _resident(args, trace)
         options = Options(miss=args.miss, period=args.period, slack=args.slack, moves=args.moves)

@@ -1,4 +1,4 @@
-"""Which tokens a replay sees: a profile and a rest of each trace, cut into prompts, in file order or mixed."""
+"""Which tokens a replay sees: a profile and a rest of each trace, cut into prompts; as filed, mixed or in bursts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from emoe.errors import ConfigError
 from emoe.trace.trace import Trace, join
@@ -43,7 +44,22 @@ def split(trace: Trace, share: float) -> tuple[Trace, Trace]:
 
 def mixed(trace: Trace, seed: int) -> Trace:
     """The prompts of a trace in a random order; their numbers stay."""
-    prompts = np.random.default_rng(seed).permutation(np.unique(trace.prompt))
+    return _ordered(trace, np.random.default_rng(seed).permutation(np.unique(trace.prompt)))
+
+
+def bursts(trace: Trace, size: int) -> Trace:
+    """So many prompts of one task, then as many of the next, round and round; each task's in the order they had."""
+    prompts, first = np.unique(trace.prompt, return_index=True)
+    prompts, first = prompts[np.argsort(first)], np.sort(first)
+    task = trace.task[first]
+    place = np.zeros(len(prompts), dtype=np.int64)  # among those of its task
+    for each in np.unique(task):
+        place[task == each] = np.arange(np.count_nonzero(task == each))
+    return _ordered(trace, prompts[np.lexsort((place, task, place // size))])
+
+
+def _ordered(trace: Trace, prompts: NDArray[np.integer]) -> Trace:
+    """Its prompts in this order."""
     order = np.argsort(prompts)[np.searchsorted(np.sort(prompts), trace.prompt)]  # place of each token's prompt
     return trace.take(np.argsort(order, kind="stable"))
 
@@ -51,7 +67,7 @@ def mixed(trace: Trace, seed: int) -> Trace:
 def prepare(
     traces: Sequence[Trace], *,
     profile: float = 0.0, mix: int | None = None, prompt_tokens: int = PROMPT_TOKENS,
-    held_out: str | None = None,
+    held_out: str | None = None, burst: int | None = None,
 ) -> tuple[Trace | None, Trace]:  # fmt: skip
     """Profile and tokens to replay of several traces.
 
@@ -60,23 +76,25 @@ def prepare(
         profile: share of each trace's prompts, from its start, that is the profile and not replayed; 0 for none.
         mix: seed of a random order of the prompts of all traces; None keeps the order of the files.
         prompt_tokens: length of a prompt where a trace names none.
-
         held_out: name of a task that is replayed alone, while the others are the profile, or `profile` of them.
+        burst: so many prompts of one task are replayed, then as many of the next; in the place of `mix`.
 
     Raises:
         ConfigError, TraceError: nothing left, no such task, or traces of different models.
     """
     cut = [into_prompts(trace, prompt_tokens) for trace in traces]
+    first: Trace | None = None
     if held_out is not None:
         first, rest = _apart(join(cut), held_out)
         first = split(first, profile)[0] if 0 < profile < 1 else first
-        return (first, rest) if mix is None else (mixed(first, mix + 1), mixed(rest, mix))
-    if not profile:
-        whole = join(cut)
-        return None, whole if mix is None else mixed(whole, mix)
-    halves = [split(trace, profile) for trace in cut]
-    first, rest = join([half[0] for half in halves]), join([half[1] for half in halves])
-    return (first, rest) if mix is None else (mixed(first, mix + 1), mixed(rest, mix))
+    elif profile:
+        halves = [split(trace, profile) for trace in cut]
+        first, rest = join([half[0] for half in halves]), join([half[1] for half in halves])
+    else:
+        rest = join(cut)
+    if burst is not None:
+        return first, bursts(rest, burst)
+    return (first, rest) if mix is None else (first and mixed(first, mix + 1), mixed(rest, mix))
 
 
 def _apart(trace: Trace, task: str) -> tuple[Trace, Trace]:

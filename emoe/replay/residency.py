@@ -32,18 +32,17 @@ def run_base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, r
     counts = Counts.of(trace)
     in_slot = np.zeros((L, E + 1), dtype=bool)  # the last column is "no pick"
     base = np.zeros((L, E), dtype=bool)
-    rival = base  # the base set that a refresh at the start of this prompt would have given
     last = np.zeros((L, E + 1), dtype=np.int64)
-    covered = rival_covered = 0.0
+    kept_covers = renewed_covers = 0.0
     for step, picks in enumerate(_by_token(trace)):
         if step == 0 or trace.prompt[step] != trace.prompt[step - 1]:
             if step:
-                refresh.saw(covered, rival_covered)
+                refresh.saw(kept_covers, renewed_covers)
             predictor.begin(int(trace.task[step]))
-            rival = top(predictor.rank(), slots - slack)
-            covered, rival_covered = _coverage(trace, step, base, rival)
+            renewed = top(predictor.rank(), slots - slack)
+            kept_covers, renewed_covers = _coverage(trace, step, base, renewed)
             if refresh.due([int(trace.task[step])] if predictor.names else ()):
-                base, covered = rival, rival_covered
+                base = renewed
                 if not slack:
                     counts.loads += (base & ~in_slot[:, :E]).sum(axis=1)
                     in_slot[:, :E] |= base
@@ -129,14 +128,14 @@ def _trim(in_slot: Mask, held: Mask, last: NDArray[np.int64], slots: int) -> int
     return evicted
 
 
-def _coverage(trace: Trace, step: int, base: Mask, rival: Mask) -> tuple[float, float]:
+def _coverage(trace: Trace, step: int, kept: Mask, renewed: Mask) -> tuple[float, float]:
     """Share of the prompt's picks that each set holds. It is told to `Refresh` only when the prompt is over."""
     end = step + int(np.argmax(np.append(trace.prompt[step:] != trace.prompt[step], True)))
     picks = trace.experts[:, step:end]
     valid = picks >= 0
     rows = np.arange(trace.layers)[:, None, None]
     total = max(int(valid.sum()), 1)
-    return tuple(float((mask[rows, picks] & valid).sum() / total) for mask in (base, rival))  # type: ignore[return-value]
+    return tuple(float((mask[rows, picks] & valid).sum() / total) for mask in (kept, renewed))  # type: ignore[return-value]
 
 
 def _by_token(trace: Trace) -> NDArray[np.int64]:

@@ -83,7 +83,7 @@ class BaseSet:
         self._scores = np.zeros(self._base.shape)  # that it was chosen by
         self._expected: dict[int, frozenset[tuple[int, int]]] = {}  # by task, as of refresh `_expected_at`
         self._expected_at = 0
-        self._rival = self._base
+        self._choices = self._base, self._base  # for this request: keep what there was, or take what is best now
         self._pending: list[list[int]] = [[] for _ in range(L)]
         self._refresh = Refresh(options.period)
         self._between = Between(self._experts, self.sizes) if ahead else None
@@ -134,7 +134,8 @@ class BaseSet:
         self.sizes = self._sizes(slots)
         self._rivals.resize(slots if self._between is None else self.sizes)
         if self._base.any():
-            self._base = self._rival = _best(self._scores, self.sizes, self._experts)
+            self._base = _best(self._scores, self.sizes, self._experts)
+            self._choices = self._base, self._base
             if self._kept:
                 self._bring(self._base)
 
@@ -218,13 +219,14 @@ class BaseSet:
                 scores = load_score(predictor, requests, self._insensitive)
             else:
                 scores = streams.scores(requests[:-1], typical)
-            self._rival = _best(scores, self.sizes, self._experts)
+            renewed = _best(scores, self.sizes, self._experts)
+            self._choices = self._base, renewed
             self._milliseconds.append(1e3 * (time.perf_counter() - started))
         elif streams is None:
             predictor.begin(self._task)
-        if due and self._rival.any():
+        if due and renewed.any():
             self.refreshes += 1
-            self._base, self._scores = self._rival, scores
+            self._base, self._scores = renewed, scores
 
     def _wanted(self, request: Request) -> bool:
         """Whether a base set helps at least half of the requests that run."""
@@ -269,7 +271,7 @@ class BaseSet:
         self._covered.append((covered, picks))
         self._resident.append((self._hits, picks))
         if self._options.period == "adaptive":
-            self._refresh.saw(covered / picks, float(self._counts[self._rival].sum()) / picks)
+            self._refresh.saw(*(float(self._counts[choice].sum()) / picks for choice in self._choices))
         if any(self.sizes) and self._switch.saw(task, *self._rivals.take()):
             self._switched(task)
         mean = self._mean_tokens.get(task)

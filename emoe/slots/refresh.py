@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 from emoe.predictor import UNKNOWN_TASK
 
-# Drift test of period="adaptive": after each prompt, the coverage that a base set chosen just before it would have had,
-# less that of the base set in use. What exceeds DRIFT_SLACK a prompt is summed; past DRIFT_LIMIT the base set is chosen
-# anew. Both are shares of picks; twice as much of either loses under half a point on the public traces.
-DRIFT_SLACK = 0.003
-DRIFT_LIMIT = 0.005
+# period="adaptive" goes by shares of picks: of each prompt the coverage of a base set that is kept and of one that is
+# chosen anew, just before the prompt. On the public traces twice or half of any value below loses under half a point.
+DRIFT_SLACK = 0.003  # what a new one may be better by, a prompt, for nothing
+DRIFT_LIMIT = 0.005  # what exceeds that, summed over prompts, calls for one
+DROP = 0.05  # below its usual coverage a prompt is a surprise: traffic may have changed
+WORTH = 0.02  # a surprise calls for a new one while that has covered so much more after those before
+PAID = 0.04  # one that covers so much more than its predecessor is followed by the next at once
+_WORTH_RATE, _USUAL_RATE = 0.25, 0.3  # weight of the newest in the two means
 
 
 class Refresh:
@@ -29,6 +32,9 @@ class Refresh:
         self.count = 0
         self._prompts = 0
         self._drift = 0.0
+        self._surprised = self._paid = self._renewed = False
+        self._usual: float | None = None
+        self._worth = PAID
         self._tasks: frozenset[int] = frozenset()
 
     def due(self, tasks: Sequence[int] = ()) -> bool:
@@ -41,18 +47,34 @@ class Refresh:
         number = self._prompts
         self._prompts += 1
         own = tasks[-1] if tasks else UNKNOWN_TASK
-        # The first choice knows no prompt yet, so the drift test does not wait for a second bad one.
-        due = number <= 1 or self._drift > DRIFT_LIMIT if self.period == "adaptive" else self._on_beat(number)
-        if number == 0 or due or (own != UNKNOWN_TASK and own not in self._tasks):
+        due = self._adapts(number) if self.period == "adaptive" else self._on_beat(number)
+        self._renewed = number == 0 or due or (own != UNKNOWN_TASK and own not in self._tasks)
+        if self._renewed:
             self._drift = 0.0
             self._tasks = frozenset(tasks)
             self.count += 1
-            return True
-        return False
+        return self._renewed
 
-    def saw(self, coverage: float, coverage_if_refreshed: float) -> None:
-        """What the prompt that ended showed."""
-        self._drift = max(0.0, self._drift + coverage_if_refreshed - coverage - DRIFT_SLACK)
+    def saw(self, kept: float, renewed: float) -> None:
+        """What the prompt that ended showed: the share of its picks that each of two base sets covers.
+
+        Args:
+            kept: that of the prompt before.
+            renewed: one that was chosen just before the prompt.
+        """
+        gain = renewed - kept
+        if self._surprised:
+            self._worth += _WORTH_RATE * (gain - self._worth)
+        if not self._renewed:
+            self._drift = max(0.0, self._drift + gain - DRIFT_SLACK)
+        self._paid = self._renewed and gain > PAID
+        self._surprised = self._usual is not None and (renewed if self._renewed else kept) < self._usual - DROP
+        best = max(kept, renewed)
+        self._usual = best if self._usual is None else self._usual + _USUAL_RATE * (best - self._usual)
+
+    def _adapts(self, number: int) -> bool:
+        # The first choice knows no prompt yet, so the drift test does not wait for a second bad one.
+        return number <= 1 or self._drift > DRIFT_LIMIT or self._paid or (self._surprised and self._worth > WORTH)
 
     def _on_beat(self, number: int) -> bool:
         return (number - self.offset) % int(self.period) == 0

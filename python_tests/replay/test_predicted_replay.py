@@ -16,7 +16,7 @@ from emoe.predictor.next_use import NextUse, followers
 from emoe.predictor.table import Recent, TaskTable
 from emoe.replay import Options, mix, replay, residency
 from emoe.replay.predicted import POLICIES
-from emoe.slots.refresh import DRIFT_SLACK, Refresh
+from emoe.slots.refresh import DRIFT_SLACK, PAID, Refresh
 from emoe.trace.trace import join, load_trace, save_trace
 
 
@@ -27,6 +27,16 @@ def test_prompts_of_a_batch_are_put_one_after_the_other():
     assert apart.prompt.tolist() == [7] * 4 + [3] * 4
     assert apart.experts.ravel().tolist() == [0, 1, 4, 6, 2, 3, 5, 7]
     assert mix.into_prompts(apart) is apart
+
+
+def test_bursts_take_so_many_prompts_of_each_task_in_turn():
+    task = np.repeat([0, 0, 1, 0, 1, 1, 0, 0], 2)
+    prompt = np.repeat([8, 3, 5, 1, 2, 9, 4, 7], 2)
+    trace = make_trace(np.arange(16)[None, :, None], 16, task=task, prompt=prompt, task_names=("code", "math"))
+    burst = mix.bursts(trace, 2)
+    assert burst.prompt.tolist() == np.repeat([8, 3, 5, 2, 1, 4, 9, 7], 2).tolist()
+    assert burst.experts[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 6, 7, 12, 13, 10, 11, 14, 15]
+    assert mix.prepare([trace], burst=2)[1].prompt.tolist() == burst.prompt.tolist()
 
 
 def test_prompts_are_cut_split_and_mixed_whole():
@@ -163,9 +173,42 @@ def test_an_adaptive_period_refreshes_when_another_base_set_would_have_served_be
     for _ in range(10):
         refresh.saw(0.8, 0.8 + DRIFT_SLACK)
         assert not refresh.due()
-    refresh.saw(0.3, 0.8)
+    refresh.saw(0.8, 0.85)
     assert refresh.due()
+    refresh.saw(0.8, 0.8)
     assert not refresh.due()
+
+
+def test_a_base_set_that_was_worth_it_is_chosen_anew_at_the_next_prompt_too():
+    refresh = Refresh("adaptive")
+    assert (refresh.due(), refresh.due()) == (True, True)
+    refresh.saw(0.3, 0.31 + PAID)
+    assert refresh.due()
+    refresh.saw(0.3, 0.29 + PAID)
+    assert not refresh.due()
+
+
+def test_a_prompt_that_is_covered_far_worse_than_usual_calls_for_another_base_set_while_that_helps():
+    refresh = Refresh("adaptive")
+    assert (refresh.due(), refresh.due()) == (True, True)
+    calls = 0
+    for _ in range(40):  # far worse, and no base set would be any better: no drift
+        refresh.saw(0.8, 0.8)
+        assert not refresh.due()
+        refresh.saw(0.2, 0.2)
+        calls += refresh.due()
+    assert 0 < calls <= 3
+    for _ in range(4):  # now another would be: what a surprise is worth is learned while nothing goes by it
+        refresh.saw(0.8, 0.8)
+        refresh.due()
+        refresh.saw(0.2, 0.2)
+        refresh.due()
+        refresh.saw(0.4, 0.8)
+        refresh.due()
+    refresh.saw(0.8, 0.8)
+    refresh.due()
+    refresh.saw(0.2, 0.2)
+    assert refresh.due()
 
 
 def test_an_adaptive_period_follows_a_shift_and_rests_before_it():
@@ -302,9 +345,12 @@ def test_an_adaptive_period_is_near_the_best_fixed_one_and_far_better_after_a_sh
     def run(trace, period, offset=0):
         return replay(trace, "recent", [0.3], options=Options(period=period, offset=offset))[0]
 
-    for trace in domains:
-        best = max(run(trace, period).hit_rate for period in (1, 5, 40))
-        assert run(trace, "adaptive").hit_rate >= best - 0.01
+    whole = join(domains)
+    for trace in (*domains, mix.bursts(whole, 10), mix.bursts(whole, 5), mix.mixed(whole, 0)):
+        often, *seldom = (run(trace, period) for period in (1, 5, 10, 20, 40))
+        ours = run(trace, "adaptive")
+        assert ours.hit_rate >= max(each.hit_rate for each in (often, *seldom)) - 0.01
+        assert ours.loads < 0.97 * often.loads
     halves = [trace.take(slice(0, 4000)) for trace in domains]
     for before, after in ((0, 2), (2, 1), (1, 0)):
         both = join([halves[before], halves[after]])
