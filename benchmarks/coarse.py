@@ -1,10 +1,12 @@
 """Decode with copies beside exact decode, in a memory cgroup that holds a part of the model; the disk is cold.
 
-python benchmarks/coarse.py [--checkpoint DIR] [--share 0.333] [--coarse q4_k] [--layers 16] [--rounds 3] [--check]
+python benchmarks/coarse.py [--checkpoint DIR] [--share 0.333] [--coarse q3_k] [--dense-encoding q8_0] [--layers 16]
+                            [--rounds 3] [--check]
 
 OLMoE-1B-7B's geometry with random weights in bfloat16 (13.8 GB with its 16 layers), copies made beforehand by `emoe
 convert --coarse`. The cgroup is the share of the checkpoint's bytes, page cache included; the budget in it is what
-emoe's own libraries leave. The modes take turns, each round in a process of its own whose pages were dropped. Tokens
+emoe's own libraries leave. In a third of the bytes there is room for copies in 3 bits, beside layers outside experts
+in 8, which both modes have. The modes take turns, each round in a process of its own whose pages were dropped. Tokens
 are random, as a model of random weights left alone repeats one, and so are picks: no routing recurs, which is the
 worst case for `exact`. --check: exit 1 below three times the tokens/s.
 """
@@ -36,6 +38,8 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     import emoe
 
     options = {"routing": "coarse", "coarse": args.coarse} if args.child == "coarse" else {}
+    if args.dense_encoding != "keep":
+        options["dense_encoding"] = args.dense_encoding
     started = time.perf_counter()
     model = emoe.from_pretrained(args.checkpoint, memory_budget=args.budget, context=CONTEXT, **options)
     loaded = time.perf_counter() - started
@@ -71,11 +75,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             common.forget_pages(args.checkpoint)
             command = common.this_script(
                 __file__, "--child", mode, "--checkpoint", str(args.checkpoint), "--coarse", args.coarse,
-                "--tokens", str(args.tokens), "--budget", str(limit - OWN),
+                "--dense-encoding", args.dense_encoding, "--tokens", str(args.tokens), "--budget", str(limit - OWN),
             )  # fmt: skip
             with common.memory_cgroup(limit) as group:
                 found.append(common.run_child(command, cgroup=group, environment={"EMOE_CACHE": str(args.cache)}))
-    return {"limit_bytes": limit, "model_bytes": nbytes, "coarse": args.coarse, "rows": rows}
+    return {
+        "limit_bytes": limit, "model_bytes": nbytes, "coarse": args.coarse, "dense_encoding": args.dense_encoding,
+        "rows": rows,
+    }  # fmt: skip
 
 
 def speed(row: dict[str, Any]) -> float:
@@ -107,7 +114,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="folder that model and copies are written to and kept in")
     parser.add_argument("--share", type=float, default=1 / 3, help="of the model's bytes that the cgroup has")
-    parser.add_argument("--coarse", default="q4_k", help="encoding of the copies")
+    parser.add_argument("--coarse", default="q3_k", help="encoding of the copies")
+    parser.add_argument("--dense-encoding", default="q8_0", help="of what lies outside experts; keep: as in the file")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24, help="that are timed")
     parser.add_argument("--rounds", type=int, default=3)

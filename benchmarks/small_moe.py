@@ -3,8 +3,8 @@
     python benchmarks/small_moe.py OUT --prompts PROMPTS.jsonl [--minutes 20]
 
 Text: the chats of the train split, and the sources of this Python's standard library, cut by a byte-level BPE of its
-own with 4,096 tokens. Model: Qwen3-MoE with 6 layers of 32 experts, 4 a token, rows of 256 (whole blocks of every
-encoding of GGUF), 40 M parameters, 38 of them in experts. AdamW in bfloat16 over float32 weights, router loss of the
+own with 4,096 tokens. Model: Qwen3-MoE with 4 layers of 32 experts, 4 a token, rows of 256 (whole blocks of every
+encoding of GGUF), 27 M parameters, 25 of them in experts. AdamW in bfloat16 over float32 weights, router loss of the
 family, learning rate warmed up and then lowered to nothing over the minutes given; saved in bfloat16.
 """
 
@@ -60,7 +60,7 @@ def config_of() -> Any:
     from transformers import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=256, moe_intermediate_size=256, intermediate_size=512, num_hidden_layers=6,
+        vocab_size=VOCABULARY, hidden_size=256, moe_intermediate_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
         norm_topk_prob=True, output_router_logits=True, router_aux_loss_coef=0.01, max_position_embeddings=2048,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,

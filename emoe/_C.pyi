@@ -291,6 +291,18 @@ def rms_norm(rows: int, width: int, dtype: str, epsilon: float, x_ptr: int, weig
 def combine(pairs_ptr: int, tokens: int, top_k: int, hidden_out: int, out_ptr: int, out_dtype: str) -> None:
     """Sums pairs [T, K, H] float32 over K in ascending order into [T, H]."""
 
+def fit_affine(
+    numbers_ptr: int, groups: int, size: int, most: int, first: float, steps: int, scale_ptr: int, offset_ptr: int
+) -> None:
+    """Scale and offset [groups] of numbers [groups, size], float32, with scale * code - offset near each and codes from
+    0 to `most`; by the thread that calls (csrc/cpu/fit.hpp). ConfigError.
+    """
+
+def fit_symmetric(numbers_ptr: int, groups: int, size: int, most: int, squared: bool, scale_ptr: int) -> None:
+    """Scale [groups] of numbers [groups, size], float32, with scale * code near each and codes from -most to most - 1;
+    `squared`: numbers weigh their square, otherwise all the same. ConfigError.
+    """
+
 def read_seconds(address: int, nbytes: int) -> float:
     """Seconds to read `nbytes` once with every thread (benchmarks)."""
 

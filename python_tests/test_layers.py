@@ -25,7 +25,7 @@ ALLOWED_IMPORTS = {
     "native": set(),
     "requests": set(),
     "options": set(),
-    "model": {"options", "files"},
+    "model": {"options", "files", "native"},
     "store": {"model", "files", "memory"},
     "trace": {"files"},
     "tasks": {"files"},

@@ -19,6 +19,7 @@
 #include "cpu/attention.hpp"
 #include "cpu/cpu_backend.hpp"
 #include "cpu/expand.hpp"
+#include "cpu/fit.hpp"
 #include "cpu/gather_mlp.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/linear.hpp"
@@ -199,6 +200,19 @@ void combine(std::uintptr_t pairs_ptr, std::int64_t tokens, std::int64_t top_k, 
     cpu::combine(pointer<const float>(pairs_ptr), tokens, top_k, hidden_out, pointer<void>(out_ptr), dtype);
 }
 
+void fit_affine(std::uintptr_t numbers_ptr, std::int64_t groups, std::int64_t size, int most, float first, int steps,
+                std::uintptr_t scale_ptr, std::uintptr_t offset_ptr) {
+    const py::gil_scoped_release release;
+    cpu::fit_affine(pointer<const float>(numbers_ptr), groups, size, most, first, steps, pointer<float>(scale_ptr),
+                    pointer<float>(offset_ptr));
+}
+
+void fit_symmetric(std::uintptr_t numbers_ptr, std::int64_t groups, std::int64_t size, int most, bool squared,
+                   std::uintptr_t scale_ptr) {
+    const py::gil_scoped_release release;
+    cpu::fit_symmetric(pointer<const float>(numbers_ptr), groups, size, most, squared, pointer<float>(scale_ptr));
+}
+
 }  // namespace
 
 void bind_ops(py::module_& module) {
@@ -254,6 +268,11 @@ void bind_ops(py::module_& module) {
                arg("weight_ptr"), arg("out_ptr"));
     module.def("combine", &combine, arg("pairs_ptr"), arg("tokens"), arg("top_k"), arg("hidden_out"), arg("out_ptr"),
                arg("out_dtype"));
+    module.def("fit_affine", &fit_affine, arg("numbers_ptr"), arg("groups"), arg("size"), arg("most"), arg("first"),
+               arg("steps"), arg("scale_ptr"), arg("offset_ptr"),
+               "Scale and offset [groups] of numbers [groups, size], all float32, by the thread that calls.");
+    module.def("fit_symmetric", &fit_symmetric, arg("numbers_ptr"), arg("groups"), arg("size"), arg("most"),
+               arg("squared"), arg("scale_ptr"), "Scale [groups] of numbers [groups, size].");
     module.def(
         "read_seconds",
         [](std::uintptr_t address, std::int64_t bytes) {

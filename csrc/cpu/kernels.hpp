@@ -71,6 +71,20 @@ struct AttentionWork {
     float* sums;     // [sets][parts][group][sum_stride]: largest score, sum of weights, weighted sum of values
 };
 
+// Groups of numbers whose scales are searched for (emoe/model/encode.py).
+struct FitGroups {
+    const float* numbers;  // [groups][size]
+    int64_t size;
+    int most;        // affine: codes from 0 to `most`; symmetric: -most to most - 1
+    float first;     // affine: the range is stretched over `most + first` levels and more
+    int steps;       // affine: in so many steps of a tenth
+    bool squared;    // symmetric: numbers weigh their square; otherwise all the same
+    float* scratch;  // kFitScratch * size * lanes
+    float* scale;    // [groups]
+    float* offset;   // [groups], affine: scale * code - offset is near the number
+};
+constexpr int kFitScratch = 3;
+
 struct Kernels {
     const char* name;
     int lanes;
@@ -87,6 +101,8 @@ struct Kernels {
     void (*attend)(const AttentionWork&, int64_t set, int64_t part);
     void (*attend_store)(const AttentionWork&, int64_t set);
     void (*rms_norm)(const RmsNorm&, int64_t row);
+    void (*fit_affine)(const FitGroups&, int64_t group, int count);  // of at most `lanes` groups
+    void (*fit_symmetric)(const FitGroups&, int64_t group, int count);
     float (*read)(const void* data, int64_t bytes);  // loads every byte: the memory bandwidth measure
 };
 

@@ -224,6 +224,7 @@ struct Source {
 #include "cpu/linear.inl"
 
 #include "cpu/attention.inl"
+#include "cpu/fit.inl"
 
 namespace emoe::cpu {
 namespace {
@@ -349,10 +350,11 @@ constexpr bool kHasPairs = false;
 
 }  // namespace
 
-const Kernels EMOE_KERNELS = {EMOE_ISA_NAME, L,         kManyRegisters ? kMostEncoded : kEncodedRows,
-                              kHasPairs,     load_rows, gate_up,
-                              down,          linear,    combine,
-                              attend_load,   attend,    attend_store,
-                              rms_norm,      read};
+const Kernels EMOE_KERNELS = {EMOE_ISA_NAME, L,          kManyRegisters ? kMostEncoded : kEncodedRows,
+                              kHasPairs,     load_rows,  gate_up,
+                              down,          linear,     combine,
+                              attend_load,   attend,     attend_store,
+                              rms_norm,      fit_affine, fit_symmetric,
+                              read};
 
 }  // namespace emoe::cpu

@@ -1,5 +1,6 @@
 // A test is a sentence and a body: TEST("a miss never evicts a held expert") { CHECK_EQ(1 + 1, 2); }
-// One file with EMOE_TEST_MAIN per executable; prints "N passed, N failed" and returns nonzero when one failed.
+// One file with EMOE_TEST_MAIN per executable; prints "N passed, N failed" and returns nonzero when one failed. Its
+// argument is part of a sentence, or a share such as 1/2: every second test from the first on.
 #pragma once
 
 #include <exception>
@@ -50,12 +51,20 @@ Error error_of(Fn&& fn, const char* file, int line) {
     fail(file, line, "no emoe::Error was thrown");
 }
 
-// `filter`: run only the tests whose sentence contains it.
-inline int run_all(const std::string& filter) {
+inline bool is_chosen(const std::string& argument, std::size_t number, const std::string& sentence) {
+    if (argument.size() == 3 && argument[1] == '/') {
+        const auto parts = static_cast<std::size_t>(argument[2] - '0');
+        return number % parts + 1 == static_cast<std::size_t>(argument[0] - '0');
+    }
+    return sentence.find(argument) != std::string::npos;
+}
+
+inline int run_all(const std::string& argument) {
     int passed = 0;
     int failed = 0;
-    for (const Case& item : cases()) {
-        if (std::string(item.name).find(filter) == std::string::npos) continue;
+    for (std::size_t number = 0; number < cases().size(); ++number) {
+        const Case& item = cases()[number];
+        if (!is_chosen(argument, number, item.name)) continue;
         try {
             item.run();
             ++passed;

@@ -1,8 +1,7 @@
 """Bytes for numbers: a matrix in an encoding, and what that loses. decode.py is the way back.
 
 Q2_K to Q6_K search their scales as llama.cpp does (ggml-quants.c): several roundings of a group are tried, each
-with the scale (and offset) that fits it best in weighted least squares. Groups lie along the last axis here, numbers of
-a group along the first, so that every step runs over whole groups at once.
+with the scale (and offset) that fits it best in weighted least squares (csrc/cpu/fit.inl).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from functools import partial
 
 import torch
 
+from emoe import native
 from emoe.errors import ConfigError
 from emoe.model.decode import decoded
 from emoe.model.encoding import encoding
@@ -35,7 +35,7 @@ FALLBACKS = {
 }
 _CHUNK = 1 << 18  # numbers that are encoded at once: 1 MiB of float32, and about ten times that for what is computed
 WORKSPACE = 40 << 20  # bytes that encoding takes beside the matrix and what becomes of it, for each thread
-_REFINED = 2  # more roundings of the best of a search
+_REFITTED = 2  # times that both numbers of a block of Q2_K are fitted again
 _TILE = 128  # rows and columns that share a scale of FP8
 _LARGEST_E4M3 = 448.0
 
@@ -151,7 +151,7 @@ def _gguf_mxfp4(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
 def _int4(numbers: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
     """Codes from -8 to 7 times a scale of either sign, all numbers weighing the same: that loses a twentieth less."""
     x, groups = _cut_groups(numbers, size)
-    scale = _fit_symmetric(x, 8, torch.ones_like(x)).bfloat16()
+    scale = _fit_symmetric(x, 8, squared=False).bfloat16()
     codes = (x / scale.float()).round().clamp(-8, 7).nan_to_num(0) + 8
     rows, cols = numbers.shape
     return {"codes": _words(_joined(codes, rows, cols)), "scales": scale.view(rows, groups)}
@@ -159,22 +159,22 @@ def _int4(numbers: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
 
 def _int8(numbers: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
     x, groups = _cut_groups(numbers, size)
-    scale = (x.abs().amax(0) / 127).bfloat16()
+    scale = (x.abs().amax(1, keepdim=True) / 127).bfloat16()
     codes = (x / scale.float()).round().clamp(-127, 127).nan_to_num(0)
     rows, cols = numbers.shape
     return {"codes": _joined(codes, rows, cols).to(torch.int8), "scales": scale.view(rows, groups)}
 
 
 def _cut_groups(numbers: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
-    """Groups, of the whole row where that is shorter or `size` is 0, and how many a row has; zeros fill the last."""
+    """[groups, size], of whole rows where `size` is 0 or more than they have, and how many a row has; zeros fill up."""
     cols = numbers.shape[1]
     size = min(size or cols, cols)
-    return _grouped(torch.nn.functional.pad(numbers, (0, -cols % size)), size), -(-cols // size)
+    return torch.nn.functional.pad(numbers, (0, -cols % size)).reshape(-1, size), -(-cols // size)
 
 
 def _joined(codes: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     """[rows, cols] of codes in groups."""
-    return codes.T.reshape(rows, -1)[:, :cols].contiguous()
+    return codes.reshape(rows, -1)[:, :cols].contiguous()
 
 
 def _words(codes: torch.Tensor) -> torch.Tensor:
@@ -183,86 +183,45 @@ def _words(codes: torch.Tensor) -> torch.Tensor:
     return shifted.sum(-1).to(torch.int32)
 
 
-def _grouped(numbers: torch.Tensor, size: int) -> torch.Tensor:
-    """[rows, cols] -> [size, groups], a group in each column."""
-    return numbers.reshape(-1, size).T.contiguous()
-
-
 def _fit_affine(x: torch.Tensor, most: int, first: float, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and offset of each group such that scale * code - offset is near x, with codes from 0 to `most`.
+    """Scale and offset [groups, 1] such that scale * code - offset is near x, with codes from 0 to `most`.
 
     Numbers weigh more the larger they are. Candidates differ in how many levels the range is stretched over, from
     `most + first` on in steps of a tenth; each is fitted by least squares. The best is then rounded to again, which
-    llama.cpp leaves out.
-    """
-    weight = x.square().mean(0).sqrt() + x.abs()
-    high, low = x.amax(0), x.amin(0).clamp(max=0)
-    weighted = weight * x
-    sum_w, sum_x = weight.sum(0), weighted.sum(0)
-    scale = (high - low) / most
-    codes, lost = torch.empty_like(x), torch.empty_like(x)
-
-    def round_to(levels: torch.Tensor) -> None:
-        """`levels` a unit, from the least number on."""
-        torch.sub(x, low, out=codes)
-        codes.mul_(levels).round_().clamp_(0, most)
-
-    def error(scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Weighted and squared; summed from differences, since sums of squares cancel where little is lost."""
-        torch.mul(codes, scale, out=lost)
-        return lost.add_(low).sub_(x).square_().mul_(weight).sum(0)
-
-    round_to(most / (high - low))
-    least = error(scale, low)
-    for step in range(steps + 1 + _REFINED):
-        round_to((first + 0.1 * step + most) / (high - low) if step <= steps else 1 / scale)
-        torch.mul(weight, codes, out=lost)
-        sum_l, sum_l2, sum_xl = lost.sum(0), lost.mul_(codes).sum(0), torch.mul(weighted, codes, out=lost).sum(0)
-        determinant = sum_w * sum_l2 - sum_l.square()
-        fitted = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        offset = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        above = offset > 0  # an offset cannot be subtracted from below zero
-        fitted = torch.where(above, sum_xl / sum_l2, fitted)
-        offset = torch.where(above, 0.0, offset)
-        found = error(fitted, offset)
-        better = (determinant > 0) & (found < least)
-        least = torch.where(better, found, least)
-        scale = torch.where(better, fitted, scale)
-        low = torch.where(better, offset, low)
-    return torch.where(high > x.amin(0).clamp(max=0), scale, 0.0), -low  # all the same and not above zero: no scale
-
-
-def _fit_symmetric(x: torch.Tensor, most: int, weight: torch.Tensor) -> torch.Tensor:
-    """The scale of each group such that scale * code is near x, with codes from -most to most - 1; of either sign.
+    llama.cpp leaves out. Its -0.5 is a tie for the largest number of each group: here Q2_K rounds it up, which loses
+    up to an eighth less where a group has outliers, and Q5_K down.
 
     Args:
-        weight: of each number.
+        x: [groups, size].
     """
-    weighted = weight * x
-    largest = x.gather(0, x.abs().argmax(0, keepdim=True))[0]  # with its sign: there is one more code below zero
-    best = torch.zeros_like(largest)
-    scale = torch.zeros_like(largest)
-    codes = torch.empty_like(x)
-    for step in (0, *range(-9, 0), *range(1, 10)):
-        torch.mul(x, -(most + 0.1 * step) / largest, out=codes)
-        codes.round_().clamp_(-most, most - 1)
-        sum_xl, sum_l2 = (weighted * codes).sum(0), (weight * codes).mul_(codes).sum(0)
-        better = (sum_l2 > 0) & (sum_xl.square() > best * sum_l2)
-        fitted = sum_xl / sum_l2
-        best = torch.where(better, fitted * sum_xl, best)
-        scale = torch.where(better, fitted, scale)
+    x = x.contiguous()
+    scale, offset = torch.empty((2, len(x), 1))
+    native.load().fit_affine(x.data_ptr(), *x.shape, most, first, steps, scale.data_ptr(), offset.data_ptr())
+    return scale, offset
+
+
+def _fit_symmetric(x: torch.Tensor, most: int, *, squared: bool) -> torch.Tensor:
+    """The scale [groups, 1] such that scale * code is near x, with codes from -most to most - 1; of either sign.
+
+    Args:
+        x: [groups, size].
+        squared: numbers weigh their square; otherwise all the same.
+    """
+    x = x.contiguous()
+    scale = torch.empty((len(x), 1))
+    native.load().fit_symmetric(x.data_ptr(), *x.shape, most, squared, scale.data_ptr())
     return scale
 
 
 def _affine_blocks(numbers: torch.Tensor, most: int, first: float, steps: int) -> dict[str, torch.Tensor]:
     """Q4_K and Q5_K: eight groups of 32 a block, scales and offsets in six bits times one of the block each."""
-    x = _grouped(numbers, 32)
+    x = numbers.view(-1, 32)
     scale, offset = (each.view(-1, 8) for each in _fit_affine(x, most, first, steps))
     unit, units = _units(scale, 63)
     low_unit, low_units = _units(offset, 63)
-    step, low = (unit.float() * units).flatten(), (low_unit.float() * low_units).flatten()
-    codes = ((x + low) / step).round().clamp(0, most).nan_to_num(0)  # a group without a step is flat
-    codes = codes.to(torch.uint8).T.reshape(-1, 4, 2, 32)  # [blocks, pairs of groups, 2, 32]
+    step, low = (unit.float() * units).view(-1, 1), (low_unit.float() * low_units).view(-1, 1)
+    codes = ((x + low) / step).round_().clamp_(0, most).nan_to_num_(0)  # a group without a step is flat
+    codes = codes.to(torch.uint8).view(-1, 4, 2, 32)  # [blocks, pairs of groups, 2, 32]
     low_bits = codes & 15
     parts = [_as_bytes(unit), _as_bytes(low_unit), _packed_scales(units.to(torch.uint8), low_units.to(torch.uint8))]
     if most > 15:
@@ -299,21 +258,24 @@ def _q2_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
 
     Few bits are left for a scale, so both numbers of the block are fitted again to the codes.
     """
-    x = _grouped(numbers, 16)
-    scale, offset = (each.view(-1, 16) for each in _fit_affine(x, 3, -0.5, 15))
+    x = numbers.view(-1, 16)
+    scale, offset = (each.view(-1, 16) for each in _fit_affine(x, 3, -0.499, 15))
     unit, units = _units(scale, 15)
     low_unit, low_units = _units(offset, 15)
 
     def codes_of() -> torch.Tensor:
-        step, low = (unit.float() * units).flatten(), (low_unit.float() * low_units).flatten()
-        return ((x + low) / step).round().clamp(0, 3).nan_to_num(0)
+        step, low = (unit.float() * units).view(-1, 1), (low_unit.float() * low_units).view(-1, 1)
+        return ((x + low) / step).round_().clamp_(0, 3).nan_to_num_(0)
 
-    blocks = len(units)
-    given, by_offset = _of_block(x, blocks), _of_block(low_units.flatten().expand_as(x), blocks)
-    oo, ox = (by_offset * by_offset).sum(1), (by_offset * given).sum(1)
-    for _ in range(_REFINED):
-        by_scale = _of_block(codes_of() * units.flatten(), blocks)
-        ss, so, sx = (by_scale * by_scale).sum(1), (by_scale * by_offset).sum(1), (by_scale * given).sum(1)
+    # Least squares from sums of groups: every number of a group has the same units.
+    of_scale, of_offset = units.double(), low_units.double()
+    oo = 16 * of_offset.square().sum(1)
+    ox = (of_offset * x.view(-1, 16, 16).sum(2, dtype=torch.float64)).sum(1)
+    for _ in range(_REFITTED):
+        codes = codes_of().view(-1, 16, 16)
+        c, cc = codes.sum(2), codes.square().sum(2)
+        cx = (codes * x.view(-1, 16, 16)).sum(2, dtype=torch.float64)
+        ss, so, sx = (of_scale.square() * cc).sum(1), (of_scale * of_offset * c).sum(1), (of_scale * cx).sum(1)
         determinant = ss * oo - so * so
         fitted = (sx * oo - ox * so) / determinant
         fitted_low = (sx * so - ox * ss) / determinant
@@ -329,12 +291,12 @@ def _q2_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _q3_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sixteen groups of 16 a block, scales in six bits times one of the block."""
-    x = _grouped(numbers, 16)
-    scale = _fit_symmetric(x, 4, x.square()).view(-1, 16)
+    x = numbers.view(-1, 16)
+    scale = _fit_symmetric(x, 4, squared=True).view(-1, 16)
     unit, units = _signed_units(scale, 32)
-    codes = (x / (unit.float() * units).flatten()).round().clamp(-4, 3).nan_to_num(0)
-    codes = (codes + 4).to(torch.uint8)
-    high = (codes >> 2).T.reshape(-1, 8, 32) << torch.arange(8, dtype=torch.uint8)[:, None]
+    codes = (x / (unit.float() * units).view(-1, 1)).round_().clamp_(-4, 3).nan_to_num_(0)
+    codes = codes.add_(4).to(torch.uint8)
+    high = (codes >> 2).view(-1, 8, 32) << torch.arange(8, dtype=torch.uint8)[:, None]
     six = (units + 32).to(torch.uint8)
     pairs = (six >> 4).view(-1, 4, 4) << torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
     scales = torch.cat(((six[:, :8] & 15) | six[:, 8:] << 4, pairs.sum(1, dtype=torch.uint8)), 1)
@@ -342,25 +304,20 @@ def _q3_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"blocks": torch.cat(parts, 1).view(numbers.shape[0], -1)}
 
 
-def _of_block(values: torch.Tensor, blocks: int) -> torch.Tensor:
-    """[16, groups] -> [blocks, 256], in float64."""
-    return values.T.reshape(blocks, -1).double()
-
-
 def _two_bits(codes: torch.Tensor) -> torch.Tensor:
-    """[16, groups] -> [blocks, 64]: those of 128 values in the same 32 bytes."""
-    four = codes.T.reshape(-1, 2, 4, 32) << torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    """[groups, 16] -> [blocks, 64]: those of 128 values in the same 32 bytes."""
+    four = codes.view(-1, 2, 4, 32) << torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
     return four.sum(2, dtype=torch.uint8).flatten(1)
 
 
 def _q6_k(numbers: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sixteen groups of 16 a block, scales in eight bits times one of the block."""
-    x = _grouped(numbers, 16)
-    scale = _fit_symmetric(x, 32, x.square()).view(-1, 16)
+    x = numbers.view(-1, 16)
+    scale = _fit_symmetric(x, 32, squared=True).view(-1, 16)
     unit, units = _signed_units(scale, 128)
-    step = (unit.float() * units).flatten()
-    codes = (x / step).round().clamp(-32, 31).nan_to_num(0) + 32
-    codes = codes.to(torch.uint8).T.reshape(-1, 2, 4, 32)  # [blocks, halves, quarters of a half, 32]
+    step = (unit.float() * units).view(-1, 1)
+    codes = (x / step).round_().clamp_(-32, 31).nan_to_num_(0).add_(32)
+    codes = codes.to(torch.uint8).view(-1, 2, 4, 32)  # [blocks, halves, quarters of a half, 32]
     low = codes & 15
     low = torch.cat((low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4), -1).flatten(1)
     high = codes >> 4
@@ -381,7 +338,7 @@ ENCODERS: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {
     "q2_k": _q2_k,
     "q3_k": _q3_k,
     "q4_k": lambda numbers: _affine_blocks(numbers, 15, -1.0, 20),
-    "q5_k": lambda numbers: _affine_blocks(numbers, 31, -0.5, 15),
+    "q5_k": lambda numbers: _affine_blocks(numbers, 31, -0.501, 15),
     "q6_k": _q6_k,
     "mxfp4": _mxfp4,
     "gguf_mxfp4": _gguf_mxfp4,
