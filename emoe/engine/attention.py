@@ -237,5 +237,10 @@ def running(batch: Batch, name: AttentionName) -> Iterator[None]:
         name.set(ours=True)
         yield
     finally:
-        name.set(ours=False)
-        _current.batch = None
+        rest(name)
+
+
+def rest(name: AttentionName) -> None:
+    """This thread runs no batch; done twice it is the same, for an end of `running` that was interrupted."""
+    _current.batch = None
+    name.set(ours=False)

@@ -12,12 +12,10 @@ from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
-
 from emoe.engine import calibrate, prefixes, prompts, trial
 from emoe.engine.costs import Costs, Step
 from emoe.engine.exclusive import Exclusive
-from emoe.engine.generation import Event, FinishReason, Generation
+from emoe.engine.generation import Event, FinishReason, Generation, Taken
 from emoe.engine.kv_budget import KvBudget
 from emoe.engine.runner import Runner, Way
 from emoe.engine.sampling import Sampler, Sampling
@@ -109,6 +107,9 @@ class Engine:
         self._live: dict[Hashable, Generation] = {}  # that wait or run
         self._kept: list[Generation] = []  # that ended, for their prefixes; the oldest first
         self._ended: list[Hashable] = []  # that the scheduler is to hear of
+        self._flying: Batch = []  # of a forward, until it is known what became of it
+        self._taken: list[Taken] = []  # what ran and is not told yet: an interrupt leaves some to the next step
+        self._unwanted: list[Hashable] = []  # cancelled in the middle of a step
         self._events: list[Event] = []
         self._shares = keeps_all(new_state(model, 1)) and (
             self._runtime is None or self._runtime.routing.options.mode == "exact"
@@ -151,9 +152,12 @@ class Engine:
             BudgetError: its state can never fit.
             OverloadedError: too much waits; `retry_after` seconds later there may be room.
             ClosedError: the engine was closed.
+            EmoeError: it is called in the middle of a step.
         """
         with self._lock:
+            self._use.require_between("a request comes")
             self._require_open()
+            self._resume()
             given = prompts.read(prompt, self.tokenizer, self._config.vocab_size, template)
             inputs, offset = prompts.positions(self.model, given)
             config = self.model.generation_config
@@ -187,8 +191,15 @@ class Engine:
             return id
 
     def cancel(self, id: Hashable) -> None:
-        """The request ends with what it has; its last event comes with the next step. Ids that ended are ignored."""
+        """The request ends with what it has; its last event comes with the next step. Ids that ended are ignored.
+
+        In the middle of a step (a signal handler, a processor) it ends with that step.
+        """
         with self._lock:
+            if self._use.in_turn:
+                self._unwanted.append(id)
+                return
+            self._resume()
             generation = self._live.get(id)
             if generation is not None:
                 self._finish(generation, "cancelled")
@@ -210,20 +221,27 @@ class Engine:
         with self._use.turn():
             self._require_open()
             started = self._clock()
-            batch = self._again() or self._next(started)
-            with self._reported(batch, started) as (rows, tokens):
+            self._resume()
+            self._land()
+            batch: Batch = [] if self._taken else self._again() or self._next(started)
+            with self._reported(bool(batch or self._taken), started) as (rows, tokens):
+                self._take(rows, tokens)
                 for group in self._groups(batch):
+                    self._flying = group
                     try:
                         with self._accounted(group):
                             logits = self._runner.run([generation.piece(count) for generation, count in group])
+                        self._taken = [Taken.of(*each, row) for each, row in zip(group, logits, strict=True)]
                     except BaseException as error:
-                        self._failed(group, error)
+                        self._taken = []
+                        self._runner.rest()
+                        self._failed(error)
                         continue
-                    for (generation, count), row in zip(group, logits, strict=True):
-                        rows[generation.id] = self._ran(generation, count)
-                        tokens[generation.id] = self._commit(generation, row)
-            events, self._events = self._events, []
-            return events
+                    self._flying = []
+                    self._take(rows, tokens)
+                self._drop_unwanted()
+        events, self._events = self._events, []  # last: whoever interrupts before it finds them in the next step
+        return events
 
     def run(self) -> Iterator[Event]:
         """Steps until no request is left."""
@@ -242,7 +260,7 @@ class Engine:
                 if prefixes.comes(generation, [other for other, _ in batch]):
                     continue
                 self._share(generation)
-            batch.append((generation, min(rows, len(generation.tokens) - generation.done)))
+            batch.append((generation, max(1, min(rows, len(generation.tokens) - generation.done))))
         return batch
 
     def _admit(self, generation: Generation) -> bool:
@@ -254,7 +272,6 @@ class Engine:
                 waiting = (self._live[id] for id in self.scheduler.waiting)
                 generation.account.others = [(each.account.task, each.account.tokens or 1.0) for each in waiting]
                 self._runtime.requests.begin(generation.account)
-                generation.begun = True
         except Exception as error:
             self._finish(generation, "error", error)
             return False
@@ -286,7 +303,7 @@ class Engine:
 
     def _again(self) -> Batch:
         """A request of a step that failed: it runs alone until it is where it would have been."""
-        for generation in self._live.values():
+        for generation in list(self._live.values()):
             left = generation.again - generation.done
             if left > 0:
                 if generation.inputs and generation.done == 0:
@@ -302,82 +319,136 @@ class Engine:
         for group in self._runner.together(pieces):
             yield [batch[number] for number in group]
 
-    def _ran(self, generation: Generation, count: int) -> int:
-        """Rows that the scheduler is to hear of."""
-        before, generation.done = generation.done, generation.done + count
-        self._counts["prompt_tokens"] += max(0, min(generation.done, len(generation.prompt)) - before)
-        if generation.done < generation.again:
-            return 0
-        if generation.again:
-            count, generation.again, generation.owed = generation.owed, 0, 0
-        return count
+    def _take(self, rows: dict[Hashable, int], tokens: dict[Hashable, int]) -> None:
+        """The next token of each request whose tokens so far have run; all that is done twice gives the same."""
+        while self._taken:
+            taken = self._taken[0]
+            generation = taken.generation
+            if self._live.get(generation.id) is generation and generation.ending is None:
+                self._count(taken)
+                generation.done, generation.again, generation.owed = taken.done, taken.again, taken.owed
+                # Told once, and rather not at all than twice: whom the scheduler thinks behind is given rows enough.
+                told, taken.rows = taken.rows, 0
+                rows[generation.id] = told
+                tokens[generation.id] = 0
+                if generation.done >= taken.length:
+                    self._commit(taken)
+                    tokens[generation.id] = 1
+            self._taken = self._taken[1:]
 
-    def _commit(self, generation: Generation, logits: torch.Tensor) -> int:
-        """Takes the next token where all tokens so far have run; returns how many it took."""
-        if generation.done < len(generation.tokens):
-            return 0
-        try:
-            token, logged = generation.sampler(generation.tokens, logits)
+    def _count(self, taken: Taken) -> None:
+        generation = taken.generation
+        ran = min(taken.done, len(generation.prompt)) - generation.done  # nothing where it was counted before
+        self._counts["prompt_tokens"] += max(0, ran)
+
+    def _commit(self, taken: Taken) -> None:
+        generation, choice = taken.generation, taken.choose()
+        if isinstance(choice, Exception):
+            self._finish(generation, "error", choice)
+            return
+        token, logged = choice
+        number = taken.length - len(generation.prompt)
+        if len(generation.tokens) == taken.length:
             generation.tokens.append(token)
-            if generation.logged is not None:
-                generation.logged.append(logged or {})
             self._counts["output_tokens"] += 1
-            if token in generation.ends or (generation.text is not None and generation.text.add(token)):
-                self._finish(generation, "stop")
-            elif generation.given >= generation.limit:
-                self._finish(generation, "length")
-            else:
-                self._events.append(generation.event())
-        except Exception as error:
+        if generation.logged is not None and len(generation.logged) == number:
+            generation.logged.append(logged or {})
+        try:
+            stopped = generation.text is not None and generation.text.add(token, number)
+        except Exception as error:  # a tokenizer that cannot decode its own ids
             self._finish(generation, "error", error)
-        return 1
+            return
+        if stopped or token in generation.ends:
+            self._finish(generation, "stop")
+        elif generation.given >= generation.limit:
+            self._finish(generation, "length")
+        else:
+            taken.news = taken.news or generation.news()
+            generation.tell(taken.news, self._events)
 
     # Ends
 
     def _finish(self, generation: Generation, reason: FinishReason, error: BaseException | None = None) -> None:
         """The request's last event; the scheduler hears of it when the step is over."""
-        del self._live[generation.id]
-        if generation.text is not None and error is None:
-            generation.text.finish()
-        self._events.append(generation.event(reason, error))
+        generation.ending = generation.ending or (reason, error)
+        self._end(generation)
+
+    def _resume(self) -> None:
+        """Goes on with ends that were interrupted."""
+        for generation in list(self._live.values()):
+            if generation.ending is not None:
+                self._end(generation)
+        self._forget(self._clock())
+
+    def _drop_unwanted(self) -> None:
+        while self._unwanted:
+            generation = self._live.get(self._unwanted[-1])
+            if generation is not None:
+                self._finish(generation, "cancelled")
+            self._unwanted.pop()
+
+    def _end(self, generation: Generation) -> None:
+        """All that is done twice gives the same; the request is live until all is done."""
+        assert generation.ending is not None
+        reason, error = generation.ending
+        if generation.last is None:
+            if generation.text is not None and error is None and generation.text.finish() and reason == "length":
+                reason = "stop"
+            generation.last = generation.news(reason, error)
+        generation.tell(generation.last, self._events)
         if reason == "cancelled":
             self.scheduler.cancel(generation.id, self._clock())
-        else:
+        elif generation.id not in self._ended:
             self._ended.append(generation.id)
         if generation.state is not None and not self._plain:
             more = held_bytes(generation.state) - generation.kv_bytes
             self.footprint = self.footprint.more(max(0, more))  # of states that grow by steps the trial saw a few
-        if generation.begun and self._runtime is not None:
+        if self._runtime is not None:
             self._runtime.requests.end(generation.account, failed=reason == "error")
-        if reason != "error" and self._shares and generation.done and not generation.inputs:
+        keep = reason != "error" and self._shares and generation.done and not generation.inputs
+        if keep and not any(each is generation for each in self._kept):
             self._kept.append(generation)
+        self._live.pop(generation.id, None)
 
-    def _failed(self, batch: Batch, error: BaseException) -> None:
+    def _failed(self, error: BaseException) -> None:
         """A forward failed, and states may be half written. A request that was alone in it ends; of several, each runs
         alone from its first token to where it would be, and ends if that fails."""
-        if len(batch) == 1 and isinstance(error, Exception):
-            self._finish(batch[0][0], "error", error)
+        group = self._flying
+        if len(group) == 1 and isinstance(error, Exception):
+            self._finish(group[0][0], "error", error)
+            self._flying = []
             return
-        logger.warning("emoe: a step of %d requests failed, they run again one by one: %s", len(batch), one_line(error))
-        for generation, count in batch:
+        logger.warning("emoe: a step of %d requests failed, they run again one by one: %s", len(group), one_line(error))
+        self._land()
+        if not isinstance(error, Exception):
+            raise error
+
+    def _land(self) -> None:
+        """Requests of a forward of which nothing was taken run again; all that is done twice gives the same."""
+        for generation, count in [] if self._taken else self._flying:
+            if self._live.get(generation.id) is not generation:
+                continue
             if not generation.again:
                 generation.again, generation.owed = generation.done + count, count
             generation.state = new_state(self.model, len(generation.prompt) + generation.limit)
             generation.done = 0
             self._counts["restarts"] += 1
-        if not isinstance(error, Exception):
-            raise error
+        self._flying = []
 
     @contextmanager
-    def _reported(self, batch: Batch, started: float) -> Iterator[tuple[dict[Hashable, int], dict[Hashable, int]]]:
-        """The scheduler hears of what ran in the block, rows and tokens by request, however the block ends."""
+    def _reported(self, ran: bool, started: float) -> Iterator[tuple[dict[Hashable, int], dict[Hashable, int]]]:
+        """The scheduler hears of what ran in the block, rows and tokens by request, however the block ends.
+
+        Args:
+            ran: whether anything does.
+        """
         loaded, before = self._loaded()
         rows, tokens = dict[Hashable, int](), dict[Hashable, int]()
         try:
             yield rows, tokens
         finally:
             now = self._clock()
-            if batch:
+            if ran:
                 nbytes, after = self._loaded()
                 hits, misses = (new - old for new, old in zip(after, before, strict=True))
                 used = None if self._runtime is None else hits + misses
@@ -385,15 +456,26 @@ class Engine:
                 if self._split is not None:
                     self._split.saw(Observed(now - started, sum(tokens.values()), hits + misses, misses))
                 self._counts["steps"] += 1
-            while self._ended:
-                self.scheduler.finished(self._ended.pop(), now)
+            self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        """The scheduler hears of those that ended."""
+        while self._ended:
+            self.scheduler.finished(self._ended[-1], now)
+            self._ended.pop()
 
     def close(self) -> None:
-        """Ends all requests and gives the model back as it was; their last events are lost. May be called again."""
+        """Ends all requests and gives the model back as it was; their last events are lost. May be called again.
+
+        Raises:
+            EmoeError: it is called in the middle of a step.
+        """
         with self._lock:
+            self._use.require_between("it is closed")
             for generation in list(self._live.values()):
                 self._finish(generation, "cancelled")
             self._closed = True
+            self._flying, self._taken = [], []
             self._kept.clear()
             self._kv.close()
             self._events.clear()

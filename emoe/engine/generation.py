@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from emoe.engine.runner import Piece
 from emoe.engine.sampling import Sampler
@@ -45,6 +47,19 @@ class Event:
     task: str | None = None
 
 
+class News(NamedTuple):
+    """An event that is to be told.
+
+    Attributes:
+        event: it.
+        told, upto: tokens and characters that events have with it.
+    """
+
+    event: Event
+    told: int
+    upto: int
+
+
 @dataclass(eq=False, slots=True)
 class Generation:
     """A request from `submit` to its last event.
@@ -65,8 +80,9 @@ class Generation:
         logged: log-probabilities of the output, where asked for.
         again: tokens that it runs alone before all else, since a step that it was in failed.
         owed: rows of that step, which the scheduler gave and which are still to run.
-        begun: emoe was told that it runs.
         told: tokens of the output that events have.
+        ending: why it ends, once that is known; an interrupted end goes on from here.
+        last: its last event, once it is made.
     """
 
     id: Hashable
@@ -87,8 +103,9 @@ class Generation:
     logged: list[dict[int, float]] | None = None
     again: int = 0
     owed: int = 0
-    begun: bool = False
     told: int = 0
+    ending: tuple[FinishReason, BaseException | None] | None = None
+    last: News | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -106,14 +123,13 @@ class Generation:
             return Piece(self.state, tokens, self.done, inputs=self.inputs)
         return Piece(self.state, tokens, self.done, self.offset)
 
-    def event(self, reason: FinishReason | None = None, error: BaseException | None = None) -> Event:
-        """What happened since the last."""
-        since, self.told = self.told, self.given
-        return Event(
+    def news(self, reason: FinishReason | None = None, error: BaseException | None = None) -> News:
+        """What happened since `tell`."""
+        event = Event(
             self.id,
-            tuple(self.tokens[len(self.prompt) + since :]),
-            self.text.take() if self.text is not None else "",
-            None if self.logged is None else tuple(self.logged[since:]),
+            tuple(self.tokens[len(self.prompt) + self.told :]),
+            self.text.peek() if self.text is not None else "",
+            None if self.logged is None else tuple(self.logged[self.told :]),
             reason,
             error,
             len(self.prompt),
@@ -121,3 +137,65 @@ class Generation:
             self.given,
             self.account.task,
         )
+        return News(event, self.given, self.text.upto if self.text is not None else 0)
+
+    def tell(self, news: News, events: list[Event]) -> None:
+        """The caller gets it; the same once more changes nothing."""
+        if not any(each is news.event for each in events):
+            events.append(news.event)
+        self.told = news.told
+        if self.text is not None:
+            self.text.mark(news.upto)
+
+
+@dataclass(eq=False, slots=True)
+class Taken:
+    """Rows of a request that ran, and what is made of them; an interrupted making goes on from here.
+
+    Attributes:
+        generation: the request.
+        logits: [V] after its last row.
+        length: tokens that it had.
+        done, again, owed: as the request's, with these rows.
+        rows: that the scheduler is to hear of.
+        began, drawn: whether the choice began, and the state of the sampler's generator before it.
+        choice: token and log-probabilities, or what failed; None: not made.
+        news: the event.
+    """
+
+    generation: Generation
+    logits: torch.Tensor
+    length: int
+    done: int
+    again: int
+    owed: int
+    rows: int
+    began: bool = False
+    drawn: torch.Tensor | None = None
+    choice: tuple[int, dict[int, float] | None] | Exception | None = None
+    news: News | None = None
+
+    @classmethod
+    def of(cls, generation: Generation, count: int, logits: torch.Tensor) -> Taken:
+        """Of `count` rows that ran just now."""
+        done, again, owed, rows = generation.done + count, generation.again, generation.owed, count
+        if done < again:
+            rows = 0
+        elif again:
+            again, owed, rows = 0, 0, owed
+        return cls(generation, logits, len(generation.tokens), done, again, owed, rows)
+
+    def choose(self) -> tuple[int, dict[int, float] | None] | Exception:
+        """The next token; an interrupted choice is made again with the same numbers."""
+        if self.choice is None:
+            sampler = self.generation.sampler
+            if self.began:
+                sampler.draw_from(self.drawn)
+            else:
+                self.drawn = sampler.drawn(self.logits.device)
+                self.began = True
+            try:
+                self.choice = sampler(self.generation.tokens[: self.length], self.logits)
+            except Exception as error:
+                self.choice = error
+        return self.choice

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from emoe.engine.attention import AttentionName, Batch, Span, WrongWayError, running
+from emoe.engine.attention import AttentionName, Batch, Span, WrongWayError, rest, running
 from emoe.engine.forks import Forks, decoder_layers
 from emoe.engine.state import OwnCache, State, is_plain, new_state
 from emoe.errors import ConfigError
@@ -85,9 +85,15 @@ class Runner:
 
     def close(self) -> None:
         """Removes the hooks; calling it again does nothing."""
+        self.rest()
         if self._forks is not None:
             self._forks.close()
         self._forks = None
+
+    def rest(self) -> None:
+        """After an interrupt in `run`: the model is as it was."""
+        if self._name is not None:
+            rest(self._name)
 
     def together(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """Which pieces share a forward, by their numbers."""

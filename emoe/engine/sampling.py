@@ -122,15 +122,25 @@ class Sampler:
         self._sampled, self._seed, self._logprobs = bool(sampling.temperature), sampling.seed, sampling.logprobs
         self._generator: torch.Generator | None = None
 
+    def drawn(self, device: torch.device) -> torch.Tensor | None:
+        """State of its generator, for `draw_from`; None: it has none of its own."""
+        if self._generator is None and self._sampled and self._seed is not None:
+            self._generator = torch.Generator(device).manual_seed(self._seed)
+        return None if self._generator is None else self._generator.get_state()
+
+    def draw_from(self, state: torch.Tensor | None) -> None:
+        """What comes next is drawn from this state."""
+        if self._generator is not None and state is not None:
+            self._generator.set_state(state)
+
     def __call__(self, tokens: Sequence[int], logits: torch.Tensor) -> tuple[int, dict[int, float] | None]:
         """The token after `tokens`, from logits [V]; and natural log-probabilities, before processors, of it and the
         likeliest."""
-        scores = logits[None].float()
+        scores = logits[None].to(torch.float32, copy=True)  # processors may write into them
         if self._processors:
             scores = self._processors(torch.tensor([list(tokens)], device=logits.device), scores)
         if self._sampled:
-            if self._generator is None and self._seed is not None:
-                self._generator = torch.Generator(logits.device).manual_seed(self._seed)
+            self.drawn(logits.device)
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
         else:
             token = int(scores.argmax())

@@ -164,12 +164,13 @@ class Scheduler:
             )
 
     def _drop(self, id: Hashable) -> Live | None:
-        live = self._waiting.pop(id, None)
-        if live is None:
-            live = self._running.pop(id, None)
-            if live is not None:
-                self._kv_used -= live.ticket.kv_bytes
-        return live
+        waited, ran = self._waiting.pop(id, None), self._running.pop(id, None)
+        self._count_bytes()
+        return ran or waited
+
+    def _count_bytes(self) -> None:
+        """From the requests, so that an interrupt in the middle of a change leaves no wrong sum for long."""
+        self._kv_used = sum(live.ticket.kv_bytes for live in self._running.values())
 
     # Steps
 
@@ -178,6 +179,9 @@ class Scheduler:
 
         An id that was never in a step before was admitted with this one or one before, and holds its `kv_bytes`.
         """
+        for id in self._running.keys() & self._waiting.keys():  # an interrupt came between the two
+            self._waiting.pop(id, None)
+        self._count_bytes()
         self._admit(now)
         batch: list[tuple[Hashable, int]] = []
         prompts: list[Live] = []
@@ -221,12 +225,12 @@ class Scheduler:
             live = self._choose(now)
             if live is None:
                 return
-            del self._waiting[live.ticket.id]
+            live.admitted = now
+            self._running[live.ticket.id] = live  # before it leaves the others: an interrupt loses none
+            self._waiting.pop(live.ticket.id, None)
+            self._count_bytes()
             for other in self._waiting.values():
                 other.passes += other.number < live.number
-            live.admitted = now
-            self._running[live.ticket.id] = live
-            self._kv_used += live.ticket.kv_bytes
             self._counts["admitted"] += 1
 
     def _choose(self, now: float) -> Live | None:
