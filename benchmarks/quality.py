@@ -26,6 +26,7 @@ from common import write_result
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import AutoConfig
 
 import emoe
 from emoe import demo
@@ -43,7 +44,9 @@ TARGETS = {0.8: 0.01, 0.6: 0.02, 0.4: 0.05, 0.2: 0.10}  # perplexity that biased
 # max_substituted_mass that reaches them, found by --tune on the dev split.
 CONTRACTS = {0.8: 0.05, 0.6: 0.125, 0.4: 0.15, 0.2: 0.175}
 GRID = (0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3)
-COPIES = (("q4_k", 1.0), ("q4_k", 0.25), ("q5_k", 1.0), ("q8_0", 1.0))  # encoding and exact_mass, for --copies
+# Encoding and exact_mass, for --copies. Those of 2 and 3 bits are for models with rows of whole blocks of 256.
+COPIES = (("q4_k", 1.0), ("q4_k", 0.25), ("q5_k", 1.0), ("q8_0", 1.0))
+SMALL_COPIES = (("q2_k", 1.0), ("q3_k", 1.0))
 FEW = 3  # texts a task that exact is run on at each budget
 LONGEST = 160  # tokens of a text
 
@@ -377,9 +380,11 @@ def with_copies(args: argparse.Namespace, path: str) -> dict[str, Any]:
         rows.append(row)
         print(f"{share:.0%} {row.mode} {row.bound}: {row.ratio:.4f}, decode {row.decode_ratio:.4f}", flush=True)
 
+    config = AutoConfig.from_pretrained(path)
+    blocks = config.hidden_size % 256 == config.moe_intermediate_size % 256 == 0
     for share in args.shares:
         run("exact", share, few)
-        for name, mass in COPIES:
+        for name, mass in (SMALL_COPIES if blocks else ()) + COPIES:
             run("coarse", share, texts, routing="coarse", coarse=name, exact_mass=mass)
     for equal in sorted({round(row.bytes, 2) for row in rows if row.mode.startswith("coarse")}):
         run("exact", equal, few)

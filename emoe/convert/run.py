@@ -299,7 +299,8 @@ def _open(folder: Path) -> _Source:
     plain = str(meta_model(folder).dtype).removeprefix("torch.")
     meta = meta_model(folder, dtype=torch.float32)  # so that experts are read without rounding
     files = checkpoint_files(folder)
-    config = jsontext.read(folder / "config.json", "config", partial(CheckpointError, file=str(folder)))
+    fail = partial(CheckpointError, file=str(folder))
+    config = jsontext.read(folder / "config.json", "config", fail, constants=True)
     find_experts(meta)
     parts = {"": config, **{name: each for name, each in config.items() if isinstance(each, dict)}}
     encoded = take_quantization({name: each for name, each in parts.items() if name != "quantization_config"})

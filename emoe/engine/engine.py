@@ -173,10 +173,11 @@ class Engine:
             nbytes = self.footprint.nbytes(length, length if whole else self.scheduler.chunk_rows)
             self._kv.require(nbytes, id, length)
             request = Request(task, str(id), tokens=length)
+            ends = _ends(config) if sampling.eos is None else sampling.eos
             generation = Generation(
-                id, given.tokens, limit, Sampler(sampling),
+                id, given.tokens, limit, Sampler(sampling, ends, self.model.device),
                 Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None,
-                frozenset(_ends(config) if sampling.eos is None else sampling.eos), request, nbytes,
+                frozenset(ends), request, nbytes,
                 inputs, whole, offset, logged=None if sampling.logprobs is None else [],
             )  # fmt: skip
             experts = frozenset[Expert]() if self._runtime is None else self._runtime.base.expected(task)

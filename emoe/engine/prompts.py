@@ -39,6 +39,9 @@ def read(prompt: Any, tokenizer: Any, vocabulary: int, template: Mapping[str, An
         tokens = _with(tokenizer, "text")(prompt)["input_ids"]
     elif isinstance(prompt, Mapping):
         given = {name: value for name, value in prompt.items() if name != "attention_mask"}
+        mask = prompt.get("attention_mask")
+        if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
+            raise ConfigError("the prompt's attention_mask leaves tokens out; give input_ids without padding")
         if "input_ids" not in given:
             raise ConfigError(f"a prompt with {', '.join(sorted(given)) or 'nothing'} has no input_ids")
         found = read(given.pop("input_ids"), tokenizer, vocabulary)
@@ -47,9 +50,7 @@ def read(prompt: Any, tokenizer: Any, vocabulary: int, template: Mapping[str, An
         text = _last_of_user(prompt)
         tokens = _chat(_with(tokenizer, "messages"), list(prompt), dict(template or {}))
     else:
-        tokens = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-        if len(tokens) == 1 and isinstance(tokens[0], (list, tuple, torch.Tensor)):
-            tokens = [int(each) for each in tokens[0]]
+        tokens = _ids(prompt)
         text = None if tokenizer is None else str(tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
     if not tokens:
         raise ConfigError("the prompt has no tokens")
@@ -57,6 +58,16 @@ def read(prompt: Any, tokenizer: Any, vocabulary: int, template: Mapping[str, An
     if wrong is not None:
         raise ConfigError(f"the prompt has {wrong!r}; tokens are ids from 0 to {vocabulary - 1}, of one sequence")
     return Prompt(tokens, text, {})
+
+
+def _ids(prompt: Any) -> list[Any]:
+    """What lies in a list, tuple, tensor or array, of one dimension or of one row."""
+    found = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(found, (list, tuple)):
+        if len(found) == 1 and (isinstance(found[0], (list, tuple)) or getattr(found[0], "ndim", 0) > 0):
+            return _ids(found[0])
+        return [each.item() if hasattr(each, "item") else each for each in found]
+    raise ConfigError(f"the prompt is {type(prompt).__name__}: give text, messages, or token ids as a list or tensor")
 
 
 def positions(model: Any, prompt: Prompt) -> tuple[dict[str, Any], int]:

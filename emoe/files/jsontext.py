@@ -18,25 +18,30 @@ _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?')
 _LONE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, perhaps without the other
 
 
-def read(path: str | Path, what: str, fail: Fail) -> Any:
+def read(path: str | Path, what: str, fail: Fail, *, constants: bool = False) -> Any:
     """The value in a file.
+
+    Args:
+        constants: NaN and Infinity are numbers, as configs of Transformers have them.
 
     Raises: as `emoe.files.content`, and as `parse`.
     """
     data = content(path, what, fail, most=LARGEST)
-    return parse(data.removeprefix(b"\xef\xbb\xbf"), lambda why: fail(f"{path}: not a {what}: {why}"))
+    return parse(
+        data.removeprefix(b"\xef\xbb\xbf"), lambda why: fail(f"{path}: not a {what}: {why}"), constants=constants
+    )
 
 
-def parse(data: str | bytes | bytearray, fail: Fail) -> Any:
+def parse(data: str | bytes | bytearray, fail: Fail, *, constants: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises:
         EmoeError: that of `fail`, where it is no JSON or no UTF-8, nests over 64 deep, or has a number of over 64
-            digits or beyond float64, NaN, Infinity, or half of a surrogate pair.
+            digits or beyond float64, NaN or Infinity unless they are asked for, or half of a surrogate pair.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_constant)
+        value = json.loads(text, parse_int=_int, parse_float=_float, parse_constant=float if constants else _constant)
         if isinstance(data, str) or _LONE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:

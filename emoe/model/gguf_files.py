@@ -26,7 +26,7 @@ def gguf_files(path_or_id: str | Path, given: Mapping[str, Any]) -> list[Path]:
     """
     name = given.get("gguf_file")
     path = Path(path_or_id).expanduser()
-    if name is None and path.suffix == ".gguf" and not path.is_dir():
+    if name is None and not path.is_dir() and (path.suffix == ".gguf" or _begins_as_one(path)):
         return _all_there(parts(path))
     if not path.is_dir():
         return [] if name is None else _from_hub(str(path_or_id), str(name), given)
@@ -39,6 +39,14 @@ def gguf_files(path_or_id: str | Path, given: Mapping[str, Any]) -> list[Path]:
     if len(found) > 1:
         raise ConfigError(f"{path} holds {len(found)} GGUF checkpoints: {', '.join(found)}; gguf_file= says which")
     return _all_there(parts(path / found[0]))
+
+
+def _begins_as_one(path: Path) -> bool:
+    """Whether a file of another name, such as a blob of Ollama's, is GGUF."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _all_there(files: list[Path]) -> list[Path]:

@@ -58,6 +58,10 @@ class EngineThread:
         self._faults = 0
         self.fault: BaseException | None = None  # why the engine was given up
 
+    def end(self, ids: Sequence[Hashable], error: BaseException) -> None:
+        """On the event loop, as `Backend.end`."""
+        self._deliveries.end(ids, error, "error")
+
     @property
     def records(self) -> dict[Hashable, Record]:
         """Of jobs that wait or run."""

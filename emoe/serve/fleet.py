@@ -115,6 +115,10 @@ class Fleet:
         self.retried = 0  # answers that began on another replica than they were accepted by
         self.fault: BaseException | None = None  # a replica that fails is replaced
 
+    def end(self, ids: Sequence[Hashable], error: BaseException) -> None:
+        """On the event loop, as `Backend.end`."""
+        self._deliveries.end(ids, error, "error")
+
     @property
     def records(self) -> dict[Hashable, Record]:
         """Of jobs that wait or run."""

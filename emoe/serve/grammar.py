@@ -42,6 +42,11 @@ class Grammars:
                 400, "response_format needs llguidance, which this server does not have (pip install llguidance)",
                 "unsupported", param="response_format",
             ) from None  # fmt: skip
+        if not self._ends:
+            raise Refusal(
+                400, "response_format needs a model with an end token, which this one's generation config lacks",
+                "unsupported", param="response_format",
+            )  # fmt: skip
         schema: Any = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
@@ -92,7 +97,9 @@ class JsonTokens:
         new = ids[0, self._seen :].tolist()
         self._seen += len(new)
         if (new and not self.matcher.consume_tokens(new)) or self.matcher.is_error():
-            raise ConfigError(f"response_format cannot go on: {self.matcher.get_error() or 'no token follows'}")
+            # What follows the first sentence is the library's state.
+            why = (self.matcher.get_error() or "no token follows").split("\n", 1)[0].split(" <", 1)[0]
+            raise ConfigError(f"response_format cannot go on: {why}")
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()  # [at least V]
         mask = torch.zeros(scores.shape[-1], dtype=torch.bool)

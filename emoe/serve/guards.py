@@ -66,6 +66,8 @@ class Guards:
                 response.headers["connection"] = "close"  # the rest of a body is not waited for
                 await response(scope, receive, send)
                 return
+            if scope["method"] == "HEAD":  # as GET; the server leaves the body out
+                scope = {**scope, "method": "GET"}
             await self._answered(scope, _replaying(body, receive), send)
         finally:
             self._requests -= not looks
@@ -104,7 +106,9 @@ class Guards:
     def _require_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in OPEN:
             return
-        if not hmac.compare_digest(_header(scope, b"authorization"), self._key):
+        scheme, _, key = _header(scope, b"authorization").partition(b" ")
+        given = scheme.title() + b" " + key  # schemes are the same in small letters
+        if not hmac.compare_digest(given, self._key):
             raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY", "invalid_api_key")
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:

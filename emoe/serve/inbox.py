@@ -167,6 +167,9 @@ class Backend(Protocol):
         """Takes all jobs, or none; raises EmoeError where it takes none."""
         ...
 
+    def end(self, ids: Sequence[Hashable], error: BaseException) -> None:
+        """The last event of those of these jobs that have not ended; what they still give goes nowhere."""
+
     async def look(self) -> dict[str, Any]:
         """`engine` (`Engine.stats`), `model` (`Runtime.stats`, or None), `layers` (experts in memory)."""
         ...

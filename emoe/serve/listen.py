@@ -27,6 +27,7 @@ _uvicorns = logging.getLogger("uvicorn.error")
 EXIT_FORCED = 130
 _BACKLOG = 512
 _AT_ONCE_SECONDS = 2.0  # for a step in progress, after the second signal
+_CUT_SECONDS = 5  # for clients to get the end of an answer that was cut off
 
 
 def listen(host: str, port: int, limits: Limits) -> socket.socket:
@@ -107,7 +108,7 @@ class Server(uvicorn.Server):
                 app, http=_protocol(limits), ws="none", lifespan="on", loop="asyncio", log_config=None,
                 access_log=False, server_header=False, proxy_headers=False,
                 timeout_keep_alive=max(1, int(limits.keep_alive_seconds)),
-                timeout_graceful_shutdown=max(1, int(limits.drain_seconds)),
+                timeout_graceful_shutdown=max(1, int(limits.drain_seconds)) + _CUT_SECONDS,
             )
         )  # fmt: skip
         self._service, self._ready = service, ready
@@ -125,7 +126,13 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._drop)
             return
         self.should_exit = self._service.draining = True
+        self._loop.call_soon_threadsafe(self._loop.call_later, self._service.limits.drain_seconds, self._cut)
         print("emoe: finishing what runs; another Ctrl-C ends at once", file=sys.stderr, flush=True)
+
+    def _cut(self) -> None:
+        """The time to drain is over."""
+        if count := self._service.cut():
+            print(f"emoe: {count} answers were not finished in time", file=sys.stderr, flush=True)
 
     def _drop(self) -> None:
         for connection in list(self.server_state.connections):

@@ -88,7 +88,7 @@ class _Generation(_Fields):
     # Not OpenAI's, with the names that other servers gave them.
     top_k: int | None = Field(None, ge=0, lt=1 << 31)
     min_p: Share | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     ignore_eos: bool | None = Field(None, description="go on to max_tokens, whatever the model says")
 
     # Ours; X-Emoe-Task, X-SLO-TTFT-ms, X-SLO-TPOT-ms and X-SLO-TTLT-ms say the same.
@@ -112,6 +112,8 @@ class _Generation(_Fields):
             value = getattr(self, name, None)
             if value is not None and not any(value == each and type(value) is type(each) for each in _NEUTRAL[name]):
                 raise ValueError(f"{name} is not supported by this server; leave it out")
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("ignore_eos goes with no response_format: an answer ends where its form does")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
         for key in self.logit_bias or ():
@@ -237,3 +239,11 @@ class CompletionRequest(_Generation):
         given: Any = self.prompt
         one = isinstance(given, str) or isinstance(given[0], int)
         return [given] if one else given
+
+
+# Names of clients' fields: what else is where an error lies is a name of pydantic's.
+FIELDS = frozenset(
+    info.alias or name
+    for model in (ChatRequest, CompletionRequest, Message, TextPart, ResponseFormat, JsonSchema, StreamOptions)
+    for name, info in model.model_fields.items()
+)

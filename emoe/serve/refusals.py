@@ -17,6 +17,7 @@ from emoe.errors import (
     OverloadedError,
     one_line,
 )
+from emoe.serve.protocol import FIELDS
 
 _LONGEST = 1000  # characters of a message: errors repeat what a client sent
 _TYPES = {
@@ -103,13 +104,24 @@ def _internal(error: BaseException) -> Refusal:
 
 
 def _of_fields(error: ValidationError) -> Refusal:
-    """The first thing that is wrong, by the name of its field."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    """What is wrong first, by the name of its field; of alternatives the one that fits best."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
+    # An alternative whose type is another was not meant; the one that got deepest was.
+    first = min(same, key=lambda each: (each["type"].endswith("_type"), -len(_path(each["loc"]))))
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is no JSON in UTF-8: {first['msg']}", "invalid_json")
-    # Names of alternatives of a union are between the field's own and no name of OpenAI's.
-    param = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
-    if first["type"] == "extra_forbidden":
-        return Refusal(400, f"there is no field {param!r}; leave it out", "unknown_field", param=param)
     message = first["msg"].removeprefix("Value error, ")
+    param = ".".join(_path(first["loc"]))
+    if first["type"] == "extra_forbidden":
+        param = ".".join([*_path(first["loc"][:-1]), str(first["loc"][-1])])
+        return Refusal(400, f"there is no field {param!r}; leave it out", "unknown_field", param=param)
+    named = message.split(" ", 1)[0]
+    if not param and named in FIELDS:  # what fields say together begins with the name of one
+        return Refusal(400, message, "invalid_value", param=named)
     return Refusal(400, f"{param}: {message}" if param else message, "invalid_value", param=param or None)
+
+
+def _path(place: tuple[int | str, ...]) -> list[str]:
+    """Fields and numbers on the way; without the names of a union's alternatives, which are no fields."""
+    return [str(part) for part in place if isinstance(part, int) or part in FIELDS]

@@ -104,11 +104,14 @@ class Service:
         # An engine decodes with its own while prompts are encoded with this one.
         self._tokenizer = copy.deepcopy(tokenizer)
         ends = about.config.eos_token_id
-        self._grammars = Grammars(self._tokenizer, about.vocabulary, ends if isinstance(ends, list) else [ends or 0])
+        self._grammars = Grammars(
+            self._tokenizer, about.vocabulary, ends if isinstance(ends, list) else [] if ends is None else [ends]
+        )
         self._tasks = TaskNames(() if classifier is None else classifier.names, self.limits.tasks)
         self.metrics = Metrics()
         self._backend = runs(self.metrics.ended)
         self._front = ThreadPoolExecutor(1, "emoe-prompts")
+        self._compiler = ThreadPoolExecutor(1, "emoe-grammars")  # a large schema takes seconds
         self.began = int(time.time())
         self._seen: dict[str, Any] = {}
         self._seen_at = float("-inf")
@@ -127,7 +130,14 @@ class Service:
     def stop(self, seconds: float = 5.0) -> bool:
         """Cancels what runs and closes the engine; whether that was done in time."""
         self._front.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         return self._backend.stop(seconds)
+
+    def cut(self) -> int:
+        """Ends what still runs with an error that says so; how many. On the event loop."""
+        left = list(self.records)
+        self._backend.end(left, Refusal(503, "the server has ended before this answer has", "unavailable"))
+        return len(left)
 
     @property
     def records(self) -> dict[Hashable, Record]:
@@ -177,12 +187,14 @@ class Service:
             task = self._tasks.name(await self._ahead(lambda: classifier.classify(text).task))
         chat = isinstance(body, ChatRequest)
         id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        formed = body.response_format is not None and body.response_format.type != "text"
         jobs = await self._ahead(
             lambda: [
                 self._job(body, f"{id}-{number * body.count + choice}", tokens, choice, task, slo_ms)
                 for number, tokens in enumerate(encoded)
                 for choice in range(body.count)
-            ]
+            ],
+            self._compiler if formed else self._front,
         )
         inbox = await self._backend.submit(jobs)
         shape = (ChatShape if chat else CompletionShape)(id, self.name, self._tokenizer, body.alternatives)
@@ -244,9 +256,10 @@ class Service:
             )  # fmt: skip
         return outside if inside is None else inside
 
-    async def _ahead(self, function: Callable[[], T]) -> T:
-        """Work on prompts, in a thread of its own: neither the engine nor other clients wait for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._front, function)
+    async def _ahead(self, function: Callable[[], T], thread: ThreadPoolExecutor | None = None) -> T:
+        """Work on prompts, in a thread of its own: the engine does not wait for it. What a client that has left asked
+        for is not begun."""
+        return await asyncio.get_running_loop().run_in_executor(thread or self._front, function)
 
     # What may be seen
 

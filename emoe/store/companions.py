@@ -383,6 +383,11 @@ def _a_byte_each(group: Group, scale: TensorEntry, said: Declared) -> EncodedWei
     if grid is None:
         raise scale.error(f"does not fit {entry.name} {list(entry.shape)}: it is no scale, row or grid of scales")
     block = _block(group, scale, (rows, cols), grid, said)
+    kind = "float" if entry.dtype.startswith("float") else "int"
+    if said.kinds and kind not in said.kinds:
+        raise entry.error(
+            f"holds {entry.dtype}, but {said.where} says that numbers are {' or '.join(sorted(said.kinds))}"
+        )
     codes = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}.get(entry.dtype, entry.dtype)
     size = {TENSOR: "tensor", ROW: "row"}.get(block, f"{block[0]}x{block[1]}")
     name = f"{codes}-{size}-{_scale_kind(scale)}"
@@ -409,9 +414,15 @@ def _block(group: Group, scale: TensorEntry, shape: Block, grid: Block, said: De
     def fits(block: Block) -> bool:
         return grid == tuple(-(-size // (step or size)) for size, step in zip(shape, block, strict=True))
 
-    for block in sorted(said.bytes):
-        if fits(block):
-            return block
+    fitting = sorted(block for block in said.bytes if fits(block))
+    cuts = {tuple(min(step or size, size) for size, step in zip(shape, block, strict=True)) for block in fitting}
+    if len(cuts) > 1:
+        raise scale.error(
+            f"is {list(grid)} scales for {group.name} {list(shape)}, which are {' or '.join(map(shown, fitting))}, and "
+            f"{said.where} says both"
+        )
+    if fitting:
+        return fitting[0]
     found = _blocks_of(shape, grid)
     if said.bytes:
         looks = shown(found) if found is not None else "no block"
@@ -428,7 +439,7 @@ def _block(group: Group, scale: TensorEntry, shape: Block, grid: Block, said: De
 
 
 def _blocks_of(shape: Block, grid: Block) -> Block | None:
-    """The block, powers of two, that divides a matrix into such a grid: each side has one, or any that is larger."""
+    """The block, powers of two, that divides a matrix into such a grid: a square, or one with a side of one."""
     if grid == (1, 1):
         return TENSOR
     if grid == (shape[0], 1):
@@ -444,6 +455,11 @@ def _blocks_of(shape: Block, grid: Block) -> Block | None:
         # gate and up, or three of query, key and value, are cut where these meet.
         step = max(side for side, count in zip(sides, grid, strict=True) if count > 1)
         if step > _LARGEST_SQUARE or any(size > step for size, count in zip(shape, grid, strict=True) if count == 1):
+            return None
+        sides = [step, step]
+    if 1 not in sides:  # the larger of two least ones has to do for both
+        step = max(sides)
+        if any(-(-size // step) != count for size, count in zip(shape, grid, strict=True)):
             return None
         sides = [step, step]
     return sides[0], sides[1]

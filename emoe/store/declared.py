@@ -40,6 +40,7 @@ class Declared:
     zeros: "gptq" or "gptq_v2" where that is said.
     ordered: whether inputs lie in groups in an order of their own (desc_act, actorder), as far as that is said.
     experts: bits of experts' weights where they are said apart, else 0.
+    kinds: of numbers, "float" and "int", as far as that is said.
     """
 
     where: str = ""
@@ -51,6 +52,7 @@ class Declared:
     zeros: str = ""
     ordered: frozenset[bool] = field(default=frozenset())
     experts: int = 0
+    kinds: frozenset[str] = field(default=frozenset())
 
 
 NOTHING = Declared()
@@ -152,9 +154,11 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
     widths: set[int] = set()
     symmetric: set[bool] = set()
     ordered: set[bool] = set()
+    kinds: set[str] = set()
     for weights in _statements(said):
         width = _width(weights)
         widths |= {width} if width else set()
+        kinds |= {weights["type"]} if weights.get("type") in ("float", "int") else set()
         symmetric |= {weights["symmetric"]} if type(weights.get("symmetric")) is bool else set()
         ordered |= {weights["desc_act"]} if type(weights.get("desc_act")) is bool else set()
         ordered |= {weights["actorder"] in (True, "group", "dynamic")} if "actorder" in weights else set()
@@ -166,9 +170,14 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
     inner = said.get("quantization")
     method = said.get("quant_method") or said.get("quant_algo")
     method = method or (inner.get("quant_algo") if isinstance(inner, Mapping) else None)
-    zeros = said.get("checkpoint_format") if said.get("checkpoint_format") in ("gptq", "gptq_v2") else ""
-    if not zeros and method == "gptq" and not said.get("checkpoint_format"):
+    # Two keys of two ages of one quantizer; compressed-tensors has the second for something else.
+    keys = ("checkpoint_format", "format") if method == "gptq" else ("checkpoint_format",)
+    formats = {str(said[key]) for key in keys if said.get(key)}
+    zeros = next(iter(formats), "") if len(formats) == 1 and formats <= {"gptq", "gptq_v2"} else ""
+    if not formats and method == "gptq":
         zeros = "gptq"  # before there were two
+    if method in ("fp8", "fbgemm_fp8"):
+        kinds.add("float")
     name = str(getattr(method, "value", method) or "an unknown method")
     return Declared(
         where,
@@ -180,6 +189,7 @@ def _declared(said: Mapping[str, Any], where: str) -> Declared:
         str(zeros),
         frozenset(ordered),
         {"fp4": 4, "fp8": 8}.get(str(said.get("expert_dtype")), 0),
+        frozenset(kinds),
     )
 
 
@@ -192,14 +202,16 @@ def _by_emoe(said: Mapping[str, Any], where: str) -> Declared:
     bytes_each = {block for how, block in with_scales if how.planes[0].block == (1, 1)}
     bits_each = {block[1] for how, block in with_scales if how.planes[0].block != (1, 1)}
 
-    def together(rest: frozenset[Any], own: Iterable[Any]) -> frozenset[Any]:
-        return rest and rest | set(own) if OWN_REST in said else frozenset(own)
+    def together(rest: frozenset[Any], own: Iterable[Any], speaks: bool = False) -> frozenset[Any]:
+        """None, which is any, where the rest may have any; `speaks`: by its silence it says that it has none."""
+        return rest | set(own) if rest or speaks or OWN_REST not in said else frozenset()
 
     return replace(
         found,
         method=OWN_METHOD,
+        kinds=frozenset(),
         bytes=together(found.bytes, bytes_each),
-        bits=together(found.bits, bits_each),
+        bits=together(found.bits, bits_each, speaks=bool(found.bytes)),
         widths=together(found.widths, [8] * bool(bytes_each) + [4] * bool(bits_each)),
         symmetric=frozenset([True, OWN_REST not in said])
         if any(how.codes == "int4" for how in names)

@@ -85,6 +85,26 @@ def test_groups_are_still_confirmed_where_emoe_wrote_the_config(tmp_path):
         emoe.plan(tmp_path / "out", memory_budget=1.0, calibrate=False)
 
 
+@pytest.mark.parametrize("experts", ["q4_0", "mxfp4"])
+def test_groups_that_may_be_cut_are_told_beside_a_rest_that_has_none(experts, tmp_path):
+    """Three scales for 72 columns may be for 32 each or for 24, and what is said of FP8 does not tell."""
+    source = quantized.write(tmp_path / "source", replace(quantized.FORMATS["fp8 blocks"], family="qwen3_moe_72"))
+    report = convert(source, tmp_path / "out", experts, progress=False)
+    assert "int4-32-bfloat16" in report.encodings
+    before, after = _logits(source), _logits(tmp_path / "out")
+    assert (after - before).abs().median() < 0.4 * before.abs().median()
+
+
+def test_a_config_that_has_infinity_can_be_the_source(tmp_path):
+    source = quantized.write(tmp_path / "source", quantized.FORMATS["fp8 blocks"])
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "time_step_limit": [0.0, float("inf")]}))
+    convert(source, tmp_path / "out", "q8_0", progress=False)
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert kept["time_step_limit"] == [0.0, float("inf")]
+    assert torch.isfinite(_logits(tmp_path / "out")).all()
+
+
 @pytest.mark.parametrize("name", ["gpt-oss", "int4", "q4_0", "fp8 blocks", "awq"])
 def test_a_rest_of_q8_0_leaves_what_is_encoded_already_as_it_is(name, tmp_path):
     source = quantized.write(tmp_path / "source", quantized.FORMATS[name])

@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from engines import GREEDY, PROMPTS, Answers, alone, logits_alone, together
+from transformers import GenerationConfig
 
 import emoe
 from emoe.engine.engine import Engine
@@ -137,6 +138,68 @@ def test_end_tokens_are_the_models_where_none_are_given(olmoe, engine):
     assert answers.tokens(id) == tokens[: tokens.index(tokens[2]) + 1] and answers.reason(id) == "stop"
 
 
+FURTHER = [
+    {"no_repeat_ngram_size": 2},
+    {"suppress_tokens": [41, 119]},
+    {"bad_words_ids": [[41], [119, 38]]},
+    {"sequence_bias": [[[41], -10.0]], "repetition_penalty": 1.3},
+    {"typical_p": 0.3, "do_sample": True},
+    {"epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "do_sample": True},
+    {"top_h": 0.3, "do_sample": True},
+]
+
+
+@pytest.mark.parametrize("settings", FURTHER, ids=lambda settings: "-".join(settings))
+def test_what_a_generation_config_says_holds_for_a_request_too(engine, settings):
+    model, config = engine.model, GenerationConfig(**settings, top_k=0, eos_token_id=2, pad_token_id=0)
+    expected = alone(model, PROMPTS[0], 12, 5, generation_config=config, do_sample=config.do_sample)
+    answers = Answers(engine)
+    id = engine.submit(PROMPTS[0], max_new_tokens=12, sampling=Sampling.of(config, seed=5, eos=()))
+    assert answers.run().tokens(id) == expected
+
+
+@pytest.mark.parametrize(
+    "settings", [{"min_new_tokens": 6}, {"forced_eos_token_id": 7}, {"begin_suppress_tokens": [3]}]
+)
+def test_what_a_request_cannot_have_of_a_generation_config_is_refused_by_name(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Sampling.of(GenerationConfig(**settings))
+
+
+def test_a_processor_may_write_into_its_scores(olmoe, engine):
+    def never(ids, scores):
+        scores[:, [41, 119]] = -float("inf")
+        return scores
+
+    answers = Answers(engine)
+    id = engine.submit(PROMPTS[0], max_new_tokens=8, sampling=Sampling(eos=(), processors=[never], logprobs=1))
+    expected = alone(olmoe, PROMPTS[0], 8, suppress_tokens=[41, 119])
+    assert answers.run().tokens(id) == expected
+
+
+@pytest.mark.parametrize("at", [1, 4], ids=["in the middle", "at the last token"])
+def test_what_is_cancelled_within_a_step_ends_with_that_step_and_has_no_event_after(engine, at):
+    def cancel(ids, scores):
+        if ids.shape[1] == len(PROMPTS[0]) + at - 1:
+            engine.cancel("this")
+            engine.cancel("other")
+            with pytest.raises(EmoeError, match="in the middle of a step"):
+                engine.submit(PROMPTS[1])
+            with pytest.raises(EmoeError, match="in the middle of a step"):
+                engine.close()
+        return scores
+
+    answers = Answers(engine)
+    engine.submit(PROMPTS[0], max_new_tokens=4, sampling=Sampling(eos=(), processors=[cancel]), id="this")
+    engine.submit(PROMPTS[1], max_new_tokens=9, sampling=GREEDY, id="other")
+    last = engine.submit(PROMPTS[2], max_new_tokens=8, sampling=GREEDY)
+    answers.run()
+    assert answers.reason("this") == ("cancelled" if at < 4 else "length")
+    assert answers.reason("other") == "cancelled"
+    assert len(answers.tokens("this")) == at
+    assert answers.tokens(last) == alone(engine.model, PROMPTS[2])
+
+
 class Letters:
     """A tokenizer of one letter for each token; from 64 on a token is half of a character."""
 
@@ -204,6 +267,11 @@ def test_text_and_chats_are_prompts_too(letters):
         ("abc", "tokenizer"),
         ([{"role": "user", "content": "a"}], "tokenizer"),
         ({"pixel_values": 1}, "input_ids"),
+        ({"input_ids": torch.tensor([[0, 3]]), "attention_mask": torch.tensor([[0, 1]])}, "attention_mask"),
+        (None, "NoneType"),
+        (5, "int"),
+        (torch.tensor(5), "Tensor"),
+        ([[1.7]], "1.7"),
     ],
 )
 def test_a_prompt_that_is_none_is_refused(engine, prompt, message):
@@ -235,7 +303,14 @@ def test_a_request_that_cannot_be_served_is_refused(engine, options, message):
         {"top_p": 1.5},
         {"top_k": "many"},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-300},
         {"logprobs": -1},
+        {"logprobs": 1.5},
+        {"top_k": 1.5},
+        {"seed": "x"},
+        {"seed": 1 << 70},
+        {"eos": "x"},
+        {"further": {"typical": 0.5}},
         {"stop": [""]},
     ],
 )

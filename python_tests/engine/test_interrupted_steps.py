@@ -42,7 +42,11 @@ def _what(answers):
         id: (
             answers.tokens(id),
             answers.text(id),
-            [round(logged[token], 4) for event in events for token, logged in zip(event.tokens, event.logprobs or (), strict=True)],
+            [
+                round(logged[token], 4)
+                for event in events
+                for token, logged in zip(event.tokens, event.logprobs or (), strict=True)
+            ],
             answers.reason(id),
         )
         for id, events in answers.events.items()

@@ -325,10 +325,47 @@ def test_a_stream_that_waits_says_that_it_lives(fake, tiny, monkeypatch):
             assert [line for line in lines if line.startswith("data")][-1] == "data: [DONE]"
 
 
+@pytest.mark.parametrize(("body", "param"), [
+    ({"prompt": [-1]}, "prompt.0"),
+    ({"prompt": ["a", ""]}, "prompt.1"),
+    ({"prompt": "x", "stop": ["a"] * 17}, "stop"),
+    ({"prompt": "x", "echo": True}, "echo"),
+    ({"prompt": "x", "best_of": 2}, "best_of"),
+    ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
+    ({"prompt": "x", "nonsense": 1}, "nonsense"),
+    ({"prompt": "x", "repetition_penalty": 1e-300}, "repetition_penalty"),
+    ({"prompt": "x", "ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+    ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools"),
+    ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_by_the_name_of_its_field(fake, tiny, body, param):
+    with serving.running(fake, tiny[1]) as server:
+        answer = server.http.post("/v1/completions" if "prompt" in body else "/v1/chat/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_a_temperature_that_is_next_to_nothing_takes_the_likeliest_tokens(server):
+    answers = [
+        server.http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 6, "temperature": temperature})
+        for temperature in (0, 1e-6, 1e-40, 1e-300)
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+
+
+def test_whoever_gets_a_page_can_ask_for_its_head(fake, tiny):
+    with serving.running(fake, tiny[1]) as server:
+        for path in ("/", "/status", "/health", "/metrics", "/v1/models"):
+            answer = server.http.head(path)
+            assert (answer.status_code, answer.content) == (200, b""), path
+        assert server.http.head("/v1/completions").status_code == 405
+
+
 # Keys
 
 
-@pytest.mark.parametrize("given", [None, "", "Bearer", f"Bearer {KEY}x", KEY, f"bearer {KEY}", b"Bearer \xff\xfe"])
+@pytest.mark.parametrize("given", [None, "", "Bearer", f"Bearer {KEY}x", KEY, f"Basic {KEY}", b"Bearer \xff\xfe"])
 def test_without_the_key_nothing_but_health_and_the_empty_page_is_there(fake, tiny, given):
     with serving.running(fake, tiny[1], key=KEY) as server:
         headers = {} if given is None else {"authorization": given}
@@ -347,6 +384,8 @@ def test_with_the_key_clients_are_served(fake, tiny):
     with serving.running(fake, tiny[1], key=KEY) as server:
         assert server.chat(max_tokens=1).choices
         assert server.http.get("/metrics").status_code == 200
+        small = server.http.get("/metrics", headers={"authorization": f"bearer {KEY}"})  # schemes know no capitals
+        assert small.status_code == 200
         wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError), wrong:
             wrong.models.list()

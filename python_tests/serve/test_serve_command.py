@@ -84,6 +84,32 @@ def _reachable(url):
 
 
 @pytest.mark.slow
+def test_what_is_not_finished_in_the_time_to_drain_ends_with_an_error_of_openai(chat_folder):
+    with _started(chat_folder, "--limit-drain-seconds", "1") as (process, url):
+        body = {"prompt": "abc", "max_tokens": 500, "ignore_eos": True, "n": 16}
+        lines, whole = [], []
+
+        def stream():
+            with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+                lines.extend(line for line in answer.iter_lines() if line)
+
+        threads = [
+            threading.Thread(target=stream),
+            threading.Thread(target=lambda: whole.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))),
+        ]
+        for thread in threads:
+            thread.start()
+        serving.until(lambda: httpx.get(f"{url}/status").json()["output_tokens"])
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "unavailable", lines[-3:]
+        assert (whole[0].status_code, whole[0].json()["error"]["code"]) == (503, "unavailable")
+        assert process.wait(30) == 0
+        assert "not finished in time" in process.stderr.read()
+
+
+@pytest.mark.slow
 def test_the_second_signal_ends_at_once(chat_folder):
     with _started(chat_folder, EMOE_API_KEY=KEY) as (process, url):
         got = []

@@ -275,6 +275,51 @@ def test_a_config_that_says_another_block_is_refused_with_both(name, said, words
     assert all(word in str(error) for word in (*words, "config.json")), error
 
 
+@pytest.mark.parametrize(
+    ("codes", "said", "words"),
+    [
+        (torch.int8, fp8(64, 64), ("int8", "float")),
+        (
+            quantized.E4M3,
+            quantized.compressed("x", num_bits=8, type="int", strategy="channel"),
+            ("float8_e4m3fn", "int"),
+        ),
+    ],
+    ids=["integers", "floats"],
+)
+def test_bytes_of_a_kind_that_the_config_denies_are_refused(codes, said, words, tmp_path):
+    block = (64, 64) if codes == torch.int8 else (1, 0)
+    form = Format(byte("_scale_inv", *block, codes=codes), "")
+    error = _fails(quantized.write(tmp_path, form, config=said))
+    assert error.tensor.endswith(".weight") and all(word in str(error) for word in (*words, "config.json"))
+
+
+def _square(side: tuple[int, int], end: str):
+    """A matrix of FP8 with two scales on either side."""
+    codes = TensorEntry("f", "x.weight", "float8_e4m3fn", side, 0, math.prod(side))
+    scale = TensorEntry("f", f"x.{end}", "float32", (2, 2), math.prod(side), 16)
+    return next(iter(grouped({each.name: each for each in (codes, scale)}).values()))
+
+
+def test_two_blocks_of_a_config_that_fit_a_matrix_are_refused_by_both():
+    """Two scales for 96 rows may be for 64 rows each or for 48."""
+    said = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            str(size): {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [size] * 2}}
+            for size in (64, 48)
+        },
+    }
+    with pytest.raises(errors.CheckpointError, match="48x48 or blocks of 64x64"):
+        encoded(_square((96, 96), "weight_scale"), declared(said), None)
+
+
+def test_blocks_that_no_config_names_are_square():
+    with pytest.raises(errors.CheckpointError, match="weight_block_size would tell"):
+        encoded(_square((200, 300), "weight_scale_inv"), declared(None), None)
+    assert encoded(_square((200, 256), "weight_scale_inv"), declared(None), None).encoding == "e4m3-128x128-float32"
+
+
 def _of_parts(encode: quantized.Encoder, rows: int) -> quantized.Encoder:
     """Each `rows` rows of a matrix have a scale of their own, as those of gate and up that were put together."""
 
@@ -373,6 +418,21 @@ def test_symmetric_zeros_tell_the_version_where_no_config_does(version, tmp_path
     path = quantized.write(tmp_path, form, config={})
     _assert_runs_as_the_truth(tmp_path)
     assert emoe.plan(path, calibrate=False).encodings == (form.encoding,)
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("key", ["format", "checkpoint_format"])
+def test_either_key_of_the_quantizer_says_the_version(key, version, tmp_path):
+    form = Format(quantized.along_inputs(version, 32, symmetric=False), f"{version}-32-float16")
+    path = quantized.write(tmp_path, form, config={"quant_method": "gptq", "bits": 4, "group_size": 32, key: version})
+    _assert_runs_as_the_truth(tmp_path)
+    assert emoe.plan(path, calibrate=False).encodings == (form.encoding,)
+
+
+def test_two_keys_that_say_different_versions_are_refused(tmp_path):
+    said = {**FORMATS["gptq"].config, "checkpoint_format": "gptq", "format": "gptq_v2"}
+    error = _fails(quantized.write(tmp_path, FORMATS["gptq"], config=said))
+    assert error.tensor.endswith(".qzeros") and "gptq_v2" in str(error)
 
 
 def test_other_zeros_without_a_config_are_refused(tmp_path):
