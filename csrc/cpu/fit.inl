@@ -131,7 +131,7 @@ void fit_affine(const FitGroups& fit, int64_t group, int count) {
         }
     }
     for (int l = 0; l < L; ++l) {
-        if (l >= count) break;  // bounded by L, so that a compiler sees what was set
+        if (l >= count) break;                            // bounded by L, so that a compiler sees what was set
         const bool flat = !(high.f[l] > first_low.f[l]);  // all the same and not above zero: no scale
         fit.scale[group + l] = flat ? 0 : scale.f[l];
         fit.offset[group + l] = flat ? -first_low.f[l] : -low.f[l];

@@ -189,8 +189,7 @@ def require_checkpoint(path_or_id: str | Path, *, subfolder: str | None = None, 
             f"{str(path)!r} has no config.json and no .gguf; give a checkpoint folder of Transformers, or a GGUF file",
             file=str(path),
         )
-    if path.suffix == ".gguf" and gguf_file is None:
-        gguf_files(path, {})
+    if gguf_file is None and (path.suffix == ".gguf" or path.is_file()) and gguf_files(path, {}):
         return
     if path.exists():
         raise ConfigError(f"{str(path)!r} is a file; give the folder that holds it and config.json")

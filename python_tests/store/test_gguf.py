@@ -225,6 +225,9 @@ def test_a_path_a_folder_and_a_name_in_it_are_the_same_checkpoint(single, tmp_pa
     assert difference(ran(path), expected) < 1e-5
     assert difference(ran(str(path)), expected) < 1e-5
     assert difference(ran(path.parent), expected) < 1e-5
+    blob = shutil.copy(path, tmp_path / "sha256-0123")  # as Ollama names it
+    assert difference(ran(blob), expected) < 1e-5
+    Path(blob).unlink()
     assert difference(ran(tmp_path, gguf_file="m.gguf"), expected) < 1e-5
     assert difference(ran(tmp_path.parent, subfolder=tmp_path.name, gguf_file="m.gguf"), expected) < 1e-5
     with pytest.raises(
