@@ -7,8 +7,9 @@ OLMoE-1B-7B's geometry with random weights in bfloat16 (13.8 GB with its 16 laye
 convert --coarse`. The cgroup is the share of the checkpoint's bytes, page cache included; the budget in it is what
 emoe's own libraries leave. In a third of the bytes there is room for copies in 3 bits, beside layers outside experts
 in 8, which both modes have. The modes take turns, each round in a process of its own whose pages were dropped. Tokens
-are random, as a model of random weights left alone repeats one, and so are picks: no routing recurs, which is the
-worst case for `exact`. --check: exit 1 below three times the tokens/s.
+are random, as a model of random weights left alone repeats one. How much of its routing recurs depends on what a
+token's own vector is to its context: --embedding multiplies it. At 1 nearly all recurs (`exact` reads 6 of a token's
+128 experts), at 25 about as much as on public traces of such a model. --check: exit 1 below three times the tokens/s.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     model = emoe.from_pretrained(args.checkpoint, memory_budget=args.budget, context=CONTEXT, **options)
     loaded = time.perf_counter() - started
+    model.get_input_embeddings().register_forward_hook(lambda module, given, found: args.embedding * found)
     ids = torch.randint(
         3, model.config.vocab_size, (1, 8 + WARM + args.tokens), generator=torch.Generator().manual_seed(0)
     )
@@ -75,13 +77,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             common.forget_pages(args.checkpoint)
             command = common.this_script(
                 __file__, "--child", mode, "--checkpoint", str(args.checkpoint), "--coarse", args.coarse,
-                "--dense-encoding", args.dense_encoding, "--tokens", str(args.tokens), "--budget", str(limit - OWN),
+                "--dense-encoding", args.dense_encoding, "--embedding", str(args.embedding),
+                "--tokens", str(args.tokens), "--budget", str(limit - OWN),
             )  # fmt: skip
             with common.memory_cgroup(limit) as group:
                 found.append(common.run_child(command, cgroup=group, environment={"EMOE_CACHE": str(args.cache)}))
     return {
         "limit_bytes": limit, "model_bytes": nbytes, "coarse": args.coarse, "dense_encoding": args.dense_encoding,
-        "rows": rows,
+        "embedding": args.embedding, "rows": rows,
     }  # fmt: skip
 
 
@@ -116,6 +119,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1 / 3, help="of the model's bytes that the cgroup has")
     parser.add_argument("--coarse", default="q3_k", help="encoding of the copies")
     parser.add_argument("--dense-encoding", default="q8_0", help="of what lies outside experts; keep: as in the file")
+    parser.add_argument("--embedding", type=float, default=25.0, help="factor of tokens' vectors")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=24, help="that are timed")
     parser.add_argument("--rounds", type=int, default=3)
