@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from emoe.engine.exclusive import Exclusive
 from emoe.engine.generation import Event, FinishReason, Generation, Taken
 from emoe.engine.kv_budget import KvBudget
 from emoe.engine.runner import Runner, Way
-from emoe.engine.sampling import Sampler, Sampling
+from emoe.engine.sampling import Sampler, Sampling, ends_of
 from emoe.engine.scheduler import Expert, Scheduler, Ticket
 from emoe.engine.split import Observed, Split
 from emoe.engine.state import held_bytes, is_plain, keeps_all, new_state, rows_of
@@ -173,7 +173,7 @@ class Engine:
             nbytes = self.footprint.nbytes(length, length if whole else self.scheduler.chunk_rows)
             self._kv.require(nbytes, id, length)
             request = Request(task, str(id), tokens=length)
-            ends = _ends(config) if sampling.eos is None else sampling.eos
+            ends = ends_of(config) if sampling.eos is None else sampling.eos
             generation = Generation(
                 id, given.tokens, limit, Sampler(sampling, ends, self.model.device),
                 Text(self.tokenizer, sampling.stop) if self.tokenizer is not None else None,
@@ -326,7 +326,8 @@ class Engine:
             taken = self._taken[0]
             generation = taken.generation
             if self._live.get(generation.id) is generation and generation.ending is None:
-                self._count(taken)
+                ran = min(taken.done, len(generation.prompt)) - generation.done  # none where it was counted before
+                self._counts["prompt_tokens"] += max(0, ran)
                 generation.done, generation.again, generation.owed = taken.done, taken.again, taken.owed
                 # Told once, and rather not at all than twice: whom the scheduler thinks behind is given rows enough.
                 told, taken.rows = taken.rows, 0
@@ -336,11 +337,6 @@ class Engine:
                     self._commit(taken)
                     tokens[generation.id] = 1
             self._taken = self._taken[1:]
-
-    def _count(self, taken: Taken) -> None:
-        generation = taken.generation
-        ran = min(taken.done, len(generation.prompt)) - generation.done  # nothing where it was counted before
-        self._counts["prompt_tokens"] += max(0, ran)
 
     def _commit(self, taken: Taken) -> None:
         generation, choice = taken.generation, taken.choose()
@@ -595,8 +591,3 @@ class Engine:
 
 def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
-
-
-def _ends(config: Any) -> Sequence[int]:
-    ends = config.eos_token_id
-    return () if ends is None else ends if isinstance(ends, (list, tuple)) else (int(ends),)

@@ -192,7 +192,7 @@ class Taken:
             if self.began:
                 sampler.draw_from(self.drawn)
             else:
-                self.drawn = sampler.drawn(self.logits.device)
+                self.drawn = sampler.drawn()
                 self.began = True
             try:
                 self.choice = sampler(self.generation.tokens[: self.length], self.logits)

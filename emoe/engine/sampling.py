@@ -184,6 +184,12 @@ class Sampling:
         return made
 
 
+def ends_of(config: Any) -> Sequence[int]:
+    """Ids that end an answer, as a generation config says."""
+    ends = config.eos_token_id
+    return () if ends is None else ends if isinstance(ends, (list, tuple)) else (int(ends),)
+
+
 class Sampler:
     """Chooses one request's tokens.
 
@@ -201,13 +207,13 @@ class Sampler:
             self._processors = sampling.made(ends, device)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"sampling={sampling}: {error}") from error
-        self._sampled, self._seed, self._logprobs = bool(sampling.temperature), sampling.seed, sampling.logprobs
+        self._sampled, self._logprobs = bool(sampling.temperature), sampling.logprobs
         self._generator: torch.Generator | None = None
+        if self._sampled and sampling.seed is not None:
+            self._generator = torch.Generator("cpu" if device is None else device).manual_seed(sampling.seed)
 
-    def drawn(self, device: torch.device) -> torch.Tensor | None:
+    def drawn(self) -> torch.Tensor | None:
         """State of its generator, for `draw_from`; None: it has none of its own."""
-        if self._generator is None and self._sampled and self._seed is not None:
-            self._generator = torch.Generator(device).manual_seed(self._seed)
         return None if self._generator is None else self._generator.get_state()
 
     def draw_from(self, state: torch.Tensor | None) -> None:
@@ -222,7 +228,6 @@ class Sampler:
         if self._processors:
             scores = self._processors(torch.tensor([list(tokens)], device=logits.device), scores)
         if self._sampled:
-            self.drawn(logits.device)
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
         else:
             token = int(scores.argmax())

@@ -24,13 +24,13 @@ class Text:
         self._sent = 0
         self._stopped = False
 
-    def add(self, token: int, number: int | None = None) -> bool:
+    def add(self, token: int, number: int) -> bool:
         """Whether a stop string has come; the text then ends before it.
 
         Args:
-            number: of the token, from 0; one that was added before an interrupt is not added twice. None: the next.
+            number: of the token, from 0; one that was added before an interrupt is not added twice.
         """
-        if number is None or number == len(self._tokens):
+        if number == len(self._tokens):
             self._tokens.append(token)
         return self._look(last=False)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emoe.errors import CheckpointError, ConfigError, one_line
-from emoe.files.gguf import GgufHeader, checkpoints, open_header, parts, require_parts
+from emoe.files.gguf import MAGIC, GgufHeader, checkpoints, open_header, parts, require_parts
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
@@ -46,7 +46,7 @@ def _begins_as_one(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _all_there(files: list[Path]) -> list[Path]:

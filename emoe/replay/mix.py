@@ -94,7 +94,9 @@ def prepare(
         rest = join(cut)
     if burst is not None:
         return first, bursts(rest, burst)
-    return (first, rest) if mix is None else (first and mixed(first, mix + 1), mixed(rest, mix))
+    if mix is not None:
+        return first if first is None else mixed(first, mix + 1), mixed(rest, mix)
+    return first, rest
 
 
 def _apart(trace: Trace, task: str) -> tuple[Trace, Trace]:

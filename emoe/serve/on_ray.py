@@ -26,6 +26,7 @@ from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from emoe.engine.placement import CHOICES
+from emoe.engine.sampling import ends_of
 from emoe.errors import ConfigError, EmoeError, one_line
 from emoe.serve.app import make_app
 from emoe.serve.engine_thread import EngineThread
@@ -86,10 +87,7 @@ class Replica:
         self._classifier = setup.classifier(self._model, self._tokenizer)
         self._engine = setup.engine(self._model, self._tokenizer)
         self._about = About.of(self._engine)
-        ends = self._about.config.eos_token_id
-        self._grammars = Grammars(
-            setup.tokenizer(), self._about.vocabulary, ends if isinstance(ends, list) else [ends or 0]
-        )
+        self._grammars = Grammars(setup.tokenizer(), self._about.vocabulary, list(ends_of(self._about.config)))
         self._desk = Desk()
         self._says: dict[str, Any] = {}
         self._thread = EngineThread(self._engine)

@@ -112,7 +112,7 @@ class _Generation(_Fields):
             value = getattr(self, name, None)
             if value is not None and not any(value == each and type(value) is type(each) for each in _NEUTRAL[name]):
                 raise ValueError(f"{name} is not supported by this server; leave it out")
-        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+        if self.ignore_eos and self.form is not None:
             raise ValueError("ignore_eos goes with no response_format: an answer ends where its form does")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
@@ -120,6 +120,12 @@ class _Generation(_Fields):
             if not (key.isascii() and key.isdecimal() and len(key) < 10):
                 raise ValueError(f"logit_bias has the key {key[:40]!r}; keys are token ids")
         return self
+
+    @property
+    def form(self) -> ResponseFormat | None:
+        """What an answer is to keep to."""
+        given = self.response_format
+        return None if given is None or given.type == "text" else given
 
     @property
     def count(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from emoe.engine import prompts
 from emoe.engine.generation import Event
+from emoe.engine.sampling import ends_of
 from emoe.errors import ConfigError, EmoeError
 from emoe.serve.engine_thread import EngineThread
 from emoe.serve.grammar import Grammars
@@ -103,10 +104,7 @@ class Service:
         self._classifier = classifier
         # An engine decodes with its own while prompts are encoded with this one.
         self._tokenizer = copy.deepcopy(tokenizer)
-        ends = about.config.eos_token_id
-        self._grammars = Grammars(
-            self._tokenizer, about.vocabulary, ends if isinstance(ends, list) else [] if ends is None else [ends]
-        )
+        self._grammars = Grammars(self._tokenizer, about.vocabulary, list(ends_of(about.config)))
         self._tasks = TaskNames(() if classifier is None else classifier.names, self.limits.tasks)
         self.metrics = Metrics()
         self._backend = runs(self.metrics.ended)
@@ -187,14 +185,13 @@ class Service:
             task = self._tasks.name(await self._ahead(lambda: classifier.classify(text).task))
         chat = isinstance(body, ChatRequest)
         id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        formed = body.response_format is not None and body.response_format.type != "text"
         jobs = await self._ahead(
             lambda: [
                 self._job(body, f"{id}-{number * body.count + choice}", tokens, choice, task, slo_ms)
                 for number, tokens in enumerate(encoded)
                 for choice in range(body.count)
             ],
-            self._compiler if formed else self._front,
+            self._front if body.form is None else self._compiler,
         )
         inbox = await self._backend.submit(jobs)
         shape = (ChatShape if chat else CompletionShape)(id, self.name, self._tokenizer, body.alternatives)
@@ -219,10 +216,7 @@ class Service:
         task: str | None,
         slo_ms: dict[str, float],
     ) -> Job:
-        form = body.response_format
-        first = []
-        if form is not None and form.type != "text":
-            first.append(self._grammars.processor(form, len(tokens)))
+        first = [] if body.form is None else [self._grammars.processor(body.form, len(tokens))]
         sampling = sampling_of(body, self.about.config, len(tokens), choice, first)
         return Job(id, tokens, self._output(body, len(tokens)), sampling, task, slo_ms)
 

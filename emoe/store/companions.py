@@ -450,15 +450,12 @@ def _blocks_of(shape: Block, grid: Block) -> Block | None:
         if step is None:
             return None
         sides.append(step)
-    if 1 in grid:
-        # Nothing but the power of two tells the one side: square blocks that makers take, or it is none. Two scales of
-        # gate and up, or three of query, key and value, are cut where these meet.
+    if 1 in grid or 1 not in sides:
+        # One side for both. Where nothing else tells it, it is a square that makers take, or none: two scales of gate
+        # and up, or three of query, key and value, are cut where these meet.
         step = max(side for side, count in zip(sides, grid, strict=True) if count > 1)
-        if step > _LARGEST_SQUARE or any(size > step for size, count in zip(shape, grid, strict=True) if count == 1):
+        if 1 in grid and step > _LARGEST_SQUARE:
             return None
-        sides = [step, step]
-    if 1 not in sides:  # the larger of two least ones has to do for both
-        step = max(sides)
         if any(-(-size // step) != count for size, count in zip(shape, grid, strict=True)):
             return None
         sides = [step, step]
