@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from emoe.model.structure import experts_modules, find_experts
 from emoe.seam.linear import Dense
 from emoe.store import ExpertStore
+from emoe.store.apart import names_apart
 from emoe.store.unread import Unread
 
 METHOD = "emoe_without_experts"
@@ -77,7 +78,7 @@ class _LeaveExpertsOut(HfQuantizer):
         model.config.quantization_config = own_config
         dense = self.quantization_config.dense
         self._kept = None if dense is None else dense.of(model)
-        patterns = set()
+        patterns = {names_apart(path) for path, _ in experts_modules(model)}
         for layer, (path, module) in zip(model._emoe_store.layers, experts_modules(model), strict=True):
             for param in layer.params:
                 module._parameters[param.name] = None

@@ -19,7 +19,7 @@ from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.model.encoding import COMPUTED, EncodedMatrix, Encoding, encoding
 from emoe.model.spec import ExpertForm, ParamSpec
 from emoe.model.structure import experts_modules, num_experts, param_specs
-from emoe.store import ExpertStore, Piece, StoreLayer
+from emoe.store import ExpertStore, Piece, StoreLayer, apart
 from emoe.store.companions import (
     EncodedWeight,
     Group,
@@ -303,8 +303,8 @@ def _place(piece: Piece) -> tuple[str, int]:
 def model_keys(names: Iterable[str], model: Any) -> Iterator[tuple[str, str, str | None, Any]]:
     """(tensor, model key, source pattern, converter), exactly as Transformers assigns them when it loads.
 
-    Tensors of a part that this model does not have are left out. The order matters: some renamings wait for a key that
-    sorts before those they act on.
+    Experts may also lie apart where the family has them in one tensor (apart.py). Tensors of a part that this model
+    does not have are left out. The order matters: some renamings wait for a key that sorts before those they act on.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -313,11 +313,14 @@ def model_keys(names: Iterable[str], model: Any) -> Iterator[tuple[str, str, str
     mapping = get_model_conversion_mapping(model)
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    others = apart.converters(model)
+    by_pattern = {pattern: each for each in (*others, *converters) for pattern in each.source_patterns}
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if key not in state and name in state:
             key, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if key not in state:
+            key, pattern = rename_source_key(name, renamings, others, model.base_model_prefix, state)
         if key in state:
             yield name, key, pattern, None if pattern is None else by_pattern[pattern]
 
@@ -338,6 +341,9 @@ def _sources(
         if pattern is None:
             _check_shape(source, key, state[key], key in rows_first)
         target = found.setdefault(key, _Sources(converter))
+        if target.converter is not converter:
+            other = next(iter(target.by_pattern.values()))[0]
+            raise source.error(f"lies there beside {other.name}: either would be {key}, or part of it")
         target.by_pattern.setdefault(pattern or name, []).append(source)
     return found, weights
 
@@ -397,7 +403,7 @@ def _first_targets(target: str, sources: dict[str, _Sources]) -> list[str]:
 def _require_all_experts(source: _Sources, count: int, target: str) -> None:
     """Where experts are tensors of their own: one for each id, none twice."""
     for pattern, entries in source.by_pattern.items():
-        if "*" not in pattern:
+        if not apart.is_of_one_expert(pattern):
             continue
         names = [entry.name.split(".") for entry in entries]
         ids = _expert_ids(names)
@@ -460,6 +466,12 @@ def _converted(first: str, source: _Sources, module: Any, model: Any) -> dict[st
             if error.source is None:
                 raise
             raise error.source.error(str(error)) from error
+        except ValueError as error:
+            absent = [each for each in converter.source_patterns if each not in source.by_pattern]
+            if not absent:
+                raise _inexpressible(operation, first, model, error) from error
+            others = next(iter(source.by_pattern.values()))[0]
+            raise others.error(f"lies there without its like, {' or '.join(absent)}, for {first}") from error
         except (InexpressibleError, AttributeError, TypeError, NotImplementedError) as error:
             raise _inexpressible(operation, first, model, error) from error
     prefix, suffix = next(

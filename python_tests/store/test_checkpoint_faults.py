@@ -100,6 +100,15 @@ def test_all_tensors_of_a_projection_missing_is_named_by_the_parameter(path):
     assert "model.layers.1.mlp.experts" in _fails(path).tensor
 
 
+def test_all_of_one_of_two_projections_that_make_a_parameter_missing_is_named(path):
+    _change(
+        path / "model.safetensors",
+        lambda t: [t.pop(name) for name in list(t) if "1.mlp.experts" in name and "up_" in name],
+    )
+    error = _fails(path)
+    assert "up_proj" in str(error) and "model.layers.1.mlp.experts.gate_up_proj" in str(error)
+
+
 def test_one_expert_left_of_a_projection_is_named_by_the_first_that_is_missing(path):
     others = [GATE.replace(".3.", f".{expert}.") for expert in range(families.EXPERTS) if expert != 3]
     _change(path / "model.safetensors", lambda tensors: [tensors.pop(name) for name in others])
