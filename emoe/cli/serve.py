@@ -98,6 +98,8 @@ def _seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     key = _key(args.api_key_file)
+    if args.context == 1:
+        raise ConfigError("--context 1 leaves no room for an answer: a token of the prompt and one of the answer are 2")
     if not args.ray:
         for name in ("replicas", "router", "replica_cpus"):
             if getattr(args, name) is not None:

@@ -15,7 +15,7 @@ from emoe.engine.costs import CostFit, Costs, Step
 from emoe.engine.expert_sets import Expert
 from emoe.engine.outlook import NEVER, Outlook
 from emoe.engine.policies import POLICIES
-from emoe.engine.tickets import Live, Ticket
+from emoe.engine.tickets import Live, Ticket, require_number
 from emoe.errors import BudgetError, ConfigError, OverloadedError
 
 __all__ = ["POLICIES", "Expert", "Scheduler", "Step", "Ticket"]
@@ -66,8 +66,8 @@ class Scheduler:
             ("patience", patience, 0),
             ("most_passes", most_passes, 0),
         ):
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} is less than {least}")
+            if value is not None:
+                require_number(name, value, least, whole=name != "patience")
         self.policy = policy
         self._fit = CostFit(costs or Costs())
         self.chunk_rows = chunk_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from emoe.engine.expert_sets import Expert
 from emoe.errors import ConfigError
@@ -39,14 +40,23 @@ class Ticket:
 
     def check(self) -> None:
         """Raises ConfigError where a number makes no sense."""
+        who = f"request {self.id!r}: "
         for name, least in (("prompt", 1), ("most_new", 1), ("kv_bytes", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"request {self.id!r}: {name}={value} is less than {least}")
+            require_number(f"{who}{name}", getattr(self, name), least)
         for name in ("ttft", "tpot", "ttlt"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"request {self.id!r}: target {name}={value} is not over 0 seconds")
+            if value is not None:
+                require_number(f"{who}target {name}", value, 0, whole=False)
+            if value == 0:
+                raise ConfigError(f"{who}target {name}={value} is not over 0 seconds")
+
+
+def require_number(name: str, value: object, least: int, *, whole: bool = True) -> None:
+    """Raises ConfigError where a value is no number, or one less than `least`; NumPy's are numbers too."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or value != value:
+        raise ConfigError(f"{name}={value!r} is not a {'whole ' if whole else ''}number of at least {least}")
+    if float(value) < least:
+        raise ConfigError(f"{name}={value} is less than {least}")
 
 
 class Live:

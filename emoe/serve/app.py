@@ -350,6 +350,7 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
         codes = {404: "not_found", 405: "method_not_allowed"}
         told = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}",
                        codes.get(error.status_code, "invalid_request"))  # fmt: skip
+        service.metrics.refused(told.status)
         response = told.response()
         response.headers.update(error.headers or {})
         return response

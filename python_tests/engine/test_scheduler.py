@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import emoe
@@ -125,12 +126,37 @@ def test_bytes_can_be_split_anew_while_requests_run_but_never_below_what_they_ho
         ({"most_new": 0}, "most_new=0 is less than 1"),
         ({"kv_bytes": -1}, "kv_bytes=-1 is less than 0"),
         ({"ttft": 0.0}, "ttft=0.0 is not over 0"),
-        ({"tpot": float("nan")}, "tpot=nan is not over 0"),
+        ({"tpot": float("nan")}, "tpot=nan is not a number of at least 0"),
+        ({"ttlt": "1s"}, "ttlt='1s' is not a number of at least 0"),
+        ({"prompt": float("nan")}, "prompt=nan is not a whole number of at least 1"),
+        ({"most_new": 2.5}, "most_new=2.5 is not a whole number of at least 1"),
+        ({"kv_bytes": True}, "kv_bytes=True is not a whole number of at least 0"),
     ],
 )
 def test_a_ticket_that_makes_no_sense_is_refused_by_name(arguments, message):
     with pytest.raises(ConfigError, match=message):
         Scheduler().submit(Ticket("x", **{"prompt": 1, "most_new": 1, **arguments}), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patience": float("nan")}, "patience=nan is not a number of at least 0"),
+        ({"patience": -0.5}, "patience=-0.5 is less than 0"),
+        ({"queue_limit": 1.5}, "queue_limit=1.5 is not a whole number of at least 0"),
+        ({"chunk_rows": 0}, "chunk_rows=0 is less than 1"),
+        ({"most_running": "4"}, "most_running='4' is not a whole number of at least 1"),
+    ],
+)
+def test_a_scheduler_of_numbers_that_make_no_sense_is_refused_by_name(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        Scheduler(**arguments)
+
+
+def test_numbers_of_numpy_and_endless_patience_are_numbers():
+    Scheduler(patience=float("inf"), queue_limit=np.int64(3)).submit(
+        Ticket("x", prompt=np.int32(1), most_new=1, ttft=np.float32(0.5)), 0.0
+    )
 
 
 def test_an_id_is_used_once_at_a_time():

@@ -161,6 +161,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(capsys, monkeypatch, c
         (["--api-key-file", "/nowhere/key"], "cannot be read"),
         (["--scheduler", "lifo", "--port", "0"], "lifo"),
         (["--kv-budget", "much", "--port", "0"], "much"),
+        (["--context", "1"], "--context 1 leaves no room for an answer"),
         (["--replicas", "3"], "--replicas is for --ray alone"),
         (["--router", "least"], "--router is for --ray alone"),
         (["--replica-cpus", "1"], "--replica-cpus is for --ray alone"),

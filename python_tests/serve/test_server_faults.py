@@ -168,6 +168,8 @@ def test_metrics_count_answers_targets_and_tokens_by_task(fake):
     engine.failing["poison"] = ReadError("gone")
     with pytest.raises(openai.InternalServerError):
         server.chat("poison", extra_body={"task": "code", "ttft_slo_ms": 60_000.0})
+    assert server.http.get("/v1/nothing").status_code == 404
+    assert server.http.delete("/metrics").status_code == 405
     shown = server.http.get("/status").json()["tasks"]["code"]
     assert {name: shown[name] for name in ("answers", "output_tokens", "firsts", "met", "targets")} == {
         "answers": 3, "output_tokens": 5, "firsts": 2, "met": 2, "targets": 4,
@@ -183,6 +185,8 @@ def test_metrics_count_answers_targets_and_tokens_by_task(fake):
         'emoe_answers_total{reason="error",task="code"} 1.0',
         'emoe_ttft_seconds_count{task="code"} 2.0',
         'emoe_tpot_seconds_count{task="code"} 1.0',
+        'emoe_refused_total{status="404"} 1.0',
+        'emoe_refused_total{status="405"} 1.0',
         'emoe_refused_total{status="500"} 1.0',
         "emoe_up 1.0",
     ):
