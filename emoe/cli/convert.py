@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from emoe.convert.run import Report
 
+_MEMORY = 2 << 30
+
 _EPILOG = """\
 examples:
   emoe convert ./Qwen3-30B-A3B ./Qwen3-30B-A3B-q4_k --experts q4_k
@@ -60,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rest",
         choices=CONVERTED_REST,
-        default="keep",
+        default=CONVERTED_REST[0],
         help="what becomes of the linear layers outside experts: keep (default), or q8_0",
     )
     parser.add_argument(
         "--memory",
         type=common.nbytes,
-        default=2 << 30,
+        default=_MEMORY,
         metavar="SIZE",
         help="that the process may take, Python and torch included (default: 2GiB)",
     )
@@ -94,12 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.coarse is not None:
-        if args.out or args.experts or args.verify or not args.model:
-            raise ConfigError("--coarse ENCODING takes MODEL, and neither OUT nor --experts nor --verify")
+        if not args.model:
+            raise ConfigError("--coarse ENCODING needs MODEL: emoe convert MODEL --coarse ENCODING")
+        _refuse(args, "--coarse ENCODING", but="model")
         return _keep_copies(args)
     if args.verify is not None:
-        if args.model or args.out or args.experts:
-            raise ConfigError("--verify OUT takes neither MODEL nor --experts")
+        _refuse(args, "--verify OUT")
         return _verify(args)
     lacking = [
         name for name, value in (("MODEL", args.model), ("OUT", args.out), ("--experts", args.experts)) if not value
@@ -129,6 +131,23 @@ def run(args: argparse.Namespace) -> int:
         )
     out.print(f"written to {report.out}", markup=False, soft_wrap=True)
     return 0
+
+
+_OF_CONVERSION = {
+    "model": "MODEL", "out": "OUT", "experts": "--experts", "rest": "--rest", "memory": "--memory",
+    "keep_tasks": "--keep-tasks", "perplexity": "--perplexity", "gguf": "--gguf", "verify": "--verify",
+}  # fmt: skip
+
+
+def _refuse(args: argparse.Namespace, alone: str, but: str = "verify") -> None:
+    """ConfigError where an option is given that has nothing to do with `alone`."""
+    usual = {"rest": CONVERTED_REST[0], "memory": _MEMORY}
+    given = [
+        said for name, said in _OF_CONVERSION.items()
+        if name != but and getattr(args, name) not in (None, False, usual.get(name))
+    ]  # fmt: skip
+    if given:
+        raise ConfigError(f"{alone} does not go with {', '.join(given)}")
 
 
 def _keep_copies(args: argparse.Namespace) -> int:

@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill",
         choices=("tokens", "batch"),
         default="tokens",
-        help="a prompt's prefill token by token, or as one step, as a running model does it; lru, lfu, lfru, next-use "
-        "and belady (default: tokens)",
+        help="a prompt's prefill token by token, or as one step, as a forward has it; lru, lfu, lfru, next-use and "
+        "belady (default: tokens)",
     )
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -240,7 +240,9 @@ def _plan(
     libraries = _Libraries(options.device)
     coarse = None
     room = _room(budget, fixed, libraries, free)
-    if options.routing == "coarse" and (budget.share < 1 if room is None else room < slot_bytes * sum(experts)):
+    masses = options.exact_masses.values()
+    fits = budget.share >= 1 if room is None else room >= slot_bytes * sum(experts)
+    if options.routing == "coarse" and not fits and max(masses) > 0:
         reasons = [each.reason for each in layouts]
         beside = None if room is None else room - slot_bytes * top_k * len(experts)
         coarse = copies.choose(options.coarse, found, forms, reasons, experts, beside)
@@ -255,11 +257,17 @@ def _plan(
         )
     notes += prefill.notes
     if options.routing == "coarse" and coarse is None:
-        notes.append("all experts fit into slots: routing='coarse' makes no copies, and is exact")
+        why = "all experts fit into slots" if fits else "exact_mass=0 has every expert read before it is computed"
+        notes.append(f"{why}: routing='coarse' makes no copies, and is exact")
     slots, nbytes = _slots(
         budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare, libraries,
         copies=coarse.nbytes if coarse else 0,
     )  # fmt: skip
+    if coarse and coarse.nbytes + slot_bytes * sum(slots) > slot_bytes * sum(experts):
+        notes.append(
+            f"copies and slots take {format_bytes(coarse.nbytes + slot_bytes * sum(slots))}, slots for all experts "
+            f"{format_bytes(slot_bytes * sum(experts))}: memory_budget=1.0 needs no copies, and is exact"
+        )
     warnings = []
     if min(slots) < top_k:
         enough = libraries.beside(fixed + slot_bytes * len(experts) * top_k)
@@ -296,7 +304,7 @@ def _plan(
             experts,
             top_k,
             copies=[each.nbytes for each in coarse.layouts] if coarse else [],
-            reads=min(options.exact_masses.values()) < 1,
+            masses=masses,
         )
         if rates
         else None,
@@ -468,25 +476,28 @@ def _forecast(
     top_k: int,
     *,
     copies: Sequence[int],
-    reads: bool,
+    masses: Collection[float],
 ) -> tuple[float, float]:
     """Tokens/s of decode with routing at random, and with routing that recurs as in the public traces.
 
     Args:
         bytes_of: an expert of each layer, as it is stored.
         copies: bytes of a copy of each, which stands in for one that is missing; none where all that miss are read.
-        reads: whether some are read all the same: the first figure is then that of reading all.
+        masses: `exact_mass` of each task. Where any is under 1, the first figure is that of reading all that miss, as
+            no share of a pick is known; the second is that of the fewest reads: where the largest is no more than an
+            even share, one pick of each row is full or is read.
     """
 
-    def seconds(hit_rate: Any, stand_in: bool) -> float:
-        layers = zip(slots, experts, bytes_of, copies if stand_in else bytes_of, strict=True)
+    def seconds(hit_rate: Any, read: float) -> float:
+        layers = zip(slots, experts, bytes_of, copies or bytes_of, strict=True)
         missed = [(top_k * (1 - hit_rate(have / count)), whole, used) for have, count, whole, used in layers]
-        computed = top_k * sum(bytes_of) + sum(count * (used - whole) for count, whole, used in missed)
-        read = 0.0 if stand_in else sum(count * whole for count, whole, _ in missed)
-        return (non_expert + computed) / rates.memory + read / rates.disk
+        computed = top_k * sum(bytes_of) + sum(count * (1 - read) * (used - whole) for count, whole, used in missed)
+        return (non_expert + computed) / rates.memory + sum(n * read * whole for n, whole, _ in missed) / rates.disk
 
-    stand_in = bool(copies)
-    random, recurs = seconds(lambda share: share, stand_in and not reads), seconds(recurrent_hit_rate, stand_in)
+    least = most = 1.0
+    if copies:
+        least, most = float(max(masses) <= 1 / top_k) / top_k, float(min(masses) < 1)
+    random, recurs = seconds(lambda share: share, most), seconds(recurrent_hit_rate, least)
     return 1 / max(random, recurs), 1 / min(random, recurs)  # a copy is sooner computed than a full expert
 
 

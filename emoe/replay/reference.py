@@ -15,6 +15,7 @@ from emoe.errors import CacheFullError
 from emoe.replay.counts import Counts
 from emoe.slots import policy as policies
 from emoe.slots.cache import CacheManager
+from emoe.slots.loader import GROUPS
 from emoe.trace.trace import DECODE, PREFILL, Trace
 
 
@@ -70,22 +71,38 @@ def _factory(name: str, future: Sequence[Sequence[Sequence[int]]]) -> str | Call
 
 
 def _step(cache: CacheManager, partition: int, experts: list[int], counts: Counts, layer: int) -> None:
+    """As `Loader.rounds` with reads that are there at once: where no slot is left, the last of those held are let go."""
     held, missing = cache.hold_resident(partition, experts)
     holding = [expert for expert, _ in held]
     counts.picks[layer] += len(experts)
     counts.hits[layer] += len(held)
     counts.loads[layer] += len(missing)
+    arrived: list[int] = []
+    ordered = False
     for expert in missing:
         try:
             evicted = cache.admit(partition, expert).evicted
-        except CacheFullError:  # the next round: what was computed is let go
-            for other in holding:
+        except CacheFullError:
+            if not ordered:
+                protected = cache.protected(partition)
+                holding.sort(key=lambda each: each not in protected)
+                ordered = True
+            _ready(cache, partition, arrived, holding)
+            stay = max(0, len(holding) - max(1, cache.capacity(partition) // GROUPS))
+            for other in holding[stay:]:
                 cache.release(partition, other)
-            holding.clear()
+            del holding[stay:]
             evicted = cache.admit(partition, expert).evicted
         counts.evictions += evicted is not None
-        cache.ready(partition, expert)
-        cache.hold(partition, expert)
-        holding.append(expert)
+        arrived.append(expert)
+    _ready(cache, partition, arrived, holding)
     for expert in holding:
         cache.release(partition, expert)
+
+
+def _ready(cache: CacheManager, partition: int, arrived: list[int], holding: list[int]) -> None:
+    for expert in arrived:
+        cache.ready(partition, expert)
+        cache.hold(partition, expert)
+    holding += arrived
+    arrived.clear()

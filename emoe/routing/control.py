@@ -107,13 +107,11 @@ class Routing:
             if site.rule is not None:
                 self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
         if self.phased:
-            told = self.phases.forward
-            hook = self._model.register_forward_pre_hook(lambda _, args, kwargs: told(args, kwargs), with_kwargs=True)
-            self._handles.append(hook)
+            self._handles.append(self.phases.watch(self._model))
 
     @property
     def phased(self) -> bool:
-        """Whether prompts and decode are not treated alike: `phases` is to be told of the model's forwards."""
+        """Whether prompts and decode are not treated alike: `phases` is to watch the model's forwards."""
         return self._contract is not None or self.coarse is not None
 
     def close(self) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from threading import local
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from emoe.requests import Requests, Span, cached_tokens
 
 
 class _Forward(local):
-    """Of a thread: sequences that its forward has one more token of each of; 0 where it has more, 1 without forward."""
+    """Of a thread: rows of its forward where that is decode, else 0; 1 without forward."""
 
-    sequences = 1
+    rows = 1
 
     def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
         return _Forward, ()  # modes are copied with their routers
@@ -29,16 +34,37 @@ class Phases:
         self._requests = requests
         self._forward = _Forward()
 
-    def forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A forward of the model is about to run in this thread: with a token more of each sequence it is decode."""
+    def watch(self, model: Any) -> RemovableHandle:
+        """Looks at every forward of a model, also where its text model is called by itself; `remove` ends it."""
+        text = model.get_decoder() if hasattr(model, "get_decoder") else None
+        seen = text if isinstance(text, nn.Module) else model
+        names = list(inspect.signature(type(seen).forward).parameters)[1:]
+
+        def told(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.forward({**dict(zip(names, args, strict=False)), **kwargs})
+
+        return cast(RemovableHandle, seen.register_forward_pre_hook(told, with_kwargs=True))
+
+    def forward(self, given: Mapping[str, Any]) -> None:
+        """A forward of a text model is about to run in this thread.
+
+        It is decode where it goes on from a cache with a token more of each sequence, or with several that
+        assisted generation guessed.
+
+        Args:
+            given: its arguments by name.
+        """
         if torch.compiler.is_compiling():
             return
-        text = kwargs.get("input_ids", args[0] if args else None)
+        text = given.get("input_ids")
         if text is None:
-            text = kwargs.get("inputs_embeds")
-        cache = kwargs.get("past_key_values")
-        one = isinstance(text, torch.Tensor) and text.dim() > 1 and text.shape[1] == 1
-        self._forward.sequences = text.shape[0] if one and cache is not None and cached_tokens(cache) else 0
+            text = given.get("inputs_embeds")
+        cache = given.get("past_key_values")
+        self._forward.rows = 0
+        if isinstance(text, torch.Tensor) and text.dim() > 1 and cache is not None and cached_tokens(cache):
+            batch, rows = text.shape[:2]
+            if rows == 1 or _guessed(sys._getframe(1)):
+                self._forward.rows = batch * rows
 
     def decode(self, spans: Sequence[Span]) -> list[bool]:
         """Of each span whether its rows are decode.
@@ -48,4 +74,11 @@ class Phases:
         rows = [span.stop - span.start for _, span in spans]
         if self._requests.batched:
             return [count == 1 for count in rows]
-        return [count == self._forward.sequences for count in rows]
+        return [count == self._forward.rows for count in rows]
+
+
+def _guessed(frame: FrameType | None) -> bool:
+    """Whether Transformers' generation with an assistant, or by looking up the prompt, calls a frame."""
+    while frame is not None and frame.f_code.co_name != "_assisted_decoding":
+        frame = frame.f_back
+    return frame is not None

@@ -10,6 +10,7 @@ import inspect
 import logging
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -164,8 +165,10 @@ class ChunkedPrefill:
         keep = given.get("logits_to_keep", 0) or length
         given.setdefault("use_cache", True)
         rows: list[torch.Tensor] = []
-        for start in range(0, length, size):
-            end = min(start + size, length)
+        starts = list(range(0, length, size))
+        if size > 2 and length - starts[-1] == 1:
+            starts[-1] -= 1  # one row that goes on from a cache would be taken for decode
+        for start, end in pairwise([*starts, length]):
             wanted = min(end - start, end - (length - keep))  # rows of this chunk that were asked for
             chunk = _cut(given, start, end, length)
             if "logits_to_keep" in self._parameters or "logits_to_keep" in given:

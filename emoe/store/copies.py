@@ -21,7 +21,7 @@ import torch
 from emoe import files
 from emoe.errors import CheckpointError, ConfigError, EmoeError, MissingFileError, WriteError
 from emoe.files import cache_folder
-from emoe.memory import format_bytes
+from emoe.memory import LargeBlocks, format_bytes
 from emoe.model.copies import CopyLayout, encode_copy, put
 from emoe.store import ExpertStore, read_expert
 
@@ -106,17 +106,23 @@ def _start(parts: Sequence[torch.Tensor]) -> int:
 
 def _file_name(store: ExpertStore, name: str) -> str:
     """One for each checkpoint and encoding, whatever the checkpoint's files hold now."""
-    return f"copies-{name}-{hashlib.sha256(repr(sorted(store.files())).encode()).hexdigest()[:20]}.bin"
+    paths = sorted(map(os.path.realpath, store.files()))
+    return f"copies-{name}-{hashlib.sha256(repr(paths).encode()).hexdigest()[:20]}.bin"
 
 
 def _key(store: ExpertStore, layers: Sequence[CopyLayout], name: str) -> bytes:
     """Tells what the copies are made of, and how they lie, from anything else."""
     found = hashlib.sha256(name.encode())
-    for file in sorted(store.files()):
-        _, *identity = store.opened(file).identity
-        found.update(repr((file, identity)).encode())
+    paths = {file: os.path.realpath(file) for file in sorted(store.files())}  # a link leads to the same copies
+    for file, path in paths.items():
+        opened = store.opened(file)
+        _, *identity = opened.identity
+        found.update(repr((path, identity)).encode() + opened.sample())
     for layer, where in zip(store.layers, layers, strict=True):
-        found.update(repr((layer, where.form, where.offsets, where.nbytes)).encode())
+        lies = repr((layer, where.form, where.offsets, where.nbytes))
+        for file, path in paths.items():
+            lies = lies.replace(repr(file), repr(path))
+        found.update(lies.encode())
     return found.digest()
 
 
@@ -178,9 +184,14 @@ def _make(
 
 @contextmanager
 def _workers() -> Iterator[Callable[..., Iterator[None]]]:
-    """`map` over threads; an interrupt waits for the experts that are under way, and for no others."""
+    """`map` over threads; an interrupt waits for the experts that are under way, and for no others.
+
+    What they free is given back at once: slots are filled next, of the same budget.
+    """
     pool = ThreadPoolExecutor(min(torch.get_num_threads(), _MOST_THREADS))
+    LargeBlocks.hold()
     try:
         yield pool.map
     finally:
         pool.shutdown(cancel_futures=True)
+        LargeBlocks.release()

@@ -62,9 +62,13 @@ class OpenFile:
             done += count
         return done
 
+    def sample(self) -> bytes:
+        """A digest of bytes of many places, which tells files apart that have the same identity."""
+        return _sample(self.fd, self.identity.size)
+
     def keep_sample(self) -> None:
-        """Remembers bytes of many places, by which `renew` knows another file to be the same."""
-        self._sample = _sample(self.fd, self.identity.size)
+        """Remembers its sample, by which `renew` knows another file to be the same."""
+        self._sample = self.sample()
 
     def change(self) -> str:
         """ "" while the file is what it was, else "changed since the model was loaded (...)". Ask after reading."""

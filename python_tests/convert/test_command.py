@@ -99,7 +99,7 @@ def test_verify_says_whether_files_are_as_they_were_written(model_folder, tmp_pa
         (("{model}", "{out}", "--experts", "q8_0", "--memory", "1M"), "1.0 MiB were given"),
         (("{model}", "{model}", "--experts", "q8_0"), "nothing is written over"),
         (("--verify", "{out}"), "no record"),
-        (("{model}", "{out}", "--verify", "{out}"), "--verify OUT takes neither"),
+        (("{model}", "{out}", "--verify", "{out}"), "--verify OUT does not go with MODEL, OUT"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(words, said, model_folder, tmp_path, capsys):

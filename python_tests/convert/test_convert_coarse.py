@@ -64,11 +64,14 @@ def test_what_is_made_and_where_is_said(checkpoint, capsys):
     assert status == 0 and found["file"] == str(file) and found["made"] is False and found["coarse"] == "q8_0"
 
 
-@pytest.mark.parametrize("words", [("OUT",), ("--experts", "q8_0"), ("--verify", "OUT")])
+@pytest.mark.parametrize("words", [
+    ("OUT",), ("--experts", "q8_0"), ("--verify", "OUT"), ("--gguf",), ("--rest", "q8_0"), ("--memory", "1G"),
+    ("--keep-tasks", "/nowhere"), ("--perplexity", "/nowhere"),
+])  # fmt: skip
 def test_it_goes_with_a_model_and_nothing_else(words, checkpoint, tmp_path, capsys):
     given = [str(tmp_path / "out") if word == "OUT" else word for word in words]
     status, _, err = run(capsys, "convert", checkpoint("olmoe"), *given, "--coarse", "q8_0")
-    assert status == 2 and "--coarse ENCODING takes MODEL" in err
+    assert status == 2 and f"--coarse ENCODING does not go with {words[0]}" in err
     assert not (tmp_path / "out").exists() and not list(cache_folder().glob("copies-*"))
 
 

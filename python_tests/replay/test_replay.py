@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_queue import FakeQueue
 from made_traces import make_trace, random_trace, task_trace
 from public_traces import DOMAINS, domains, need
 
 from emoe.cli import main
 from emoe.errors import ConfigError, TraceError
 from emoe.replay import PLAIN, reference, replay, rows, sequence, slots_of
+from emoe.slots.cache import CacheManager
+from emoe.slots.loader import Loader
 from emoe.trace.trace import DECODE, PREFILL, load_trace, save_trace
 
 
@@ -86,6 +89,30 @@ def test_hits_of_decode_are_counted_apart_in_any_way_of_counting(policy):
 def test_a_replay_that_cannot_be_says_why(arguments, words):
     with pytest.raises(ConfigError, match=words):
         replay(_two_prompts(), **{"policy": "lru", "resident": [0.5], **arguments})
+
+
+@pytest.mark.parametrize("slots", [3, 5, 8])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "next-use"])
+def test_a_prefill_in_rounds_loads_what_a_loader_loads_whose_reads_are_there_at_once(policy, slots):
+    trace = random_trace(7, layers=2, tokens=240, num_experts=16)
+    prompt = np.arange(240, dtype=np.int32) // 20
+    phase = np.where(np.arange(240) % 20 < 12, PREFILL, DECODE).astype(np.uint8)
+    trace = replace(trace, prompt=prompt, phase=phase)
+    (counted,) = replay(trace, policy, [slots / 16], prefill="batch")
+    loader = Loader(
+        CacheManager([slots] * 2, policy=policy),
+        FakeQueue(eager=True),
+        [[16 * layer + expert for expert in range(16)] for layer in range(2)],
+    )
+    steps = [slice(first, first + 12) for first in range(0, 240, 20)]
+    steps += [slice(t, t + 1) for t in range(240) if phase[t] == DECODE]
+    for step in sorted(steps, key=lambda each: each.start):
+        for layer in range(2):
+            loader.cache.saw(layer, trace.experts[layer, step])
+            experts = np.unique(trace.experts[layer, step]).tolist()
+            assert sorted(each for group in loader.rounds(layer, experts) for each, _ in group) == experts
+    found = loader.snapshot()
+    assert [found[name] for name in ("hits", "misses", "evictions")] == [counted.hits, counted.loads, counted.evictions]
 
 
 def test_a_prefill_as_one_step_needs_a_trace_that_has_prefill():

@@ -283,6 +283,35 @@ def test_a_forecast_has_copies_in_the_place_of_reads(checkpoint, monkeypatch):
     assert some[0] == exact[0] < some[1]
 
 
+def test_a_forecast_knows_what_an_exact_mass_reads(checkpoint, monkeypatch):
+    from emoe.planning import bandwidth
+
+    monkeypatch.setattr(bandwidth, "measure", lambda folder: bandwidth.Rates(1e9, 1e6, ""))
+    plans = [
+        emoe.plan(checkpoint("olmoe"), 0.3, dtype=torch.float32, routing="coarse", exact_mass=mass)
+        for mass in (0.1, 0.3, 0.4, 1.0)
+    ]
+    fastest = [plan.tokens_per_second[1] for plan in plans]  # of picks [3] one has a share of a third
+    assert fastest[0] == fastest[1] < fastest[2] <= fastest[3]
+
+
+def test_an_exact_mass_of_zero_takes_nothing_of_the_budget_for_copies(checkpoint):
+    plans = [
+        emoe.plan(checkpoint("olmoe"), 0.3, dtype=torch.float32, calibrate=False, **options)
+        for options in ({}, {"routing": "coarse", "exact_mass": 0})
+    ]
+    assert plans[0].slots_per_layer == plans[1].slots_per_layer
+    assert plans[0].planned_bytes == plans[1].planned_bytes and plans[1].coarse is None
+    assert any("exact_mass=0 has every expert read" in note for note in plans[1].notes)
+
+
+def test_copies_beside_slots_for_nearly_all_experts_are_said_to_cost_more_than_slots_for_all(checkpoint):
+    notes = emoe.plan(
+        checkpoint("olmoe"), 0.9, dtype=torch.float32, routing="coarse", coarse="q8_0", calibrate=False
+    ).notes
+    assert any("memory_budget=1.0 needs no copies" in note for note in notes)
+
+
 def test_a_budget_that_is_too_small_names_the_copies_and_one_that_works(checkpoint):
     path = checkpoint("olmoe")
     smallest = emoe.plan(path, 0.5, dtype=torch.float32, calibrate=False).smallest_budget
@@ -369,6 +398,32 @@ def test_copies_of_a_checkpoint_that_was_written_anew_are_made_anew(tmp_path, id
     model.emoe.close(restore=False)
     assert list(cache.glob("copies-*.bin")) == [file]
     assert file.read_bytes() != before
+
+
+def test_copies_of_other_bytes_in_a_file_of_the_same_identity_are_made_anew(tmp_path, cache):
+    folder = families.save("olmoe", tmp_path / "model")
+    _load(folder).emoe.close(restore=False)
+    (kept,) = cache.glob("copies-*.bin")
+    before = kept.read_bytes()
+    weights = folder / "model.safetensors"
+    info, start = weights.stat(), 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    other = families.save("olmoe", tmp_path / "other", seed=1) / "model.safetensors"
+    with weights.open("r+b") as file:  # as rsync --inplace --times leaves it
+        file.seek(start)
+        file.write(other.read_bytes()[start:])
+    os.utime(weights, ns=(info.st_atime_ns, info.st_mtime_ns))
+    _load(folder).emoe.close(restore=False)
+    assert kept.read_bytes() != before
+
+
+def test_a_link_to_a_checkpoint_leads_to_its_copies(tmp_path, cache):
+    folder = families.save("olmoe", tmp_path / "model")
+    (tmp_path / "link").symlink_to(folder)
+    _load(folder).emoe.close(restore=False)
+    (kept,) = cache.glob("copies-*.bin")
+    made = kept.stat().st_mtime_ns
+    _load(tmp_path / "link").emoe.close(restore=False)
+    assert list(cache.glob("copies-*.bin")) == [kept] and kept.stat().st_mtime_ns == made
 
 
 def test_copies_that_cannot_be_kept_are_made_all_the_same(checkpoint, ids, cache, monkeypatch, caplog):

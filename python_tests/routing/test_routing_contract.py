@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from emoe.errors import ConfigError
+from emoe.model.structure import experts_modules
 from emoe.routing import FixedResidency, Request, Routing, attach, parse_options, random_residency
 from emoe.routing.contract import WINDOW, Contract, avoidable
 from emoe.routing.host import exchange
 from emoe.routing.rules import Groups, Rule, Vector
 from emoe.routing.select import choose
+from emoe.seam.prefill import ChunkedPrefill
 from emoe.slots.cache import CacheManager
 from emoe.slots.resident import CacheResidency
 
@@ -620,6 +622,49 @@ def test_tokens_of_a_batch_are_decode_and_a_text_of_one_token_is_a_prompt():
         assert (request.prompt.rows, request.decode.rows) == (36, 12)
         model(ids[:, :1], use_cache=False)
         assert (request.prompt.rows, request.decode.rows) == (48, 12)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "granitemoe", "deepseek_v2"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda model, ids, cache: model(ids, None, None, cache),
+        lambda model, ids, cache: model.model(ids, past_key_values=cache, use_cache=True),
+        lambda model, ids, cache: model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache),
+    ],
+    ids=["cache by position", "the text model alone", "embeddings"],
+)
+def test_decode_is_told_however_the_model_is_called(step, name):
+    model = _model(name)
+    layers = len(experts_modules(model))
+    routing = attach(model, _residency(layers=layers), routing="resident", max_substituted_mass=0.1)
+    with routing, torch.no_grad(), routing.request() as request:
+        cache = model(_ids(6), use_cache=True).past_key_values
+        for token in range(3):
+            step(model, _ids(1, token), cache)
+    assert (request.prompt.rows, request.decode.rows) == (6 * layers, 3 * layers)
+
+
+def test_tokens_that_an_assistant_guessed_are_decode():
+    model = _model()
+    routing = attach(model, _residency(), routing="resident", max_substituted_mass=0.1)
+    with routing, torch.no_grad(), routing.request() as request:
+        model.generate(
+            _ids(6).repeat(1, 2), max_new_tokens=10, min_new_tokens=10, prompt_lookup_num_tokens=3, do_sample=False
+        )
+    assert request.prompt.rows == 3 * (12 + 3)  # the first forward has guesses behind the prompt
+    assert request.decode.rows >= 3 * 9
+
+
+@pytest.mark.parametrize("length", range(9, 17))
+def test_a_prompt_in_chunks_is_all_prompt(length):
+    model = _model()
+    chunked = ChunkedPrefill(model, 4, 0)
+    routing = attach(model, _residency(), routing="resident", max_substituted_mass=0.1)
+    with routing, torch.no_grad(), routing.request() as request:
+        model(_ids(length), use_cache=True)
+    chunked.remove()
+    assert (request.prompt.rows, request.decode.rows) == (3 * length, 0)
 
 
 @pytest.mark.parametrize("rows", [1, 6])
