@@ -71,7 +71,7 @@ def _factory(name: str, future: Sequence[Sequence[Sequence[int]]]) -> str | Call
 
 
 def _step(cache: CacheManager, partition: int, experts: list[int], counts: Counts, layer: int) -> None:
-    """As `Loader.rounds` with reads that are there at once: where no slot is left, the last of those held are let go."""
+    """As `Loader.rounds` whose reads are there at once: where no slot is left, the last of those held are let go."""
     held, missing = cache.hold_resident(partition, experts)
     holding = [expert for expert, _ in held]
     counts.picks[layer] += len(experts)

@@ -31,22 +31,26 @@ def run_base(trace: Trace, predictor: ExpertPredictor, slots: int, slack: int, r
     rows = np.arange(L)[:, None]
     counts = Counts.of(trace)
     in_slot = np.zeros((L, E + 1), dtype=bool)  # the last column is "no pick"
-    base = np.zeros((L, E), dtype=bool)
+    base = own = np.zeros((L, E), dtype=bool)
+    rivals = [base] * len(refresh.rivals_due)
     last = np.zeros((L, E + 1), dtype=np.int64)
-    kept_covers = renewed_covers = 0.0
+    covers: list[float] = []
     for step, picks in enumerate(_by_token(trace)):
         if step == 0 or trace.prompt[step] != trace.prompt[step - 1]:
             if step:
-                refresh.saw(kept_covers, renewed_covers)
+                refresh.saw(*covers)
             predictor.begin(int(trace.task[step]))
             renewed = top(predictor.rank(), slots - slack)
-            kept_covers, renewed_covers = _coverage(trace, step, base, renewed)
+            before, mine = base, own
             if refresh.due([int(trace.task[step])] if predictor.names else ()):
-                base = renewed
-                if not slack:
-                    counts.loads += (base & ~in_slot[:, :E]).sum(axis=1)
-                    in_slot[:, :E] |= base
-                    counts.evictions += _trim(in_slot, base, last, slots)
+                own = renewed
+            rivals = [renewed if due else rival for due, rival in zip(refresh.rivals_due, rivals, strict=True)]
+            base = own if refresh.follows is None else rivals[refresh.follows]
+            covers = _coverage(trace, step, mine, renewed, *rivals)
+            if base is not before and not slack:
+                counts.loads += (base & ~in_slot[:, :E]).sum(axis=1)
+                in_slot[:, :E] |= base
+                counts.evictions += _trim(in_slot, base, last, slots)
             kept = np.zeros_like(base) if predictor.names and trace.task[step] == UNKNOWN_TASK else base
         valid = picks >= 0
         missed = valid & ~in_slot[rows, picks]
@@ -128,14 +132,14 @@ def _trim(in_slot: Mask, held: Mask, last: NDArray[np.int64], slots: int) -> int
     return evicted
 
 
-def _coverage(trace: Trace, step: int, kept: Mask, renewed: Mask) -> tuple[float, float]:
+def _coverage(trace: Trace, step: int, *masks: Mask) -> list[float]:
     """Share of the prompt's picks that each set holds. It is told to `Refresh` only when the prompt is over."""
     end = step + int(np.argmax(np.append(trace.prompt[step:] != trace.prompt[step], True)))
     picks = trace.experts[:, step:end]
     valid = picks >= 0
     rows = np.arange(trace.layers)[:, None, None]
     total = max(int(valid.sum()), 1)
-    return tuple(float((mask[rows, picks] & valid).sum() / total) for mask in (kept, renewed))  # type: ignore[return-value]
+    return [float((mask[rows, picks] & valid).sum() / total) for mask in masks]
 
 
 def _by_token(trace: Trace) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,13 @@ BLOCK_TOKENS = 512  # picks of so many tokens are kept before they are handed on
 
 Mask = NDArray[np.bool_]
 _Routed = tuple[torch.Tensor, torch.Tensor]  # picks [T, K] of a layer and its residents [E]
+
+
+class _Chosen(NamedTuple):
+    """A base set [L, E], and the scores that it was chosen by."""
+
+    base: Mask
+    scores: NDArray[np.float64]
 
 
 class BaseSet:
@@ -79,13 +86,14 @@ class BaseSet:
         L = len(self._experts)
         slots = self._slots()
         self.sizes = self._sizes(slots)
-        self._base: Mask = np.zeros((L, max(self._experts)), dtype=bool)  # as chosen, kept or not
-        self._scores = np.zeros(self._base.shape)  # that it was chosen by
+        none = np.zeros((L, max(self._experts)), dtype=bool)
+        self._chosen = self._own = _Chosen(none, np.zeros(none.shape))  # what serves, and the choice of `_refresh`
         self._expected: dict[int, frozenset[tuple[int, int]]] = {}  # by task, as of refresh `_expected_at`
         self._expected_at = 0
-        self._choices = self._base, self._base  # for this request: keep what there was, or take what is best now
+        self._choices: tuple[Mask, ...] = (none, none)  # of this request: kept, best now, and of each rival
         self._pending: list[list[int]] = [[] for _ in range(L)]
         self._refresh = Refresh(options.period)
+        self._others = [self._own] * len(self._refresh.rivals_due)
         self._between = Between(self._experts, self.sizes) if ahead else None
         self._rivals = self._between or Loading(self._experts, slots, make(options.policy))
         self._switch = Switch(loads_misses=not ahead)
@@ -134,10 +142,20 @@ class BaseSet:
         self.sizes = self._sizes(slots)
         self._rivals.resize(slots if self._between is None else self.sizes)
         if self._base.any():
-            self._base = _best(self._scores, self.sizes, self._experts)
+            again = {id(each): self._best(each.scores) for each in (self._chosen, self._own, *self._others)}
+            self._chosen, self._own = again[id(self._chosen)], again[id(self._own)]
+            self._others = [again[id(each)] for each in self._others]
             self._choices = self._base, self._base
             if self._kept:
                 self._bring(self._base)
+
+    @property
+    def _base(self) -> Mask:
+        """As chosen, kept or not."""
+        return self._chosen.base
+
+    def _best(self, scores: NDArray[np.float64]) -> _Chosen:
+        return _Chosen(_best(scores, self.sizes, self._experts), scores)
 
     def _layers_that_do_not_count(self) -> dict[int, NDArray[np.bool_]]:
         """[L] of each task that the predictor and the sensitivity profile know."""
@@ -212,21 +230,32 @@ class BaseSet:
         streams = None if alone else self._streams
         running = [] if streams is None else streams.tasks()
         due = self._refresh.due([*running, *(task for task, _ in requests)] if predictor.names else ())
-        due = due or not self._base.any()  # nothing was known at the last choice
+        due = due or not self._own.base.any()  # nothing was known at the last choice
         if due or self._options.period == "adaptive":
             started = time.perf_counter()
             if streams is None:
                 scores = load_score(predictor, requests, self._insensitive)
             else:
                 scores = streams.scores(requests[:-1], typical)
-            renewed = _best(scores, self.sizes, self._experts)
-            self._choices = self._base, renewed
+            self._renew(self._best(scores), due)
             self._milliseconds.append(1e3 * (time.perf_counter() - started))
         elif streams is None:
             predictor.begin(self._task)
-        if due and renewed.any():
-            self.refreshes += 1
-            self._base, self._scores = renewed, scores
+
+    def _renew(self, renewed: _Chosen, due: bool) -> None:
+        self._choices = self._own.base, renewed.base
+        if not renewed.base.any():
+            return
+        refresh, before = self._refresh, self._chosen
+        if due:
+            self._own = renewed
+        self._others = [
+            renewed if now or not other.base.any() else other
+            for now, other in zip(refresh.rivals_due, self._others, strict=True)
+        ]
+        self._choices += tuple(other.base for other in self._others)
+        self._chosen = self._own if refresh.follows is None else self._others[refresh.follows]
+        self.refreshes += self._chosen is not before
 
     def _wanted(self, request: Request) -> bool:
         """Whether a base set helps at least half of the requests that run."""

@@ -13,7 +13,9 @@ DRIFT_LIMIT = 0.005  # what exceeds that, summed over prompts, calls for one
 DROP = 0.05  # below its usual coverage a prompt is a surprise: traffic may have changed
 WORTH = 0.02  # a surprise calls for a new one while that has covered so much more after those before
 PAID = 0.04  # one that covers so much more than its predecessor is followed by the next at once
-_WORTH_RATE, _USUAL_RATE = 0.25, 0.3  # weight of the newest in the two means
+BEATS = (5, 10)  # prompts after which each of its rivals chooses, whatever was seen
+LEAD = 0.01  # what a rival covers more, over some prompts, before it is followed
+_WORTH_RATE, _USUAL_RATE, _LEAD_RATE = 0.25, 0.3, 0.1  # weight of the newest in the means
 
 
 class Refresh:
@@ -22,9 +24,17 @@ class Refresh:
     A task that the base set was not chosen for does not wait for either: what is best for a mixture of tasks has seven
     points fewer hits than LRU on the public traces (docs/slots.md).
 
+    "adaptive" has rivals, chosen on beats of their own: where tasks take turns, the prompts that call for a new choice
+    may be those for which it is the worst. One that has covered more is followed in the place of its own choice.
+
     Args:
         period: prompts, or "adaptive".
         offset: prompts after the first at which a fixed period begins (the first prompt always refreshes).
+
+    Attributes:
+        count: how often the base set that serves became another choice.
+        rivals_due: of each rival, whether it chooses anew at the prompt that began.
+        follows: whose base set serves it; None: its own.
     """
 
     def __init__(self, period: int | str, offset: int = 0) -> None:
@@ -35,6 +45,10 @@ class Refresh:
         self._surprised = self._paid = self._renewed = False
         self._usual: float | None = None
         self._worth = PAID
+        self._leads = [0.0] * len(BEATS)
+        self._followed: int | None = None
+        self.rivals_due = [False] * len(BEATS) if period == "adaptive" else []
+        self.follows: int | None = None
         self._tasks: frozenset[int] = frozenset()
 
     def due(self, tasks: Sequence[int] = ()) -> bool:
@@ -48,20 +62,31 @@ class Refresh:
         self._prompts += 1
         own = tasks[-1] if tasks else UNKNOWN_TASK
         due = self._adapts(number) if self.period == "adaptive" else self._on_beat(number)
-        self._renewed = number == 0 or due or (own != UNKNOWN_TASK and own not in self._tasks)
+        other_task = own != UNKNOWN_TASK and own not in self._tasks
+        self._renewed = number == 0 or due or other_task
+        if self.period == "adaptive":
+            self.rivals_due = [number % beat == 0 or other_task for beat in BEATS]
         if self._renewed:
             self._drift = 0.0
             self._tasks = frozenset(tasks)
-            self.count += 1
+        another = self._renewed if self.follows is None else self.rivals_due[self.follows]
+        self.count += another or self.follows != self._followed
+        self._followed = self.follows
         return self._renewed
 
-    def saw(self, kept: float, renewed: float) -> None:
+    def saw(self, kept: float, renewed: float, *rivals: float) -> None:
         """What the prompt that ended showed: the share of its picks that each of two base sets covers.
 
         Args:
             kept: that of the prompt before.
             renewed: one that was chosen just before the prompt.
+            rivals: those that were chosen when `rivals_due` said so.
         """
+        own = renewed if self._renewed else kept
+        for number, covers in enumerate(rivals):
+            self._leads[number] += _LEAD_RATE * (covers - own - self._leads[number])
+        if rivals:
+            self.follows = self._leader()
         gain = renewed - kept
         if self._surprised:
             self._worth += _WORTH_RATE * (gain - self._worth)
@@ -71,6 +96,13 @@ class Refresh:
         self._surprised = self._usual is not None and (renewed if self._renewed else kept) < self._usual - DROP
         best = max(kept, renewed)
         self._usual = best if self._usual is None else self._usual + _USUAL_RATE * (best - self._usual)
+
+    def _leader(self) -> int | None:
+        held = 0.0 if self.follows is None else max(0.0, self._leads[self.follows])
+        best = max(range(len(BEATS)), key=self._leads.__getitem__)
+        if self._leads[best] > held + LEAD:
+            return best
+        return self.follows if held > 0 else None
 
     def _adapts(self, number: int) -> bool:
         # The first choice knows no prompt yet, so the drift test does not wait for a second bad one.

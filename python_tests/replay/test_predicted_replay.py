@@ -211,6 +211,31 @@ def test_a_prompt_that_is_covered_far_worse_than_usual_calls_for_another_base_se
     assert refresh.due()
 
 
+def test_a_rival_that_covers_more_is_followed_until_it_no_longer_does():
+    refresh = Refresh("adaptive")
+    beats = []
+    for prompt in range(60):
+        refresh.due()
+        beats.append(refresh.rivals_due)
+        better = 0.1 if prompt < 20 else -0.1
+        refresh.saw(0.5, 0.5, 0.45, 0.5 + better)
+        if prompt in (10, 50):
+            assert refresh.follows == {10: 1, 50: None}[prompt]
+    assert [[n for n, due in enumerate(beats) if due[rival]] for rival in range(2)] == [
+        list(range(0, 60, 5)), list(range(0, 60, 10)),
+    ]  # fmt: skip
+    assert Refresh(5).rivals_due == []
+
+
+def test_tasks_that_take_turns_by_twos_are_served_as_well_as_by_the_best_beat():
+    trace = mix.bursts(task_trace(11, prompts=200, tasks=3), 2)
+    ours, *fixed = (
+        replay(trace, "recent", [0.3], options=Options(period=period))[0].hit_rate
+        for period in ("adaptive", 1, 5, 10, 20, 40)
+    )
+    assert ours >= max(fixed) - 0.01
+
+
 def test_an_adaptive_period_follows_a_shift_and_rests_before_it():
     trace = task_trace(5, prompts=60)
     order = np.argsort(trace.task, kind="stable")  # all of one task, then all of the other
@@ -346,7 +371,7 @@ def test_an_adaptive_period_is_near_the_best_fixed_one_and_far_better_after_a_sh
         return replay(trace, "recent", [0.3], options=Options(period=period, offset=offset))[0]
 
     whole = join(domains)
-    for trace in (*domains, mix.bursts(whole, 10), mix.bursts(whole, 5), mix.mixed(whole, 0)):
+    for trace in (*domains, *(mix.bursts(whole, size) for size in (2, 3, 5, 10)), mix.mixed(whole, 0)):
         often, *seldom = (run(trace, period) for period in (1, 5, 10, 20, 40))
         ours = run(trace, "adaptive")
         assert ours.hit_rate >= max(each.hit_rate for each in (often, *seldom)) - 0.01
