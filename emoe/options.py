@@ -453,7 +453,7 @@ class Options:
         "SHARE", read=_text_bias, ways=("load", "wrap", "plan"),
     )  # fmt: skip
     policy: Any = _row(
-        "next-use", OneOf(("lru", "lfu", "lfru", "next-use"), or_function=True),
+        "next-use", OneOf(("lru", "lfu", "lfru", "classlru", "next-use"), or_function=True),
         "which expert leaves when a slot is needed (docs/slots.md)",
     )  # fmt: skip
     predictor: Any = _row(

@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         type=_policies,
         metavar="NAME[,NAME...]",
-        help="lru, lfu, lfru, next-use, belady; predicting: task-table, recent, base+slack, trained-next-use, oracle, "
-        "predictor:FILE (default: lru,next-use,belady, with --global lru,lfu,belady); a comma in FILE is part of it "
-        "unless another policy follows",
+        help="lru, lfu, lfru, classlru, next-use, belady; predicting: task-table, recent, base+slack, "
+        "trained-next-use, oracle, predictor:FILE (default: lru,next-use,belady, with --global lru,lfu,belady); a "
+        "comma in FILE is part of it unless another policy follows",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill",
         choices=("tokens", "batch"),
         default="tokens",
-        help="a prompt's prefill token by token, or as one step, as a forward has it; lru, lfu, lfru, next-use and "
-        "belady (default: tokens)",
+        help="a prompt's prefill token by token, or as one step, as a forward has it; the policies that do not "
+        "predict (default: tokens)",
     )
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument(

@@ -18,7 +18,7 @@ from emoe.replay.counts import Counts
 from emoe.replay.predicted import Options
 from emoe.trace.trace import PREFILL, Trace
 
-PLAIN = ("lru", "lfu", "lfru", "next-use", "belady")
+PLAIN = ("lru", "lfu", "lfru", "classlru", "next-use", "belady")
 PREFILLS = ("tokens", "batch")
 POLICIES = (*PLAIN, *predicted.POLICIES)
 

@@ -171,6 +171,24 @@ class LFRU(LRU):
         super().used(step, places, miss)
 
 
+class ClassLRU(LRU):
+    """`emoe.slots.policy.ClassLRU`: the score of those in the class that stays is above all others."""
+
+    _STAYS = 2.0**40
+
+    def __init__(self, rows: int, experts: int) -> None:
+        super().__init__(rows, experts)
+        self._uses = np.zeros(rows * experts + 1)
+
+    def scores(self, rows: NDArray[np.intp]) -> Scores:
+        uses = self._uses[:-1].reshape(self.table.shape)[rows]
+        return super().scores(rows) + self._STAYS * (uses > policy.ClassLRU.COLD)
+
+    def used(self, step: int, places: NDArray[np.intp], miss: NDArray[np.bool_]) -> None:
+        self._uses[places] = np.where(miss, 0, self._uses[places] + 1)
+        super().used(step, places, miss)
+
+
 class NextUse(LRU):
     """`emoe.slots.policy.NextUse`: the same code learns, once for all budgets; of equals the least recent."""
 
@@ -233,6 +251,7 @@ MAKERS: dict[str, Callable[[Trace, int], RowPolicy]] = {
     "lru": _sized(LRU),
     "lfu": _sized(LFU),
     "lfru": _sized(LFRU),
+    "classlru": _sized(ClassLRU),
     "next-use": NextUse,
     "belady": Belady,
 }

@@ -151,6 +151,33 @@ class LFRU(LRU):
         return victim
 
 
+class ClassLRU(LRU):
+    """Two classes: evicts the least recently used of those used in at most `COLD` steps since they took their slot.
+
+    Where there is none, the least recently used of the others. As in caches of experts on GPUs for llama.cpp, where it
+    is called protection of hot experts. An expert that comes back begins anew.
+    """
+
+    COLD = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._uses: dict[int, int] = {}  # beside the step that brought it
+        self._last: dict[int, int] = {}
+
+    def touch(self, expert: int, step: int) -> None:
+        if expert not in self._order:
+            self._uses[expert] = 0
+        elif self._last[expert] != step:
+            self._uses[expert] += 1
+        self._last[expert] = step
+        super().touch(expert, step)  # last: whoever is in the order has a count, wherever this was cut off
+
+    def victim(self, candidates: Collection[int]) -> int:
+        ordered = self._among(candidates)
+        return next((expert for expert in ordered if self._uses[expert] <= self.COLD), ordered[0])
+
+
 class NextUse(LRU):
     """Evicts the expert least likely to be used soon, as learned from the layer's picks: no profile, no tasks.
 
@@ -216,7 +243,8 @@ def belady(future: Sequence[Iterable[Sequence[int]]]) -> PolicyFactory:
 
 def _belady_needs_the_future(layer: int) -> Policy:
     raise ConfigError(
-        "policy 'belady' knows the future, so it runs in 'emoe replay' only; choose next-use, lfru, lfu or lru here"
+        "policy 'belady' knows the future, so it runs in 'emoe replay' only; choose next-use, lfru, classlru, lfu or "
+        "lru here"
     )
 
 
@@ -224,6 +252,7 @@ POLICIES: Mapping[str, PolicyFactory] = {
     "lru": lambda layer: LRU(),
     "lfu": lambda layer: LFU(),
     "lfru": lambda layer: LFRU(),
+    "classlru": lambda layer: ClassLRU(),
     "next-use": lambda layer: NextUse(),
     "belady": _belady_needs_the_future,
 }

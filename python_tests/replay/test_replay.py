@@ -82,8 +82,8 @@ def test_hits_of_decode_are_counted_apart_in_any_way_of_counting(policy):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"prefill": "all"}, "prefill='all' is not one of: tokens, batch"),
-    ({"prefill": "batch", "per_layer": False}, "slots in each layer and one of: lru, lfu, lfru, next-use, belady"),
-    ({"prefill": "batch", "policy": "recent"}, "slots in each layer and one of: lru, lfu, lfru, next-use, belady"),
+    ({"prefill": "batch", "per_layer": False}, "in each layer and one of: lru, lfu, lfru, classlru, next-use, belady"),
+    ({"prefill": "batch", "policy": "recent"}, "in each layer and one of: lru, lfu, lfru, classlru, next-use, belady"),
     ({"policy": "next-use", "per_layer": False}, "'next-use' runs with slots divided between layers"),
 ])  # fmt: skip
 def test_a_replay_that_cannot_be_says_why(arguments, words):
@@ -92,7 +92,7 @@ def test_a_replay_that_cannot_be_says_why(arguments, words):
 
 
 @pytest.mark.parametrize("slots", [3, 5, 8])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "next-use"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "classlru", "next-use"])
 def test_a_prefill_in_rounds_loads_what_a_loader_loads_whose_reads_are_there_at_once(policy, slots):
     trace = random_trace(7, layers=2, tokens=240, num_experts=16)
     prompt = np.arange(240, dtype=np.int32) // 20
@@ -236,7 +236,7 @@ def test_the_command_prints_a_table(trace_file, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--policy", "fifo"], "'fifo' is not one of: lru, lfu, lfru, next-use, belady, task-table"),
+    (["--policy", "fifo"], "'fifo' is not one of: lru, lfu, lfru, classlru, next-use, belady, task-table"),
     (["--resident", "2"], "'2' is not a share"),
     (["--trace", "absent.npz"], "no trace 'absent.npz'"),
 ])  # fmt: skip

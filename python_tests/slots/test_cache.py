@@ -135,7 +135,7 @@ def test_check_integrity_finds_a_slot_that_is_in_two_places():
         cache.check_integrity()
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "next-use"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "classlru", "next-use"])
 def test_any_sequence_of_calls_keeps_the_integrity(policy):
     class Walk(RuleBasedStateMachine):
         """Keeps its own simple model: expert -> state, and compares after each step."""

@@ -19,7 +19,7 @@ def _record(model, path, tokens):
     return load_trace(path)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "next-use"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "classlru", "next-use"])
 def test_a_running_model_loads_what_replay_of_its_trace_loads(policy, tmp_path):
     model = families.build("qwen3_moe")
     emoe.wrap(model, memory_budget=0.5, policy=policy)

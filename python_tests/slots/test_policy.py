@@ -57,6 +57,21 @@ def test_lfru_evicts_what_was_used_little_and_long_ago():
     assert lfru.victim({1, 3}) == 1
 
 
+def test_classlru_protects_what_was_used_often_since_it_came_and_takes_the_least_recent_of_the_rest():
+    classes = policy.ClassLRU()
+    for step in range(policy.ClassLRU.COLD + 2):
+        classes.touch(1, step)
+        classes.touch(1, step)  # once a step
+    classes.touch(2, 7)
+    classes.touch(3, 8)
+    assert classes.victim({1, 2, 3}) == 2
+    assert classes.victim({1}) == 1
+    classes.forget(1)
+    classes.touch(1, 9)
+    classes.touch(2, 10)
+    assert classes.victim({1, 2}) == 1  # it came back, and begins anew
+
+
 def test_lfru_compares_as_of_the_step_that_began():
     lfru = policy.LFRU()
     for step in range(6):
@@ -130,7 +145,7 @@ def test_no_policy_beats_belady():
 
 
 def test_an_unknown_policy_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"'random'.*lru, lfu, lfru, next-use, belady"):
+    with pytest.raises(ConfigError, match=r"'random'.*lru, lfu, lfru, classlru, next-use, belady"):
         CacheManager([2], policy="random")
 
 
