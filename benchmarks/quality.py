@@ -132,13 +132,15 @@ class Bench:
         self.sizes = [runtime.loader.capacity(layer) for layer in range(len(self.experts))]
         self.share = share
 
-    def base(self, task: str, *, random: bool) -> np.ndarray:
-        """[L, E] mask."""
-        if random:
+    def base(self, task: str, mode: str) -> np.ndarray:
+        """[L, E] mask: of the task's own table, of all others' ("untrained"), or at random."""
+        if mode == "random":
             drawn = random_residency(self.experts, self.sizes, seed=sum(map(ord, task)))
             return np.stack([drawn.mask(layer).numpy() for layer in range(len(self.experts))])
         assert self.table is not None
-        return top(self.table.of(self.table.names.index(task)), self.sizes[0])
+        names = self.table.names
+        which = [name for name in names if name != task] if mode == "untrained" else [task]
+        return top(sum(self.table.of(names.index(name)) for name in which), self.sizes[0])
 
     def run(
         self,
@@ -149,7 +151,9 @@ class Bench:
         *,
         own_answers: bool = True,
     ) -> Row:
-        """Scores and answers; `mode` may be "random": resident with random sets. "coarse" is how the model was loaded.
+        """Scores and answers; `mode` may be "random" or "untrained": resident with other sets.
+
+        "coarse" is how the model was loaded.
 
         Without `own_answers` it only decodes along the full model's.
         """
@@ -162,7 +166,7 @@ class Bench:
         prompts = 0
         runtime = self.model.emoe
         plain = mode in ("exact", "coarse")  # no base sets are placed
-        routing = {"random": "resident", "coarse": "exact"}.get(mode, mode)
+        routing = {"random": "resident", "untrained": "resident", "coarse": "exact"}.get(mode, mode)
         residency = CacheResidency(runtime.cache, self.experts)
         with ExitStack() as stack:
             attached = runtime.routing
@@ -173,7 +177,7 @@ class Bench:
             for task, scored in texts.scored.items():
                 before = runtime.stats()["loads"]
                 if not plain:
-                    place(self.model, self.base(task, random=mode == "random"))
+                    place(self.model, self.base(task, mode))
                 row.moves_per_task += (runtime.stats()["loads"] - before) / len(texts.scored)
                 before = runtime.stats()["loads"]
                 loss[task] = []
@@ -186,7 +190,7 @@ class Bench:
             row.mass = tally.get("substituted_mass", 0.0) + tally.get("coarse_mass", 0.0)
             for task, asked in texts.asked.items():
                 if not plain:
-                    place(self.model, self.base(task, random=mode == "random"))
+                    place(self.model, self.base(task, mode))
                 answers[task] = []
                 for number, ids in enumerate(asked):
                     if own_answers:
@@ -335,11 +339,14 @@ def measure(args: argparse.Namespace, path: str) -> dict[str, Any]:
         few = Texts({task: ids[:FEW] for task, ids in texts.scored.items()}, texts.asked)
         for mode, limit, which in (
             ("resident", None, texts),
+            ("untrained", None, texts),
             ("random", None, texts),
             ("resident", bound, texts),
             ("biased", bound, texts),
             ("exact", None, few),  # for its loads; the result is the full model's
         ):
+            if args.modes and mode not in args.modes:
+                continue
             row = bench.run(mode, which, full if which is texts else full | {"loss": _first(full["loss"])}, limit)
             rows.append(row)
             print(f"{share:.0%} {mode} {limit}: {row.ratio:.4f} in {row.seconds:.0f} s", flush=True)
@@ -518,6 +525,9 @@ def numbers(text: str) -> list[float]:
 def main() -> None:
     parser = arguments(__doc__, shares=[0.2, 0.4, 0.6, 0.8], answers=2)
     parser.add_argument("--contract", type=float, help="max_substituted_mass in place of each share's own")
+    parser.add_argument(
+        "--modes", type=lambda text: text.split(","), help="only these rows, such as resident,untrained"
+    )
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--copies", action="store_true", help="the table of routing coarse")
     parser.add_argument("--markdown", action="store_true", help="a table, which docs/quality.md has in two")

@@ -79,9 +79,25 @@ def choose(
         raise ConfigError(
             f"experts take few bits already ({_encodings(forms)}): copies in {name} would take "
             f"{format_bytes(made.nbytes)} beside experts of {format_bytes(whole)}, which is better spent on slots. "
-            f"routing='exact' and 'resident' need no copies; coarse= makes them all the same: {', '.join(COPIES)}"
+            f"routing='exact' and 'resident' need no copies; {_smaller(found, forms, experts, whole)}"
         )
     return made
+
+
+def _smaller(
+    found: Sequence[tuple[str, nn.Module]], forms: Sequence[ExpertForm], experts: Sequence[int], whole: int
+) -> str:
+    """What `coarse=` makes all the same: what takes a tenth less than the experts, or still less."""
+    sizes = {}
+    for name in COPIES:
+        try:
+            sizes[name] = _made(name, found, forms, experts).nbytes / whole
+        except UnsupportedModelError:  # rows of other lengths
+            continue
+    offered = [f"{name} ({size:.0%} of them)" for name, size in sizes.items() if size <= 0.9]
+    if not offered:
+        return "there is no smaller copy of such rows"
+    return f"coarse= makes them all the same: {', '.join(offered)}; docs/quality.md has what they cost"
 
 
 def _made(

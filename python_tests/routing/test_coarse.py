@@ -88,18 +88,24 @@ def test_absent_experts_are_what_their_copies_stand_for(name, coarse, checkpoint
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("coarse", ["q2_k", "q3_k", "q6_k"])
-def test_copies_may_lie_in_blocks_of_256_numbers(coarse, tmp_path, ids):
+def _of_256(folder):
+    """A checkpoint whose rows are whole blocks of 256."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_experts_per_tok": 2, "vocab_size": 128}
     config = families._config(
         Qwen3MoeConfig, sizes, moe_intermediate_size=256, intermediate_size=256, num_experts=8, head_dim=32
     )()
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    model = _load(tmp_path, coarse=coarse, exact_mass=1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "plain")
+    return folder / "plain"
+
+
+@pytest.mark.parametrize("coarse", ["q2_k", "q3_k", "q6_k"])
+def test_copies_may_lie_in_blocks_of_256_numbers(coarse, tmp_path, ids):
+    path = _of_256(tmp_path)
+    model = _load(path, coarse=coarse, exact_mass=1)
     _logits(model, ids)  # fills the slots, which then stay
     got = _steps(model, ids)
-    want = _steps(_with_copies(tmp_path, model.emoe.residents(), coarse), ids)
+    want = _steps(_with_copies(path, model.emoe.residents(), coarse), ids)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert model.emoe.plan.coarse == coarse
     assert model.emoe.stats()["routing"]["coarse"] > 0
@@ -531,10 +537,19 @@ def test_copies_of_experts_that_have_few_bits_are_refused_where_nobody_asked(tmp
     from emoe.convert.run import convert
 
     convert(families.save("olmoe", tmp_path / "plain"), tmp_path / "q4", "q4_0", progress=False)
-    with pytest.raises(ConfigError, match="experts take few bits already"):
+    with pytest.raises(ConfigError, match=r"experts take few bits already.*there is no smaller copy"):
         emoe.plan(tmp_path / "q4", 0.5, routing="coarse", calibrate=False)
     with pytest.raises(ConfigError, match="they save nothing"):
         emoe.plan(tmp_path / "q4", 0.5, routing="coarse", coarse="int8", calibrate=False)
+
+
+def test_copies_in_two_and_three_bits_are_offered_for_experts_of_four_with_what_they_take(tmp_path):
+    from emoe.convert.run import convert
+
+    convert(_of_256(tmp_path), tmp_path / "q4", "q4_k", progress=False)
+    with pytest.raises(ConfigError, match=r"all the same: q3_k \(7\d% of them\), q2_k \(58% of them\); docs"):
+        emoe.plan(tmp_path / "q4", 0.5, routing="coarse", calibrate=False)
+    assert emoe.plan(tmp_path / "q4", 0.5, routing="coarse", coarse="q3_k", calibrate=False).coarse == "q3_k"
 
 
 def test_layers_that_are_not_computed_natively_are_refused(checkpoint, monkeypatch):
