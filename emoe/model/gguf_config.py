@@ -15,7 +15,7 @@ import numpy as np
 from emoe.errors import CheckpointError, UnsupportedModelError
 from emoe.files.gguf import GgufHeader
 
-SOFTMAX, SIGMOID = 1, 2  # ggml's expert_gating_func
+SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # ggml's expert_gating_func
 
 # Keys that say nothing of the arithmetic, or what the tensors' shapes say as well.
 _DESCRIPTIVE = {
@@ -28,6 +28,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "use_parallel_residual": (False,),
     "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (SOFTMAX,),
     "expert_group_count": (0, 1),
     "expert_group_used_count": (0, 1),
     "nextn_predict_layers": (0,),
@@ -268,7 +269,9 @@ def _experts(of: Metadata, count: str, width: str | None) -> dict[str, int]:
 
 def _width(of: Metadata) -> int:
     """Of a routed expert; older files leave it to the tensors."""
-    block = next((name for name in of.tensors if re.search(r"ffn_(gate|up|gate_up)_exps\.weight$", name)), "")
+    block = next(
+        (name for name in of.tensors if re.search(r"ffn_((gate|up|gate_up)_exps|(gate|up)\.\d+)\.weight$", name)), ""
+    )
     rows = of.shape(block or "blk.0.ffn_up_exps.weight")[-2] // (2 if "gate_up" in block else 1)
     if (said := of.get("expert_feed_forward_length", rows)) != rows:
         raise of.error(f"expert_feed_forward_length is {said}, experts have {rows} rows")
@@ -276,7 +279,7 @@ def _width(of: Metadata) -> int:
 
 
 def _gating(of: Metadata, only: int, default: int) -> None:
-    names = {0: "none", SOFTMAX: "softmax", SIGMOID: "sigmoid"}
+    names = {0: "none", SOFTMAX: "softmax", SIGMOID: "sigmoid", SOFTMAX_OF_CHOSEN: "softmax of the chosen"}
     if (found := of.get("expert_gating_func", default)) != only:
         raise of.unsupported(
             f"experts are chosen by {names.get(found, found)}; emoe knows {names[only]} of this architecture"
@@ -355,6 +358,7 @@ def olmoe(of: Metadata) -> dict[str, Any]:
 
 def gpt_oss(of: Metadata) -> dict[str, Any]:
     """Every other layer attends to a window; corrections of yarn are not rounded, which files cannot say."""
+    _gating(of, SOFTMAX_OF_CHOSEN, SOFTMAX_OF_CHOSEN)
     values = _base(of)
     layers = values["num_hidden_layers"]
     if values["rope_parameters"]["rope_type"] == "yarn":

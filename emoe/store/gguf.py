@@ -1,13 +1,14 @@
 """A GGUF checkpoint, of one file or several: where its experts lie, and the values of all that is outside them.
 
-Every expert is one slab of each 3-D tensor, so it is read in place, whatever blocks it is in; of its tensors only
-headers are read here. A tensor outside experts is read and decoded alone, its rows a few MiB at a time.
+Every expert is one slab of each 3-D tensor, or in old files (Mixtral of early 2024) a tensor of its own, so it is read
+in place, whatever blocks it is in; of its tensors only headers are read here. A tensor outside experts is read and
+decoded alone, its rows a few MiB at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class GgufCheckpoint:
         params = {param.name: param for param in param_specs(module)}
         parts = [part for param in params.values() for part in self._parts(path, param, module, names)]
         weights = [part for part in parts if not part.is_bias]
-        if all(part.entry.dtype in COMPUTED for part in weights):
+        if all(part.dtype in COMPUTED for part in weights):
             form = ExpertForm.plain(tuple(params.values()))
             encoded: list[_Part] = []
         else:
@@ -157,19 +158,35 @@ class GgufCheckpoint:
         named = names.experts(path, is_bias)
         if base != "gate_up_proj":
             kind = base.removesuffix("_proj")
-            yield _Part(kind, self._expert(named[kind], module, rows, cols, is_bias), param, 0, rows, 0, 1, transposed)
+            yield _Part(kind, self._expert(named, kind, module, rows, cols, is_bias), param, 0, rows, 0, 1, transposed)
             return
         half = rows // 2
         places = ((0, 1), (half, 1)) if module.is_concatenated else ((0, 2), (1, 2))
         fused = named["gate_up"] in self.tensors
         for number, kind in enumerate(("gate", "up")):
-            name = named["gate_up" if fused else kind]
-            entry = self._expert(name, module, rows if fused else half, cols, is_bias)
-            yield _Part(kind, entry, param, half * number if fused else 0, half, *places[number], transposed)
+            which = "gate_up" if fused else kind
+            entries = self._expert(named, which, module, rows if fused else half, cols, is_bias)
+            yield _Part(kind, entries, param, half * number if fused else 0, half, *places[number], transposed)
 
-    def _expert(self, name: str, module: Any, rows: int, cols: int, is_bias: bool) -> TensorEntry:
+    def _expert(
+        self, named: Mapping[str, str], kind: str, module: Any, rows: int, cols: int, is_bias: bool
+    ) -> tuple[TensorEntry, ...]:
+        """The tensor of all experts, or one of each."""
+        count, name = num_experts(module), named[kind]
+        wanted = (rows,) if is_bias else (rows, cols)
+        apart = [name.replace(f"{kind}_exps.", f"{kind}.{expert}.") for expert in range(count)]
+        if name in self.tensors or count == 1 or not any(each in self.tensors for each in apart):
+            return (self._of_experts(name, (count, *wanted)),)
+        entries = tuple(self._of_experts(each, wanted) for each in apart)
+        for entry in entries:
+            if entry.dtype != entries[0].dtype:
+                raise entry.error(
+                    f"differs from {entries[0].name}, {entries[0].dtype}: experts of a layer have to be encoded alike"
+                )
+        return entries
+
+    def _of_experts(self, name: str, wanted: tuple[int, ...]) -> TensorEntry:
         entry = self._entry(name)
-        wanted = (num_experts(module), rows) if is_bias else (num_experts(module), rows, cols)
         if entry.shape != wanted:
             raise entry.error(f"has not the shape {list(wanted)} that the config gives it")
         if entry.dtype not in ENCODINGS or (ENCODINGS[entry.dtype].plain and entry.dtype not in COMPUTED):
@@ -197,7 +214,12 @@ class GgufCheckpoint:
             (path, module, param) for path, module in experts_modules(meta_model) for param in param_specs(module)
         ]
         ours = {f"{path}.{param.name}" for path, _, param in experts}
-        used = {part.entry.name for path, module, param in experts for part in self._parts(path, param, module, names)}
+        used = {
+            entry.name
+            for path, module, param in experts
+            for part in self._parts(path, param, module, names)
+            for entry in part.entries
+        }
         tied = set(meta_model.all_tied_weights_keys)  # by the config; Transformers ties them
         state: dict[str, _Value] = {}
         for key, parameter in meta_model.state_dict().items():
@@ -376,13 +398,13 @@ class _Part:
 
     Attributes:
         kind: what they are stored as where they are encoded.
-        entry: the tensor; an expert is one slab of it.
+        entries: the tensor of all experts, each one slab of it; or one of each expert.
         first, rows: of the slab.
         start, step: row r is row `start + r * step` of the parameter, its column where that is `transposed`.
     """
 
     kind: str
-    entry: TensorEntry
+    entries: tuple[TensorEntry, ...]
     param: ParamSpec
     first: int
     rows: int
@@ -391,48 +413,63 @@ class _Part:
     transposed: bool
 
     @property
+    def dtype(self) -> str:
+        return self.entries[0].dtype
+
+    @property
+    def slab(self) -> tuple[int, ...]:
+        """Shape of one expert's."""
+        shape = self.entries[0].shape
+        return shape if len(self.entries) > 1 else shape[1:]
+
+    @property
     def is_bias(self) -> bool:
-        return len(self.entry.shape) == 2
+        return len(self.slab) == 1
 
     @property
     def cols(self) -> int:
-        return 1 if self.is_bias else self.entry.shape[-1]
+        return 1 if self.is_bias else self.slab[-1]
 
     def matrix(self) -> EncodedMatrix:
-        plane = encoding(self.entry.dtype).planes[0].name
+        plane = encoding(self.dtype).planes[0].name
         return EncodedMatrix(
-            self.entry.dtype, self.rows, self.cols, {plane: self.kind}, self.param.name, self.start, self.step,
+            self.dtype, self.rows, self.cols, {plane: self.kind}, self.param.name, self.start, self.step,
             self.transposed,
         )  # fmt: skip
 
     def stored(self) -> ParamSpec:
         """The one plane of it."""
-        plane = encoding(self.entry.dtype).planes[0]
+        plane = encoding(self.dtype).planes[0]
         return ParamSpec(self.kind, plane.shape(self.rows, self.cols), plane.dtype)
 
-    def _range(self, expert: int) -> tuple[int, int]:
-        """First byte and bytes of its rows of one expert."""
-        slab = self.entry.nbytes // self.entry.shape[0]
-        row = slab // self.entry.shape[1]
-        return self.entry.offset + expert * slab + self.first * row, self.rows * row
+    def _range(self, expert: int) -> tuple[TensorEntry, int, int]:
+        """The tensor that one expert's rows are in, their first byte, and how many."""
+        if len(self.entries) > 1:
+            entry, before, slab = self.entries[expert], 0, self.entries[expert].nbytes
+        else:
+            entry = self.entries[0]
+            slab = entry.nbytes // entry.shape[0]
+            before = expert * slab
+        row = slab // self.slab[0]
+        return entry, entry.offset + before + self.first * row, self.rows * row
 
     def stored_piece(self, expert: int) -> Piece:
         """Bytes as they lie."""
-        offset, nbytes = self._range(expert)
+        entry, offset, nbytes = self._range(expert)
         stored = self.stored()
         count = math.prod(stored.shape)
         return Piece(
-            file=self.entry.file, offset=offset, nbytes=nbytes, tensor=self.entry.name, src_dtype=stored.dtype,
+            file=entry.file, offset=offset, nbytes=nbytes, tensor=entry.name, src_dtype=stored.dtype,
             stored=self.kind, rows=1, cols=count, dst_offset=0, dst_row_stride=count, dst_col_stride=1,
         )  # fmt: skip
 
     def param_piece(self, expert: int, param: ParamSpec) -> Piece:
         """Numbers that go into the parameter itself."""
-        offset, nbytes = self._range(expert)
+        entry, offset, nbytes = self._range(expert)
         width = param.shape[-1]
         row, col = (1, width) if self.transposed else (1, 1) if self.is_bias else (width, 1)
         return Piece(
-            file=self.entry.file, offset=offset, nbytes=nbytes, tensor=self.entry.name, src_dtype=self.entry.dtype,
+            file=entry.file, offset=offset, nbytes=nbytes, tensor=entry.name, src_dtype=entry.dtype,
             stored=param.name, rows=self.rows, cols=self.cols, dst_offset=self.start * row,
             dst_row_stride=self.step * row, dst_col_stride=col,
         )  # fmt: skip

@@ -311,6 +311,7 @@ def _qwen3moe(folder: Path, **said: Any) -> Path:
     ("key", "value", "said"),
     [
         ("expert_weights_scale", 2.5, r"expert_weights_scale is 2\.5, which emoe does not know"),
+        ("expert_gating_func", 2, "expert_gating_func is 2, which emoe does not know"),
         ("final_logit_softcapping", 30.0, "final_logit_softcapping is 30"),
         ("attention.sliding_window", 4096, "attention.sliding_window is 4096"),
         ("rope.scaling.type", "longrope", "positions are scaled by 'longrope'; emoe knows none, linear, yarn"),
@@ -327,7 +328,7 @@ def test_what_the_arithmetic_of_an_architecture_does_not_know_is_refused_by_its_
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("expert_weights_scale", 1.0), ("expert_group_count", 1), ("attention.causal", True),
+    [("expert_weights_scale", 1.0), ("expert_group_count", 1), ("expert_gating_func", 1), ("attention.causal", True),
      ("rope.scaling.type", "none"), ("vocab_size", 128), ("expert_shared_count", 0), ("nobody.knows", 3)],
 )  # fmt: skip
 def test_keys_that_change_nothing_are_taken(key, value, tmp_path):

@@ -172,6 +172,61 @@ def test_gate_and_up_in_one_tensor_are_gate_first(tmp_path):
     assert difference(ran(path), logits(model)) < 1e-5
 
 
+def mixtral() -> Any:
+    return families._config(tf.MixtralConfig, _SIZES, intermediate_size=WIDTH, num_local_experts=E)()
+
+
+def _apart(path: Path, kinds: dict[str, str], change: Any = None) -> tuple[Any, Path]:
+    """Mixtral as converters wrote it until April 2024: a tensor for each expert."""
+    model = build(mixtral())
+    tensors = gg.arrays(model, "llama")
+    raw, types = {}, {}
+    for layer in range(2):
+        made = {}
+        for number, (kind, its) in enumerate(kinds.items()):
+            name = f"blk.{layer}.ffn_{kind}_exps.weight"
+            blocks, made[kind] = gg.blocks(tuple(tensors.pop(name).shape), its, seed=10 * layer + number)
+            for expert in range(E):
+                own = f"blk.{layer}.ffn_{kind}.{expert}.weight"
+                tensors[own], raw[own], types[own] = made[kind][expert], blocks[expert], its
+        with torch.no_grad():
+            _put(model.model.layers[layer].mlp.experts, made)
+    if change is not None:
+        change(tensors, raw, types)
+    metadata = gg.base(model.config, **{"expert_count": E, "rope.dimension_count": 64})
+    return model, gg.write(path, "llama", tensors, metadata, kinds=lambda name: types.get(name, "F32"), raw=raw)
+
+
+@pytest.mark.parametrize("kinds", [("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "Q8_0", "Q8_0")])
+def test_experts_of_old_files_are_tensors_of_their_own(kinds, tmp_path):
+    model, path = _apart(tmp_path / "m.gguf", dict(zip(("gate", "up", "down"), kinds, strict=True)))
+    expected = logits(model)
+    for budget in (1.0, 0.25):
+        assert difference(ran(path, budget), expected) < 1e-5
+    plan = emoe.plan(path, 0.5, calibrate=False)
+    assert plan.encodings == tuple(dict.fromkeys(kind.lower() for kind in kinds))
+
+
+def test_an_expert_that_an_old_file_lacks_or_has_in_another_type_is_named(tmp_path):
+    kinds = dict.fromkeys(("gate", "up", "down"), "Q8_0")
+
+    def lose(tensors, raw, types):
+        for each in (tensors, raw, types):
+            del each["blk.1.ffn_up.2.weight"]
+
+    def differ(tensors, raw, types):
+        name = "blk.1.ffn_down.3.weight"
+        raw[name], tensors[name] = gg.blocks(tuple(tensors[name].shape), "Q4_0", seed=5)
+        types[name] = "Q4_0"
+
+    for number, (change, words) in enumerate(
+        ((lose, r"lacks tensor blk\.1\.ffn_up\.2\.weight"), (differ, r"ffn_down\.3\.weight.*have to be encoded alike"))
+    ):
+        _, path = _apart(tmp_path / f"{number}.gguf", kinds, change)
+        with pytest.raises(errors.CheckpointError, match=words):
+            ran(path)
+
+
 def test_bytes_of_an_expert_are_those_of_the_file(tmp_path):
     _, path = write(tmp_path / "m.gguf", qwen3moe(), {"gate": "Q4_K", "up": "Q4_K", "down": "Q6_K"})
     plan = emoe.plan(path, 1.0, calibrate=False)
