@@ -90,6 +90,9 @@ class Forms(NamedTuple):
     whole: Mapping[str, str]
 
 
+_CODES = ("uint8", "int8", "int16", "int32", "float8_e4m3fn", "float8_e5m2")  # what weights in few bits are stored as
+
+
 @dataclass
 class _Sources:
     """What the checkpoint holds for one converter and target: tensors in natural order, by source pattern."""
@@ -223,9 +226,16 @@ def _find(
     names = grouped(entries)
     said = zeros_said(names, declared(quantization, folder or None))
     if quantization is not None and not is_encoded(names):
+        codes = next((each for each in entries.values() if each.dtype in _CODES and len(each.shape) > 1), None)
         raise UnsupportedModelError(
             f"config.json says that the weights of {folder} are quantized ({said.method}), and none is in a format "
-            "that emoe reads; where they are plain, take quantization_config out of the config"
+            "that emoe reads"
+            + (
+                "; they are plain: take quantization_config out of the config"
+                if codes is None
+                else f": {codes.name} is {codes.dtype} {list(codes.shape)}. Take the model's checkpoint in bfloat16; "
+                "emoe convert makes it as small"
+            )
         )
     sources, weights = _sources(names, meta_model, said, read)
     layers = []

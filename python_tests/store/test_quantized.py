@@ -405,7 +405,27 @@ def test_groups_of_mixed_checkpoints_may_say_different_things(tmp_path):
 
 def test_a_config_of_quantization_over_plain_weights_is_refused_by_its_method(tmp_path):
     path = quantized.write(tmp_path, FORMATS["fp8 blocks"], which=lambda _: None)
-    with pytest.raises(errors.UnsupportedModelError, match=r"\(fp8\).*take quantization_config out"):
+    with pytest.raises(errors.UnsupportedModelError, match=r"\(fp8\).*plain: take quantization_config out"):
+        _load(path)
+
+
+def test_codes_of_a_quantizer_that_nobody_reads_are_named_with_what_to_do(tmp_path):
+    path = quantized.write(
+        tmp_path, FORMATS["fp8 blocks"], which=lambda _: None, config={"quant_method": "bitsandbytes"}
+    )
+
+    def packed(tensors):  # a column of two codes a byte, and tables beside it
+        for name in [each for each in tensors if "experts" in each]:
+            weight = tensors.pop(name)
+            tensors[name] = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+            tensors[f"{name}.absmax"] = torch.ones(weight.numel() // 64)
+
+    _change(path, packed)
+    _reindex(path)
+    words = (
+        r"\(bitsandbytes\).*experts\.\S+ is uint8 \[\d+, 1\]\. Take the model's checkpoint in bfloat16; emoe convert"
+    )
+    with pytest.raises(errors.UnsupportedModelError, match=words):
         _load(path)
 
 
