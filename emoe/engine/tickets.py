@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any, cast
 
 from emoe.engine.expert_sets import Expert
 from emoe.errors import ConfigError
@@ -55,7 +56,7 @@ def require_number(name: str, value: object, least: int, *, whole: bool = True) 
     """Raises ConfigError where a value is no number, or one less than `least`; NumPy's are numbers too."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or value != value:
         raise ConfigError(f"{name}={value!r} is not a {'whole ' if whole else ''}number of at least {least}")
-    if float(value) < least:
+    if cast(Any, value) < least:
         raise ConfigError(f"{name}={value} is less than {least}")
 
 

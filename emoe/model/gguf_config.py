@@ -666,6 +666,7 @@ def _linear_attention(of: Metadata) -> dict[str, Any]:
 
 def nemotron_h_moe(of: Metadata) -> dict[str, Any]:
     """Nemotron 3: a layer is attention, a state or experts, and positions are not rotated."""
+    _gating(of, SIGMOID, SIGMOID)
     layers = of["block_count"] - of.get("nextn_predict_layers", 0)
     kinds = [_mixer(of, layer) for layer in range(layers)]
     of.said_by_tensors("rope.dimension_count")  # which nothing is rotated by

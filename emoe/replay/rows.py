@@ -171,22 +171,15 @@ class LFRU(LRU):
         super().used(step, places, miss)
 
 
-class ClassLRU(LRU):
-    """`emoe.slots.policy.ClassLRU`: the score of those in the class that stays is above all others."""
-
-    _STAYS = 2.0**40
-
-    def __init__(self, rows: int, experts: int) -> None:
-        super().__init__(rows, experts)
-        self._uses = np.zeros(rows * experts + 1)
+class ClassLRU(LFRU):
+    """`emoe.slots.policy.ClassLRU`; in a class the least recent."""
 
     def scores(self, rows: NDArray[np.intp]) -> Scores:
-        uses = self._uses[:-1].reshape(self.table.shape)[rows]
-        return super().scores(rows) + self._STAYS * (uses > policy.ClassLRU.COLD)
-
-    def used(self, step: int, places: NDArray[np.intp], miss: NDArray[np.bool_]) -> None:
-        self._uses[places] = np.where(miss, 0, self._uses[places] + 1)
-        super().used(step, places, miss)
+        shape = self.table.shape
+        age = self._step - self._last[:-1].reshape(shape)[rows]
+        worth = self._uses[:-1].reshape(shape)[rows] * 0.5 ** (age / policy.LFRU.HALF_LIFE)
+        classes = np.minimum(policy.ClassLRU.CLASSES - 1, np.floor(np.log2(1.0 + worth)))
+        return ties_by_order(classes, LRU.scores(self, rows))
 
 
 class NextUse(LRU):

@@ -107,7 +107,7 @@ class Routing:
             if site.rule is not None:
                 self._handles.append(site.module.register_forward_hook(_Hook(self, site, site.rule)))
         if self.phased:
-            self._handles.append(self.phases.watch(self._model))
+            self._handles += self.phases.watch(self._model)
 
     @property
     def phased(self) -> bool:

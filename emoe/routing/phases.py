@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import local
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,16 +34,22 @@ class Phases:
         self._requests = requests
         self._forward = _Forward()
 
-    def watch(self, model: Any) -> RemovableHandle:
-        """Looks at every forward of a model, also where its text model is called by itself; `remove` ends it."""
+    def watch(self, model: Any) -> list[RemovableHandle]:
+        """Looks at every forward of a model, also where its text model is called by itself; `remove` ends it.
+
+        At both, as hooks of what is compiled see nothing.
+        """
         text = model.get_decoder() if hasattr(model, "get_decoder") else None
-        seen = text if isinstance(text, nn.Module) else model
-        names = list(inspect.signature(type(seen).forward).parameters)[1:]
+        seen = [model, text] if isinstance(text, nn.Module) and text is not model else [model]
+        return [each.register_forward_pre_hook(self._told(each), with_kwargs=True) for each in seen]
+
+    def _told(self, model: nn.Module) -> Callable[..., None]:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
 
         def told(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.forward({**dict(zip(names, args, strict=False)), **kwargs})
 
-        return cast(RemovableHandle, seen.register_forward_pre_hook(told, with_kwargs=True))
+        return told
 
     def forward(self, given: Mapping[str, Any]) -> None:
         """A forward of a text model is about to run in this thread.
@@ -78,7 +84,10 @@ class Phases:
 
 
 def _guessed(frame: FrameType | None) -> bool:
-    """Whether Transformers' generation with an assistant, or by looking up the prompt, calls a frame."""
+    """Whether Transformers' generation with an assistant, or by looking up the prompt, calls a frame.
+
+    Not in its first round, of the prompt with guesses behind it.
+    """
     while frame is not None and frame.f_code.co_name != "_assisted_decoding":
         frame = frame.f_back
-    return frame is not None
+    return frame is not None and not frame.f_locals.get("is_first_iteration", False)

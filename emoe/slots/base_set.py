@@ -229,8 +229,8 @@ class BaseSet:
     ) -> None:
         streams = None if alone else self._streams
         running = [] if streams is None else streams.tasks()
-        due = self._refresh.due([*running, *(task for task, _ in requests)] if predictor.names else ())
-        due = due or not self._own.base.any()  # nothing was known at the last choice
+        tasks = [*running, *(task for task, _ in requests)] if predictor.names else []
+        due = self._refresh.due(tasks, known=bool(self._own.base.any()))
         if due or self._options.period == "adaptive":
             started = time.perf_counter()
             if streams is None:

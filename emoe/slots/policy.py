@@ -151,31 +151,20 @@ class LFRU(LRU):
         return victim
 
 
-class ClassLRU(LRU):
-    """Two classes: evicts the least recently used of those used in at most `COLD` steps since they took their slot.
+class ClassLRU(LFRU):
+    """Least recently used of the lowest of eight classes of use: the logarithm of uses, of which old ones count less.
 
-    Where there is none, the least recently used of the others. As in caches of experts on GPUs for llama.cpp, where it
-    is called protection of hot experts. An expert that comes back begins anew.
+    Uses count as in LFRU. Caches of experts in forks of llama.cpp put experts into classes like these.
     """
 
-    COLD = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._uses: dict[int, int] = {}  # beside the step that brought it
-        self._last: dict[int, int] = {}
-
-    def touch(self, expert: int, step: int) -> None:
-        if expert not in self._order:
-            self._uses[expert] = 0
-        elif self._last[expert] != step:
-            self._uses[expert] += 1
-        self._last[expert] = step
-        super().touch(expert, step)  # last: whoever is in the order has a count, wherever this was cut off
+    CLASSES = 8
 
     def victim(self, candidates: Collection[int]) -> int:
-        ordered = self._among(candidates)
-        return next((expert for expert in ordered if self._uses[expert] <= self.COLD), ordered[0])
+        return min(self._among(candidates), key=self._class)  # of equals the first, which is the least recent
+
+    def _class(self, expert: int) -> int:
+        uses, last = self._uses[expert]
+        return min(self.CLASSES - 1, int(math.log2(1.0 + uses * 0.5 ** ((self._now - last) / self.HALF_LIFE))))
 
 
 class NextUse(LRU):

@@ -50,22 +50,29 @@ class Refresh:
         self.rivals_due = [False] * len(BEATS) if period == "adaptive" else []
         self.follows: int | None = None
         self._tasks: frozenset[int] = frozenset()
+        self._rivals_tasks = [self._tasks] * len(BEATS)
 
-    def due(self, tasks: Sequence[int] = ()) -> bool:
+    def due(self, tasks: Sequence[int] = (), *, known: bool = True) -> bool:
         """Asked once at the start of each prompt.
 
         Args:
             tasks: those that a base set would be chosen for now, the prompt's own last. None for predictors that know
                 no tasks; UNKNOWN_TASK is no reason to choose anew.
+            known: whether anything was, at the last choice.
         """
         number = self._prompts
         self._prompts += 1
         own = tasks[-1] if tasks else UNKNOWN_TASK
         due = self._adapts(number) if self.period == "adaptive" else self._on_beat(number)
-        other_task = own != UNKNOWN_TASK and own not in self._tasks
-        self._renewed = number == 0 or due or other_task
+        self._renewed = number == 0 or due or not known or _lacks(self._tasks, own)
         if self.period == "adaptive":
-            self.rivals_due = [number % beat == 0 or other_task for beat in BEATS]
+            self.rivals_due = [
+                number <= 1 or not known or number % beat == 0 or _lacks(its, own)
+                for beat, its in zip(BEATS, self._rivals_tasks, strict=True)
+            ]
+            self._rivals_tasks = [
+                frozenset(tasks) if now else its for now, its in zip(self.rivals_due, self._rivals_tasks, strict=True)
+            ]
         if self._renewed:
             self._drift = 0.0
             self._tasks = frozenset(tasks)
@@ -110,3 +117,7 @@ class Refresh:
 
     def _on_beat(self, number: int) -> bool:
         return (number - self.offset) % int(self.period) == 0
+
+
+def _lacks(tasks: frozenset[int], own: int) -> bool:
+    return own != UNKNOWN_TASK and own not in tasks

@@ -34,6 +34,11 @@ def is_of_one_expert(pattern: str) -> bool:
     return "*" in pattern or _NUMBER in pattern
 
 
+def shown(pattern: str) -> str:
+    """A source pattern as people write it."""
+    return re.sub(r"\(\?<!\[\^\.\]\)|\\(?=\.)", "", pattern).replace(_NUMBER, "*")
+
+
 def names_apart(path: str) -> str:
     """A pattern of what experts of the module at `path` are called where they lie apart."""
     layer = r"(gate|up|down)_proj"

@@ -481,7 +481,8 @@ def _converted(first: str, source: _Sources, module: Any, model: Any) -> dict[st
             if not absent:
                 raise _inexpressible(operation, first, model, error) from error
             others = next(iter(source.by_pattern.values()))[0]
-            raise others.error(f"lies there without its like, {' or '.join(absent)}, for {first}") from error
+            names = " or ".join(map(apart.shown, absent))
+            raise others.error(f"lies there without its like, {names}, for {first}") from error
         except (InexpressibleError, AttributeError, TypeError, NotImplementedError) as error:
             raise _inexpressible(operation, first, model, error) from error
     prefix, suffix = next(

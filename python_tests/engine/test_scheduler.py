@@ -154,7 +154,7 @@ def test_a_scheduler_of_numbers_that_make_no_sense_is_refused_by_name(arguments,
 
 
 def test_numbers_of_numpy_and_endless_patience_are_numbers():
-    Scheduler(patience=float("inf"), queue_limit=np.int64(3)).submit(
+    Scheduler(patience=float("inf"), queue_limit=np.int64(3), kv_bytes=10**400).submit(
         Ticket("x", prompt=np.int32(1), most_new=1, ttft=np.float32(0.5)), 0.0
     )
 

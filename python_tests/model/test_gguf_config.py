@@ -285,6 +285,20 @@ def test_a_file_gives_the_config_and_the_logits_of_its_model(name, tmp_path):
         assert said.get(key) == own.get(key), key
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_no_architecture_takes_a_choice_of_experts_that_is_not_its_own(name, tmp_path):
+    case, taken = CASES[name], []
+    for gating in (1, 2, 3):
+        path = write(Case(case.architecture, case.config, {**case.said, "expert_gating_func": gating}), tmp_path)[1]
+        try:
+            read_config(path, {})
+        except errors.UnsupportedModelError as error:
+            assert "expert_gating_func" in str(error) or "experts are chosen by" in str(error)
+        else:
+            taken.append(gating)
+    assert len(taken) == 1 or (case.architecture == "deepseek2" and taken == [1, 2])
+
+
 def test_the_text_model_of_qwen3_vl_is_qwen3_moe():
     sizes = {
         "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": WIDTH, "head_dim": 32,

@@ -222,9 +222,30 @@ def test_a_rival_that_covers_more_is_followed_until_it_no_longer_does():
         if prompt in (10, 50):
             assert refresh.follows == {10: 1, 50: None}[prompt]
     assert [[n for n, due in enumerate(beats) if due[rival]] for rival in range(2)] == [
-        list(range(0, 60, 5)), list(range(0, 60, 10)),
+        [0, 1, *range(5, 60, 5)], [0, 1, *range(10, 60, 10)],
     ]  # fmt: skip
     assert Refresh(5).rivals_due == []
+
+
+def test_a_rival_that_was_not_chosen_for_a_task_chooses_when_it_comes():
+    refresh = Refresh("adaptive")
+    for tasks in ([0, 1], [0, 1], [0, 1]):
+        refresh.due(tasks)
+        refresh.saw(0.5, 0.5, 0.5, 0.5)
+    for _ in range(3):
+        refresh.due([1])
+        refresh.saw(0.5, 0.5, 0.5, 0.5)
+    assert not refresh.due([0]) and refresh.rivals_due == [True, False]  # its beat came while task 1 ran alone
+
+
+def test_where_nothing_was_known_all_choose_and_none_has_a_lead():
+    refresh = Refresh("adaptive")
+    for _ in range(3):
+        refresh.due()
+        refresh.saw(0.0, 0.0, 0.0, 0.0)
+    assert refresh.due(known=False) and refresh.rivals_due == [True, True]
+    refresh.saw(0.0, 0.7, 0.7, 0.7)
+    assert refresh.follows is None
 
 
 def test_tasks_that_take_turns_by_twos_are_served_as_well_as_by_the_best_beat():

@@ -645,15 +645,29 @@ def test_decode_is_told_however_the_model_is_called(step, name):
     assert (request.prompt.rows, request.decode.rows) == (6 * layers, 3 * layers)
 
 
-def test_tokens_that_an_assistant_guessed_are_decode():
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_tokens_that_an_assistant_guessed_are_decode_and_the_prompt_is_not(chunk):
     model = _model()
+    chunked = ChunkedPrefill(model, chunk, 0)
     routing = attach(model, _residency(), routing="resident", max_substituted_mass=0.1)
     with routing, torch.no_grad(), routing.request() as request:
         model.generate(
             _ids(6).repeat(1, 2), max_new_tokens=10, min_new_tokens=10, prompt_lookup_num_tokens=3, do_sample=False
         )
+    chunked.remove()
     assert request.prompt.rows == 3 * (12 + 3)  # the first forward has guesses behind the prompt
-    assert request.decode.rows >= 3 * 9
+    assert request.decode.rows >= 3 * 6
+
+
+def test_decode_is_told_where_the_forward_of_a_model_is_compiled():
+    model = families.build("olmoe")
+    routing = attach(model, _residency(), routing="resident", max_substituted_mass=0.1)
+    ids = _ids(12).reshape(4, 3)
+    with routing, torch.no_grad(), routing.request() as request:
+        out = model(ids[:, :2], use_cache=True)
+        model.forward = torch.compile(model.forward, backend="eager")
+        model(ids[:, 2:], past_key_values=out.past_key_values, use_cache=True)
+    assert (request.prompt.rows, request.decode.rows) == (3 * 8, 3 * 4)
 
 
 @pytest.mark.parametrize("length", range(9, 17))

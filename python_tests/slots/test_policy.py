@@ -57,19 +57,19 @@ def test_lfru_evicts_what_was_used_little_and_long_ago():
     assert lfru.victim({1, 3}) == 1
 
 
-def test_classlru_protects_what_was_used_often_since_it_came_and_takes_the_least_recent_of_the_rest():
+def test_classlru_evicts_the_least_recent_of_the_class_that_is_used_least():
     classes = policy.ClassLRU()
-    for step in range(policy.ClassLRU.COLD + 2):
-        classes.touch(1, step)
-        classes.touch(1, step)  # once a step
-    classes.touch(2, 7)
-    classes.touch(3, 8)
-    assert classes.victim({1, 2, 3}) == 2
-    assert classes.victim({1}) == 1
-    classes.forget(1)
-    classes.touch(1, 9)
-    classes.touch(2, 10)
-    assert classes.victim({1, 2}) == 1  # it came back, and begins anew
+    for step, experts in enumerate([(1, 2), (1, 2, 3), (1, 2), (1, 2), (4,), (3,)]):
+        classes.saw(None)
+        for expert in experts:
+            classes.touch(expert, step)
+    # Uses of 3 to 7 are a class, those of 1 to 3 another, of which old ones leave the class.
+    assert classes.victim({1, 2, 3, 4}) == 4
+    assert classes.victim({1, 2, 3}) == 3
+    assert classes.victim({1, 2}) == 1
+    for _ in range(5 * 128):
+        classes.saw(None)
+    assert classes.victim({1, 2, 3, 4}) == 1  # all faded into the lowest
 
 
 def test_lfru_compares_as_of_the_step_that_began():
