@@ -293,7 +293,7 @@ def test_no_architecture_takes_a_choice_of_experts_that_is_not_its_own(name, tmp
         try:
             read_config(path, {})
         except errors.UnsupportedModelError as error:
-            assert "expert_gating_func" in str(error) or "experts are chosen by" in str(error)
+            assert "expert_gating_func" in str(error) or " chosen by " in str(error)
         else:
             taken.append(gating)
     assert len(taken) == 1 or (case.architecture == "deepseek2" and taken == [1, 2])
