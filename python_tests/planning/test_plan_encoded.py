@@ -281,7 +281,7 @@ def test_the_forecast_goes_by_the_bytes_of_encoded_experts(tmp_path, monkeypatch
 
 def test_the_forecast_goes_by_the_bytes_of_each_layer():
     rates = bandwidth.Rates(10.0, 1.0, "")
-    low, high = planning._forecast(rates, 100, [10, 30], (4, 4), (4, 4), 2, copies=(), reads=True)
+    low, high = planning._forecast(rates, 100, [10, 30], (4, 4), (4, 4), 2, copies=(), masses=(1.0,))
     assert low == high == pytest.approx(1 / ((100 + 2 * 40) / 10))
 
 
