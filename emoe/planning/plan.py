@@ -241,7 +241,8 @@ def _plan(
     coarse = None
     room = _room(budget, fixed, libraries, free)
     masses = options.exact_masses.values()
-    fits = budget.share >= 1 if room is None else room >= slot_bytes * sum(experts)
+    all_slots = slot_bytes * sum(experts)
+    fits = budget.share >= 1 if room is None else room >= all_slots
     if options.routing == "coarse" and not fits and max(masses) > 0:
         reasons = [each.reason for each in layouts]
         beside = None if room is None else room - slot_bytes * top_k * len(experts)
@@ -263,10 +264,10 @@ def _plan(
         budget, fixed, slot_bytes, experts, smallest, name, notes, free, prefill.spare, libraries,
         copies=coarse.nbytes if coarse else 0,
     )  # fmt: skip
-    if coarse and coarse.nbytes + slot_bytes * sum(slots) > slot_bytes * sum(experts):
+    if coarse and (both := coarse.nbytes + slot_bytes * sum(slots)) > all_slots:
         notes.append(
-            f"copies and slots take {format_bytes(coarse.nbytes + slot_bytes * sum(slots))}, slots for all experts "
-            f"{format_bytes(slot_bytes * sum(experts))}: memory_budget=1.0 needs no copies, and is exact"
+            f"copies and slots take {format_bytes(both)}, slots for all experts {format_bytes(all_slots)}: "
+            "memory_budget=1.0 needs no copies, and is exact"
         )
     warnings = []
     if min(slots) < top_k:

@@ -100,7 +100,7 @@ class Refresh:
         if not self._renewed:
             self._drift = max(0.0, self._drift + gain - DRIFT_SLACK)
         self._paid = self._renewed and gain > PAID
-        self._surprised = self._usual is not None and (renewed if self._renewed else kept) < self._usual - DROP
+        self._surprised = self._usual is not None and own < self._usual - DROP
         best = max(kept, renewed)
         self._usual = best if self._usual is None else self._usual + _USUAL_RATE * (best - self._usual)
 

@@ -14,6 +14,7 @@ from typing import Any
 from emoe.model.structure import experts_modules, param_specs
 
 _NUMBER = r"\d+"
+_WAYS = (rf"{_NUMBER}\.{{}}", rf"{{}}\.{_NUMBER}")
 
 
 def converters(model: Any) -> list[Any]:
@@ -41,8 +42,8 @@ def shown(pattern: str) -> str:
 
 def names_apart(path: str) -> str:
     """A pattern of what experts of the module at `path` are called where they lie apart."""
-    layer = r"(gate|up|down)_proj"
-    return rf"^{re.escape(path)}\.({_NUMBER}\.{layer}|{layer}\.{_NUMBER})\."
+    layers = (way.format("(gate|up|down)_proj") for way in _WAYS)
+    return rf"^{re.escape(path)}\.({'|'.join(layers)})\."
 
 
 def _converters(leaf: str, param: str, module: Any) -> list[Any]:
@@ -63,5 +64,5 @@ def _converters(leaf: str, param: str, module: Any) -> list[Any]:
     start = rf"(?<![^.]){re.escape(leaf)}\."
     return [
         WeightConverter([start + named.format(layer) + rf"\.{end}" for layer in layers], f"{leaf}.{param}", operations)
-        for named in (rf"{_NUMBER}\.{{}}", rf"{{}}\.{_NUMBER}")
+        for named in _WAYS
     ]

@@ -120,8 +120,8 @@ def _key(store: ExpertStore, layers: Sequence[CopyLayout], name: str) -> bytes:
         found.update(repr((path, identity)).encode() + opened.sample())
     for layer, where in zip(store.layers, layers, strict=True):
         lies = repr((layer, where.form, where.offsets, where.nbytes))
-        for file, path in paths.items():
-            lies = lies.replace(repr(file), repr(path))
+        for file in {piece.file for pieces in layer.pieces for piece in pieces}:
+            lies = lies.replace(repr(file), repr(paths[file]))
         found.update(lies.encode())
     return found.digest()
 

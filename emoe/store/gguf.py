@@ -174,8 +174,10 @@ class GgufCheckpoint:
         """The tensor of all experts, or one of each."""
         count, name = num_experts(module), named[kind]
         wanted = (rows,) if is_bias else (rows, cols)
-        apart = [name.replace(f"{kind}_exps.", f"{kind}.{expert}.") for expert in range(count)]
-        if name in self.tensors or count == 1 or not any(each in self.tensors for each in apart):
+        apart: list[str] = []
+        if name not in self.tensors and count > 1:
+            apart = [name.replace(f"{kind}_exps.", f"{kind}.{expert}.") for expert in range(count)]
+        if not any(each in self.tensors for each in apart):
             return (self._of_experts(name, (count, *wanted)),)
         entries = tuple(self._of_experts(each, wanted) for each in apart)
         for entry in entries:
