@@ -202,7 +202,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
     const float* x_scale = scale_of(x, depth);
     const float* x_sum = sum_of(x, depth);
     const float* x_first = first_of(x, depth);
-    const int64_t line = depth / kGroup * (Q::kLine / kGroups) * a.w.step;
+    const int64_t ahead_by = ahead_of(R * (depth / kGroup) * (Q::kLine / kGroups) * a.w.step);
 #if defined(EMOE_QUADS)
     constexpr Order kOrder = [] {
         if constexpr (requires { Q::kOrder; }) return Q::kOrder;
@@ -227,7 +227,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
 #if defined(EMOE_QUADS)
         if constexpr (requires { Q::kOrder; }) {
             if (Q::kStep || n == kGroups) {
-                quad_step<Q, M, R>(a, row, g0, quads, R * line, acc, low);
+                quad_step<Q, M, R>(a, row, g0, quads, ahead_by, acc, low);
                 continue;
             }
         }
@@ -235,7 +235,7 @@ inline void integer_tile(const Source& a, int64_t first, int64_t count, const ui
         alignas(64) float t[R][M][kGroups * S];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const unsigned char* ahead = row[r].codes + g0 / kGroups * Q::kLine + R * line;
+            const unsigned char* ahead = row[r].codes + g0 / kGroups * Q::kLine + ahead_by;
             for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
             const auto scales = Q::scales(a, row[r], g0, n);
 #pragma GCC unroll 8
@@ -302,7 +302,7 @@ inline void float_tile(const Source& a, int64_t first, int64_t count, const uint
     constexpr int kParts = kGroup / L;
     const int64_t stride = encoded_stride(a.w.depth);
     const int64_t groups = a.w.depth / kGroup;
-    const int64_t line = a.w.depth * a.w.step;
+    const int64_t ahead_by = ahead_of(R * a.w.depth * a.w.step);
     const auto* floats = reinterpret_cast<const float*>(x);
     RowAt row[R];
     V acc[M][R];
@@ -317,7 +317,7 @@ inline void float_tile(const Source& a, int64_t first, int64_t count, const uint
         alignas(64) float t[R][kGroups];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const unsigned char* ahead = row[r].codes + g0 * kGroup + R * line;
+            const unsigned char* ahead = row[r].codes + g0 * kGroup + ahead_by;
             for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
             _mm256_store_ps(t[r], Q::scales(a, row[r], g0, n).scale[0]);
         }
