@@ -33,9 +33,10 @@ constexpr int kMostThreads = 1024;
 constexpr int kMostParts = 64;
 constexpr std::int64_t kChunksOfThread = 256;  // where a loop has more indices than this, a chunk is several of them
 
-// Two cores of an AMD EPYC, decode of a bfloat16 model, quiet and beside a busy process: 0 us 13.2 and 15.8 ms a token,
-// 100 us 12.6 and 15.1 (18.6 without `crowded`), 1 ms 12.4 and 28 (without `crowded`).
-constexpr auto kSpin = microseconds(100);     // a worker without work looks for some this long, then sleeps
+// Two cores of an AMD EPYC, OLMoE-1B-7B in Q4_K, 100, 300 and 600 us in turn: quiet 43.4, 41.2 and 40.9 ms a token
+// (each the median of three processes), beside a busy process 59, 60 and 62, prompts of 64 738, 747 and 692 ms: what
+// lies between two loops of a decode step is Python, and takes longer than 100 us.
+constexpr auto kSpin = microseconds(600);     // a worker without work looks for some this long, then sleeps
 constexpr auto kJoinSpin = microseconds(50);  // a caller waits this long for chunks of others, then sleeps
 constexpr auto kCrowded = milliseconds(50);  // nobody spins for this long after a worker lost its CPU to another thread
 
