@@ -638,6 +638,9 @@ struct ByteFloats : Planes<32> {
             load_e5m2(row.codes + g * 32, out);
         }
     }
+#if defined(EMOE_BYTE_TABLES)
+    static constexpr bool kLooksUp = kE4M3;  // 64 bytes at a time
+#endif
 };
 struct E2M1 : Planes<16> {
     static constexpr bool kApart = true;

@@ -1,10 +1,10 @@
 // Dot products of encoded rows with few rows of x, by whole numbers: x as 16-bit integers with a scale for every 32 of
-// them, made once per call. Codes that are floats of one byte are widened and meet x in float32.
+// them, made once per call. Codes that are floats of one byte are widened, or looked up, and meet x in float32.
 namespace emoe::cpu {
 namespace {
 
-// Where the parts of a narrow row lie: floats, 16-bit integers in each order, and for each group a scale, a sum, and
-// the sum of its first half.
+// Where the parts of a narrow row lie: floats, 16-bit integers in each order, for each group a scale, a sum, and the
+// sum of its first half, and the floats in another order.
 inline int64_t padded_depth(int64_t depth) { return pad_up(depth, kEncodedPad); }
 inline const int16_t* whole_of(const uint32_t* x, int64_t depth, Order order = kPlain) {
     return reinterpret_cast<const int16_t*>(x + padded_depth(depth)) + order * padded_depth(depth);
@@ -17,6 +17,9 @@ inline const float* sum_of(const uint32_t* x, int64_t depth) {
 }
 inline const float* first_of(const uint32_t* x, int64_t depth) {
     return sum_of(x, depth) + padded_depth(depth) / kGroup;
+}
+inline const float* turned_of(const uint32_t* x, int64_t depth) {
+    return first_of(x, depth) + 2 * (padded_depth(depth) / kGroup);  // one part is free
 }
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
@@ -343,8 +346,89 @@ inline void float_tile(const Source& a, int64_t first, int64_t count, const uint
     }
 }
 
+#if defined(EMOE_BYTE_TABLES)
+template <class Q>
+constexpr bool kByTable = [] {
+    if constexpr (requires { Q::kLooksUp; }) return Q::kLooksUp;
+    return false;
+}();
+
+// The floats of groups [g0, g1) of a narrow row in the order of look_up_e4m3.
+inline void turn(uint32_t* x, int64_t depth, int64_t g0, int64_t g1) {
+    for (int64_t g = g0; g < g1; ++g) {
+        const float* from = reinterpret_cast<const float*>(x) + g * kGroup;
+        float* to = const_cast<float*>(turned_of(x, depth)) + g / 2 * 64 + g % 2 * 8;
+        const auto both = [](__m256 turned) {
+            return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(turned), 0xD8));
+        };
+        for (int i = 0; i < 2; ++i) {
+            const __m256 one = load8(from + 8 * i);
+            const __m256 other = load8(from + 16 + 8 * i);
+            _mm256_storeu_ps(to + 32 * i, both(_mm256_shuffle_ps(one, other, 0x88)));
+            _mm256_storeu_ps(to + 32 * i + 16, both(_mm256_shuffle_ps(one, other, 0xDD)));
+        }
+    }
+}
+
+// As float_tile, two groups at a time.
+template <class Q, int M, int R>
+inline void table_tile(const Source& a, int64_t first, int64_t count, const uint32_t* x, float* y) {
+    const int64_t depth = a.w.depth;
+    const int64_t stride = encoded_stride(depth);
+    const int64_t groups = depth / kGroup;
+    const int64_t ahead_by = ahead_of(R * depth * a.w.step);
+    const float* turned = turned_of(x, depth);
+    RowAt row[R];
+    V acc[M][R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        row[r] = Q::row(a, first + least(r, count - 1));
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m][r] = vzero();
+    }
+    for (int64_t g0 = 0; g0 < groups; g0 += kGroups) {
+        const int64_t n = least(kGroups, groups - g0);
+        __m512 t[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const unsigned char* ahead = row[r].codes + g0 * kGroup + ahead_by;
+            for (int64_t b = 0; b < Q::kLine; b += 64) __builtin_prefetch(ahead + b, 0, 2);
+            t[r] = _mm512_castps256_ps512(Q::scales(a, row[r], g0, n).scale[0]);
+        }
+        const auto two = [&]<int q>() __attribute__((always_inline)) {
+            if (2 * q >= n) return;
+            const __mmask64 there = 2 * q + 1 < n ? ~0ULL : 0xFFFFFFFFULL;
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                V values[4];
+                look_up_e4m3(_mm512_maskz_loadu_epi8(there, row[r].codes + (g0 + 2 * q) * kGroup), values);
+                const V scale = {scales_of_two<q>(t[r])};
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                    const float* with = turned + m * stride + (g0 + 2 * q) * kGroup;
+                    V sum = vmul(values[0], vload(with));
+#pragma GCC unroll 3
+                    for (int i = 1; i < 4; ++i) sum = vfma(values[i], vload(with + i * L), sum);
+                    acc[m][r] = vfma(sum, scale, acc[m][r]);
+                }
+            }
+        };
+        two.template operator()<0>();
+        two.template operator()<1>();
+        two.template operator()<2>();
+        two.template operator()<3>();
+    }
+    for (int m = 0; m < M; ++m) {
+        for (int r = 0; r < least(R, count); ++r) y[m * kNarrowBlock + r] = vsum(acc[m][r]);
+    }
+}
+#endif
+
 template <class Q, int M, int R>
 inline void row_tile(const Source& a, int64_t first, int64_t count, const uint32_t* x, float* y) {
+#if defined(EMOE_BYTE_TABLES)
+    if constexpr (kByTable<Q>) return table_tile<Q, M, R>(a, first, count, x, y);
+#endif
     if constexpr (requires { &Q::values; }) {
         float_tile<Q, M, R>(a, first, count, x, y);
     } else {

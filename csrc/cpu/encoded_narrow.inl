@@ -83,14 +83,33 @@ inline bool whole_numbers(const Weights& w, const Job& job) {
     const EncodedRows fast = fast_rows(w, job.hidden_dtype);
     return fast != nullptr && !fast_of(w).floats;
 }
-// Whole numbers beside the floats of columns [k0, k1), where a matrix meets them.
+inline bool looked_up([[maybe_unused]] const Weights& w) {
+#if defined(EMOE_BYTE_TABLES)
+    return w.codes == Codes::kE4M3 && fast_of(w).rows != nullptr;
+#else
+    return false;
+#endif
+}
+// Beside the floats of columns [k0, k1) of each row what the matrices that meet it want of it; the last columns, at
+// `depth`, with those after them.
+inline void beside_floats(const Job& job, const Weights& one, const Weights* other, uint32_t* rows, int count,
+                          int64_t depth, int64_t k0, int64_t k1) {
+    const int64_t g0 = k0 / kGroup;
+    const int64_t g1 = (k1 == depth ? pad_up(k1, kEncodedPad) : k1) / kGroup;
+    const bool whole = whole_numbers(one, job) || (other != nullptr && whole_numbers(*other, job));
+    [[maybe_unused]] const bool turned = looked_up(one) || (other != nullptr && looked_up(*other));
+    for (int m = 0; m < count; ++m) {
+        uint32_t* row = rows + m * encoded_stride(depth);
+        if (whole) quantize(row, depth, g0, g1);
+#if defined(EMOE_BYTE_TABLES)
+        if (turned) turn(row, depth, g0, g1);
+#endif
+    }
+}
 inline void encoded_narrow_load(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {
     const MlpLayout& layout = *job.layout;
-    if (!whole_numbers(layout.gate, job) && (!layout.has_gate || !whole_numbers(layout.up, job))) return;
-    const int64_t end = k1 == layout.hidden ? pad_up(k1, kEncodedPad) : k1;
-    for (int m = 0; m < chunk.rows; ++m) {
-        quantize(chunk.x + m * encoded_stride(layout.hidden), layout.hidden, k0 / kGroup, end / kGroup);
-    }
+    const Weights* up = layout.has_gate ? &layout.up : nullptr;
+    beside_floats(job, layout.gate, up, chunk.x, chunk.rows, layout.hidden, k0, k1);
 }
 #endif
 
@@ -110,11 +129,7 @@ void encoded_narrow_gate_up(const Job& job, const Chunk& chunk, int64_t i0, int6
     narrow_activate(layout, chunk, i0, i1, {gate, up, 1, gate_bias, up_bias}, encoded_stride(layout.intermediate),
                     pad_up(layout.intermediate, kEncodedPad));
 #if defined(EMOE_INTEGERS)
-    if (!whole_numbers(layout.down, job)) return;
-    const int64_t end = i1 == layout.intermediate ? pad_up(i1, kEncodedPad) : i1;
-    for (int m = 0; m < chunk.rows; ++m) {
-        quantize(chunk.h + m * encoded_stride(layout.intermediate), layout.intermediate, i0 / kGroup, end / kGroup);
-    }
+    beside_floats(job, layout.down, nullptr, chunk.h, chunk.rows, layout.intermediate, i0, i1);
 #endif
 }
 

@@ -63,6 +63,53 @@ inline void load_e4m3(const unsigned char* p, V (&out)[2]) {
     store_halves(_mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7FFF)), out);
 }
 
+#if defined(EMOE_BYTE_TABLES)
+// The upper half of the float that each byte of e4m3 stands for, without its sign and 2^8 times too small: its high
+// byte and its low one. 0x7F is no number.
+struct HalvesOfE4M3 {
+    unsigned char of[2][128];
+};
+constexpr HalvesOfE4M3 halves_of_e4m3() {
+    HalvesOfE4M3 made{};
+    for (int code = 0; code < 128; ++code) {
+        const int exponent = code >> 3;
+        const int fraction = code & 7;
+        int bits = (exponent + 112) << 7 | fraction << 4;
+        if (exponent == 0) {
+            const int first = fraction >= 4 ? 2 : fraction >= 2 ? 1 : 0;
+            bits = fraction == 0 ? 0 : (first + 110) << 7 | (fraction - (1 << first)) << (7 - first);
+        }
+        if (code == 127) bits = 0x7FC0;
+        made.of[0][code] = (unsigned char)(bits >> 8);
+        made.of[1][code] = (unsigned char)(bits & 0xFF);
+    }
+    return made;
+}
+alignas(64) constexpr HalvesOfE4M3 kHalvesOfE4M3 = halves_of_e4m3();
+
+// 64 bytes of e4m3 as floats, 2^8 times too small: of each sixteen the first eight in out[0], those of even place, and
+// out[1], the others in out[2] and out[3].
+inline void look_up_e4m3(__m512i bytes, V (&out)[4]) {
+    const auto half = [&](const unsigned char (&table)[128]) {
+        return _mm512_permutex2var_epi8(_mm512_load_si512(table), bytes, _mm512_load_si512(table + 64));
+    };
+    const __m512i high =
+        _mm512_ternarylogic_epi64(half(kHalvesOfE4M3.of[0]), bytes, _mm512_set1_epi8(-128), 0xF8);  // a | (b & c)
+    const __m512i low = half(kHalvesOfE4M3.of[1]);
+    const __m512i halves[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+    for (int i = 0; i < 2; ++i) {
+        out[2 * i] = {_mm512_castsi512_ps(_mm512_slli_epi32(halves[i], 16))};
+        out[2 * i + 1] = {_mm512_castsi512_ps(_mm512_and_si512(halves[i], _mm512_set1_epi32((int)0xFFFF0000)))};
+    }
+}
+// Which of eight scales is that of a lane of these, for groups 2 q and 2 q + 1 of a step.
+template <int q>
+inline __m512 scales_of_two(__m512 eight) {
+    const __m512i place = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(place, _mm512_set1_epi32(2 * q)), eight);
+}
+#endif
+
 // acc + t * (codes . x), or t[0] and t[1] for either half of the values; kApart: those of even place come first.
 template <int kScales, bool kApart>
 inline V add_dot(V acc, Codes32 codes, const int16_t* x, const float* t) {

@@ -20,9 +20,10 @@ constexpr int kRowPad = 16;        // narrow rows are zero-padded to a multiple 
 constexpr int kEncodedPad = 256;   // the same for rows that meet encoded weights
 constexpr int kOrders = 5;         // of 16-bit integers that such a row is held in (encoded_integers.inl)
 // Units of one such row: its floats, its integers in each order, a scale, a sum and that of the first half of each 32,
-// and so many more that rows lie on lines of the cache. `static`: every unit keeps its own.
+// its floats in the order of bytes that are looked up, and so many more that rows lie on lines of the cache.
+// `static`: every unit keeps its own.
 static constexpr int64_t encoded_stride(int64_t depth) {
-    return (depth + kEncodedPad - 1) / kEncodedPad * (kEncodedPad + kOrders * kEncodedPad / 2 + kEncodedPad / 8);
+    return (depth + kEncodedPad - 1) / kEncodedPad * (2 * kEncodedPad + kOrders * kEncodedPad / 2 + kEncodedPad / 8);
 }
 
 // Some rows of one expert. `x` and `h` are scratch of 32-bit units:
