@@ -623,23 +623,23 @@ struct UInt8B128 : Planes<32> {
         return widen_signed(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)));
     }
 };
-// Floats of one byte. Those of e4m3 come 2^8 times too small.
-template <bool kE4M3>
-struct ByteFloats : Planes<32> {
+// Floats of one byte.
+struct E5M2 : Planes<32> {
+    static void values(const RowAt& row, int64_t g, V (&out)[kGroup / L]) { load_e5m2(row.codes + g * 32, out); }
+};
+struct E4M3 : Planes<32> {  // come 2^8 times too small
     static RowAt row(const Source& a, int64_t row) {
         RowAt found = Planes<32>::row(a, row);
-        if constexpr (kE4M3) found.factor *= 256.0F;
+        found.factor *= 256.0F;
         return found;
     }
-    static void values(const RowAt& row, int64_t g, V (&out)[kGroup / L]) {
-        if constexpr (kE4M3) {
-            load_e4m3(row.codes + g * 32, out);
-        } else {
-            load_e5m2(row.codes + g * 32, out);
-        }
-    }
+    static void values(const RowAt& row, int64_t g, V (&out)[kGroup / L]) { load_e4m3(row.codes + g * 32, out); }
 #if defined(EMOE_BYTE_TABLES)
-    static constexpr bool kLooksUp = kE4M3;  // 64 bytes at a time
+    // Of group g and, where `both`, the next, in the order of turned rows of x; zeros in its place where not.
+    static void turned(const RowAt& row, int64_t g, bool both, V (&out)[2 * kGroup / L]) {
+        look_up_e4m3(_mm512_maskz_loadu_epi8(both ? ~0ULL : 0xFFFFFFFFULL, row.codes + g * 32), out);
+    }
+    static V scale_of_two(const float* scales) { return turned_scales(scales); }
 #endif
 };
 struct E2M1 : Planes<16> {

@@ -129,10 +129,11 @@ using EncodedRows = void (*)(const Source&, int64_t first, int64_t count, int ro
 struct Fast {
     EncodedRows rows;
     Expand expand;
-    bool floats;  // nothing of x is rounded by `rows`
+    bool floats;          // nothing of x is rounded by `rows`
+    bool turned = false;  // `rows` meets x in another order
 };
 template <class Q>
-constexpr Fast kFast = {tiled_rows<Q>, expand_groups<Q>, requires { &Q::values; }};
+constexpr Fast kFast = {tiled_rows<Q>, expand_groups<Q>, requires { &Q::values; }, kTurned<Q>};
 constexpr Fast kNone = {nullptr, nullptr, false};
 
 inline Fast fast_of(const Weights& w) {
@@ -189,9 +190,9 @@ inline Fast fast_of(const Weights& w) {
             if (w.depth % kGroup == 0 && w.scale_cols == 16) return kFast<E2M1By16>;
             return whole ? kFast<E2M1> : kNone;
         case Codes::kE4M3:
-            return whole ? kFast<ByteFloats<true>> : kNone;
+            return whole ? kFast<E4M3> : kNone;
         case Codes::kE5M2:
-            return whole ? kFast<ByteFloats<false>> : kNone;
+            return whole ? kFast<E5M2> : kNone;
         case Codes::kAwq:
             return whole && columns_of_words(w) ? Fast{awq_rows, expand_columns<true>, false} : kNone;
         case Codes::kGptq:

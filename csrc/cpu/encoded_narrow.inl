@@ -83,13 +83,6 @@ inline bool whole_numbers(const Weights& w, const Job& job) {
     const EncodedRows fast = fast_rows(w, job.hidden_dtype);
     return fast != nullptr && !fast_of(w).floats;
 }
-inline bool looked_up([[maybe_unused]] const Weights& w) {
-#if defined(EMOE_BYTE_TABLES)
-    return w.codes == Codes::kE4M3 && fast_of(w).rows != nullptr;
-#else
-    return false;
-#endif
-}
 // Beside the floats of columns [k0, k1) of each row what the matrices that meet it want of it; the last columns, at
 // `depth`, with those after them.
 inline void beside_floats(const Job& job, const Weights& one, const Weights* other, uint32_t* rows, int count,
@@ -97,13 +90,11 @@ inline void beside_floats(const Job& job, const Weights& one, const Weights* oth
     const int64_t g0 = k0 / kGroup;
     const int64_t g1 = (k1 == depth ? pad_up(k1, kEncodedPad) : k1) / kGroup;
     const bool whole = whole_numbers(one, job) || (other != nullptr && whole_numbers(*other, job));
-    [[maybe_unused]] const bool turned = looked_up(one) || (other != nullptr && looked_up(*other));
+    const bool turned = fast_of(one).turned || (other != nullptr && fast_of(*other).turned);
     for (int m = 0; m < count; ++m) {
         uint32_t* row = rows + m * encoded_stride(depth);
         if (whole) quantize(row, depth, g0, g1);
-#if defined(EMOE_BYTE_TABLES)
         if (turned) turn(row, depth, g0, g1);
-#endif
     }
 }
 inline void encoded_narrow_load(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {

@@ -102,11 +102,11 @@ inline void look_up_e4m3(__m512i bytes, V (&out)[4]) {
         out[2 * i + 1] = {_mm512_castsi512_ps(_mm512_and_si512(halves[i], _mm512_set1_epi32((int)0xFFFF0000)))};
     }
 }
-// Which of eight scales is that of a lane of these, for groups 2 q and 2 q + 1 of a step.
-template <int q>
-inline __m512 scales_of_two(__m512 eight) {
+// Which of two scales is that of a lane of these, where the first is that of the first 32.
+inline V turned_scales(const float* two) {
     const __m512i place = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    return _mm512_permutexvar_ps(_mm512_add_epi32(place, _mm512_set1_epi32(2 * q)), eight);
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(two));
+    return {_mm512_permutexvar_ps(place, _mm512_castsi512_ps(_mm512_castsi128_si512(both)))};
 }
 #endif
 

@@ -18,7 +18,7 @@ constexpr int kSubBlock = 64;      // weight rows of one wide tile
 constexpr int kNarrowBlock = 512;  // most weight rows of one narrow task
 constexpr int kRowPad = 16;        // narrow rows are zero-padded to a multiple of this
 constexpr int kEncodedPad = 256;   // the same for rows that meet encoded weights
-constexpr int kOrders = 5;         // of 16-bit integers that such a row is held in (encoded_integers.inl)
+constexpr int kOrders = 5;         // of 16-bit integers that such a row is held in (encoded_x.inl)
 // Units of one such row: its floats, its integers in each order, a scale, a sum and that of the first half of each 32,
 // its floats in the order of bytes that are looked up, and so many more that rows lie on lines of the cache.
 // `static`: every unit keeps its own.
@@ -28,7 +28,7 @@ static constexpr int64_t encoded_stride(int64_t depth) {
 
 // Some rows of one expert. `x` and `h` are scratch of 32-bit units:
 // narrow: float [rows][round_up(K, kRowPad)]; wide: panels of up to 2*lanes rows, each [units][panel rows];
-// narrow of encoded experts: csrc/cpu/encoded_integers.inl.
+// narrow of encoded experts: csrc/cpu/encoded_x.inl.
 struct Chunk {
     const unsigned char* slot;
     const int64_t* token;    // [rows] row of `hidden`

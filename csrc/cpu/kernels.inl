@@ -213,6 +213,8 @@ struct Source {
 #if defined(EMOE_INTEGERS)
 #include "cpu/codecs.inl"
 #include "cpu/codecs_iq.inl"
+#include "cpu/encoded_x.inl"
+
 #include "cpu/encoded_integers.inl"
 
 #include "cpu/encoded_columns.inl"

@@ -20,8 +20,8 @@ void narrow_load(const Job& job, const Chunk& chunk, int64_t k0, int64_t k1) {
     }
 }
 
-// Rows are fetched whole tiles before they are needed, and so many that memory has the time to answer: of less than
-// 5 KiB it had not (two cores of an AMD EPYC: 0.66 of the read rate with 2.3 KiB, 0.82 to 0.89 with 5 to 8 KiB).
+// Rows are fetched whole tiles before they are needed, and so many that memory has the time to answer: four rows of
+// 576 bytes ahead were too few (docs/kernels.md).
 constexpr int64_t kAhead = 6 << 10;
 inline int64_t ahead_of(int64_t tile) { return tile == 0 ? 0 : pad_up(kAhead, tile); }
 
