@@ -33,10 +33,9 @@ constexpr int kMostThreads = 1024;
 constexpr int kMostParts = 64;
 constexpr std::int64_t kChunksOfThread = 256;  // where a loop has more indices than this, a chunk is several of them
 
-// What lies between two loops of a decode step is Python, and takes longer than 100 us. `benchmarks/decode.py --part
-// busy
-// --rounds 3`, two cores of an AMD EPYC, 100 and 600 us in turn: quiet 16.6, 16.8 and 15.2, 15.9 ms a token, beside a
-// busy process 23.1, 22.7 and 22.5, 21.3.
+// What lies between two loops of a decode step is Python, and takes longer than 100 us. 100 and 600 us in turn, two
+// cores of an AMD EPYC (`benchmarks/decode.py --part busy --rounds 3`): quiet 16.6, 16.8 and 15.2, 15.9 ms a token,
+// beside a busy process 23.1, 22.7 and 22.5, 21.3.
 constexpr auto kSpin = microseconds(600);     // a worker without work looks for some this long, then sleeps
 constexpr auto kJoinSpin = microseconds(50);  // a caller waits this long for chunks of others, then sleeps
 constexpr auto kCrowded = milliseconds(50);  // nobody spins for this long after a worker lost its CPU to another thread
