@@ -240,7 +240,8 @@ def gather_mlp(
     """Adds w[t, k] * mlp_e(x[t]) of every pair whose expert has a slot: docs/kernels.md has the arithmetic.
 
     `slot_of`: int32 [E], -1: not in this call. `index`: int64 [T, K]; ids outside [0, E) are skipped. `out`: float32,
-    zero beforehand; mode "pairs": [T, K, H] at (t, rank of the id among the token's), "accumulate": added to [T, H].
+    zero beforehand; mode "pairs": [T, K, H] at (t, rank of the id among the token's), "accumulate": added to [T, H];
+    "sum": [T, H] of `hidden_dtype`, what `combine` makes of these pairs.
     """
 
 def linear(
@@ -284,6 +285,49 @@ def attend(
     [batch, heads, value_depth]; strides in elements, of sequence, head and key, those of a head follow each other.
     `mask_ptr`: bytes [batch, heads, keys], 0 where a key is not seen, or 0: all are.
     """
+
+class AttentionBlock:
+    """An attention block whose decode steps are one call; docs/kernels.md has the arithmetic.
+
+    `query`, `key`, `value`, `out`: weights, their address, that of a bias or 0, its dtype. Norms: address of a weight,
+    its width (of a head or of all), epsilon. All of it is to stay where it is.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        heads: int,
+        kv_heads: int,
+        depth: int,
+        query: tuple[Weights, int, int, str],
+        key: tuple[Weights, int, int, str],
+        value: tuple[Weights, int, int, str],
+        out: tuple[Weights, int, int, str],
+        query_norm: tuple[int, int, float] | None = None,
+        key_norm: tuple[int, int, float] | None = None,
+    ) -> None: ...
+    def step(
+        self,
+        batch: int,
+        x_ptr: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        rotated: int,
+        position_stride: int,
+        keys: int,
+        key_ptr: int,
+        key_strides: tuple[int, int, int],
+        value_ptr: int,
+        value_strides: tuple[int, int, int],
+        mask_ptr: int,
+        mask_strides: tuple[int, int, int],
+        scale: float,
+        y_ptr: int,
+    ) -> None:
+        """y [batch, outputs] of x [batch, inputs]; writes row `keys` - 1 of keys and values [batch, kv_heads, keys,
+        depth]. cos and sin [batch, rotated] are `position_stride` elements apart; masks are those of `attend`.
+        """
 
 def rms_norm(rows: int, width: int, dtype: str, epsilon: float, x_ptr: int, weight_ptr: int, out_ptr: int) -> None:
     """out [rows, width] = weight [width] * x / sqrt(mean(x^2) + epsilon), rounded to `dtype` before the product too."""

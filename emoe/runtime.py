@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from emoe import native
-from emoe.compute import attention, experts, ops
+from emoe.compute import attention, attention_block, experts, ops
 from emoe.compute.bank import Bank, take_down
 from emoe.compute.device import Device
 from emoe.compute.graphs import Graphs
@@ -93,6 +93,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         self._plain = self._attached.plain_linear(plain)
         self._norms = self._attached.norms(ops.rms_norm) if options.normalizes else 0
         self.attend = attention.attend if options.attends and self._attached.one_row(attention.attend) else None
+        self._blocks = 0 if self.attend is None else self._attached.attention_blocks(attention_block.make_step)
         if self.base.watches:
             self._bank.observers.append(self.base)  # traces that are recorded come before it
             self.routing.observer = self.base.picked
@@ -115,10 +116,11 @@ class Runtime(AbstractContextManager["Runtime"]):
             "native", "stock" or a device), `experts` (of layers that are alike: encodings, bytes_per_expert, read in
             place or not), `copies` (of all experts, in `coarse`). Outside experts: `decoded` (bytes as stored and in
             memory, why), `dense` (what stays encoded, how many `plain` ones kernels compute with), `attention` of a
-            decode step, `norms` that kernels compute. Of requests: `routing` (`emoe.routing.Routing.stats`),
-            `prediction` (docs/slots.md), `sensitivity` (what `probe` found). None where there is none. On a GPU also
-            host_hits and host_misses (records in pinned memory or not), on_cpu (missing experts that the CPU computed),
-            settled (forwards of layers that asked the device for no value; what they used is not in hits).
+            decode step, `attention_blocks` that are one call in it, `norms` that kernels compute. Of requests:
+            `routing` (`emoe.routing.Routing.stats`), `prediction` (docs/slots.md), `sensitivity` (what `probe` found).
+            None where there is none. On a GPU also host_hits and host_misses (records in pinned memory or not), on_cpu
+            (missing experts that the CPU computed), settled (forwards of layers that asked the device for no value;
+            what they used is not in hits).
 
         Raises:
             ClosedError: the runtime was closed; so does all that follows, but for `close`.
@@ -132,6 +134,7 @@ class Runtime(AbstractContextManager["Runtime"]):
                 "dense": linear.stats(self._model, self._dense) | {"plain": self._plain},
                 "norms": self._norms,
                 "attention": "native" if self.attend is not None else "torch",
+                "attention_blocks": self._blocks,
                 "routing": self.routing.stats(per_layer=per_layer),
                 "prediction": self.base.stats(),
                 "sensitivity": self._probes.stats(),

@@ -11,12 +11,14 @@
 
 #include "bindings/gather_op.hpp"
 #include "core/attention.hpp"
+#include "core/attention_block.hpp"
 #include "core/backend.hpp"
 #include "core/gather_mlp.hpp"
 #include "core/linear.hpp"
 #include "core/parallel.hpp"
 #include "core/weights.hpp"
 #include "cpu/attention.hpp"
+#include "cpu/attention_block.hpp"
 #include "cpu/cpu_backend.hpp"
 #include "cpu/expand.hpp"
 #include "cpu/fit.hpp"
@@ -129,8 +131,10 @@ void gather_mlp(const MlpLayout& layout, std::uintptr_t slab_address, std::int64
                 std::int64_t top_k, std::uintptr_t out_ptr, const std::string& mode) {
     GatherMlp op = gather_op(layout, pointer<const std::byte>(slab_address), slot_bytes, slot_of, hidden_ptr,
                              hidden_dtype, tokens, index_ptr, weights_ptr, weights_dtype, top_k, out_ptr);
-    op.mode = parse_out_mode(mode);
+    const bool sum = mode == "sum";
+    op.mode = sum ? OutMode::kPairs : parse_out_mode(mode);
     const py::gil_scoped_release release;
+    if (sum) return cpu::gather_sum(op, pointer<void>(out_ptr));
     host().gather_mlp(op, nullptr);
 }
 
@@ -178,6 +182,56 @@ void attend(std::int64_t batch, std::int64_t heads, std::int64_t kv_heads, std::
     op.out = pointer<void>(out_ptr);
     const py::gil_scoped_release release;
     cpu::attend(op);
+}
+
+// weights, address, address of a bias or 0, its dtype
+using ProjectionOf = std::tuple<const Weights&, std::uintptr_t, std::uintptr_t, std::string>;
+// address of a weight, its width, epsilon
+using NormOf = std::tuple<std::uintptr_t, std::int64_t, float>;
+
+AttentionBlock make_block(const std::string& dtype, std::int64_t heads, std::int64_t kv_heads, std::int64_t depth,
+                          const ProjectionOf& query, const ProjectionOf& key, const ProjectionOf& value,
+                          const ProjectionOf& out, const std::optional<NormOf>& query_norm,
+                          const std::optional<NormOf>& key_norm) {
+    const auto projection = [](const ProjectionOf& given) {
+        const auto& [weights, address, bias, bias_dtype] = given;
+        return Projection{weights, pointer<const std::byte>(address), pointer<const void>(bias),
+                          parse_dtype(bias_dtype)};
+    };
+    const auto norm = [](const std::optional<NormOf>& given) {
+        if (!given) return BlockNorm{};
+        return BlockNorm{pointer<const void>(std::get<0>(*given)), std::get<1>(*given), std::get<2>(*given)};
+    };
+    AttentionBlock block{parse_dtype(dtype), heads,           kv_heads,          depth,
+                         projection(query),  projection(key), projection(value), projection(out),
+                         norm(query_norm),   norm(key_norm)};
+    validate(block);
+    return block;
+}
+
+void attention_step(const AttentionBlock& block, std::int64_t batch, std::uintptr_t x_ptr, std::uintptr_t cos_ptr,
+                    std::uintptr_t sin_ptr, std::int64_t rotated, std::int64_t position_stride, std::int64_t keys,
+                    std::uintptr_t key_ptr, const Strides& key_strides, std::uintptr_t value_ptr,
+                    const Strides& value_strides, std::uintptr_t mask_ptr, const Strides& mask_strides, float scale,
+                    std::uintptr_t y_ptr) {
+    AttentionStep step;
+    step.batch = batch;
+    step.x = pointer<const void>(x_ptr);
+    step.cos = pointer<const void>(cos_ptr);
+    step.sin = pointer<const void>(sin_ptr);
+    step.rotated = rotated;
+    step.position_stride = position_stride;
+    step.keys = keys;
+    step.key = pointer<void>(key_ptr);
+    step.key_strides = strides(key_strides);
+    step.value = pointer<void>(value_ptr);
+    step.value_strides = strides(value_strides);
+    step.mask = pointer<const unsigned char>(mask_ptr);
+    step.mask_strides = strides(mask_strides);
+    step.scale = scale;
+    step.y = pointer<void>(y_ptr);
+    const py::gil_scoped_release release;
+    cpu::attention_step(block, step);
 }
 
 void rms_norm(std::int64_t rows, std::int64_t width, const std::string& dtype, float epsilon, std::uintptr_t x_ptr,
@@ -264,6 +318,13 @@ void bind_ops(py::module_& module) {
                arg("value_depth"), arg("dtype"), arg("scale"), arg("query_ptr"), arg("query_strides"), arg("key_ptr"),
                arg("key_strides"), arg("value_ptr"), arg("value_strides"), arg("mask_ptr"), arg("mask_strides"),
                arg("out_ptr"));
+    py::class_<AttentionBlock>(module, "AttentionBlock", "An attention block whose decode steps are one call.")
+        .def(py::init(&make_block), py::kw_only(), arg("dtype"), arg("heads"), arg("kv_heads"), arg("depth"),
+             arg("query"), arg("key"), arg("value"), arg("out"), arg("query_norm") = py::none(),
+             arg("key_norm") = py::none())
+        .def("step", &attention_step, arg("batch"), arg("x_ptr"), arg("cos_ptr"), arg("sin_ptr"), arg("rotated"),
+             arg("position_stride"), arg("keys"), arg("key_ptr"), arg("key_strides"), arg("value_ptr"),
+             arg("value_strides"), arg("mask_ptr"), arg("mask_strides"), arg("scale"), arg("y_ptr"));
     module.def("rms_norm", &rms_norm, arg("rows"), arg("width"), arg("dtype"), arg("epsilon"), arg("x_ptr"),
                arg("weight_ptr"), arg("out_ptr"));
     module.def("combine", &combine, arg("pairs_ptr"), arg("tokens"), arg("top_k"), arg("hidden_out"), arg("out_ptr"),

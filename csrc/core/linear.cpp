@@ -5,15 +5,12 @@
 #include "core/error.hpp"
 
 namespace emoe {
-namespace {
 
 void require_float(const char* what, DType dtype) {
     if (dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16) return;
     throw Error(ErrorKind::kConfig, std::string(what) + " of " + std::string(dtype_name(dtype)) +
                                         " is not one of: float32, float16, bfloat16");
 }
-
-}  // namespace
 
 void validate(const Linear& op) {
     validate(op.weights, "weights");

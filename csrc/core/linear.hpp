@@ -20,6 +20,9 @@ struct Linear {
     void* y = nullptr;  // [tokens, count] of `dtype`
 };
 
+// ConfigError unless it is one of those that layers are computed in.
+void require_float(const char* what, DType dtype);
+
 // ConfigError where an address is missing, a size is negative or a dtype is none that is computed in.
 void validate(const Linear& op);
 

@@ -137,14 +137,16 @@ std::int64_t task_of(const MlpLayout& a, std::span<const Chunk> chunks) {
     return encoded_task(kRowTask, (a.intermediate + kRowTask - 1) / kRowTask * count);
 }
 
-void run_group(const Job& job, std::span<const Chunk> chunks, const Kernels& kernels) {
+// `alike`: the chunks have the same x.
+void run_group(const Job& job, std::span<const Chunk> chunks, bool alike, const Kernels& kernels) {
     const MlpLayout& a = *job.layout;
-    const std::int64_t rows = std::accumulate(chunks.begin(), chunks.end(), std::int64_t{0},
+    const std::span<const Chunk> loaded = alike ? chunks.first(1) : chunks;
+    const std::int64_t rows = std::accumulate(loaded.begin(), loaded.end(), std::int64_t{0},
                                               [](std::int64_t sum, const Chunk& c) { return sum + c.rows; });
     if (rows * a.hidden <= kSerialElements) {
-        for (const Chunk& chunk : chunks) kernels.load_rows(job, chunk, 0, a.hidden);
+        for (const Chunk& chunk : loaded) kernels.load_rows(job, chunk, 0, a.hidden);
     } else {
-        for_blocks(chunks, a.hidden, 4 * kSubBlock, [&](const Chunk& chunk, std::int64_t k0, std::int64_t k1) {
+        for_blocks(loaded, a.hidden, 4 * kSubBlock, [&](const Chunk& chunk, std::int64_t k0, std::int64_t k1) {
             kernels.load_rows(job, chunk, k0, k1);
         });
     }
@@ -205,6 +207,9 @@ void gather_mlp(const GatherMlp& op, const Kernels& kernels) {
     job.accumulate = op.mode == OutMode::kAccumulate;
     job.pairs = pairs;
 
+    // Each expert meets the same row, once.
+    const bool alike =
+        op.tokens == 1 && std::all_of(chunks.begin(), chunks.end(), [](const Chunk& c) { return c.rows == 1; });
     thread_local Scratch scratch;
     for (std::size_t first = 0; first < chunks.size();) {
         std::int64_t units = 0;
@@ -217,11 +222,11 @@ void gather_mlp(const GatherMlp& op, const Kernels& kernels) {
         std::uint32_t* at = scratch.take(units);
         for (std::size_t c = first; c < end; ++c) {
             const auto [x, both] = sizes_of(chunks[c], op.layout, pairs);
-            chunks[c].x = at;
+            chunks[c].x = alike && c > first ? chunks[first].x : at;
             chunks[c].h = at + x;
             at += both;
         }
-        run_group(job, std::span(chunks).subspan(first, end - first), kernels);
+        run_group(job, std::span(chunks).subspan(first, end - first), alike, kernels);
         first = end;
     }
 }
@@ -253,6 +258,17 @@ void combine(const float* pairs, std::int64_t tokens, std::int64_t top_k, std::i
     } else {
         parallel_for(tokens, one);
     }
+}
+
+void gather_sum(GatherMlp op, void* out) {
+    validate(op);
+    thread_local Scratch scratch;
+    const std::int64_t elements = op.tokens * op.top_k * op.layout.hidden_out;
+    op.out = reinterpret_cast<float*>(scratch.take(elements));
+    op.mode = OutMode::kPairs;
+    std::fill_n(op.out, elements, 0.0F);
+    gather_mlp(op);
+    combine(op.out, op.tokens, op.top_k, op.layout.hidden_out, out, op.hidden_dtype);
 }
 
 double read_seconds(const void* data, std::int64_t bytes) {

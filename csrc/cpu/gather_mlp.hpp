@@ -30,6 +30,10 @@ int narrow_rows(const GatherMlp& op, const Kernels& kernels);
 void gather_mlp(const GatherMlp& op);
 void gather_mlp(const GatherMlp& op, const Kernels& kernels);
 
+// The pairs of one call and what `combine` makes of them, [tokens, hidden_out] of the dtype of `hidden`. The pairs lie
+// in scratch that the thread keeps: for few tokens.
+void gather_sum(GatherMlp op, void* out);
+
 // out[t] = sum over ranks k, ascending, of pairs[t][k]; rounded once to out_dtype.
 void combine(const float* pairs, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden_out, void* out,
              DType out_dtype);

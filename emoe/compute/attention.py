@@ -12,10 +12,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from emoe import native
 from emoe.compute.ops import NAMES
+from emoe.model.attention_form import UNSERVED
 from emoe.model.seen import operations_are_seen
 
 MOST_DEPTH = 1024  # of a head (csrc/core/attention.hpp)
-_OTHERS = ("softcap", "position_bias", "cache")  # what `sdpa` looks at beside the tensors
 
 
 def attend(
@@ -40,7 +40,7 @@ def attend(
     if (
         not _is_ours(query, key, value, attention_mask)
         or dropout
-        or any(kwargs.get(each) is not None for each in _OTHERS)
+        or any(kwargs.get(each) is not None for each in UNSERVED)
     ):
         given = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)

@@ -17,12 +17,13 @@ from emoe.compute.records import prefetch_bytes
 from emoe.compute.stock import Stock
 from emoe.memory import available_memory, give_back
 from emoe.model.layout import SlotLayout
-from emoe.slots.loader import Loader
+from emoe.slots.loader import Group, Loader
 from emoe.store import StoreLayer
 
 # Above this many bytes of fp32 pair outputs a prefill adds expert outputs as they come, in one [T, H] buffer: the order
 # of the additions then follows residency and the result is close, not bit-identical, between budgets.
 PAIR_BYTES = 32 << 20
+FEW_ROWS = 8  # up to here pairs lie in scratch that a thread keeps, and one native call does all
 
 
 class CpuDevice(Device):
@@ -97,19 +98,31 @@ class Native:
         T, K = index.shape
         H = hidden.shape[1]
         pairs = self.pair_bytes >= T * K * H * 4
-        mode = "pairs" if pairs else "accumulate"
-        out = torch.zeros((T, K, H) if pairs else (T, H), dtype=torch.float32)
         hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
-        slot_of = self._slot_of
         with closing(self._loader.rounds(self._layer, experts)) as rounds:
-            for group in rounds:
-                slot_of.fill(-1)
-                for expert, slot in group:
-                    slot_of[expert] = slot
-                ops.gather_mlp(self._mlp, self._slab, slot_of, hidden, index, weights, out, mode)
+            group = next(rounds, [])
+            if pairs and beside is None and T <= FEW_ROWS and len(group) == len(experts):
+                result = torch.empty((T, H), dtype=hidden.dtype)
+                self._gather(group, hidden, index, weights, result, "sum")
+                return result
+            mode = "pairs" if pairs else "accumulate"
+            out = torch.zeros((T, K, H) if pairs else (T, H), dtype=torch.float32)
+            while group:
+                self._gather(group, hidden, index, weights, out, mode)
                 if beside is not None:
                     beside(hidden, index, weights, out, mode)
                     beside = None
+                group = next(rounds, [])
         if beside is not None:
             beside(hidden, index, weights, out, mode)
         return ops.combine(out, hidden.dtype) if pairs else out.to(hidden.dtype)
+
+    def _gather(
+        self, group: Group, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, out: torch.Tensor,
+        mode: str,
+    ) -> None:  # fmt: skip
+        slot_of = self._slot_of
+        slot_of.fill(-1)
+        for expert, slot in group:
+            slot_of[expert] = slot
+        ops.gather_mlp(self._mlp, self._slab, slot_of, hidden, index, weights, out, mode)

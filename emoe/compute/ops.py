@@ -20,7 +20,7 @@ from emoe.model.held import Held, native_arguments
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _FLOATS}
-_MODES = ("pairs", "accumulate")
+_MODES = ("pairs", "accumulate", "sum")
 
 
 class Slots(Protocol):
@@ -74,7 +74,7 @@ def gather_mlp(
     out: torch.Tensor,
     mode: str,
 ) -> None:
-    """Adds the weighted output of every expert that has a slot to `out`.
+    """Adds the weighted output of every expert that has a slot to `out`, or sums them there.
 
     Args:
         layout: `_C.MlpLayout` of one slot.
@@ -84,8 +84,9 @@ def gather_mlp(
         index: [T, K] int64 expert ids; one outside [0, E) is skipped.
         weights: [T, K] float32, float16 or bfloat16.
         out: float32, zero before the first call. mode "pairs": [T, K, Ho], each pair written at the rank of its expert
-            among the token's ids; mode "accumulate": [T, Ho], added to.
-        mode: "pairs" or "accumulate".
+            among the token's ids; mode "accumulate": [T, Ho], added to. Mode "sum": [T, Ho] in the dtype of `hidden`,
+            what `combine` makes of the pairs of this one call.
+        mode: "pairs", "accumulate" or "sum".
 
     Raises:
         ConfigError: a tensor is not on the CPU, not contiguous, or of another dtype or shape; or a slot does not exist.
@@ -98,7 +99,8 @@ def gather_mlp(
     _check("hidden", hidden, _FLOATS, (T, layout.hidden))
     _check("index", index, (torch.int64,), (T, K))
     _check("weights", weights, _FLOATS, (T, K))
-    _check("out", out, (torch.float32,), (T, K, layout.hidden_out) if mode == "pairs" else (T, layout.hidden_out))
+    floats = (hidden.dtype,) if mode == "sum" else (torch.float32,)
+    _check("out", out, floats, (T, K, layout.hidden_out) if mode == "pairs" else (T, layout.hidden_out))
     if not isinstance(slot_of, np.ndarray):
         raise ConfigError(f"slot_of is a {type(slot_of).__name__}, not an int32 numpy array [E]")
     if slot_of.dtype != np.int32 or slot_of.ndim != 1:
@@ -168,15 +170,22 @@ def linear(held: Held, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
     Raises:
         ConfigError: a tensor is not on the CPU, or of another dtype or shape.
     """
-    if held.prepared is None:
-        held.prepared = native.load().Weights(**held.native())
-    return _multiply(held.prepared, held.buffer.data_ptr(), (held.rows, held.cols), x, bias)
+    return _multiply(*prepared(held), (held.rows, held.cols), x, bias)
 
 
 def plain_linear(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A linear layer whose weight [outputs, inputs] is plain, and contiguous on the CPU; else as `linear`."""
     rows, cols = weight.shape
-    return _multiply(_plain_weights(weight.dtype, rows, cols), weight.data_ptr(), (rows, cols), x, bias)
+    return _multiply(*prepared(weight), (rows, cols), x, bias)
+
+
+def prepared(weight: Held | torch.Tensor) -> tuple[Any, int]:
+    """The `_C.Weights` of a weight [outputs, inputs], encoded or plain and contiguous, and its address."""
+    if isinstance(weight, torch.Tensor):
+        return _plain_weights(weight.dtype, *weight.shape), weight.data_ptr()
+    if weight.prepared is None:
+        weight.prepared = native.load().Weights(**weight.native())
+    return weight.prepared, weight.buffer.data_ptr()
 
 
 @functools.cache

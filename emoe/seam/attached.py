@@ -13,6 +13,7 @@ from torch import nn
 from emoe.errors import BudgetError, ClosedError
 from emoe.memory import available_memory, format_bytes
 from emoe.seam import linear, load
+from emoe.seam.attention_block import AttentionBlocks, Make
 from emoe.seam.norms import Norm, Norms
 from emoe.seam.one_row import STOCK, OneRowAttention, compares_names
 from emoe.seam.plain_linear import Plain, PlainWeights
@@ -142,6 +143,12 @@ class Attached:
             return False
         self._hooks.append(OneRowAttention(self._model, attend))
         return True
+
+    def attention_blocks(self, make: Make) -> int:
+        """From now on decode steps of plain attention blocks are computed by what `make` gives; returns how many."""
+        blocks = AttentionBlocks(self._model, make)
+        self._hooks.append(blocks)
+        return len(blocks.modules)
 
     def close(self) -> None:
         """Takes the hooks of a running model away."""

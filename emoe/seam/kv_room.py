@@ -29,29 +29,39 @@ class _Rows:
             old: what was given last or the end of it, as a rule; a tensor of one dimension is empty.
             room: rows of a buffer that has to be made, or as many as it needs.
         """
-        have = old.shape[-2] if old.dim() == new.dim() else 0
-        count, first = new.shape[-2], self._written - have
-        if self._buffer is None or not _appendable(self._buffer, old, new, first, have):
-            self._buffer = new.new_empty((*new.shape[:-2], max(room, have + count), new.shape[-1]))
+        made = self.extend(old, new.shape, new, room)
+        made.narrow(-2, made.shape[-2] - new.shape[-2], new.shape[-2]).copy_(new)
+        return made
+
+    def extend(self, old: torch.Tensor, shape: torch.Size | tuple[int, ...], like: torch.Tensor, room: int) -> Any:
+        """As `append` of rows of a shape, without numbers: they are there to be written, in the dtype of `like`."""
+        have = old.shape[-2] if old.dim() == len(shape) else 0
+        count, first = shape[-2], self._written - have
+        if self._buffer is None or not _appendable(self._buffer, old, shape, like.dtype, first, have):
+            self._buffer = like.new_empty((*shape[:-2], max(room, have + count), shape[-1]))
             if have:
                 self._buffer[..., :have, :] = old
             first = 0
         end = first + have + count
         self._written = end  # before they are written: after an interrupt between the two they are not taken for free
-        self._buffer[..., end - count : end, :] = new
-        return self._buffer[..., first:end, :]
+        return self._buffer.narrow(-2, first, end - first)
 
 
-def _appendable(buffer: torch.Tensor, old: torch.Tensor, new: torch.Tensor, first: int, have: int) -> bool:
-    """Whether `old` is rows `first` to `first + have` of a buffer that has room for `new` and may be written to."""
+def _appendable(
+    buffer: torch.Tensor, old: torch.Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, first: int,
+    have: int,
+) -> bool:  # fmt: skip
+    """Whether `old` is rows `first` to `first + have` of a buffer that has room for more and may be written to."""
     if buffer.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    if buffer.shape[:-2] != new.shape[:-2] or buffer.shape[-1] != new.shape[-1] or buffer.dtype != new.dtype:
+    there = buffer.shape
+    if there[:-2] != shape[:-2] or there[-1] != shape[-1] or buffer.dtype != dtype:
         return False
-    if first < 0 or first + have + new.shape[-2] > buffer.shape[-2] or (have == 0 and first):
+    if first < 0 or first + have + shape[-2] > there[-2] or (have == 0 and first):
         return False
-    offset = first * buffer.stride(-2) * buffer.element_size()
-    return have == 0 or (old.data_ptr() == buffer.data_ptr() + offset and old.stride() == buffer.stride())
+    strides = buffer.stride()
+    offset = first * strides[-2] * buffer.element_size()
+    return have == 0 or (old.data_ptr() == buffer.data_ptr() + offset and old.stride() == strides)
 
 
 class _Roomy(CacheLayerMixin):
@@ -103,6 +113,24 @@ class RoomyLayer(_Roomy, DynamicLayer):
         room = self._tokens if total <= self._tokens else total + total // 4
         self.keys, self.values = self._append((key_states, value_states), room)
         return self.keys, self.values
+
+    def next_row(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values [B, heads, T + 1, D] whose last row is to be written before `take` makes them the layer's;
+        None where this layer has none yet.
+        """
+        if not self.is_initialized or self.keys.dim() != 4 or not self.keys.shape[2]:
+            return None
+        batch, heads, tokens, depth = self.keys.shape
+        room = self._tokens if tokens < self._tokens else tokens + 1 + (tokens + 1) // 4
+        shape = (batch, heads, 1, depth)
+        return (
+            self._rows[0].extend(self.keys, shape, self.keys, room),
+            self._rows[1].extend(self.values, (*shape[:3], self.values.shape[3]), self.values, room),
+        )
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """What `next_row` gave, with its last row."""
+        self.keys, self.values = keys, values
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return DynamicLayer, (), self._state()

@@ -53,12 +53,12 @@ class NativeWeight(nn.Parameter):
             served = _served(cls._plain, *args, **(kwargs or {}))
             if served is not None:
                 return served
-        return _as_any(func, types, args, kwargs or {})
+        return as_any(func, types, args, kwargs or {})
 
 
 # Calls a function that does not ask tensors of this kind. No line of Python is within, at which a signal handler could
 # run the model and find them computed by torch.
-_as_any = torch._C._disabled_torch_function_impl
+as_any = torch._C._disabled_torch_function_impl
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def _served(plain: Plain, input: Any, weight: Any, bias: Any = None) -> torch.Te
         return None
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (input, weight, bias)):
         return None
-    weight, bias = _ordinary(weight), _ordinary(bias)
+    weight, bias = ordinary(weight), ordinary(bias)
     dtype, width = weight.dtype, weight.shape[-1]
     if input.dtype != dtype or not input.is_cpu or not weight.is_cpu or input.dim() == 0 or input.shape[-1] != width:
         return None
@@ -92,9 +92,9 @@ def _served(plain: Plain, input: Any, weight: Any, bias: Any = None) -> torch.Te
     return y.view(*input.shape[:-1], weight.shape[0])
 
 
-def _ordinary(tensor: Any) -> Any:
+def ordinary(tensor: Any) -> Any:
     """The same numbers, in a tensor that nobody asks how it is computed with."""
-    return _as_any(torch.Tensor.detach, (), (tensor,), {}) if isinstance(tensor, NativeWeight) else tensor
+    return as_any(torch.Tensor.detach, (), (tensor,), {}) if isinstance(tensor, NativeWeight) else tensor
 
 
 class PlainWeights:

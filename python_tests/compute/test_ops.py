@@ -236,6 +236,18 @@ def test_ids_outside_the_experts_add_nothing(run: Run) -> None:
     torch.testing.assert_close(run(slots, hidden, index, weights), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_has_the_bits_of_its_pairs_combined(dtype: torch.dtype) -> None:
+    _, slots = experts_of("mixtral")
+    for tokens in (1, 6):
+        hidden, index, weights = routing(tokens)
+        index[0, 0] = -1
+        hidden = hidden.to(dtype)
+        out = torch.full((tokens, H), torch.nan, dtype=dtype)
+        ops.gather_mlp(slots.layout, slots, SLOT_OF, hidden, index, weights, out, "sum")
+        assert torch.equal(out, on_cpu(slots, hidden, index, weights))
+
+
 def test_no_tokens_are_no_error(run: Run) -> None:
     _, slots = experts_of("mixtral")
     assert run(slots, *routing(0)).shape == (0, H)
@@ -260,7 +272,8 @@ def call(**changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"mode": "sum"}, "mode 'sum' is not one of: pairs, accumulate"),
+        ({"mode": "add"}, "mode 'add' is not one of: pairs, accumulate, sum"),
+        ({"mode": "sum"}, "out has shape (4, 3, 36), not (4, 36)"),
         ({"hidden": torch.zeros((4, H), dtype=torch.float64)}, "hidden is float64, not one of: float32, float16, bfl"),
         ({"hidden": torch.zeros((4, H + 1))}, "hidden has shape (4, 37), not (4, 36)"),
         ({"hidden": torch.zeros((H, 4)).t()}, "hidden has strides (1, 4): it must be contiguous"),
