@@ -17,6 +17,7 @@ kernels: the experts of a layer alone (hidden 2048, intermediate 1024), the same
 resident: OLMoE-1B-7B's geometry with random weights as one GGUF file in DIR that both read, everything in memory:
     prefill of 64 and 512 tokens and decode of random tokens (a model of random weights left alone repeats one). As
     llama-bench does: default repacking, logits of the last token only.
+    --model 0.86b is the model of decode.py in its place, as --formats bf16, with prefill of 256.
     MXFP4 and FP8 are safetensors, which only emoe reads, with the part outside experts in bfloat16; llama.cpp has a
     GGUF file of the same bytes beside it (experts in MXFP4, and in Q8_0 for FP8).
 capped: the same file in memory cgroups of a half and a third of its size, page cache included and cold at the start.
@@ -67,7 +68,10 @@ AMX_HEADER = """#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64
 SIDES = ("llama.cpp", "emoe")
 HIDDEN, INTERMEDIATE = 2048, 1024
 CONTEXT = 1024
-PREFILLS = (64, 512)
+MODELS = {
+    "olmoe-1b-7b": (quantized_models.olmoe_1b_7b, (64, 512)),
+    "0.86b": (common.small_config, (256,)),
+}  # config, lengths of prefills
 PROMPT = 8
 WARM_PASSES = 20  # at most, of a long prompt, until every expert that prompts use is in memory
 KERNEL_TARGET, DECODE_TARGET, PREFILL_TARGET, CAPPED_TARGET, BOUND_TARGET = 1.0, 0.7, 0.7, 5.0, 0.8
@@ -149,7 +153,7 @@ def start(name: str, isa: str, args: argparse.Namespace, cgroup: Path | None = N
 
 
 def random_tokens(count: int, seed: int) -> list[int]:
-    tokens: list[int] = np.random.default_rng(seed).integers(300, 50000, count).tolist()
+    tokens: list[int] = np.random.default_rng(seed).integers(300, 8000, count).tolist()  # every model has them
     return tokens
 
 
@@ -395,7 +399,7 @@ def resident(isa: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, dict[str, list[float]]] = {}
     for side in sides.values():  # not counted: slots are filled until nothing is read, pages touched, buffers made
         for warm in range(WARM_PASSES):
-            if not side.ask("prefill", tokens=random_tokens(max(PREFILLS), 99 + warm)).get("bytes_read"):
+            if not side.ask("prefill", tokens=random_tokens(512, 99 + warm)).get("bytes_read"):
                 break
     for round_ in range(args.rounds):
         for name, side in sides.items():
@@ -404,7 +408,7 @@ def resident(isa: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
                 "decode", prompt=random_tokens(PROMPT, 0), tokens=random_tokens(args.tokens, 1000 + round_)
             )["seconds"]
             times.setdefault("decode", []).append(statistics.median(steps))
-            for count in PREFILLS:
+            for count in MODELS[args.model][1]:
                 took = side.ask("prefill", tokens=random_tokens(count, round_))["seconds"]
                 times.setdefault(f"prefill {count}", []).append(took / count)
     result: dict[str, Any] = {"format": kind, "bytes": size(files["emoe"]), "loaded": loaded, "sides": described}
@@ -428,14 +432,15 @@ def resident(isa: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def model_files(kind: str, args: argparse.Namespace) -> dict[str, Path]:
     """What each side reads: the same file where both can."""
-    config = quantized_models.olmoe_1b_7b()
+    config = MODELS[args.model][0]()
+    name = "olmoe" if args.model == "olmoe-1b-7b" else args.model
     if kind not in RIVALS:
-        return dict.fromkeys(SIDES, quantized_models.write_gguf(config, kind, args.cache / f"olmoe-{kind}.gguf"))
+        return dict.fromkeys(SIDES, quantized_models.write_gguf(config, kind, args.cache / f"{name}-{kind}.gguf"))
     experts, rest = RIVALS[kind]
-    theirs = args.cache / f"olmoe-{experts}-{rest}.gguf"
+    theirs = args.cache / f"{name}-{experts}-{rest}.gguf"
     return {
         "llama.cpp": quantized_models.write_gguf(config, experts, theirs, rest=rest),
-        "emoe": quantized_models.write_safetensors(config, kind, args.cache / f"olmoe-{kind}"),
+        "emoe": quantized_models.write_safetensors(config, kind, args.cache / f"{name}-{kind}"),
     }
 
 
@@ -584,8 +589,9 @@ def main() -> int:
     parser.add_argument("--env", type=Path, help="folder for llama.cpp's environment (default: CACHE/llama-env)")
     parser.add_argument("--part", nargs="+", choices=["kernels", "resident", "capped"])
     parser.add_argument(
-        "--formats", nargs="+", default=["q4_0", "q4_k"], choices=[*quantized_models.GGUF_BLOCKS, "fp8"]
+        "--formats", nargs="+", default=["q4_0", "q4_k"], choices=[*quantized_models.GGUF_BLOCKS, "fp8", "bf16"]
     )
+    parser.add_argument("--model", choices=MODELS, default="olmoe-1b-7b", help="its geometry (default: olmoe-1b-7b)")
     parser.add_argument("--kernel-formats", nargs="+", default=["q4_0", "q8_0", "q4_k"])
     parser.add_argument("--isa", choices=["native", "avx2", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=5)

@@ -67,20 +67,19 @@ def _texts(code: CodeType) -> set[str]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A module of a block as it was in the trial: of the kind, with the weight and the bias."""
+    """A module of a block as it was in the trial: of the kind, with a weight and perhaps a bias at these addresses."""
 
     name: str
     module: Any
     kind: Any
     weight: Any
     bias: Any
-    address: int | None  # None: the weight has none of its own
+    addresses: tuple[int, int]
 
     @staticmethod
     def of(name: str, module: nn.Module) -> _Part:
-        weight: Any = module._parameters.get("weight")
-        address = None if isinstance(weight, EncodedTensor) else _address(weight)
-        return _Part(name, module, type(module), weight, module._parameters.get("bias"), address)
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        return _Part(name, module, type(module), weight, bias, (_address(weight), _address(bias)))
 
     def stays(self, block: nn.Module) -> bool:
         """Whether the block still has it, nothing else is to happen when it is called, and its values are there."""
@@ -92,15 +91,18 @@ class _Part:
         parameters = module._parameters
         if parameters.get("weight") is not self.weight or parameters.get("bias") is not self.bias:
             return False
-        return self.address is None or _address(self.weight) == self.address
+        return (_address(self.weight), _address(self.bias)) == self.addresses
 
     @property
     def parameters(self) -> tuple[Any, ...]:
         return self.weight, self.bias
 
 
-def _address(weight: torch.Tensor) -> int:
-    address: int = as_any(torch.Tensor.data_ptr, (), (weight,), {})
+def _address(tensor: Any) -> int:
+    """Where its numbers are; 0 of none, and of what is encoded, which nobody moves."""
+    if tensor is None or isinstance(tensor, EncodedTensor):
+        return 0
+    address: int = as_any(torch.Tensor.data_ptr, (), (tensor,), {})
     return address
 
 
@@ -203,6 +205,9 @@ def _form(block: Any) -> tuple[AttentionForm, tuple[_Part, ...]] | None:
         return None
     if not isinstance(getattr(block, "head_dim", None), int) or not isinstance(getattr(block, "layer_idx", None), int):
         return None
+    dtype = parts["query"].weight.dtype
+    if not all(_is_read(each, dtype) for part in parts.values() for each in part.parameters):
+        return None
     projections: dict[str, Projection] = {}
     norms: dict[str, BlockNorm] = {}
     for name, part in parts.items():
@@ -210,10 +215,7 @@ def _form(block: Any) -> tuple[AttentionForm, tuple[_Part, ...]] | None:
             if part.kind is not nn.Linear or not isinstance(part.weight, EncodedTensor | NativeWeight):
                 return None
             held = part.weight.held if isinstance(part.weight, EncodedTensor) else ordinary(part.weight)
-            if isinstance(held, torch.Tensor) and not held.is_contiguous():
-                return None
-            bias = part.bias
-            projections[name] = Projection(held, None if bias is None else ordinary(bias))
+            projections[name] = Projection(held, None if part.bias is None else ordinary(part.bias))
         else:
             epsilon = getattr(part.module, "variance_epsilon", None)
             if not isinstance(epsilon, float) or not is_plain(part.kind):
@@ -221,12 +223,20 @@ def _form(block: Any) -> tuple[AttentionForm, tuple[_Part, ...]] | None:
             norms[name] = BlockNorm(ordinary(part.weight), epsilon)
     depth = block.head_dim
     form = AttentionForm(
-        dtype=parts["query"].weight.dtype, heads=_rows(projections["query"]) // depth,
+        dtype=dtype, heads=_rows(projections["query"]) // depth,
         kv_heads=_rows(projections["key"]) // depth, depth=depth, query=projections["query"], key=projections["key"],
         value=projections["value"], out=projections["out"], query_norm=norms.get("query_norm"),
         key_norm=norms.get("key_norm"),
     )  # fmt: skip
     return form, tuple(parts.values())
+
+
+def _is_read(tensor: Any, dtype: torch.dtype) -> bool:
+    """Whether the kernels read a weight or a bias as it lies, or there is none."""
+    if tensor is None or isinstance(tensor, EncodedTensor):
+        return tensor is None or tensor.dtype == dtype
+    tensor = ordinary(tensor)
+    return tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _rows(projection: Projection) -> int:

@@ -144,13 +144,23 @@ def with_other_data(model):
     block_of(model).v_proj.weight.data = torch.ones(64, 64)
 
 
+def with_other_data_of_a_norm(model):
+    weight = block_of(model).k_norm.weight
+    weight.data = torch.full(weight.shape, 0.3)
+
+
+def with_other_data_of_a_bias(model):
+    bias = block_of(model).q_proj.bias
+    bias.data = torch.full(bias.shape, 0.3)
+
+
 def with_a_bias(model):
     block_of(model).o_proj.bias = nn.Parameter(torch.ones(64), requires_grad=False)
 
 
 CHANGES = (
     with_hook, with_pre_hook, with_a_forward_of_its_own, with_another_layer, with_another_weight, with_other_data,
-    with_a_bias,
+    with_other_data_of_a_norm, with_a_bias,
 )  # fmt: skip
 
 
@@ -162,6 +172,25 @@ def test_a_block_that_is_changed_runs_its_own_code(change, steps):
     change(model)
     torch.testing.assert_close(step_of(model), step_of(truth), rtol=1e-3, atol=1e-4)
     assert len(steps) == model.config.num_hidden_layers - 1  # of those that were not changed
+
+
+@torch.no_grad()
+def test_a_bias_that_moves_is_noticed(steps):
+    truth, model = families.build("qwen2_moe"), wrapped("qwen2_moe")
+    for each in (truth, model):
+        with_other_data_of_a_bias(each)
+    torch.testing.assert_close(step_of(model), step_of(truth), rtol=1e-3, atol=1e-4)
+    assert len(steps) == model.config.num_hidden_layers - 1
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+@torch.no_grad()
+def test_a_norm_of_another_dtype_is_not_read(name):
+    model = families.build("qwen3_moe").bfloat16()
+    getattr(block_of(model), name).float()
+    model = emoe.wrap(model, memory_budget=0.5)
+    assert model.emoe.stats()["attention_blocks"] == model.config.num_hidden_layers - 1
+    model.emoe.close()
 
 
 @torch.no_grad()
