@@ -310,6 +310,7 @@ def _rotation_agrees(block: Any, form: AttentionForm, step: BlockStep, rotated: 
 
 @functools.cache
 def _class_of(kind: Any) -> type[nn.Module]:
+    @functools.wraps(kind.forward)  # others ask for its parameters
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = vars(self).get(_KEY)
         y = None if known is None else known.run(self, args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 
 import families
@@ -349,6 +350,7 @@ def test_copies_and_pickles_are_blocks_of_transformers_and_closing_gives_their_c
     block = block_of(model)
     assert isinstance(block, OlmoeAttention)
     assert type(block).__name__ == "OlmoeAttention"
+    assert inspect.signature(block.forward) == inspect.signature(OlmoeAttention(model.config, 0).forward)
     file = io.BytesIO()
     torch.save(block.k_norm, file)
     twin = copy.deepcopy(block)
