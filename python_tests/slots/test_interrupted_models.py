@@ -93,7 +93,7 @@ def test_after_an_interrupt_at_any_line_slots_have_their_experts_bytes_and_token
     model = _load(checkpoint("qwen3_moe"), **options)
     own = _own(model, logits)
     rnd = random.Random(1)
-    reach, seen = 500, set()
+    reach, seen = 1500, set()
     while len(seen) < MOMENTS:
         where = interrupted(lambda: _logits(model, rnd.randrange(6)), rnd.randrange(reach), ROOMS)
         if not where:
@@ -147,7 +147,7 @@ def test_a_signal_handler_that_runs_the_model_gets_right_tokens_or_an_error_and_
     own = _own(model, logits)
     exact = "routing" not in options
     rnd = random.Random(3)
-    reach, right, refused = 500, 0, 0
+    reach, right, refused = 1500, 0, 0
 
     def handler():
         nonlocal right, refused
