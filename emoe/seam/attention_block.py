@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from emoe.model.held import Held
 from emoe.model.seen import operations_are_seen
 from emoe.seam.kv_room import RoomyLayer
 from emoe.seam.linear import EncodedTensor
-from emoe.seam.norms import is_plain
+from emoe.seam.norms import __name__ as OF_NORMS
 from emoe.seam.one_row import NAME
 from emoe.seam.plain_linear import NARROW_ROWS, NativeWeight, as_any, ordinary
 
@@ -56,6 +56,8 @@ def names_no_more(kind: Any) -> bool:
     code = getattr(kind.forward, "__code__", None)
     if code is None or code.co_freevars or not set(code.co_names) <= _NAMES | {"sliding_window"}:
         return False
+    if any(isinstance(each, CodeType) for each in code.co_consts):  # what that names is not seen here
+        return False
     return _texts(code) - {kind.forward.__doc__} <= _TEXTS
 
 
@@ -65,49 +67,71 @@ def _texts(code: CodeType) -> set[str]:
     return {each for each in flat if isinstance(each, str)}
 
 
+class _Place(NamedTuple):
+    """Where the numbers of a parameter are, and how they lie."""
+
+    address: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Any) -> _Place | None:
+        """None of no tensor, and of what is encoded, which nobody moves."""
+        if tensor is None or isinstance(tensor, EncodedTensor):
+            return None
+        tensor = ordinary(tensor)
+        return _Place(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
 @dataclass(frozen=True)
 class _Part:
-    """A module of a block as it was in the trial: of the kind, with a weight and perhaps a bias at these addresses."""
+    """A module of a block as it was in the trial: of the kind, with a weight and perhaps a bias in these places.
+
+    Attributes:
+        epsilon: of a norm; None of a projection.
+    """
 
     name: str
     module: Any
     kind: Any
     weight: Any
     bias: Any
-    addresses: tuple[int, int]
+    places: tuple[_Place | None, _Place | None]
+    epsilon: float | None
 
     @staticmethod
-    def of(name: str, module: nn.Module) -> _Part:
+    def of(name: str, module: Any) -> _Part:
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        return _Part(name, module, type(module), weight, bias, (_address(weight), _address(bias)))
+        epsilon = vars(module).get("variance_epsilon")
+        return _Part(name, module, type(module), weight, bias, (_Place.of(weight), _Place.of(bias)), epsilon)
 
     def stays(self, block: nn.Module) -> bool:
         """Whether the block still has it, nothing else is to happen when it is called, and its values are there."""
         module = block._modules.get(self.name)
-        if module is not self.module or type(module) is not self.kind or "forward" in vars(module):
+        if module is not self.module or type(module) is not self.kind:
             return False
-        if module._forward_hooks or module._forward_pre_hooks:
+        own = vars(module)
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return False
-        parameters = module._parameters
+        parameters = own["_parameters"]
         if parameters.get("weight") is not self.weight or parameters.get("bias") is not self.bias:
             return False
-        return (_address(self.weight), _address(self.bias)) == self.addresses
+        if own.get("variance_epsilon") != self.epsilon:
+            return False
+        return (_Place.of(self.weight), _Place.of(self.bias)) == self.places
 
     @property
     def parameters(self) -> tuple[Any, ...]:
         return self.weight, self.bias
 
 
-def _address(tensor: Any) -> int:
-    """Where its numbers are; 0 of none, and of what is encoded, which nobody moves."""
-    if tensor is None or isinstance(tensor, EncodedTensor):
-        return 0
-    address: int = as_any(torch.Tensor.data_ptr, (), (tensor,), {})
-    return address
-
-
 def _requires_grad(tensor: torch.Tensor) -> bool:
     return bool(as_any(torch.Tensor.requires_grad.__get__, (), (tensor,), {}))  # type: ignore[attr-defined]
+
+
+# Of a block: what its code may ask for beside its parts, and is to be as in the trial.
+_ATTRIBUTES = ("head_dim", "layer_idx", "use_qk_norm")
 
 
 @dataclass(frozen=True)
@@ -115,26 +139,38 @@ class _Known:
     """What a trial found of one block.
 
     Attributes:
-        form: its sizes and weights.
+        dtype, heads, kv_heads, depth: as `AttentionForm` has them.
+        inputs: columns of x.
         parts: its modules.
+        attributes: those of _ATTRIBUTES.
+        clips: whether its code asks its config for `clip_qkv`.
         rotated: how many elements of a head may be rotated.
         step: computes it.
     """
 
-    form: AttentionForm
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    depth: int
+    inputs: int
     parts: tuple[_Part, ...]
+    attributes: tuple[Any, ...]
+    clips: bool
     rotated: frozenset[int]
     step: BlockStep
 
     def run(self, block: Any, args: tuple[Any, ...], given: dict[str, Any]) -> torch.Tensor | None:
         """[B, 1, outputs] of a decode step, or None where the block's own code computes it."""
-        x, form = given.get("hidden_states"), self.form
-        if args or type(x) is not torch.Tensor or x.dim() != 3 or x.shape[1] != 1 or x.dtype != form.dtype:
+        x = given.get("hidden_states")
+        if args or type(x) is not torch.Tensor or x.dim() != 3 or x.shape[1:] != (1, self.inputs):
             return None
         batch = x.shape[0]
-        if not (0 < batch <= NARROW_ROWS and x.is_cpu) or block.training or block.config._attn_implementation != NAME:
+        if x.dtype != self.dtype or not (0 < batch <= NARROW_ROWS and x.is_cpu) or block.training:
             return None
-        if operations_are_seen() or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+        if operations_are_seen() or torch._C._len_torch_function_stack() or torch.is_autocast_enabled("cpu"):
+            return None
+        config = block.config
+        if config._attn_implementation != NAME or (self.clips and config.clip_qkv is not None):
             return None
         if any(given.get(each) is not None for each in UNSERVED):  # what else it is given reaches attention alone
             return None
@@ -143,46 +179,61 @@ class _Known:
         if layer is None or type(positions) is not tuple or len(positions) != 2:
             return None
         mask = given.get("attention_mask")
-        if not self._rotates(batch, *positions) or not self._stays(block, x):
+        if not self._rotates(batch, *positions) or not self._fits(batch, layer.keys, layer.values):
             return None
-        row = layer.next_row()
-        if row is None or not self._fits(batch, *row) or not _masks(mask, batch, form.heads, row[0].shape[2]):
+        if not _masks(mask, batch, self.heads, layer.keys.shape[2] + 1):
             return None
-        keys, values = row
+        if not self._stays(block, (x, *positions, layer.keys, layer.values)):
+            return None
+        keys, values = layer.next_row()
         y = self.step(x.reshape(batch, -1).contiguous(), *positions, keys, values, mask, block.scaling)
         layer.take(keys, values)
         return y.view(batch, 1, -1)
 
     def _rotates(self, batch: int, cos: Any, sin: Any) -> bool:
         for each in (cos, sin):
-            if type(each) is not torch.Tensor or each.dim() != 3 or each.dtype != self.form.dtype or not each.is_cpu:
+            if type(each) is not torch.Tensor or each.dim() != 3 or each.dtype != self.dtype or not each.is_cpu:
                 return False
             if each.shape[0] not in (1, batch) or each.shape[1] != 1 or each.stride(-1) != 1:
                 return False
         return cos.shape == sin.shape and cos.stride() == sin.stride() and cos.shape[-1] in self.rotated
 
-    def _fits(self, batch: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        shape = (batch, self.form.kv_heads, keys.shape[2], self.form.depth)
-        return all(
-            each.shape == shape and each.dtype == self.form.dtype and each.is_cpu and each.stride(-1) == 1
-            for each in (keys, values)
-        )
+    def _fits(self, batch: int, keys: Any, values: Any) -> bool:
+        """Whether a row of the block can follow these of a cache."""
+        for each in (keys, values):
+            if type(each) is not torch.Tensor or each.dim() != 4 or not each.shape[2]:
+                return False
+            if each.shape != (batch, self.kv_heads, keys.shape[2], self.depth) or each.dtype != self.dtype:
+                return False
+            if not each.is_cpu or each.stride(-1) != 1:
+                return False
+        return True
 
-    def _stays(self, block: nn.Module, x: torch.Tensor) -> bool:
+    def _stays(self, block: Any, given: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the block is the one of the trial, nobody sees its parts being called, and no gradients are due."""
+        if _attributes(block) != self.attributes or _has_any_global_hook():
+            return False
         for part in self.parts:
             if not part.stays(block):
                 return False
         if not torch.is_grad_enabled():
             return True
-        parameters = [each for part in self.parts for each in part.parameters]
-        return not any(each is not None and _requires_grad(each) for each in (x, *parameters))
+        parameters = [each for part in self.parts for each in part.parameters if each is not None]
+        return not any(_requires_grad(each) for each in (*given, *parameters))
+
+
+def _attributes(block: nn.Module) -> tuple[Any, ...]:
+    own = vars(block)
+    return tuple(own.get(each) for each in _ATTRIBUTES)
 
 
 def _layer(cache: Any, index: int) -> RoomyLayer | None:
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    return layer if type(layer) is RoomyLayer else None
+    if type(layer) is not RoomyLayer or not layer.is_initialized or "update" in vars(layer) or "update" in vars(cache):
+        return None
+    return layer
 
 
 def _masks(mask: Any, batch: int, heads: int, keys: int) -> bool:
@@ -198,9 +249,13 @@ def _form(block: Any) -> tuple[AttentionForm, tuple[_Part, ...]] | None:
     parts = {}
     for name, module in {**_PROJECTIONS, **_NORMS}.items():
         found = block._modules.get(module)
-        weight = None if found is None else found._parameters.get("weight")
-        if weight is not None and not found._buffers and not found._modules:
-            parts[name] = _Part.of(module, found)
+        if found is None:
+            continue
+        if found._parameters.get("weight") is None or found._buffers or found._modules:
+            return None
+        parts[name] = _Part.of(module, found)
+        if not parts[name].stays(block):
+            return None
     if not parts.keys() >= _PROJECTIONS.keys() or len(parts) not in (len(_PROJECTIONS), len(_PROJECTIONS | _NORMS)):
         return None
     if not isinstance(getattr(block, "head_dim", None), int) or not isinstance(getattr(block, "layer_idx", None), int):
@@ -214,13 +269,14 @@ def _form(block: Any) -> tuple[AttentionForm, tuple[_Part, ...]] | None:
         if name in _PROJECTIONS:
             if part.kind is not nn.Linear or not isinstance(part.weight, EncodedTensor | NativeWeight):
                 return None
+            if part.bias is not None and part.bias.shape != part.weight.shape[:1]:
+                return None
             held = part.weight.held if isinstance(part.weight, EncodedTensor) else ordinary(part.weight)
             projections[name] = Projection(held, None if part.bias is None else ordinary(part.bias))
         else:
-            epsilon = getattr(part.module, "variance_epsilon", None)
-            if not isinstance(epsilon, float) or not is_plain(part.kind):
-                return None
-            norms[name] = BlockNorm(ordinary(part.weight), epsilon)
+            if part.kind.__module__ != OF_NORMS or type(part.weight) is not nn.Parameter or part.epsilon is None:
+                return None  # nor does emoe compute it alone
+            norms[name] = BlockNorm(ordinary(part.weight), part.epsilon)
     depth = block.head_dim
     form = AttentionForm(
         dtype=dtype, heads=_rows(projections["query"]) // depth,
@@ -235,6 +291,8 @@ def _is_read(tensor: Any, dtype: torch.dtype) -> bool:
     """Whether the kernels read a weight or a bias as it lies, or there is none."""
     if tensor is None or isinstance(tensor, EncodedTensor):
         return tensor is None or tensor.dtype == dtype
+    if type(tensor) is not nn.Parameter and not isinstance(tensor, NativeWeight):
+        return False
     tensor = ordinary(tensor)
     return tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
 
@@ -242,6 +300,11 @@ def _is_read(tensor: Any, dtype: torch.dtype) -> bool:
 def _rows(projection: Projection) -> int:
     weight = projection.weight
     return weight.rows if isinstance(weight, Held) else weight.shape[0]
+
+
+def _columns(projection: Projection) -> int:
+    weight = projection.weight
+    return weight.cols if isinstance(weight, Held) else weight.shape[1]
 
 
 class _Past:
@@ -260,7 +323,7 @@ class _Past:
 def _agrees(block: Any, form: AttentionForm, step: BlockStep, rotated: int, size: float) -> bool:
     """Whether both sides give the same bits for random numbers of a size."""
     generator = torch.Generator().manual_seed(rotated)
-    width = form.query.weight.cols if isinstance(form.query.weight, Held) else form.query.weight.shape[1]
+    width = _columns(form.query)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(form.dtype)
@@ -279,9 +342,9 @@ def _agrees(block: Any, form: AttentionForm, step: BlockStep, rotated: int, size
 
 
 def _known(block: Any, make: Make) -> _Known | None:
-    """Of a block whose class `names_no_more`: None where the trial finds another."""
+    """Of a block whose class `names_no_more`: None where it is no plain block, or the trial finds another."""
     found = _form(block)
-    if found is None:
+    if found is None or block.config.sub_configs:
         return None
     form, parts = found
     config, implementation = block.config, block.config._attn_implementation
@@ -296,7 +359,13 @@ def _known(block: Any, make: Make) -> _Known | None:
         return None
     finally:
         config._attn_implementation = implementation
-    return _Known(form, parts, frozenset(rotated), step) if rotated else None
+    if not rotated:
+        return None
+    clips = "clip_qkv" in type(block).forward.__code__.co_names
+    return _Known(
+        form.dtype, form.heads, form.kv_heads, form.depth, _columns(form.query), parts, _attributes(block), clips,
+        frozenset(rotated), step,
+    )  # fmt: skip
 
 
 def _rotation_agrees(block: Any, form: AttentionForm, step: BlockStep, rotated: int) -> bool:

@@ -114,12 +114,10 @@ class RoomyLayer(_Roomy, DynamicLayer):
         self.keys, self.values = self._append((key_states, value_states), room)
         return self.keys, self.values
 
-    def next_row(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def next_row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, heads, T + 1, D] whose last row is to be written before `take` makes them the layer's;
-        None where this layer has none yet.
+        there are some already.
         """
-        if not self.is_initialized or self.keys.dim() != 4 or not self.keys.shape[2]:
-            return None
         batch, heads, tokens, depth = self.keys.shape
         room = self._tokens if tokens < self._tokens else tokens + 1 + (tokens + 1) // 4
         shape = (batch, heads, 1, depth)

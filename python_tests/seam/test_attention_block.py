@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import io
 
@@ -17,6 +18,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention
 
 import emoe
+from emoe.errors import EmoeError
 from emoe.seam import attention_block
 from emoe.seam.attention_block import AttentionBlocks, names_no_more
 
@@ -155,13 +157,26 @@ def with_other_data_of_a_bias(model):
     bias.data = torch.full(bias.shape, 0.3)
 
 
+def with_transposed_data(model):
+    weight = block_of(model).q_proj.weight
+    weight.data = weight.data.t()
+
+
+def with_another_epsilon(model):
+    block_of(model).k_norm.variance_epsilon = 100.0
+
+
+def with_a_norm_that_is_gone(model):
+    block_of(model).k_norm = nn.Identity()
+
+
 def with_a_bias(model):
     block_of(model).o_proj.bias = nn.Parameter(torch.ones(64), requires_grad=False)
 
 
 CHANGES = (
     with_hook, with_pre_hook, with_a_forward_of_its_own, with_another_layer, with_another_weight, with_other_data,
-    with_other_data_of_a_norm, with_a_bias,
+    with_other_data_of_a_norm, with_transposed_data, with_another_epsilon, with_a_norm_that_is_gone, with_a_bias,
 )  # fmt: skip
 
 
@@ -215,7 +230,10 @@ OTHERS = {
     "nine sequences": lambda model: model(ids(9, 1), past_key_values=model(ids(9)).past_key_values).logits,
     "two tokens": lambda model: model(ids(1, 2), past_key_values=model(ids()).past_key_values).logits,
     "a float mask": lambda model: step_of(model, attention_mask=torch.zeros(2, 1, 1, 13)),
+    "a cache whose update is another": lambda model: with_another_update(model),
     "global hooks": lambda model: with_global_hook(model),
+    "a config that clips": lambda model: with_clipping(model),
+    "a function mode": lambda model: with_function_mode(model),
     "autocast": lambda model: with_autocast(model),
 }
 
@@ -228,6 +246,35 @@ def with_global_hook(model):
     finally:
         handle.remove()
     assert block_of(model).q_proj in seen
+    return logits
+
+
+def with_another_update(model):
+    cache = DynamicCache(config=model.config)
+    calls, update = [], cache.update
+    cache.update = lambda *args, **given: calls.append(1) or update(*args, **given)
+    logits = step_of(model, cache)
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    return logits
+
+
+def with_clipping(model):
+    model.config.clip_qkv = 0.05
+    return step_of(model)
+
+
+def with_function_mode(model):
+    class Counted(torch.overrides.TorchFunctionMode):
+        linear = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.linear += func is nn.functional.linear
+            return func(*args, **(kwargs or {}))
+
+    cache = model(ids(2)).past_key_values
+    with Counted() as counted:
+        logits = model(ids(2, 1), past_key_values=cache).logits
+    assert counted.linear >= 5 * model.config.num_hidden_layers + 1  # a router among them
     return logits
 
 
@@ -277,7 +324,7 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(steps):
         raise KeyboardInterrupt
 
     block = vars(block_of(model))
-    block["_emoe_step"] = attention_block._Known(known.form, known.parts, known.rotated, broken)
+    block["_emoe_step"] = dataclasses.replace(known, step=broken)
     with pytest.raises(KeyboardInterrupt):
         model(torch.tensor([[5]]), past_key_values=out.past_key_values)
     assert out.past_key_values.get_seq_length() == 12
@@ -285,6 +332,40 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(steps):
     found = model(torch.tensor([[5]]), past_key_values=out.past_key_values)
     assert torch.equal(found.logits[:, -1], want[1])
     model.emoe.close()
+
+
+@torch.no_grad()
+def test_an_input_of_another_width_is_the_error_that_it_is_without_emoe(steps):
+    model = wrapped()
+    cache = model(ids()).past_key_values
+    block_of(model).register_forward_pre_hook(
+        lambda block, args, given: (args, given | {"hidden_states": given["hidden_states"][..., :32]}), with_kwargs=True
+    )
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        model(ids(1, 1), past_key_values=cache)
+    assert not steps
+
+
+def test_a_cache_that_wants_gradients_is_refused_as_ever(steps):
+    model = wrapped()
+    with torch.no_grad():
+        cache = model(ids()).past_key_values
+    for layer in cache.layers:
+        layer.keys.requires_grad_()
+    with pytest.raises(EmoeError, match="inference only"):
+        model(ids(1, 1), past_key_values=cache)
+    assert not steps
+
+
+@torch.no_grad()
+def test_a_cache_is_not_copied_where_a_step_is_not_emoe_s():
+    model = wrapped()
+    cache = model(ids(length=11)).past_key_values
+    model(ids(1, 1), past_key_values=cache)  # which gives it room
+    for token in range(3):
+        before = cache.layers[0]._rows[0]._buffer.data_ptr()
+        model(ids(1, 1), past_key_values=cache, attention_mask=torch.zeros(1, 1, 1, 13 + token))
+        assert cache.layers[0]._rows[0]._buffer.data_ptr() == before
 
 
 # --- which blocks are plain ------------------------------------------------------------------------------------------
@@ -304,6 +385,11 @@ def test_a_class_is_known_by_what_its_code_names():
         def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
             return getattr(self, "another")(hidden_states)  # noqa: B009
 
+    class Nested(OlmoeAttention):
+        def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
+            return [each.secret() for each in (hidden_states,)]
+
+    assert not names_no_more(Nested)
     assert not names_no_more(Softcapped)
     assert not names_no_more(Another)
 
@@ -323,6 +409,33 @@ def test_a_block_that_clamps_is_found_by_its_trial(steps):
     assert model.emoe.stats()["attention_blocks"] == 0
     torch.testing.assert_close(step_of(model), step_of(truth), rtol=1e-3, atol=1e-4)
     model.emoe.close()
+
+
+def test_blocks_whose_norms_are_transformers_own_keep_their_code():
+    assert wrapped("olmoe", norms="torch").emoe.stats()["attention_blocks"] == 0
+    assert wrapped("mixtral", norms="torch").emoe.stats()["attention_blocks"] == 3  # it has none within
+
+
+def test_a_hook_that_is_there_already_sees_no_trial_and_keeps_the_block(steps):
+    model, seen = families.build("olmoe"), []
+    block_of(model).q_proj.register_forward_hook(lambda *_: seen.append(1))
+    model = emoe.wrap(model, memory_budget=0.5)
+    assert not seen
+    assert model.emoe.stats()["attention_blocks"] == model.config.num_hidden_layers - 1
+
+
+def strided(values):
+    return nn.Parameter(torch.stack((values, values), 1)[:, 0], requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "bias", [strided(torch.zeros(64)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(64).double())]
+)
+def test_a_bias_that_the_kernels_do_not_read_as_it_lies_keeps_the_block(bias):
+    model = families.build("olmoe")
+    block_of(model).q_proj.bias = bias
+    model = emoe.wrap(model, memory_budget=0.5)
+    assert model.emoe.stats()["attention_blocks"] == model.config.num_hidden_layers - 1
 
 
 @pytest.mark.parametrize("options", [{"attention": "torch"}, {"kernels": "stock"}, {"dense": "torch"}])
@@ -352,10 +465,11 @@ def test_copies_and_pickles_are_blocks_of_transformers_and_closing_gives_their_c
     assert type(block).__name__ == "OlmoeAttention"
     assert inspect.signature(block.forward) == inspect.signature(OlmoeAttention(model.config, 0).forward)
     file = io.BytesIO()
-    torch.save(block.k_norm, file)
-    twin = copy.deepcopy(block)
-    assert type(twin) is OlmoeAttention
-    assert "_emoe_step" not in vars(twin)
+    torch.save(block, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(block), torch.load(file, weights_only=False)):
+        assert type(twin) is OlmoeAttention
+        assert "_emoe_step" not in vars(twin)
     model.emoe.close()
     assert type(block) is OlmoeAttention
     assert "_emoe_step" not in vars(block)

@@ -36,9 +36,9 @@ def layers(kind, tokens):
 
 def append(layer, keys, values):
     """By `update`, or by a row that is written and taken, where there is one to be had."""
-    row = layer.next_row() if isinstance(layer, RoomyLayer) and keys.shape[2] == 1 else None
-    if row is None:
+    if keys.shape[2] > 1 or not layer.get_seq_length():
         return layer.update(keys, values)
+    row = layer.next_row()
     for made, new in zip(row, (keys, values), strict=True):
         made[:, :, -1:] = new
     layer.take(*row)
