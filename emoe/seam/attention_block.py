@@ -8,6 +8,7 @@ own forward runs whenever anything is not as it was in the trial.
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import logging
@@ -347,18 +348,14 @@ def _known(block: Any, make: Make) -> _Known | None:
     if found is None or block.config.sub_configs:
         return None
     form, parts = found
-    config, implementation = block.config, block.config._attn_implementation
-    rotated = set()
     try:
         step = make(form)
-        config._attn_implementation = NAME
-        for count in (form.depth, form.depth // 2):  # all, or the half that partial rotation leaves
-            if count % 2 == 0 and count and _rotation_agrees(block, form, step, count):
-                rotated.add(count)
     except ConfigError:
         return None
-    finally:
-        config._attn_implementation = implementation
+    twin = _twin(block)
+    # All, or the half that partial rotation leaves.
+    counts = [count for count in (form.depth, form.depth // 2) if count and count % 2 == 0]
+    rotated = [count for count in counts if _rotation_agrees(twin, form, step, count)]
     if not rotated:
         return None
     clips = "clip_qkv" in type(block).forward.__code__.co_names
@@ -366,6 +363,15 @@ def _known(block: Any, make: Make) -> _Known | None:
         form.dtype, form.heads, form.kv_heads, form.depth, _columns(form.query), parts, _attributes(block), clips,
         frozenset(rotated), step,
     )  # fmt: skip
+
+
+def _twin(block: Any) -> Any:
+    """One with the same parts whose config, its own, names emoe's attention: nothing of the model is changed."""
+    twin = object.__new__(type(block))
+    config = copy.copy(block.config)
+    config._attn_implementation = NAME
+    vars(twin).update(vars(block), config=config)
+    return twin
 
 
 def _rotation_agrees(block: Any, form: AttentionForm, step: BlockStep, rotated: int) -> bool:
