@@ -16,7 +16,7 @@ IDS = torch.arange(3, 12).view(1, -1)
 
 
 def _looks(model):
-    """Classes, hooks, flags, names of attributes and parameters of everything in it."""
+    """Classes, hooks, flags, names of attributes and parameters of everything in it, and its config."""
     modules = {
         path: (
             type(module), sorted(vars(module)), list(module._forward_hooks), list(module._forward_pre_hooks),
@@ -24,7 +24,8 @@ def _looks(model):
         )
         for path, module in model.named_modules()
     }  # fmt: skip
-    return modules, {name: (type(each), each.requires_grad) for name, each in model.named_parameters()}
+    parameters = {name: (type(each), each.requires_grad) for name, each in model.named_parameters()}
+    return modules, parameters, model.config._attn_implementation
 
 
 @torch.no_grad()
