@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from emoe import native
 from emoe.compute.ops import NAMES
-from emoe.model.attention_form import UNSERVED
+from emoe.model.attention_form import UNSERVED, is_mask
 from emoe.model.seen import operations_are_seen
 
 MOST_DEPTH = 1024  # of a head (csrc/core/attention.hpp)
@@ -47,10 +47,7 @@ def attend(
     B, H, _, D = query.shape
     S, Dv = value.shape[2:]
     out = torch.empty((B, 1, H, Dv), dtype=query.dtype)
-    mask, mask_strides = 0, (0, 0, 0)
-    if attention_mask is not None:
-        batch, head, _, row = attention_mask.expand(B, H, 1, S).stride()
-        mask, mask_strides = attention_mask.data_ptr(), (batch, head, row)
+    mask, mask_strides = mask_arguments(attention_mask, B, H, S)
     native.load().attend(
         batch=B, heads=H, kv_heads=key.shape[1], keys=S, depth=D, value_depth=Dv, dtype=NAMES[query.dtype],
         scale=D**-0.5 if scaling is None else scaling,
@@ -75,7 +72,12 @@ def _is_ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: 
             return False
     if B == 0 or S == 0 or H % key.shape[1] or not (0 < D <= MOST_DEPTH and 0 < Dv <= MOST_DEPTH):
         return False
+    return is_mask(mask, B, H, S)
+
+
+def mask_arguments(mask: torch.Tensor | None, batch: int, heads: int, keys: int) -> tuple[int, tuple[int, int, int]]:
+    """Address and strides of a mask as the kernels take them; 0 of none."""
     if mask is None:
-        return True
-    fits = mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, H) and mask.shape[2:] == (1, S)
-    return fits and mask.dtype == torch.bool and mask.is_cpu and type(mask) is torch.Tensor
+        return 0, (0, 0, 0)
+    of_batch, of_head, _, of_row = mask.expand(batch, heads, 1, keys).stride()
+    return mask.data_ptr(), (of_batch, of_head, of_row)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from emoe import native
+from emoe.compute.attention import mask_arguments
 from emoe.compute.ops import NAMES, prepared
 from emoe.model.attention_form import AttentionForm, BlockNorm, BlockStep, Projection
 from emoe.model.held import Held
@@ -37,10 +38,7 @@ def make_step(form: AttentionForm) -> BlockStep:
     ) -> torch.Tensor:
         batch, count = x.shape[0], keys.shape[2]
         y = torch.empty((batch, out_width), dtype=x.dtype)
-        mask_ptr, mask_strides = 0, (0, 0, 0)
-        if mask is not None:
-            strides = mask.expand(batch, heads, 1, count).stride()
-            mask_ptr, mask_strides = mask.data_ptr(), (strides[0], strides[1], strides[3])
+        mask_ptr, mask_strides = mask_arguments(mask, batch, heads, count)
         block.step(
             batch, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[-1], cos.stride(0) if len(cos) > 1 else 0,
             count, keys.data_ptr(), keys.stride()[:3], values.data_ptr(), values.stride()[:3],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,3 +57,12 @@ class AttentionForm:
 BlockStep = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor
 ]
+
+
+def is_mask(mask: Any, batch: int, heads: int, keys: int) -> bool:
+    """Whether the kernels read it as a mask of one row of each sequence: None, or bool [B or 1, heads or 1, 1, S]."""
+    if mask is None:
+        return True
+    if type(mask) is not torch.Tensor or mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu:
+        return False
+    return mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (1, keys)

@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import DynamicCache
 
 from emoe.errors import ConfigError
-from emoe.model.attention_form import UNSERVED, AttentionForm, BlockNorm, BlockStep, Projection
+from emoe.model.attention_form import UNSERVED, AttentionForm, BlockNorm, BlockStep, Projection, is_mask
 from emoe.model.held import Held
 from emoe.model.seen import operations_are_seen
 from emoe.seam.kv_room import RoomyLayer
@@ -44,7 +44,7 @@ _NAMES = {
     *_PROJECTIONS.values(), *_NORMS.values(), "shape", "head_dim", "view", "transpose", "reshape", "contiguous",
     "apply_rotary_pos_emb", "update", "layer_idx", "config", "_attn_implementation", "ALL_ATTENTION_FUNCTIONS",
     "get_interface", "eager_attention_forward", "training", "attention_dropout", "scaling", "getattr", "clip_qkv",
-    "clamp_", "use_qk_norm",
+    "clamp_", "use_qk_norm", "sliding_window",
 }  # fmt: skip
 _TEXTS = {"sliding_window", "dropout", "scaling", "min", "max"}
 _PAST = 5  # keys before those of a trial
@@ -55,7 +55,7 @@ _SIZES = (1.0, 1000.0)  # of its numbers: what is clamped shows
 def names_no_more(kind: Any) -> bool:
     """Whether the code of a class' forward names nothing that is not part of a plain attention block."""
     code = getattr(kind.forward, "__code__", None)
-    if code is None or code.co_freevars or not set(code.co_names) <= _NAMES | {"sliding_window"}:
+    if code is None or code.co_freevars or not set(code.co_names) <= _NAMES:
         return False
     if any(isinstance(each, CodeType) for each in code.co_consts):  # what that names is not seen here
         return False
@@ -182,7 +182,7 @@ class _Known:
         mask = given.get("attention_mask")
         if not self._rotates(batch, *positions) or not self._fits(batch, layer.keys, layer.values):
             return None
-        if not _masks(mask, batch, self.heads, layer.keys.shape[2] + 1):
+        if not is_mask(mask, batch, self.heads, layer.keys.shape[2] + 1):
             return None
         if not self._stays(block, (x, *positions, layer.keys, layer.values)):
             return None
@@ -235,14 +235,6 @@ def _layer(cache: Any, index: int) -> RoomyLayer | None:
     if type(layer) is not RoomyLayer or not layer.is_initialized or "update" in vars(layer) or "update" in vars(cache):
         return None
     return layer
-
-
-def _masks(mask: Any, batch: int, heads: int, keys: int) -> bool:
-    if mask is None:
-        return True
-    if type(mask) is not torch.Tensor or mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu:
-        return False
-    return mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (1, keys)
 
 
 def _form(block: Any) -> tuple[AttentionForm, tuple[_Part, ...]] | None:

@@ -110,16 +110,19 @@ class RoomyLayer(_Roomy, DynamicLayer):
         if _not_ours(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         total = self.get_seq_length() + key_states.shape[-2]
-        room = self._tokens if total <= self._tokens else total + total // 4
-        self.keys, self.values = self._append((key_states, value_states), room)
+        self.keys, self.values = self._append((key_states, value_states), self._room(total))
         return self.keys, self.values
+
+    def _room(self, total: int) -> int:
+        """Rows of a buffer for so many tokens."""
+        return self._tokens if total <= self._tokens else total + total // 4
 
     def next_row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, heads, T + 1, D] whose last row is to be written before `take` makes them the layer's;
         there are some already.
         """
         batch, heads, tokens, depth = self.keys.shape
-        room = self._tokens if tokens < self._tokens else tokens + 1 + (tokens + 1) // 4
+        room = self._room(tokens + 1)
         shape = (batch, heads, 1, depth)
         return (
             self._rows[0].extend(self.keys, shape, self.keys, room),
